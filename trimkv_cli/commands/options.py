@@ -1,0 +1,138 @@
+"""Every option that several commands share: its flag, its help and its place in `--help`, once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    declarations: tuple[str, ...]
+    help: str
+    panel: str
+    metavar: str | None = None
+
+
+_MODEL, _MEMORY, _SAMPLING, _PROMPT, _OUTPUT = "Model", "Memory", "Sampling", "Prompt", "Output"
+
+FLAGS = {
+    "model": _Flag(("-m", "--model"), "Profile name, hub id or folder. Without one, the built-in mini.", _MODEL, "MODEL"),
+    "profile": _Flag(("--profile",), "Take model, gates and defaults from this profile.", _MODEL, "NAME"),
+    "revision": _Flag(("--revision",), "Branch, tag or commit of a hub model.", _MODEL, "REV"),
+    "gates": _Flag(
+        ("--gates",),
+        "auto, a hub id or folder with trained gates, streaming (attention sinks + recency) or none (full cache).",
+        _MODEL,
+        "GATES",
+    ),
+    "dtype": _Flag(("--dtype",), "auto, bf16, fp16 or fp32. auto on a CPU is fp32.", _MODEL, "TYPE"),
+    "device": _Flag(("--device",), "auto, cuda, cuda:N, mps or cpu.", _MODEL, "DEVICE"),
+    "offline": _Flag(("--offline",), "Never use the network; exit 6 when a file is missing.", _MODEL),
+    "trust_remote_code": _Flag(("--trust-remote-code",), "Run Python code that comes with the model.", _MODEL),
+    "budget": _Flag(("-b", "--budget"), "All memory that the process may use, as 8GiB or 80%.", _MEMORY, "SIZE"),
+    "kv_budget": _Flag(
+        ("--kv-budget",), "Slots per KV head (512) or bytes per sequence (256MiB); default: as trained.", _MEMORY, "M|SIZE"
+    ),
+    "prefill_chunk": _Flag(
+        ("--prefill-chunk",), "Prompt tokens per chunk (default 512); 0 = the whole prompt at once.", _MEMORY, "N"
+    ),
+    "context": _Flag(("-c", "--context"), "Longest sequence to allow, in tokens; default: the model's own.", _MEMORY, "N"),
+    "max_inflight": _Flag(("--max-inflight",), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"),
+    "deterministic": _Flag(
+        ("--deterministic",), "The same tokens for a request whatever runs beside it (CPU, fp32; slower).", _MEMORY
+    ),
+    "threads": _Flag(("--threads",), "CPU threads; default: all cores.", _MEMORY, "N"),
+    "max_tokens": _Flag(("-n", "--max-tokens"), "Most tokens to generate.", _SAMPLING, "N"),
+    "temperature": _Flag(("--temperature",), "0 = greedy; default: the model's own.", _SAMPLING, "T"),
+    "top_p": _Flag(("--top-p",), "Keep the likeliest tokens up to this probability mass.", _SAMPLING, "P"),
+    "top_k": _Flag(("--top-k",), "Keep the K likeliest tokens; 0 = all.", _SAMPLING, "K"),
+    "min_p": _Flag(("--min-p",), "Drop tokens below P times the likeliest one's probability.", _SAMPLING, "P"),
+    "top_h": _Flag(("--top-h",), "Keep tokens up to this share of the distribution's entropy.", _SAMPLING, "H"),
+    "repetition_penalty": _Flag(("--repetition-penalty",), "Above 1: make tokens seen before less likely.", _SAMPLING, "X"),
+    "seed": _Flag(("--seed",), "Same seed, same prompt, same tokens.", _SAMPLING, "N"),
+    "stop": _Flag(("--stop",), "Stop before this text; may be given several times.", _SAMPLING, "TEXT"),
+    "greedy": _Flag(("--greedy",), "Always take the likeliest token (temperature 0).", _SAMPLING),
+    "ignore_eos": _Flag(("--ignore-eos",), "Go on to --max-tokens even past an end-of-text token.", _SAMPLING),
+    "system": _Flag(("-s", "--system"), "System message.", _PROMPT, "TEXT"),
+    "system_file": _Flag(("--system-file",), "Read the system message from a file.", _PROMPT, "FILE"),
+    "think": _Flag(("--think/--no-think",), "Let the model reason first, where its template knows how.", _PROMPT),
+    "raw": _Flag(("--raw",), "Send the prompt as it is, without the chat template.", _PROMPT),
+    "json": _Flag(("--json",), "Print one JSON object instead of text.", _OUTPUT),
+    "output": _Flag(("-o", "--output"), "Write to this file instead of stdout.", _OUTPUT, "FILE"),
+    "no_stream": _Flag(("--no-stream",), "Print the answer when it is complete.", _OUTPUT),
+    "quiet": _Flag(("-q", "--quiet"), "Nothing on stderr but errors.", _OUTPUT),
+    "stats": _Flag(("--stats",), "Print counts, speed and memory to stderr at the end.", _OUTPUT),
+    "live": _Flag(("--live/--no-live",), "Show progress and memory while running (only on a terminal).", _OUTPUT),
+}
+
+
+def option(name: str) -> Any:
+    """Return the Typer option called `name` in the table above."""
+    flag = FLAGS[name]
+    return typer.Option(*flag.declarations, help=flag.help, rich_help_panel=flag.panel, metavar=flag.metavar)
+
+
+Json = Annotated[bool, option("json")]
+Output = Annotated[str | None, option("output")]
+Quiet = Annotated[bool, option("quiet")]
+NoStream = Annotated[bool, option("no_stream")]
+Stats = Annotated[bool, option("stats")]
+Live = Annotated[bool | None, option("live")]
+System = Annotated[str | None, option("system")]
+SystemFile = Annotated[str | None, option("system_file")]
+Think = Annotated[bool | None, option("think")]
+Raw = Annotated[bool, option("raw")]
+Model = Annotated[str | None, option("model")]
+Profile = Annotated[str | None, option("profile")]
+Revision = Annotated[str | None, option("revision")]
+Gates = Annotated[str, option("gates")]
+Offline = Annotated[bool, option("offline")]
+Budget = Annotated[str | None, option("budget")]
+KvBudget = Annotated[str | None, option("kv_budget")]
+Context = Annotated[int | None, option("context")]
+
+
+def with_options(**groups: type) -> Callable[[Command], Command]:
+    """Spread dataclasses over a command's options: `with_options(engine=EngineOptions)` fills its parameter `engine`.
+
+    Each field becomes one option with the flag and help of `FLAGS` and the field's own type and default.
+    """
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for name, group in groups.items():
+                kwargs[name] = group(**{f.name: kwargs.pop(f.name) for f in fields(group)})
+            return command(*args, **kwargs)
+
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in groups]
+        spread = [parameter for group in groups.values() for parameter in _parameters(group)]
+        wrapper.__signature__ = inspect.Signature([*own, *spread])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *spread]}
+        del wrapper.__wrapped__  # type: ignore[attr-defined]  # or Typer reads the undecorated signature
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def _parameters(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group)
+    return [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=Annotated[hints[f.name], option(f.name)]
+        )
+        for f in fields(group)
+    ]
+
+
+def _default(field: Field[Any]) -> Any:
+    assert field.default is not MISSING, f"option {field.name} has no default"
+    return field.default

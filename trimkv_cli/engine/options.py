@@ -1,0 +1,61 @@
+"""What a user may say about model, budget and sampling: plain values, as typed, before anything is resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trimkv_cli.engine.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Choose a model, its gates, and the memory that it may use; None leaves the choice to profile and plan."""
+
+    model: str | None = None
+    profile: str | None = None
+    revision: str | None = None
+    gates: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    offline: bool = False
+    trust_remote_code: bool = False
+    budget: str | None = None
+    kv_budget: str | None = None
+    prefill_chunk: int | None = None
+    context: int | None = None
+    max_inflight: int | None = None
+    deterministic: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """Override the model's own generation defaults; None keeps the model's value."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    top_h: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    greedy: bool = False
+    ignore_eos: bool = False
+
+    def resolve(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Lay these options over the model's `defaults`.
+
+        Raises:
+            UsageError: a value outside its range.
+        """
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("greedy", "stop")}
+        values = {**defaults, **{name: value for name, value in said.items() if value is not None}}
+        if self.stop is not None:
+            values["stop"] = tuple(self.stop)
+        if self.greedy:
+            values["temperature"] = 0.0
+        return SamplingParams(**values)

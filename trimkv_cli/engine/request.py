@@ -1,0 +1,74 @@
+"""What a caller asks of the engine: token ids in, sampling parameters, nothing about memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trimkv_cli.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Say how one request's tokens are chosen; the defaults sample from the plain distribution.
+
+    Raises:
+        UsageError: a value outside its range, by name.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    top_h: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": 0.0 <= self.temperature < float("inf"),
+            "top_p": 0.0 < self.top_p <= 1.0,
+            "top_k": self.top_k >= 0,
+            "min_p": 0.0 <= self.min_p <= 1.0,
+            "top_h": self.top_h is None or 0.0 < self.top_h <= 1.0,
+            "repetition_penalty": 0.0 < self.repetition_penalty < float("inf"),
+            "seed": 0 <= self.seed < 2**63,
+            "stop": all(self.stop),
+        }
+        for name, good in checks.items():
+            if not good:
+                raise UsageError(f"{name} = {getattr(self, name)!r} is out of range", hint=f"{name}: {_RANGES[name]}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+_RANGES = {
+    "max_tokens": "1 or more",
+    "temperature": "0 (greedy) or more",
+    "top_p": "above 0, at most 1",
+    "top_k": "0 (off) or more",
+    "min_p": "between 0 and 1",
+    "top_h": "above 0, at most 1",
+    "repetition_penalty": "above 0 (1 = off)",
+    "seed": "0 to 2^63 − 1",
+    "stop": "strings that are not empty",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it.
+
+    `prefix_len` is where the system message ends in `prompt_token_ids` (0 = no such boundary): a chunk ends there, and
+    requests with the same prefix share its prefill.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    prefix_len: int = 0

@@ -1,0 +1,94 @@
+"""The tree of errors that a user can meet; each class fixes one exit code.
+
+TrimkvError                  1  failure at run time
+├── UsageError               2  flags, sizes, configuration
+│   ├── ConfigError             a profile or settings file
+│   └── InputError              the one input cannot be read or parsed
+├── PartialFailure           3  several inputs, some failed
+├── DoesNotFit               4  more memory than the budget
+│   └── ContextOverflow         more positions than the model was trained for
+├── OutOfDeviceMemory        5  after all fallbacks
+├── ModelError               6  model or gates missing, mismatched, unsupported
+│   ├── ModelNotFound
+│   ├── OfflineError            would need the network
+│   ├── UnsupportedModel
+│   └── GateMismatch
+└── Stopped                 75  stopped on purpose, resumable
+"""
+
+from __future__ import annotations
+
+
+class TrimkvError(Exception):
+    """Carry one line that says what happened and, in `hint`, what to try."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(TrimkvError):
+    """Report a flag or value that cannot be used."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """Report a faulty profile or settings file."""
+
+
+class InputError(UsageError):
+    """Report an input that cannot be read or parsed."""
+
+
+class PartialFailure(TrimkvError):
+    """Report that some of several inputs failed."""
+
+    exit_code = 3
+
+
+class DoesNotFit(TrimkvError):
+    """Report that the memory asked for exceeds the budget."""
+
+    exit_code = 4
+
+
+class ContextOverflow(DoesNotFit):
+    """Report positions past what the model was trained for, or past what a full cache holds."""
+
+
+class OutOfDeviceMemory(TrimkvError):
+    """Report that the device ran out of memory after all fallbacks."""
+
+    exit_code = 5
+
+
+class ModelError(TrimkvError):
+    """Report a model or gates that cannot be used."""
+
+    exit_code = 6
+
+
+class ModelNotFound(ModelError):
+    """Report a model id or folder that holds no model."""
+
+
+class OfflineError(ModelError):
+    """Report a file that is not in the cache while the network is off or unreachable."""
+
+
+class UnsupportedModel(ModelError):
+    """Report a model of a family or form that trimkv does not run."""
+
+
+class GateMismatch(ModelError):
+    """Report gates whose tensors do not belong to the model."""
+
+
+class Stopped(TrimkvError):
+    """Report a run that was stopped on purpose and can be resumed."""
+
+    exit_code = 75

@@ -1,0 +1,54 @@
+"""What leaves the engine: small frozen records, the only thing that user interfaces and jobs see of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """What one sequence's cache holds when its request ends."""
+
+    seen_tokens: int
+    kept_per_head: int  # slots in use per KV head of a full-attention layer
+    evicted: int  # (layer, head) slots lost so far: sum over layers and heads of seen − kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStats:
+    """Count and time one request; all times in seconds since it was added."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    shared_prefix_tokens: int  # prompt tokens copied from another row's prefill
+    queue_s: float
+    ttft_s: float | None  # None when no token was made
+    total_s: float
+    cache: CacheStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """New output of one request; the last event of a request has a `finish_reason` and `stats`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stats: RequestStats | None = None
+    error: str | None = None  # what went wrong when finish_reason is "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStats:
+    """Sum up an engine since it was loaded."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    shared_prefix_tokens: int
+    steps: int
+    prefill_s: float
+    decode_s: float
