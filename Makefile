@@ -1,0 +1,42 @@
+# Every target sets up what it needs: .venv with the versions of constraints.txt, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help demo test lint format bench-stream clean
+
+help:
+	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
+	@echo "make test          run the tests"
+	@echo "make lint          ruff, mypy --strict, import directions"
+	@echo "make format        let ruff rewrite the code"
+	@echo "make bench-stream  a long stream through a small cache: bytes, RSS and time per token stay flat"
+	@echo "make clean         remove .venv and everything that was built"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/trimkv run examples/demo.jsonl --model mini --kv-budget 64
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n auto
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-stream: $(READY)
+	$(BIN)/python -m trimkv_cli.bench.stream
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
