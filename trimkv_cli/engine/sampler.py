@@ -1,0 +1,294 @@
+"""Choose each row's next token on the device, from its logits, parameters, seed and step alone.
+
+Probabilities are summed as 64-bit integers (fixed point), so that a sum does not depend on the order of its terms:
+neither on the batch around a row nor on the device's scan. Stages and their order are those of transformers'
+`GenerationMixin._get_logits_processor`; nothing here reads the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from trimkv_cli.engine.request import SamplingParams
+
+_WEIGHT_ONE = 2**36  # the weight of a row's likeliest token; 2^27 tokens of it still fit in an int64
+_FRACTION_ONE = 2**32
+_TOP_H_TOKENS = 100  # transformers' cap on the tokens whose entropy top-h sums
+_BLOCK = 1024
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment and multipliers, as signed 64-bit integers
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_IDLE = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowParams:
+    """Hold sampling parameters on the device, one tensor [B] each; a fraction is an int64 in units of 2^-32."""
+
+    greedy: Tensor  # bool
+    penalty: Tensor  # float32
+    temperature: Tensor  # float32, 1 for greedy rows
+    top_h: Tensor  # fraction; 0 = off
+    top_k: Tensor  # int64; the vocabulary's size = off
+    tail: Tensor  # fraction: the mass 1 − top_p that may be cut
+    min_p: Tensor  # float32
+    seed: Tensor  # int64
+
+    @classmethod
+    def empty(cls, max_rows: int, device: torch.device) -> RowParams:
+        """Allocate parameters for `max_rows` rows, uninitialised."""
+        dtypes = {"greedy": torch.bool} | dict.fromkeys(("penalty", "temperature", "min_p"), torch.float32)
+        tensors = {
+            field.name: torch.empty(max_rows, dtype=dtypes.get(field.name, torch.int64), device=device)
+            for field in fields(cls)
+        }
+        return cls(**tensors)
+
+    def write(self, row: int, params: SamplingParams, vocab_size: int) -> None:
+        """Change one row in place."""
+        self.greedy[row] = params.greedy
+        self.penalty[row] = params.repetition_penalty
+        self.temperature[row] = 1.0 if params.greedy else params.temperature
+        self.top_h[row] = round((params.top_h or 0.0) * _FRACTION_ONE)
+        self.top_k[row] = min(params.top_k or vocab_size, vocab_size)
+        self.tail[row] = round((1.0 - params.top_p) * _FRACTION_ONE)
+        self.min_p[row] = params.min_p
+        self.seed[row] = params.seed
+
+    def take(self, index: Tensor) -> RowParams:
+        """Gather the rows that `index` [B] names."""
+        return RowParams(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerRow:
+    """One row's state, kept aside so that a turn can be undone."""
+
+    params: SamplingParams
+    step: Tensor  # int64 scalar on the device
+    counts: Tensor | None  # int32 [V], only with a repetition penalty
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Selection:
+    """The rows of one call, gathered once and kept until the rows or their parameters change."""
+
+    rows: tuple[int, ...]
+    index: Tensor
+    params: RowParams
+    host: tuple[SamplingParams, ...]
+
+
+class Sampler:
+    """Own the sampling state of up to `max_rows` rows: parameters, step, token counts.
+
+    A row that was never set, or was cleared, is greedy. The id chosen from logits that hold NaN is some valid id.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
+        self.max_rows = max_rows
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._host = [_IDLE] * max_rows
+        self._params = RowParams.empty(max_rows, self.device)
+        self._step = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+        self._counts: Tensor | None = None
+        self._selection: _Selection | None = None
+        for row in range(max_rows):
+            self.clear_row(row)
+
+    def set_row(self, row: int, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+        """Start a request in `row` at step 0; the prompt counts for the repetition penalty."""
+        self._write(row, params)
+        self._step[row] = 0
+        if params.repetition_penalty != 1.0:
+            ids = torch.tensor(prompt_token_ids, dtype=torch.int64).to(self.device)
+            ones = torch.ones(len(ids), dtype=torch.int32, device=self.device)
+            self._counts_of(row).zero_().index_add_(0, ids, ones)
+
+    def clear_row(self, row: int) -> None:
+        """Make `row` idle: greedy, without a penalty."""
+        self._write(row, _IDLE)
+
+    def row_state(self, row: int) -> SamplerRow:
+        """Copy what decides the row's next tokens."""
+        params = self._host[row]
+        counts = self._counts_of(row).clone() if params.repetition_penalty != 1.0 else None
+        return SamplerRow(params=params, step=self._step[row].clone(), counts=counts)
+
+    def restore_row(self, row: int, state: SamplerRow) -> None:
+        """Put a state taken by `row_state` into `row`, which may be another row than it came from."""
+        self._write(row, state.params)
+        self._step[row].copy_(state.step)
+        if state.counts is not None:
+            self._counts_of(row).copy_(state.counts)
+
+    def move_row(self, src: int, dst: int) -> None:
+        """Let the request in `src` go on in `dst`; `src` is idle afterwards."""
+        if src != dst:
+            self.restore_row(dst, self.row_state(src))
+            self.clear_row(src)
+
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Choose one token id per row, int64 [B], from `logits` [B, V] of these distinct rows; advances their steps."""
+        chosen = self._select(rows)
+        scores = self._penalized(logits, chosen)
+        tokens = scores.argmax(-1)
+        if not all(params.greedy for params in chosen.host):
+            uniform = random_fraction(chosen.params.seed, self._step[chosen.index])
+            tokens = torch.where(chosen.params.greedy, tokens, draw(_warped(scores, chosen), uniform))
+            self._step[chosen.index] += 1
+        if _any_penalty(chosen):
+            assert self._counts is not None
+            self._counts[chosen.index, tokens] += 1
+        return tokens
+
+    def filtered(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return the scores [B, V] that the next call would draw from: float32, −inf where a filter cut."""
+        chosen = self._select(rows)
+        return _warped(self._penalized(logits, chosen), chosen)
+
+    def _penalized(self, logits: Tensor, chosen: _Selection) -> Tensor:
+        if not _any_penalty(chosen):
+            return logits.float()
+        assert self._counts is not None
+        return penalize(logits.float(), self._counts[chosen.index], chosen.params.penalty)
+
+    def _select(self, rows: Sequence[int]) -> _Selection:
+        if self._selection is None or self._selection.rows != tuple(rows):
+            index = torch.tensor(rows, dtype=torch.int64).to(self.device)
+            self._selection = _Selection(
+                rows=tuple(rows),
+                index=index,
+                params=self._params.take(index),
+                host=tuple(self._host[row] for row in rows),
+            )
+        return self._selection
+
+    def _write(self, row: int, params: SamplingParams) -> None:
+        self._host[row] = params
+        self._params.write(row, params, self.vocab_size)
+        self._selection = None
+
+    def _counts_of(self, row: int) -> Tensor:
+        if self._counts is None:
+            self._counts = torch.zeros(self.max_rows, self.vocab_size, dtype=torch.int32, device=self.device)
+        return self._counts[row]
+
+
+def _any_penalty(chosen: _Selection) -> bool:
+    return any(params.repetition_penalty != 1.0 for params in chosen.host)
+
+
+def _warped(scores: Tensor, chosen: _Selection) -> Tensor:
+    """Apply the stages that only sampled rows have, leaving out those that no row needs."""
+    params, sampled = chosen.params, [host for host in chosen.host if not host.greedy]
+    if any(host.temperature != 1.0 for host in sampled):
+        scores = scores / params.temperature[:, None]
+    if any(host.top_h is not None or host.top_k or host.top_p < 1.0 for host in sampled):
+        scores = keep_likeliest(scores, params)
+    if any(host.min_p > 0.0 for host in sampled):
+        scores = keep_min_p(scores, params.min_p)
+    return scores
+
+
+def penalize(logits: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:
+    """Make every token with a count in `counts` [B, V] less likely, by the factor `penalty` [B]."""
+    factor = penalty[:, None]
+    return torch.where(counts > 0, torch.where(logits < 0, logits * factor, logits / factor), logits)
+
+
+def keep_likeliest(scores: Tensor, params: RowParams) -> Tensor:
+    """Cut by top-h, then top-k, then top-p: each keeps the first tokens of one sorted order (ties: lower id first)."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    kept = torch.minimum(count_top_h(ordered, params.top_h), count_top_k(ordered, params.top_k))
+    kept = count_top_p(ordered, kept, params.tail)
+    mask = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, _first(kept, ordered))
+    return scores.masked_fill(~mask, -torch.inf)
+
+
+def count_top_h(ordered: Tensor, top_h: Tensor) -> Tensor:
+    """Count the tokens [B] whose summed entropy stays within the fraction `top_h` [B] of that of the top 100."""
+    weights = weigh(ordered[:, :_TOP_H_TOKENS])
+    probs = weights.float() / weights.sum(-1, keepdim=True).float()
+    entropy = (torch.special.entr(probs) * _WEIGHT_ONE).long()
+    limit = fraction_of(entropy.sum(-1), top_h)
+    kept = (entropy.cumsum(-1) <= limit[:, None]).sum(-1).clamp(min=1)
+    return torch.where(top_h > 0, kept, ordered.shape[-1])
+
+
+def count_top_k(ordered: Tensor, top_k: Tensor) -> Tensor:
+    """Count the tokens [B] at least as likely as the `top_k`-th: more than `top_k` when it is tied."""
+    return (ordered >= ordered.gather(-1, top_k[:, None] - 1)).sum(-1)
+
+
+def count_top_p(ordered: Tensor, kept: Tensor, tail: Tensor) -> Tensor:
+    """Count the tokens [B] left when the least likely of the first `kept` [B] go, up to the mass `tail` [B]."""
+    weights = weigh(ordered).masked_fill(~_first(kept, ordered), 0)
+    total = weights.sum(-1)
+    return 1 + locate(weights, total - fraction_of(total, tail) - 1)
+
+
+def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+    """Cut the tokens less likely than `min_p` [B] times the likeliest one."""
+    return scores.masked_fill(_relative(scores) < min_p[:, None], -torch.inf)
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one id per row [B] from softmax(`scores` [B, V]): the inverse CDF at the fraction `uniform` [B]."""
+    weights = weigh(scores)
+    return locate(weights, fraction_of(weights.sum(-1), uniform)).clamp(0, scores.shape[-1] - 1)
+
+
+def weigh(scores: Tensor) -> Tensor:
+    """Turn scores into integer weights, int64 in units of 2^-36 of the likeliest token; rarer ones than that get 0."""
+    return (_relative(scores) * _WEIGHT_ONE).long()
+
+
+def locate(weights: Tensor, target: Tensor) -> Tensor:
+    """Count the leading entries of each row [B] over which the running sum of `weights` [B, N] stays ≤ `target` [B].
+
+    Finds the block first, then the entry in it: a whole row's running sum is never written.
+    """
+    blocks = pad(weights, (0, -weights.shape[-1] % _BLOCK)).view(len(weights), -1, _BLOCK)
+    sums = blocks.sum(-1)
+    ends = sums.cumsum(-1)
+    block = torch.searchsorted(ends, target[:, None], right=True).clamp(max=sums.shape[-1] - 1)
+    rest = target[:, None] - (ends - sums).gather(-1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1)
+    return (block * _BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(-1)
+
+
+def fraction_of(total: Tensor, fraction: Tensor) -> Tensor:
+    """Return ⌊total · fraction⌋ exactly, in int64, for 0 ≤ `total` < 2^58 and a `fraction` in units of 2^-32."""
+    high, low = total >> 27, total & (2**27 - 1)
+    return (high * fraction + (low * fraction >> 27)) >> 5
+
+
+def random_fraction(seed: Tensor, step: Tensor) -> Tensor:
+    """Hash `seed` and `step`, int64 [B] each, to a uniform fraction in units of 2^-32: splitmix64, twice."""
+    return _shift_right(_mix(_mix(seed) + (step + 1) * _GOLDEN), 32)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shift_right(bits, 30)) * _MIX_1
+    bits = (bits ^ _shift_right(bits, 27)) * _MIX_2
+    return bits ^ _shift_right(bits, 31)
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    mask: int = (1 << (64 - count)) - 1
+    return (bits >> count) & mask
+
+
+def _relative(scores: Tensor) -> Tensor:
+    return (scores - scores.amax(-1, keepdim=True)).exp()
+
+
+def _first(count: Tensor, like: Tensor) -> Tensor:
+    return torch.arange(like.shape[-1], device=like.device) < count[:, None]
