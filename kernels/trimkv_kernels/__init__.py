@@ -1,0 +1,5 @@
+"""Attention over a bounded set of slots, and the eviction that keeps it bounded."""
+
+from trimkv_kernels.slots import Slots
+
+__all__ = ["Slots"]

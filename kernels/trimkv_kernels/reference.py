@@ -1,0 +1,211 @@
+"""The operations in plain torch: the definition that every kernel must equal, and what runs on a CPU.
+
+Positions say everything about visibility: a negative position holds no token, a query sees what is not newer than itself, and
+in a layer with a sliding window nothing older than the window. Scores are retention.md section 2: log_beta · age in float32, where
+the newest token has age 2; of equal scores the older position stays.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimkv_kernels.slots import Slots
+
+_NEVER = torch.iinfo(torch.int32).max
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    position: Tensor,
+    slots: Slots,
+    *,
+    fill: int,
+    dense: bool,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attend from one new token per row to the slots and itself, then keep the best M of these M + 1 in place.
+
+    Args:
+        query: `[B, Hq, D]`; B rows, which are the first B rows of `slots`.
+        key, value: `[B, Hkv, D]` of the new token.
+        log_beta: `[B, Hkv]` float32.
+        position: `[B]` int32; −1 marks a row without a token: its slots stay as they are, its output is unspecified.
+        slots: changed in place: the loser's slot is overwritten.
+        fill: no row has a token beyond its first `fill` slots.
+        dense: every row with a token has all of its first `fill` slots in use.
+        window: length of a sliding window, the query itself counted.
+
+    Returns:
+        `[B, Hq, D]`.
+    """
+    rows = slots.rows(0, query.shape[0])
+    output = _attend_one(query, key, value, position, rows.head(fill), dense=dense, scale=scale, window=window)
+    _evict_one(key, value, log_beta, position, rows.head(min(fill + 1, rows.position.shape[2])), window=window)
+    return output
+
+
+def prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    positions: Tensor,
+    slots: Slots,
+    *,
+    rows: Tensor,
+    fill: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attend from a chunk of tokens per row to the slots and, causally, to the chunk; then keep the best M of both in place.
+
+    Args:
+        query: `[B, Hq, T, D]`.
+        key, value: `[B, Hkv, T, D]`.
+        log_beta: `[B, Hkv, T]` float32.
+        positions: `[B, T]` int32; −1 is padding, on whichever side. The output of padding is zero.
+        slots: changed in place: survivors of the chunk overwrite the losers' slots, nothing else moves.
+        rows: `[B]` int64, the row of `slots` for each row of the batch.
+        fill: no row has a token beyond its first `fill` slots.
+        window: length of a sliding window, the query itself counted.
+
+    Returns:
+        `[B, Hq, T, D]`.
+    """
+    output = _attend_chunk(query, key, value, positions, slots, rows=rows, fill=fill, scale=scale, window=window)
+    _evict_chunk(key, value, log_beta, positions, slots, rows=rows, fill=fill, window=window)
+    return output
+
+
+def _attend_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    slots: Slots,
+    *,
+    dense: bool,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    batch, num_heads, head_dim = query.shape
+    grouped = query.view(batch, key.shape[1], -1, head_dim).float() * scale
+    kept_value = slots.value.float()
+    logits = grouped @ slots.key.float().transpose(2, 3)  # [B, Hkv, G, fill]
+    if not dense or window is not None:
+        dead = _dead(slots.position, position[:, None, None], window)
+        logits = logits.masked_fill(dead[:, :, None], -torch.inf)
+        kept_value = kept_value.masked_fill(dead[..., None], 0.0)  # 0 · NaN would poison the sum
+    own = (grouped * key[:, :, None].float()).sum(-1, keepdim=True)
+    weights = torch.cat([logits, own], dim=-1).softmax(-1)
+    output = weights[..., :-1] @ kept_value + weights[..., -1:] * value[:, :, None].float()
+    return output.view(batch, num_heads, head_dim).to(query.dtype)
+
+
+def _evict_one(
+    key: Tensor, value: Tensor, log_beta: Tensor, position: Tensor, slots: Slots, *, window: int | None
+) -> None:
+    now = position[:, None, None]
+    scores = _scores(slots.log_beta, slots.position, now, window)
+    lowest = scores.amin(dim=-1, keepdim=True)
+    loser = torch.where(scores == lowest, slots.position, -_NEVER).argmax(dim=-1, keepdim=True)  # ties: the newest goes
+    enters = (now >= 0) & (2.0 * log_beta[..., None] > lowest)
+    _overwrite(slots.position, loser, now.expand_as(loser), enters)
+    _overwrite(slots.log_beta, loser, log_beta[..., None], enters)
+    wide = loser[..., None].expand(-1, -1, -1, key.shape[-1])
+    _overwrite(slots.key, wide, key[:, :, None], enters[..., None])
+    _overwrite(slots.value, wide, value[:, :, None], enters[..., None])
+
+
+def _overwrite(target: Tensor, index: Tensor, new: Tensor, enters: Tensor) -> None:
+    target.scatter_(2, index, torch.where(enters, new.to(target.dtype), target.gather(2, index)))
+
+
+def _attend_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    slots: Slots,
+    *,
+    rows: Tensor,
+    fill: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    heads = slice(None) if window is not None else slice(1)  # without a window every head has the same slots in use
+    kept = slots.position[rows, heads, :fill]
+    visible_from = positions[:, None, :, None]  # [B, 1, T, 1]
+    source = torch.cat([kept, positions[:, None].expand(-1, kept.shape[1], -1)], dim=2)  # [B, 1 | Hkv, fill + T]
+    hidden = _dead(source[:, :, None], visible_from, window) | (source[:, :, None] > visible_from)
+    all_keys = torch.cat([slots.key[rows, :, :fill].to(key.dtype), key], dim=2)
+    all_values = torch.cat([slots.value[rows, :, :fill].to(value.dtype), value], dim=2)
+    for tensor in (all_keys, all_values):
+        tensor.masked_fill_((source < 0)[..., None], 0.0)  # 0 · NaN would poison the sum
+    if hidden.shape[1] > 1:
+        hidden = hidden.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    output = F.scaled_dot_product_attention(
+        query, all_keys, all_values, attn_mask=~hidden, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.masked_fill(positions[:, None, :, None] < 0, 0.0)
+
+
+def _evict_chunk(
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    positions: Tensor,
+    slots: Slots,
+    *,
+    rows: Tensor,
+    fill: int,
+    window: int | None,
+) -> None:
+    length = positions.shape[1]
+    span = min(fill + length, slots.position.shape[2])
+    now = positions.amax(dim=1)[:, None, None]
+    kept_position = slots.position[rows, :, :span]
+    new_position = positions[:, None].expand(-1, key.shape[1], -1)
+    kept_rank = _rank(_scores(slots.log_beta[rows, :, :span], kept_position, now, window), kept_position)
+    new_rank = _rank(_scores(log_beta, new_position, now, window), new_position).masked_fill(new_position < 0, _PADDING)
+    losers = torch.cat([kept_rank, new_rank], dim=2).topk(length, dim=2).indices
+    lost = torch.zeros(*losers.shape[:2], span + length, dtype=torch.bool, device=losers.device).scatter_(2, losers, True)
+    vacated, survives = lost[..., :span], ~lost[..., span:]
+    # The n-th survivor takes the n-th vacated slot, so that slots fill in order.
+    vacant = vacated.int().argsort(dim=2, descending=True, stable=True)
+    row, head, token = survives.nonzero(as_tuple=True)
+    slot = vacant[row, head, (survives.cumsum(dim=2) - 1)[row, head, token]]
+    target = (rows[row], head, slot)
+    slots.key[target] = key[row, head, token].to(slots.key.dtype)
+    slots.value[target] = value[row, head, token].to(slots.value.dtype)
+    slots.log_beta[target] = log_beta[row, head, token]
+    slots.position[target] = new_position[row, head, token].to(torch.int32)
+
+
+def _dead(source: Tensor, now: Tensor, window: int | None) -> Tensor:
+    """Mark positions that hold no token or lie before the window of a query at `now`."""
+    dead = source < 0
+    return dead if window is None else dead | (source <= now - window)
+
+
+def _scores(log_beta: Tensor, position: Tensor, now: Tensor, window: int | None) -> Tensor:
+    """Return log_beta · age, where the token at `now` has age 2; −inf outside the window and for empty slots."""
+    scores = log_beta * (now + 2 - position).float()
+    return scores if window is None else scores.masked_fill(position <= now - window, -torch.inf)
+
+
+_PADDING = torch.iinfo(torch.int64).max
+
+
+def _rank(scores: Tensor, position: Tensor) -> Tensor:
+    """Return int64 that order by descending score, then ascending position: the smaller, the better; no two are equal.
+
+    Scores are ≤ 0, and the bits of a float ≥ 0 order as integers do.
+    """
+    return (scores.abs().view(torch.int32).long() << 32) + position.long() + 2**31

@@ -1,0 +1,46 @@
+"""The eviction rule and attention in plain Python over the whole history: slow, obvious, and written from the paper alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Head:
+    """One (row, KV head): every token ever seen, and which of them are kept."""
+
+    budget: int
+    window: int | None = None
+    keys: list[np.ndarray] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+    log_betas: list[np.float32] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+
+    def score(self, position: int, seen: int) -> float:
+        if self.window is not None and position <= seen - 1 - self.window:
+            return -math.inf
+        return float(np.float32(self.log_betas[position]) * np.float32(seen + 1 - position))
+
+    def attend(self, query: np.ndarray, now: int, candidates: list[int], scale: float) -> np.ndarray:
+        seen = [p for p in candidates if p <= now and (self.window is None or p > now - self.window)]
+        logits = np.array([float(query @ self.keys[p]) * scale for p in seen])
+        weights = np.exp(logits - logits.max())
+        return (weights / weights.sum()) @ np.stack([self.values[p] for p in seen])
+
+    def step(self, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, log_betas: np.ndarray, scale: float) -> np.ndarray:
+        """Feed a chunk: queries `[G, T, D]`, keys and values `[T, D]`, log_betas `[T]`; return outputs `[G, T, D]`."""
+        first = len(self.keys)
+        self.keys += list(keys)
+        self.values += list(values)
+        self.log_betas += list(log_betas)
+        seen = len(self.keys)
+        candidates = self.kept + list(range(first, seen))
+        output = [
+            [self.attend(group[t], first + t, candidates, scale) for t in range(len(keys))] for group in queries
+        ]
+        best = sorted(candidates, key=lambda p: (-self.score(p, seen), p))
+        self.kept = sorted(best[: self.budget])
+        return np.array(output)

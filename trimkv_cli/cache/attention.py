@@ -1,0 +1,180 @@
+"""Attention over a retention cache, hung into unmodified transformers models.
+
+A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states and passes it on, with the layer's part of the cache, as
+keyword arguments that reach the attention function. `Cache.update` hands K and V through unchanged; the attention function attends
+and evicts. All state travels on the `RetentionView` that a caller gives as `past_key_values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from trimkv_kernels import reference
+
+from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
+
+ATTENTION_NAME = "trimkv"
+
+
+class Gate(Protocol):
+    """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]` float32, ≤ 0."""
+
+    def __call__(self, hidden_states: Tensor, positions: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Say what one forward feeds to which rows of the cache.
+
+    `rows` is None in decode: one token for each of the first B rows. `longest` is the largest number of tokens that a fed row has
+    seen before; `shortest` the smallest.
+    """
+
+    positions: Tensor  # [B, T] int32, −1 = no token
+    rows: Tensor | None  # [B] int64
+    longest: int
+    shortest: int
+
+
+class RetentionView(Cache):
+    """Show a `RetentionCache` to transformers for the forward that `step` describes."""
+
+    def __init__(
+        self, cache: RetentionCache, step: Step | None = None, trace: Sequence[list[Tensor]] | None = None
+    ) -> None:
+        super().__init__(layers=[_PassThrough(self) for _ in cache.layers])
+        self.cache = cache
+        self.step = step
+        self.trace = trace  # when given, trace[layer] collects log_beta [B, Hkv, T] of the forward
+        self.tokens_fed = 0
+
+    def step_for(self, layer_index: int, position_ids: Tensor, padding_mask: Tensor | None, batch: int) -> Step:
+        """Return the step that layer `layer_index` takes part in."""
+        assert self.step is not None, "a serving forward needs a step"
+        return self.step
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return self.tokens_fed
+
+    def get_max_length(self, *_: Any, **__: Any) -> int:
+        return -1  # no limit: eviction makes room
+
+    def get_max_cache_shape(self, *_: Any, **__: Any) -> int:
+        return -1
+
+
+class GenerationView(RetentionView):
+    """Serve `model.generate(past_key_values=…)`: row i of the batch is row i of the cache, steps follow from its arguments."""
+
+    def step_for(self, layer_index: int, position_ids: Tensor, padding_mask: Tensor | None, batch: int) -> Step:
+        """Make the step at the first layer, from position ids `[B | 1, T]` and the mask `[B, all tokens so far]`."""
+        if layer_index > 0:
+            return super().step_for(layer_index, position_ids, padding_mask, batch)
+        length = position_ids.shape[1]
+        positions = position_ids.to(torch.int32).expand(batch, -1)
+        if padding_mask is not None:
+            positions = torch.where(padding_mask[:, -length:].bool(), positions, -1)
+        seen = self.cache.seen[:batch]
+        rows = None if length == 1 and self.tokens_fed else torch.arange(batch, device=positions.device)
+        self.step = Step(positions=positions, rows=rows, longest=max(seen), shortest=min(seen))
+        counts = (positions >= 0).sum(dim=1).tolist()
+        self.cache.seen[:batch] = [before + new for before, new in zip(seen, counts, strict=True)]
+        self.tokens_fed += length
+        return self.step
+
+
+class _PassThrough(CacheLayerMixin):
+    """Satisfy transformers' interface of a cache layer: K and V go through, the attention function stores them."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, view: RetentionView) -> None:
+        super().__init__()
+        self.view = view
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: Any, *_: Any) -> tuple[Any, int]:
+        return query_length, 0
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.view.tokens_fed
+
+    def get_max_length(self, *_: Any) -> int:
+        return -1
+
+    def get_max_cache_shape(self, *_: Any) -> int:
+        return -1
+
+
+def install(model: PreTrainedModel, gates: Sequence[Gate]) -> None:
+    """Make `model` attend over a `RetentionView` given as `past_key_values`, with one gate per layer.
+
+    The model needs such a view from then on: it has no attention without one.
+    """
+    AttentionInterface.register(ATTENTION_NAME, retention_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+    model.set_attn_implementation(ATTENTION_NAME)
+    layers: Any = model.get_decoder().layers
+    for layer, gate in zip(layers, gates, strict=True):
+        layer.self_attn.register_forward_pre_hook(_make_hook(layer.self_attn.layer_idx, gate), with_kwargs=True)
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _make_hook(layer_index: int, gate: Gate) -> Hook:
+    def pass_log_beta(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        view: RetentionView = kwargs["past_key_values"]
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        step = view.step_for(layer_index, kwargs["position_ids"], kwargs["attention_mask"], hidden.shape[0])
+        log_beta = gate(hidden, step.positions).transpose(1, 2)
+        if view.trace is not None:
+            view.trace[layer_index].append(log_beta)
+        return args, {**kwargs, "log_beta": log_beta, "layer_cache": view.cache.layers[layer_index], "step": step}
+
+    return pass_log_beta
+
+
+def retention_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    log_beta: Tensor,
+    layer_cache: LayerCache,
+    step: Step,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend, then evict: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`."""
+    slots, window = layer_cache.slots, layer_cache.window
+    fill = min(step.longest, layer_cache.size)
+    if step.rows is None:
+        one = query[:, :, 0], key[:, :, 0], value[:, :, 0], log_beta[:, :, 0], step.positions[:, 0]
+        dense = min(step.shortest, layer_cache.size) == fill
+        output = reference.decode(*one, slots, fill=fill, dense=dense, scale=scaling, window=window)
+        return output[:, None], None
+    chunk = query, key, value, log_beta, step.positions
+    output = reference.prefill(*chunk, slots, rows=step.rows, fill=fill, scale=scaling, window=window)
+    return output.transpose(1, 2), None
+
+
+def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """Hand the 2D padding mask through: visibility follows from positions, which are made from it."""
+    return attention_mask

@@ -1,0 +1,90 @@
+"""The bounded KV store of a model: M slots per (layer, row, KV head), allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from trimkv_kernels import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """The slots of one layer, and its sliding window, the query itself counted (None = full attention)."""
+
+    slots: Slots
+    window: int | None
+
+    @property
+    def size(self) -> int:
+        """Slots per KV head."""
+        return self.slots.position.shape[2]
+
+
+class RetentionCache:
+    """Hold `rows` sequences of at most `kv_budget` tokens per head; a layer with a window W has min(M, W) slots.
+
+    `seen[row]` counts the tokens that a row has been fed, on the host: its fill is min(seen, slots), so nothing has to be read
+    from the device.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        kv_budget: int,
+        num_kv_heads: int,
+        head_dim: int,
+        windows: Sequence[int | None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kv_budget = kv_budget
+        self.seen = [0] * rows
+        self.layers = [
+            LayerCache(
+                Slots.empty(
+                    rows=rows,
+                    num_kv_heads=num_kv_heads,
+                    slots=kv_budget if window is None else min(kv_budget, window),
+                    head_dim=head_dim,
+                    dtype=dtype,
+                    device=device,
+                ),
+                window,
+            )
+            for window in windows
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.slots.nbytes for layer in self.layers)
+
+    def clear(self, row: int) -> None:
+        """Forget everything in `row`."""
+        self.seen[row] = 0
+        for layer in self.layers:
+            layer.slots.rows(row, 1).clear()
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` an exact copy of `source`."""
+        self.seen[target] = self.seen[source]
+        for layer in self.layers:
+            for tensor in layer.slots:
+                tensor[target].copy_(tensor[source])
+
+    def kept(self, row: int) -> list[list[list[int]]]:
+        """Return the kept positions, `[layer][head][ascending]`."""
+        return [
+            [sorted(p for p in head if p >= 0) for head in layer.slots.position[row].tolist()] for layer in self.layers
+        ]
+
+    def kept_per_head(self, row: int) -> int:
+        """Return the slots in use per head of the largest layer."""
+        return min(self.seen[row], max(layer.size for layer in self.layers))
+
+    def evicted(self, row: int) -> int:
+        """Count the tokens lost so far, over all layers and heads."""
+        heads = self.layers[0].slots.position.shape[1]
+        return sum(max(0, self.seen[row] - layer.size) for layer in self.layers) * heads
