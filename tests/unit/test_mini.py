@@ -1,0 +1,86 @@
+"""The built-in model: what ships is what the recipe builds, and stock transformers reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER, recipe
+
+MAX_BYTES = 400 * 1024
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mini")
+    recipe.build(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "gates/gates.safetensors"])
+def test_recipe_gives_the_tensors_that_ship(rebuilt: Path, name: str) -> None:
+    """Catch weights that were changed without the recipe, or a recipe without its weights."""
+    built, shipped = load_file(rebuilt / name), load_file(MODEL_FOLDER / name)
+    assert built.keys() == shipped.keys()
+    assert all(torch.equal(built[key], shipped[key]) for key in built)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "gates/gates.json"])
+def test_recipe_gives_the_json_that_ships(rebuilt: Path, name: str) -> None:
+    """Catch a tokenizer whose ids no longer belong to the embeddings."""
+    assert json.loads((rebuilt / name).read_bytes()) == json.loads((MODEL_FOLDER / name).read_bytes())
+
+
+def test_files_stay_small() -> None:
+    """Catch a build that bloats the wheel."""
+    assert sum(file.stat().st_size for file in MODEL_FOLDER.rglob("*") if file.is_file()) <= MAX_BYTES
+
+
+def test_loads_through_stock_transformers() -> None:
+    """Catch a folder that only our own loader understands."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    assert model.config.model_type == "qwen3"
+    assert len(tokenizer) == model.config.vocab_size
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    logits = model(input_ids=torch.tensor([tokenizer.encode("The letter said")])).logits
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    "text", ["The cache is full.", " two  spaces\n\tand a tab", "Überraschung 漢字 🙂", "<|im_start|>"]
+)
+def test_tokenizer_gives_every_text_back(text: str) -> None:
+    """Catch a tokenizer that loses bytes."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_template_is_chatml_with_a_system_message() -> None:
+    """Catch a template that drops the system message or the generation prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_gates_disagree_about_tokens() -> None:
+    """Catch gates so flat that eviction would follow the position alone."""
+    settings = json.loads((GATES_FOLDER / "gates.json").read_bytes())
+    gates = load_file(GATES_FOLDER / "gates.safetensors")
+    assert len(gates) == 4 * settings["num_hidden_layers"]
+    hidden = torch.randn(256, settings["hidden_size"], generator=torch.Generator().manual_seed(0))
+    for layer in range(settings["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.self_attn.retention_gate"
+        weights = [
+            gates[f"{prefix}.{key}"].float() for key in ("linear1.weight", "linear1.bias", "linear2.weight", "bias")
+        ]
+        inner = torch.nn.functional.silu(hidden @ weights[0].T + weights[1])
+        log_beta = torch.nn.functional.logsigmoid(inner @ weights[2].T + weights[3])
+        low, high = log_beta.quantile(torch.tensor([0.1, 0.9]), dim=0)
+        assert (low / high > 5).all()
