@@ -1,0 +1,73 @@
+"""The shape of the repository: names that must stay free, and rules that must stay written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tomli
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONTRACTS = {
+    "one staircase down",
+    "the kernels know nothing of the program",
+    "the engine knows neither its callers nor a display",
+    "a display knows events, not the engine",
+    "planning is plain Python",
+    "jobs run any engine",
+    "commands load nothing heavy themselves",
+    "triton stays in the kernels",
+    "bitsandbytes stays in the loader",
+    "the terminal stays in ui, the command line in app and commands",
+}
+
+
+def test_kernels_folder_is_no_package() -> None:
+    """Catch an `__init__.py` that makes transformers take our folder for PyPI's `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", ["kernels", "triton"])
+def test_no_test_folder_shadows_a_package(name: str) -> None:
+    """Catch a test folder that becomes importable under the name of a package we need."""
+    assert not (ROOT / "tests" / name).exists()
+
+
+def test_tests_are_no_package() -> None:
+    """Catch an `__init__.py` in tests, which would change how pytest names and imports them."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_every_import_direction_is_enforced() -> None:
+    """Catch a contract that was dropped to make an import pass."""
+    contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
+    assert {contract["name"] for contract in contracts} == CONTRACTS
+
+
+def test_constraints_pin_every_dependency() -> None:
+    """Catch a dependency without a tested version, and a pin that fits one build of torch only."""
+    pins = _pins()
+    project = PYPROJECT["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    names = {_name(line) for line in [*project["dependencies"], *extras]}
+    assert names - {"trimkv-cli"} <= pins.keys()
+    assert not [version for version in pins.values() if "+" in version]
+
+
+def test_version_is_in_one_place() -> None:
+    """Catch a version written in pyproject.toml beside the one in the package."""
+    assert "version" not in PYPROJECT["project"]
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "trimkv_cli/__init__.py"
+
+
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {_name(name): version for name, version in pairs}
+
+
+def _name(requirement: str) -> str:
+    for end in "[<>=!;~ ":
+        requirement = requirement.partition(end)[0]
+    return requirement.lower().replace("_", "-")
