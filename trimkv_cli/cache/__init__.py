@@ -1,0 +1,1 @@
+"""The bounded KV cache: gates that score tokens, slots that hold them, attention over both."""

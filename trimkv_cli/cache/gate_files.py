@@ -1,0 +1,235 @@
+"""Gate folders on disk, in two formats.
+
+Released by the paper's authors: `config.json` and `trimkv_weights.pth`. Our own: `gates.json` and `gates.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 - what torch.load raises when it refuses a file
+from struct import error as StructError
+from typing import Any, NamedTuple
+from warnings import catch_warnings
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimkv_cli.cache.gate_check import listed
+from trimkv_cli.cache.gates import TRAINED_VARIANTS, tensor_key
+from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
+from trimkv_cli.plan import Warning
+from trimkv_cli.spec import GateSpec
+
+FORMAT_VERSION = 1
+OWN_CONFIG, OWN_WEIGHTS = "gates.json", "gates.safetensors"
+RELEASED_CONFIG, RELEASED_WEIGHTS = "config.json", "trimkv_weights.pth"
+AGAIN = "get the gate folder again"
+# What torch.load has been seen to raise on damaged files.
+PICKLE_FAULTS = (
+    UnpicklingError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError,
+    RuntimeError, StructError, TypeError, ValueError,
+)  # fmt: skip
+RESEARCH_VARIANTS = ("rg2", "rg3")
+
+
+class GateFiles(NamedTuple):
+    """What a gate folder holds."""
+
+    gate: GateSpec
+    tensors: dict[str, Tensor]
+    hidden_act: str
+    warnings: tuple[Warning, ...]
+
+
+def read_gates(folder: str | Path, *, id: str | None = None) -> GateFiles:
+    """Read a gate folder of either format; `id` is the name to report, else the folder's.
+
+    Raises:
+        ModelNotFound: the folder holds no gates.
+        GateMismatch: a file is damaged, would run code, or describes gates that trimkv does not run.
+    """
+    folder = Path(folder)
+    config_file, weights_file = _gate_files(folder)
+    config = _read_json(config_file)
+    tensors = _read_safetensors(weights_file) if weights_file.name == OWN_WEIGHTS else _read_pickle(weights_file)
+    if config_file.name == OWN_CONFIG and config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version")
+        raise GateMismatch(
+            f"{config_file}: format_version is {found!r}, this trimkv reads {FORMAT_VERSION}", hint="update trimkv"
+        )
+    gate = _describe(config, tensors, where=config_file, id=id or folder.resolve().name)
+    return GateFiles(
+        gate=gate,
+        tensors=tensors,
+        hidden_act=_text(config.get("hidden_act")) or "silu",
+        warnings=tuple(_warnings(config, gate, config_file)),
+    )
+
+
+def write_gates(folder: str | Path, gate: GateSpec, tensors: Mapping[str, Tensor], *, hidden_act: str = "silu") -> None:
+    """Write a folder in our own format; each file appears whole or not at all."""
+    # safetensors refuses tensors that share memory, and rg10's linear3 is one for all layers.
+    own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "trained_context": gate.trained_context,
+        **_config(gate, tensors, hidden_act),
+    }
+    _write(Path(folder) / OWN_WEIGHTS, lambda path: save_file(own, path))
+    _write(Path(folder) / OWN_CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def write_released(
+    folder: str | Path, gate: GateSpec, tensors: Mapping[str, Tensor], *, hidden_act: str = "silu"
+) -> None:
+    """Write a folder as the paper's authors release them; each file appears whole or not at all."""
+    config = {"max_seq_len": gate.trained_context, **_config(gate, tensors, hidden_act)}
+    plain = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    _write(Path(folder) / RELEASED_WEIGHTS, lambda path: torch.save(plain, path))
+    _write(Path(folder) / RELEASED_CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def _gate_files(folder: Path) -> tuple[Path, Path]:
+    pairs = [(folder / OWN_CONFIG, folder / OWN_WEIGHTS), (folder / RELEASED_CONFIG, folder / RELEASED_WEIGHTS)]
+    for config, weights in pairs:
+        if config.is_file() and weights.is_file():
+            return config, weights
+    for config, weights in pairs:
+        if weights.is_file() or (config.name == OWN_CONFIG and config.is_file()):
+            missing = config if weights.is_file() else weights
+            raise ModelNotFound(f"{folder} lacks {missing.name}", hint=AGAIN)
+    raise ModelNotFound(
+        f"{folder} holds no gates",
+        hint=f"a gate folder has {OWN_CONFIG} and {OWN_WEIGHTS}, or {RELEASED_CONFIG} and {RELEASED_WEIGHTS}",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
+        raise GateMismatch(f"cannot read {path}: {error}", hint=AGAIN) from None
+    if not isinstance(config, dict):
+        raise GateMismatch(f"{path} is not a JSON object", hint=AGAIN)
+    return config
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GateMismatch(f"cannot read {path}: {_one_line(error)}", hint=AGAIN) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with catch_warnings(action="ignore"):  # torch's remarks on old and damaged files
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except PICKLE_FAULTS as error:
+        raise _pickle_fault(path, error) from None
+    if not isinstance(content, dict):
+        raise GateMismatch(f"{path} holds a {type(content).__name__}, not named tensors", hint=AGAIN)
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise GateMismatch(f"{path} holds more than tensors: {listed(others)}", hint=AGAIN)
+    return {str(key): tensor.detach() for key, tensor in content.items()}
+
+
+def _pickle_fault(path: Path, error: Exception) -> GateMismatch:
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code:
+        return GateMismatch(
+            f"refuses to run code from {path}: it calls {code[1]}",
+            hint="gates are plain tensors; do not trust this file",
+        )
+    return GateMismatch(f"cannot read {path}: {_one_line(error)}", hint=AGAIN)
+
+
+def _describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: Path, id: str) -> GateSpec:
+    context = config.get("trained_context" if where.name == OWN_CONFIG else "max_seq_len")
+    known = {
+        **config,
+        "retention_gate": _variant(config.get("retention_gate") or _derived_variant(tensors), id=id),
+        "retention_gate_intermediate_size": config.get("retention_gate_intermediate_size") or _derived_hidden(tensors),
+        "max_seq_len": _count(context),
+        "buffer_size": _count(config.get("buffer_size")),
+        "base_model": _text(config.get("base_model")),
+        "model_type": _text(config.get("model_type")),
+    }
+    return GateSpec.from_config(known, id=id)
+
+
+def _warnings(config: Mapping[str, Any], gate: GateSpec, where: Path) -> Iterator[Warning]:
+    if not config.get("retention_gate"):
+        message = f"{where} names no gate variant; the tensors are those of {gate.variant}"
+        yield Warning(code="gate_variant", message=message)
+
+
+def _variant(said: object, *, id: str) -> str:
+    if isinstance(said, str) and said in TRAINED_VARIANTS:
+        return said
+    what = f"research variant {said}" if said in RESEARCH_VARIANTS else f"gate variant {said!r}"
+    raise GateMismatch(f"{id}: {what} is not supported", hint=f"trimkv runs {' and '.join(TRAINED_VARIANTS)} gates")
+
+
+def _derived_variant(tensors: Mapping[str, Tensor]) -> str:
+    names = {key.rpartition("retention_gate.")[2] for key in tensors}
+    if "gate_proj.weight" in names:
+        return "rg3"
+    return "rg10" if "linear3.weight" in names else "rg"
+
+
+def _derived_hidden(tensors: Mapping[str, Tensor]) -> int | None:
+    return next((tensor.numel() for key, tensor in tensors.items() if key.endswith("linear1.bias")), None)
+
+
+def _count(value: object) -> int | None:
+    """Return a whole number ≥ 1 of a field that is only reported, else None."""
+    return int(value) if isinstance(value, int | float) and value >= 1 and value % 1 == 0 else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _config(gate: GateSpec, tensors: Mapping[str, Tensor], hidden_act: str) -> dict[str, Any]:
+    first = {name: tensors[tensor_key(0, name)] for name in ("linear1.weight", "bias")}
+    return {
+        "model_type": gate.model_type,
+        "base_model": gate.base_model,
+        "retention_gate": gate.variant,
+        "retention_gate_intermediate_size": gate.hidden,
+        "hidden_act": hidden_act,
+        "memory_size": gate.memory_size,
+        "buffer_size": gate.buffer_size,
+        "hidden_size": first["linear1.weight"].shape[1],
+        "num_hidden_layers": sum(key.endswith("retention_gate.bias") for key in tensors),
+        "num_key_value_heads": first["bias"].shape[0],
+    }
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        hint = "is the folder writable, the disk full?"
+        raise TrimkvError(f"cannot write {path}: {_one_line(error)}", hint=hint) from None
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
