@@ -1,0 +1,156 @@
+"""The pydantic models of request bodies: which keys are honoured, and their types and ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+_TAGS = ("text", "token_ids")
+_SAMPLING_KEYS = ("temperature", "top_p", "min_p", "top_h", "repetition_penalty", "ignore_eos")
+
+
+def _one_or_more_texts(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    if value is None or isinstance(value, list):
+        return value
+    raise PydanticCustomError("text_or_list", "should be a string or a list of strings")
+
+
+def _parts(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return value
+    raise PydanticCustomError("text_or_parts", "should be a string or a list of text parts")
+
+
+def _one_prompt(value: object) -> object:
+    """Unwrap a list that holds one prompt; a list of numbers is a prompt of token ids."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise PydanticCustomError("several_prompts", "holds several prompts; give each a line of its own")
+        value = value[0]
+    if value is None or isinstance(value, str | list):
+        return value
+    raise PydanticCustomError("prompt", "should be a string or a list of token ids")
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), FailFast()]
+_Prompt = Annotated[
+    Annotated[str, Tag("text")] | Annotated[TokenIds, Tag("token_ids")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "token_ids"),
+]
+
+
+class Strict(BaseModel):
+    """Take JSON types as they are: no "64" for 64, no 1 for true."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    def extras(self) -> Iterator[tuple[str, Any]]:
+        """Yield the keys that the model does not name, with their values."""
+        yield from (self.model_extra or {}).items()
+
+
+class TextPart(Strict):
+    """One part of a message; only text can be read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_parts)]
+
+    def plain(self) -> dict[str, str]:
+        """Return role and text as chat templates know them: developer is system, parts are joined by newlines."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+
+
+class TemplateOptions(BaseModel):
+    """What may be passed on to the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    enable_thinking: bool | None = None
+
+
+class Body(Strict):
+    """One request: a prompt in one of three forms, and how to continue it; null means not given."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()] | None = None
+    prompt: Annotated[_Prompt | None, BeforeValidator(_one_prompt)] = None
+    prompt_token_ids: TokenIds | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # −1 and 0 = off
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_h: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more_texts)] = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+    def extras(self) -> Iterator[tuple[str, Any]]:
+        """Yield those of messages and parts too; empty values there say nothing."""
+        yield from super().extras()
+        for message in self.messages or ():
+            for model in (message, *message.content):
+                yield from ((key, value) for key, value in model.extras() if value)
+
+    def sampling(self) -> dict[str, Any]:
+        """Return what this body says about sampling, under the names of SamplingParams."""
+        said: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING_KEYS}
+        said["max_tokens"] = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
+        said["stop"] = None if self.stop is None else tuple(self.stop)
+        said["seed"] = None if self.seed is None else self.seed % 2**63
+        return {name: value for name, value in said.items() if value is not None}
+
+
+class BatchLine(Strict):
+    """One line of the OpenAI batch format."""
+
+    custom_id: Any = None
+    method: Literal["POST"] = "POST"
+    url: str
+    body: dict[str, Any]
+
+
+class SimpleLine(Body):
+    """A body that is a line of its own."""
+
+    id: Any = None
+    custom_id: Any = None
+
+
+def explain(error: ValidationError) -> tuple[str, str]:
+    """Return the path of the first thing wrong, as `messages[0].content`, and a sentence about it."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = _path(first["loc"])
+    return param, f"{param}: {_lower(first)}"
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """Join a location; the tag after `prompt`, which names the member of a union, is not a key and is left out."""
+    keys = loc[:1] + loc[2:] if loc[0] == "prompt" and loc[1:2] != () and loc[1] in _TAGS else loc
+    joined = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return joined.removeprefix(".")
+
+
+def _lower(error: ErrorDetails) -> str:
+    message = error["msg"]
+    return message[:1].lower() + message[1:]

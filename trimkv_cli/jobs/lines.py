@@ -1,0 +1,250 @@
+"""Turns one input line into a request, or into the reason why it is none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import orjson
+from pydantic import ValidationError
+
+from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.errors import UsageError
+from trimkv_cli.jobs.bodies import BatchLine, Body, SimpleLine, Strict, explain
+from trimkv_cli.jobs.parameters import HARMLESS, IDLE, is_harmless
+from trimkv_cli.jobs.reading import Line
+
+Kind: TypeAlias = Literal["chat", "completion", "simple", "text"]
+
+_URLS: dict[str, tuple[Kind, tuple[str, ...]]] = {
+    "/v1/chat/completions": ("chat", ("messages",)),
+    "/v1/completions": ("completion", ("prompt", "prompt_token_ids")),
+}
+_SIMPLE = ("prompt", "messages", "prompt_token_ids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something in a line that was passed over."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One request; exactly one of `messages`, `prompt` and `prompt_token_ids` is given."""
+
+    line: int
+    custom_id: str
+    kind: Kind
+    params: SamplingParams
+    messages: tuple[dict[str, str], ...] | None = None
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    think: bool | None = None
+    return_token_ids: bool = False
+    warnings: tuple[Notice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadLine:
+    """A line that gets no answer; `status` None means that not even a request could be read from it."""
+
+    line: int
+    custom_id: str | None
+    status: Literal[400, 404] | None
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Say how lines are read: what they leave open, and what they may say."""
+
+    defaults: SamplingParams = field(default_factory=SamplingParams)
+    think: bool | None = None
+    strict: bool = False
+    text: bool = False  # every line is a prompt
+    model_names: frozenset[str] = frozenset()  # names that mean the model that runs; empty = every name does
+
+
+class Refused(Exception):
+    """End the parsing of one line."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, status: Literal[400, 404] = 400
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.status = status
+
+
+def parse_lines(lines: Iterable[Line], rules: Rules) -> Iterator[Item | BadLine]:
+    """Parse every line; the second line with an id is a bad one."""
+    seen: set[bytes] = set()  # about 100 bytes per line in memory; an index on disk has to replace it for huge inputs
+    for line in lines:
+        parsed = parse_line(line, rules)
+        if parsed.custom_id is None:
+            yield parsed
+            continue
+        digest = hashlib.blake2b(parsed.custom_id.encode(), digest_size=16).digest()
+        yield _duplicate(parsed.line, parsed.custom_id) if digest in seen else parsed
+        seen.add(digest)
+
+
+def parse_line(line: Line, rules: Rules) -> Item | BadLine:
+    """Parse one line; seeds come from `rules.defaults.seed` and the id where the line has none."""
+    if line.problem is not None:
+        return _unreadable(line.number, line.problem)
+    if rules.text:
+        custom_id = f"line-{line.number}"
+        params = replace(rules.defaults, seed=derive_seed(rules.defaults.seed, custom_id))
+        return Item(
+            line=line.number, custom_id=custom_id, kind="text", params=params, prompt=line.text, think=rules.think
+        )
+    try:
+        data = orjson.loads(line.text)
+    except orjson.JSONDecodeError as error:
+        return _unreadable(line.number, f"invalid JSON at column {error.colno}: {error.msg}")
+    if not isinstance(data, dict):
+        return _unreadable(line.number, f"a line is a JSON object, not {_JSON_NAMES[type(data)]}")
+    return _parse_object(line.number, data, rules)
+
+
+def derive_seed(run_seed: int, custom_id: str) -> int:
+    """Return the seed of a line that names none: a function of the run's seed and the line's id alone."""
+    digest = hashlib.sha256(f"{run_seed}\0{custom_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _parse_object(number: int, data: dict[str, Any], rules: Rules) -> Item | BadLine:
+    custom_id = f"line-{number}"
+    try:
+        custom_id = _custom_id(data) or custom_id
+        if "url" in data or "body" in data:
+            return _batch_item(number, custom_id, data, rules)
+        body = SimpleLine.model_validate(data)
+        return _item(number, custom_id, body, kind="simple", sources=_SIMPLE, rules=rules)
+    except ValidationError as error:
+        param, message = explain(error)
+        return BadLine(line=number, custom_id=custom_id, status=400, message=message, param=param)
+    except Refused as refused:
+        return BadLine(
+            line=number,
+            custom_id=custom_id,
+            status=refused.status,
+            message=str(refused),
+            param=refused.param,
+            code=refused.code,
+        )
+
+
+def _batch_item(number: int, custom_id: str, data: dict[str, Any], rules: Rules) -> Item:
+    outer = BatchLine.model_validate(data)
+    if outer.url not in _URLS:
+        known = " and ".join(_URLS)
+        raise Refused(f"unknown url {outer.url!r}: use {known}", param="url", code="unknown_url", status=404)
+    kind, sources = _URLS[outer.url]
+    body = Body.model_validate(outer.body)
+    item = _item(number, custom_id, body, kind=kind, sources=sources, rules=rules)
+    return replace(item, warnings=(*_notices(outer, None, rules), *item.warnings))
+
+
+def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple[str, ...], rules: Rules) -> Item:
+    source = _source(body, sources)
+    warnings = _notices(body, body.model, rules)
+    params = _params(body, custom_id, rules.defaults)
+    template = body.chat_template_kwargs
+    think = None if template is None else template.enable_thinking
+    item = Item(
+        line=number,
+        custom_id=custom_id,
+        kind=kind,
+        params=params,
+        think=rules.think if think is None else think,
+        return_token_ids=bool(body.return_token_ids),
+        warnings=warnings,
+    )
+    if source == "messages":
+        return replace(item, messages=tuple(message.plain() for message in body.messages or ()))
+    prompt = getattr(body, source)
+    return replace(item, prompt=prompt) if isinstance(prompt, str) else replace(item, prompt_token_ids=tuple(prompt))
+
+
+def _custom_id(data: dict[str, Any]) -> str | None:
+    for name in ("custom_id", "id"):
+        value = data.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int) or value == ""):
+            raise Refused(f"{name}: should be a string that is not empty", param=name)
+        if value is not None:
+            return str(value)
+    return None
+
+
+def _source(body: Body, sources: tuple[str, ...]) -> str:
+    """Return the one key that holds the prompt."""
+    given = [name for name in _SIMPLE if getattr(body, name) is not None]
+    if not given:
+        raise Refused(f"{sources[0]}: field required", param=sources[0])
+    if len(given) > 1:
+        raise Refused(f"{given[1]}: give either this or {given[0]}", param=given[1])
+    if given[0] not in sources:
+        raise Refused(f"{given[0]}: this url takes {sources[0]}", param=given[0])
+    return given[0]
+
+
+def _params(body: Body, custom_id: str, defaults: SamplingParams) -> SamplingParams:
+    said = body.sampling()
+    said.setdefault("seed", derive_seed(defaults.seed, custom_id))
+    try:
+        return replace(defaults, **said)
+    except UsageError as error:
+        raise Refused(error.message) from error
+
+
+def _notices(model: Strict, name: str | None, rules: Rules) -> tuple[Notice, ...]:
+    """List what is passed over in one object; what would change the answer is refused."""
+    unknown = []
+    for key, value in model.extras():
+        if key in HARMLESS and not is_harmless(key, value):
+            raise Refused(f"{key}: not supported with this value", param=key, code="unsupported_parameter")
+        if key not in HARMLESS and key not in IDLE:
+            unknown.append(_passed_over("unknown_key", f'unknown key "{key[:64]}" ignored', key, rules))
+    if name is not None and rules.model_names and name not in rules.model_names:
+        unknown.append(_passed_over("foreign_model", f'model "{name[:64]}" is not the one that runs', "model", rules))
+    return tuple(unknown)
+
+
+def _passed_over(code: str, message: str, param: str, rules: Rules) -> Notice:
+    if not rules.strict:
+        return Notice(code=code, message=message)
+    if code == "foreign_model":
+        raise Refused(message, param=param, code="model_not_found", status=404)
+    raise Refused(f"{param}: unknown key", param=param, code="unknown_parameter")
+
+
+def _unreadable(number: int, message: str) -> BadLine:
+    return BadLine(line=number, custom_id=None, status=None, message=message, code="invalid_line")
+
+
+def _duplicate(number: int, custom_id: str) -> BadLine:
+    message = f"custom_id {custom_id[:64]!r} was used by an earlier line"
+    return BadLine(
+        line=number, custom_id=custom_id, status=400, message=message, param="custom_id", code="duplicate_custom_id"
+    )
+
+
+_JSON_NAMES = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}

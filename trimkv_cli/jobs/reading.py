@@ -1,0 +1,89 @@
+"""Turns an input into numbered lines, holding one line at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from trimkv_cli.errors import InputError
+
+MAX_LINE_BYTES = 16 << 20
+_BOM = b"\xef\xbb\xbf"
+_DRAIN_BYTES = 1 << 20
+_UNPACKERS = {".gz": "gunzip -c", ".zst": "zstd -dc"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line that is not blank; `problem` says why `text` cannot be used."""
+
+    number: int  # counted from 1, blank lines included
+    text: str = ""
+    problem: str | None = None
+
+
+def open_input(source: str) -> BinaryIO:
+    """Open a file, or stdin for "-", for reading bytes.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if source == "-":
+        # A reader of our own: sys.stdin's lock, held by a blocked thread, would abort the interpreter at exit.
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    path = Path(source)
+    if unpacker := _UNPACKERS.get(path.suffix):
+        raise InputError(f"{source} is compressed", hint=f"{unpacker} {source} | trimkv run -")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(
+            f"cannot read {source}: {error.strerror}", hint='give a JSONL file, or "-" for stdin'
+        ) from error
+
+
+class LineReader:
+    """Iterate over the lines of `stream`; a line longer than `max_line_bytes` is passed over, not held."""
+
+    def __init__(self, stream: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        self.blank_lines = 0
+        self._stream = stream
+        self._limit = max_line_bytes
+
+    def __iter__(self) -> Iterator[Line]:
+        number = 0
+        while raw := self._read():
+            number += 1
+            line = _line(number, raw.removeprefix(_BOM) if number == 1 else raw, self._limit)
+            if line is None:
+                self.blank_lines += 1
+            else:
+                yield line
+
+    def _read(self) -> bytes:
+        """Return the next line with its ending, cut off just past the limit; b"" at the end."""
+        try:
+            raw = self._stream.readline(self._limit + 3)  # room for a BOM or for "\r\n"
+            rest = raw
+            while len(rest) > 0 and not rest.endswith(b"\n"):
+                rest = self._stream.readline(_DRAIN_BYTES)
+        except OSError as error:
+            raise InputError(f"cannot read the input any further: {error.strerror}") from error
+        return raw
+
+
+def _line(number: int, raw: bytes, limit: int) -> Line | None:
+    data = raw.removesuffix(b"\n").removesuffix(b"\r")
+    if len(data) > limit:
+        return Line(number=number, problem=f"the line is longer than {limit:,} bytes")
+    if not data.strip():
+        return None
+    if (nul := data.find(b"\0")) >= 0:
+        return Line(number=number, problem=f"NUL byte at byte {nul + 1}")
+    try:
+        return Line(number=number, text=data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Line(number=number, problem=f"invalid UTF-8 at byte {error.start + 1}")

@@ -1,0 +1,66 @@
+"""Counts what a job has done so far."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from trimkv_cli.events import RequestStats
+from trimkv_cli.jobs.lines import Item
+
+_MOST_WARNINGS = 100  # kinds that are told apart; an input can hold any number of unknown keys
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """Tally of one job, changed in place while it runs."""
+
+    done: int = 0
+    failed: int = 0  # our fault
+    bad: int = 0  # the line's fault
+    running: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    warnings: Counter[str] = field(default_factory=Counter)
+    started_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def lines(self) -> int:
+        return self.done + self.failed + self.bad
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.started_at
+
+    @property
+    def decode_tps(self) -> float:
+        return self.completion_tokens / max(self.elapsed_s, 1e-9)
+
+    def count_tokens(self, stats: RequestStats) -> None:
+        """Add one request's tokens."""
+        self.prompt_tokens += stats.prompt_tokens
+        self.completion_tokens += stats.completion_tokens
+
+    def count_warnings(self, item: Item) -> None:
+        """Add what was passed over in one line."""
+        for warning in item.warnings:
+            known = warning.message in self.warnings or len(self.warnings) < _MOST_WARNINGS
+            self.warnings[warning.message if known else "other keys or models passed over"] += 1
+
+    def progress(self) -> str:
+        """Return one line about a job that runs."""
+        parts = [f"{self.done:,} done", f"{self.bad + self.failed:,} failed", f"{self.running:,} in flight"]
+        return ", ".join([*parts, f"{self.decode_tps:.1f} tokens/s", f"{self.elapsed_s:.0f} s"])
+
+    def report(self, *, blank_lines: int = 0) -> str:
+        """Return the block that ends a job."""
+        counts = {"answered": self.done, "bad": self.bad, "failed": self.failed, "blank": blank_lines}
+        told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "answered")
+        tokens = f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} completion tokens"
+        rows = [
+            f"lines     {told}",
+            f"tokens    {tokens}",
+            f"time      {self.elapsed_s:.1f} s, {self.decode_tps:.1f} tokens/s",
+        ]
+        return "\n".join([*rows, *(f"warning   {text} ({count:,}×)" for text, count in self.warnings.items())])
