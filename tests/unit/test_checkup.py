@@ -1,0 +1,64 @@
+"""What `trimkv doctor` finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trimkv_cli.engine import checkup
+from trimkv_cli.engine.checkup import Finding
+from trimkv_cli.errors import GateMismatch
+
+
+def test_everything_is_looked_at() -> None:
+    """Catch a check that was written and never called, and faults in a healthy checkout."""
+    findings = {finding.name: finding for finding in checkup.checkup()}
+    expected = "trimkv, torch, cpu, memory, terminal, cache folder, fp32, mini model, mini gates"
+    assert set(expected.split(", ")) <= findings.keys()
+    assert not [finding for finding in findings.values() if finding.status == "fault"]
+
+
+def test_broken_check_is_a_fault_with_its_hint() -> None:
+    """Catch one broken check that hides all others behind a traceback."""
+
+    def broken() -> Iterator[Finding]:
+        raise GateMismatch("the gates are damaged", hint="get them again")
+        yield
+
+    found = list(checkup._guarded(broken))
+    assert [(finding.name, finding.status, finding.hint) for finding in found] == [
+        ("broken", "fault", "get them again")
+    ]
+    assert "the gates are damaged" in found[0].detail
+
+
+def test_folder_under_a_file_is_a_fault(tmp_path: Path) -> None:
+    """Catch a cache folder that is reported as writable because it does not exist yet."""
+    (tmp_path / "file").touch()
+    assert checkup._writable("cache folder", tmp_path / "file" / "cache").status == "fault"
+    assert checkup._writable("cache folder", tmp_path / "not" / "there").status == "ok"
+    assert not (tmp_path / "not").exists()
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catch a missing requirement that passes, and a missing extra that fails."""
+    monkeypatch.setattr(checkup, "_version", lambda _: None)
+    status = {finding.name: finding.status for finding in checkup.versions()}
+    assert status["torch"] == "fault"
+    assert status["bitsandbytes"] == "note"
+
+
+@pytest.mark.parametrize(("cuda_build", "said"), [(None, "no CUDA"), ("13.0", "driver")])
+def test_gpu_that_torch_cannot_use_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, cuda_build: str | None, said: str
+) -> None:
+    """Catch a machine with a GPU on which everything silently runs on the CPU."""
+    monkeypatch.setattr(checkup.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    finding = checkup._no_accelerator(cuda_build=cuda_build)
+    assert finding.status == "fault"
+    assert said in finding.detail
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert checkup._no_accelerator(cuda_build=cuda_build).status == "note"

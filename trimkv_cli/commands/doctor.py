@@ -1,0 +1,40 @@
+"""`trimkv doctor`: report whether everything that a run needs is there and works."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from trimkv_cli.commands.options import Json
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.checkup import Finding
+
+
+def doctor(*, json: Json = False) -> None:
+    """Check versions, device, number formats, folders, terminal and the built-in model; exit 1 on a fault."""
+    from trimkv_cli.engine.checkup import checkup
+
+    findings = list(checkup())
+    print(_as_json(findings) if json else _as_text(findings))
+    if not _healthy(findings):
+        raise typer.Exit(1)
+
+
+def _healthy(findings: list[Finding]) -> bool:
+    return all(finding.status != "fault" for finding in findings)
+
+
+def _as_json(findings: list[Finding]) -> str:
+    return jsonlib.dumps({"ok": _healthy(findings), "checks": [asdict(finding) for finding in findings]}, indent=2)
+
+
+def _as_text(findings: list[Finding]) -> str:
+    from trimkv_cli.ui.tables import columns
+
+    lines = columns([(finding.status, finding.name, finding.detail) for finding in findings])
+    hints = [f"\nhint: {finding.hint}" if finding.hint else "" for finding in findings]
+    return "\n".join(line + hint for line, hint in zip(lines, hints, strict=True))

@@ -1,0 +1,198 @@
+"""What `trimkv doctor` looks at: is everything there that a run needs, and does it work?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+import psutil
+
+from trimkv_cli import __version__
+from trimkv_cli.errors import TrimkvError
+from trimkv_cli.units import format_size
+
+Status = Literal["ok", "note", "fault"]
+REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
+OPTIONAL = {"triton": "the torch reference runs instead of the kernels", "bitsandbytes": "no int8 or nf4 weights"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at; a note is worth knowing, a fault keeps trimkv from working."""
+
+    name: str
+    status: Status
+    detail: str
+    hint: str | None = None
+
+
+def checkup() -> Iterator[Finding]:
+    """Look at everything, cheapest first; a check that breaks becomes a fault of its own."""
+    for check in (versions, processor, terminal, folders, device, dtypes, mini):
+        yield from _guarded(check)
+
+
+def versions() -> Iterator[Finding]:
+    """Report this program, Python and the packages underneath."""
+    yield Finding(name="trimkv", status="ok", detail=__version__)
+    yield Finding(name="python", status="ok", detail=f"{platform.python_version()} on {platform.platform(terse=True)}")
+    for name in REQUIRED:
+        version = _version(name)
+        if version is None:
+            yield Finding(name=name, status="fault", detail="not installed", hint=f"pip install {name}")
+        else:
+            yield Finding(name=name, status="ok", detail=version)
+    for name, without in OPTIONAL.items():
+        version = _version(name)
+        yield Finding(name=name, status="ok" if version else "note", detail=version or f"not installed: {without}")
+
+
+def processor() -> Iterator[Finding]:
+    """Report the CPU's threads and the machine's memory."""
+    import torch
+
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    yield Finding(name="cpu", status="ok", detail=f"{torch.get_num_threads()} threads on {cores} cores")
+    memory = psutil.virtual_memory()
+    detail = f"{format_size(memory.available)} free of {format_size(memory.total)}"
+    yield Finding(name="memory", status="ok", detail=detail)
+
+
+def terminal() -> Iterator[Finding]:
+    """Report what the terminal can show."""
+    streams = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name).isatty()]
+    size = shutil.get_terminal_size()
+    detail = f"{size.columns}×{size.lines}, {os.environ.get('TERM', 'no TERM')}, on {', '.join(streams) or 'no stream'}"
+    yield Finding(name="terminal", status="ok", detail=detail)
+    encoding = (sys.stdout.encoding or "unknown").lower()
+    if encoding.replace("-", "") == "utf8":
+        yield Finding(name="encoding", status="ok", detail=encoding)
+    else:
+        yield Finding(name="encoding", status="note", detail=f"{encoding}, not utf-8", hint="export PYTHONUTF8=1")
+
+
+def folders() -> Iterator[Finding]:
+    """Report whether the folders that trimkv writes to can be written, without making any."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    own = platformdirs.PlatformDirs("trimkv")
+    for name, folder in {
+        "model cache": Path(HF_HUB_CACHE),
+        "cache": own.user_cache_path,
+        "data": own.user_data_path,
+        "state": own.user_state_path,
+    }.items():
+        yield _writable(f"{name} folder", folder)
+
+
+def device() -> Iterator[Finding]:
+    """Report the accelerators, or that there is none."""
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        detail = (
+            f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {format_size(free)} free of {format_size(total)}"
+        )
+        yield Finding(name=f"cuda:{index}", status="ok", detail=f"{detail}, CUDA {torch.version.cuda}{_driver()}")
+    if torch.backends.mps.is_available():
+        yield Finding(name="mps", status="ok", detail="the torch reference runs on it")
+    elif not torch.cuda.is_available():
+        yield Finding(name="device", status="note", detail="no accelerator: models run on the CPU in fp32")
+
+
+def dtypes() -> Iterator[Finding]:
+    """Multiply two small matrices in each dtype on the device that `--device auto` takes."""
+    import torch
+
+    where = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
+        try:
+            product = torch.ones(8, 8, dtype=dtype, device=where) @ torch.ones(8, 8, dtype=dtype, device=where)
+            right = bool((product == 8).all())
+        except (RuntimeError, TypeError) as error:
+            yield Finding(name=name, status="note", detail=f"not on {where}: {_first_line(error)}")
+        else:
+            yield Finding(
+                name=name, status="ok" if right else "fault", detail=f"{where}{'' if right else ': wrong sums'}"
+            )
+
+
+def mini() -> Iterator[Finding]:
+    """Run one token through the built-in model and read its gates."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from trimkv_cli.cache.gate_files import read_gates
+    from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(MODEL_FOLDER).encode("Hello")
+    finite = bool(torch.isfinite(model(torch.tensor([ids])).logits).all())
+    detail = f"{model.config.num_hidden_layers} layers{'' if finite else ': NaN in its logits'}"
+    yield Finding(name="mini model", status="ok" if finite else "fault", detail=detail)
+    gate = read_gates(GATES_FOLDER).gate
+    yield Finding(
+        name="mini gates", status="ok", detail=f"{gate.variant}, trained for {gate.memory_size} slots per head"
+    )
+
+
+def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except (TrimkvError, ImportError, OSError, RuntimeError, ValueError) as error:
+        hint = error.hint if isinstance(error, TrimkvError) else "pip install --force-reinstall trimkv-cli"
+        yield Finding(name=check.__name__, status="fault", detail=_first_line(error), hint=hint)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _writable(name: str, folder: Path) -> Finding:
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        free = format_size(shutil.disk_usage(nearest).free)
+        return Finding(name=name, status="ok", detail=f"{folder}, {free} free")
+    return Finding(name=name, status="fault", detail=f"{nearest} cannot be written", hint=f"chmod u+wx {nearest}")
+
+
+def _no_accelerator(*, cuda_build: str | None) -> Finding:
+    on_cpu = "models run on the CPU in fp32"
+    if shutil.which("nvidia-smi") is None:
+        return Finding(name="device", status="note", detail=f"no accelerator: {on_cpu}")
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return Finding(name="device", status="note", detail=f"CUDA_VISIBLE_DEVICES hides the GPU: {on_cpu}")
+    if cuda_build is None:
+        detail, hint = "this build of torch has no CUDA", "pip install --force-reinstall torch"
+    else:
+        detail, hint = f"the driver does not serve CUDA {cuda_build}", "nvidia-smi, then update the driver"
+    return Finding(name="device", status="fault", detail=f"there is an NVIDIA GPU, but {detail}", hint=hint)
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return f", driver {pynvml.nvmlSystemGetDriverVersion()}"
+    except ImportError:
+        return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
