@@ -13,7 +13,8 @@ TrimkvError                  1  failure at run time
 │   ├── OfflineError            would need the network
 │   ├── UnsupportedModel
 │   └── GateMismatch
-└── Stopped                 75  stopped on purpose, resumable
+├── Stopped                 75  stopped on purpose, resumable
+└── ClosedPipe             141  the reader of stdout is gone; nothing is printed
 """
 
 from __future__ import annotations
@@ -92,3 +93,9 @@ class Stopped(TrimkvError):
     """Report a run that was stopped on purpose and can be resumed."""
 
     exit_code = 75
+
+
+class ClosedPipe(TrimkvError):
+    """Report that nobody reads stdout any more."""
+
+    exit_code = 141

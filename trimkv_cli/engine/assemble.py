@@ -1,0 +1,68 @@
+"""Put a loaded model, its gates and a plan together into an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trimkv_cli.cache.attention import install
+from trimkv_cli.cache.long_rope import LongRope
+from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.sampler import Sampler
+from trimkv_cli.engine.scheduler import Scheduler, SchedulerOptions
+from trimkv_cli.engine.text import Text
+
+DETERMINISTIC_ROWS = 8  # every decode has this many rows, so that no matrix product changes its shape
+
+
+def assemble(
+    model: PreTrainedModel,
+    gates: Sequence[nn.Module],
+    facts: EngineFacts,
+    *,
+    text: Text | None,
+    kv_dtype: torch.dtype,
+    deterministic: bool = False,
+) -> Engine:
+    """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
+
+    The cache has one row more than sequences may run, to keep a shared prefix, when several may.
+    """
+    plan, spec = facts.plan, facts.spec
+    rows = DETERMINISTIC_ROWS if deterministic else plan.rows
+    shares = plan.rows > 1 and plan.prefill_chunk > 0
+    install(model, gates)
+    cache = RetentionCache(
+        rows=rows + shares,
+        kv_budget=plan.kv_budget,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        windows=spec.windows,
+        dtype=kv_dtype,
+        device=model.device,
+    )
+    config: Any = model.config
+    runner = ModelRunner(
+        model,
+        cache,
+        Sampler(rows, spec.vocab_size, model.device),
+        decode_rows=DETERMINISTIC_ROWS if deterministic else None,
+        long_rope=LongRope(model) if LongRope.used_by(config) else None,
+    )
+    scheduler = Scheduler(
+        SchedulerOptions(
+            max_rows=plan.rows,
+            prefill_chunk=plan.prefill_chunk,
+            prefill_tokens=plan.prefill_chunk,
+            prefill_rows=1 if deterministic else plan.rows,
+            prefix_row=rows if shares else None,
+            long_rope_from=spec.original_max_positions,
+        )
+    )
+    return Engine(facts=facts, runner=runner, scheduler=scheduler, text=text, compact=not deterministic)

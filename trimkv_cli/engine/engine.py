@@ -1,0 +1,212 @@
+"""The loop: requests in, token events out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from trimkv_cli.engine.memory import peak_bytes
+from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.request import Request
+from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
+from trimkv_cli.engine.text import Detokenizer, Text
+from trimkv_cli.errors import ContextOverflow, UsageError
+from trimkv_cli.events import CacheStats, FinishReason, RequestStats, RunStats, TokenEvent
+from trimkv_cli.plan import Plan
+from trimkv_cli.spec import GateSpec, ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What stays the same while an engine lives, and what its callers may want to know of it."""
+
+    model_id: str
+    spec: ModelSpec
+    gate: GateSpec
+    plan: Plan
+    max_positions: int
+    eos_token_ids: frozenset[int]
+    sampling_defaults: Mapping[str, Any]
+    warnings: tuple[tuple[str, str], ...]  # (code, message)
+    weight_bytes: int
+    gate_bytes: int
+    load_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Progress:
+    detokenizer: Detokenizer | None
+    added: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    first_token: float | None = None
+
+
+class Engine:
+    """Run many requests over the rows of one bounded cache, each at its own pace."""
+
+    def __init__(
+        self, *, facts: EngineFacts, runner: ModelRunner, scheduler: Scheduler, text: Text | None, compact: bool = True
+    ) -> None:
+        self.facts = facts
+        self.text = text
+        self._runner = runner
+        self._scheduler = scheduler
+        self._compact = compact
+        self._progress: dict[str, _Progress] = {}
+        self._counts = {"prefill_tokens": 0, "decode_tokens": 0, "shared_prefix_tokens": 0, "steps": 0}
+        self._seconds = {Prefill: 0.0, Decode: 0.0}
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def max_rows(self) -> int:
+        return self._scheduler.options.max_rows
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._runner.cache.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return peak_bytes(self._runner.device)
+
+    @property
+    def stats(self) -> RunStats:
+        return RunStats(prefill_s=self._seconds[Prefill], decode_s=self._seconds[Decode], **self._counts)
+
+    def check(self, request: Request) -> None:
+        """Raise when a request can never be honoured.
+
+        Raises:
+            UsageError: an empty prompt, or token ids that the model does not have.
+            ContextOverflow: more tokens than the model has positions, or than a full cache has slots.
+        """
+        ids, facts = request.prompt_token_ids, self.facts
+        if not ids:
+            raise UsageError("the prompt is empty", hint="give at least one token")
+        bad = next((i for i in ids if not 0 <= i < facts.spec.vocab_size), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad} is outside the vocabulary of {facts.spec.vocab_size}")
+        before = self._scheduler.parked[request.continues].seen if request.continues in self._scheduler.parked else 0
+        needed = before + len(ids) + request.params.max_tokens - 1
+        asked = f"{before + len(ids)} prompt tokens + {request.params.max_tokens} to generate"
+        if needed > facts.max_positions:
+            raise ContextOverflow(
+                f"{asked} need {needed} positions, and {facts.model_id} has {facts.max_positions}",
+                hint="shorten the prompt, or lower --max-tokens",
+            )
+        if facts.gate.variant == "none" and needed > facts.plan.kv_budget:
+            raise ContextOverflow(
+                f"{asked} do not fit the {facts.plan.kv_budget} slots of a cache that may evict nothing",
+                hint=f"--kv-budget {needed}, or gates: --gates streaming",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its id must not be in use."""
+        self.check(request)
+        assert request.id not in self._progress, f"request id {request.id!r} is in use"
+        detokenizer = self.text.detokenizer(request.params.stop) if self.text is not None else None
+        self._progress[request.id] = _Progress(detokenizer=detokenizer)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its row; no further event comes of it."""
+        self._progress.pop(request_id, None)
+        self._scheduler.drop(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """Run one prefill batch and one decode batch, and return what they brought."""
+        for row in self._scheduler.admit():
+            self._progress[row.request.id].started = time.perf_counter()
+            self._runner.start(row)
+        events = [event for batch in self._scheduler.schedule() for event in self._run(batch)]
+        move = self._scheduler.compact() if self._compact else None
+        if move is not None:
+            self._runner.move(*move)
+        return events
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
+        """Run requests as rows become free, pulling few ahead; yield events as they come."""
+        coming = iter(requests)
+        while True:
+            while self.num_waiting < self.max_rows and (request := next(coming, None)) is not None:
+                self.add(request)
+            if not self.has_work:
+                return
+            yield from self.step()
+
+    def kept(self, request_id: str) -> list[list[list[int]]]:
+        """Return the positions that a finished request with `keep` left in the cache: `[layer][head][ascending]`."""
+        return self._runner.cache.kept(self._scheduler.parked[request_id].index)
+
+    def seen(self, request_id: str) -> int:
+        """Return how many tokens the row of a finished request with `keep` has been fed."""
+        return self._scheduler.parked[request_id].seen
+
+    def trace_log_beta(self) -> list[list[Tensor]]:
+        """Collect log_beta `[B, Hkv, T]` of every forward from now on, one list per layer."""
+        trace: list[list[Tensor]] = [[] for _ in self._runner.cache.layers]
+        self._runner.trace = trace
+        return trace
+
+    def _run(self, batch: Prefill | Decode) -> list[TokenEvent]:
+        started = time.perf_counter()
+        tokens = self._runner.run(batch)
+        self._seconds[type(batch)] += time.perf_counter() - started
+        self._counts["steps"] += 1
+        if isinstance(batch, Prefill):
+            self._counts["prefill_tokens"] += sum(len(chunk.token_ids) for chunk in batch.chunks)
+        else:
+            self._counts["decode_tokens"] += len(tokens)
+        return [self._accept(row, token) for row, token in tokens]
+
+    def _accept(self, row: Row, token: int) -> TokenEvent:
+        """Append a token to its sequence and say what came of it."""
+        request, progress = row.request, self._progress[row.request.id]
+        row.output.append(token)
+        if progress.first_token is None:
+            progress.first_token = time.perf_counter()
+        ends = token in self.facts.eos_token_ids and not request.params.ignore_eos
+        detokenizer = progress.detokenizer
+        text = detokenizer.push(token) if detokenizer is not None and not ends else ""
+        stopped = detokenizer is not None and detokenizer.stopped
+        reason: FinishReason | None = None
+        if ends or stopped:
+            reason = "stop"
+        elif len(row.output) == request.params.max_tokens:
+            reason = "length"
+        if reason is None:
+            return TokenEvent(request_id=request.id, token_ids=(token,), text=text)
+        if detokenizer is not None and not stopped:
+            text += detokenizer.finish()
+        return TokenEvent(
+            request_id=request.id, token_ids=(token,), text=text, finish_reason=reason, stats=self._finish(row)
+        )
+
+    def _finish(self, row: Row) -> RequestStats:
+        self._scheduler.finish(row)
+        self._counts["shared_prefix_tokens"] += row.shared
+        progress, now, cache = self._progress.pop(row.request.id), time.perf_counter(), self._runner.cache
+        return RequestStats(
+            prompt_tokens=len(row.request.prompt_token_ids),
+            completion_tokens=len(row.output),
+            shared_prefix_tokens=row.shared,
+            queue_s=progress.started - progress.added,
+            ttft_s=None if progress.first_token is None else progress.first_token - progress.added,
+            total_s=now - progress.added,
+            cache=CacheStats(
+                seen_tokens=row.seen,
+                kept_per_head=cache.kept_per_head(row.index),
+                evicted=cache.evicted(row.index),
+            ),
+        )

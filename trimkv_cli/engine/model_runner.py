@@ -1,0 +1,129 @@
+"""Run a batch through the model: build its tensors, forward, sample."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimkv_cli.cache.attention import RetentionView, Step
+from trimkv_cli.cache.long_rope import LongRope
+from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.sampler import Sampler
+from trimkv_cli.engine.scheduler import Decode, Prefill, Row
+
+
+class ModelRunner:
+    """Own the model, its cache and the sampler.
+
+    With `decode_rows` every decode runs that many rows over all slots, whatever is in them: then a row's numbers do not depend on
+    the rows beside it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: RetentionCache,
+        sampler: Sampler,
+        *,
+        decode_rows: int | None = None,
+        long_rope: LongRope | None = None,
+        trace: Sequence[list[Tensor]] | None = None,
+    ) -> None:
+        self.cache = cache
+        self.sampler = sampler
+        self._model: Any = model
+        self.device = model.device
+        self._decode_rows = decode_rows
+        self._long_rope = long_rope
+        self.trace = trace
+
+    def start(self, row: Row) -> None:
+        """Prepare a row for its request: empty unless it continues an earlier one."""
+        if row.base == 0:
+            self.cache.clear(row.index)
+        self.sampler.set_row(row.index, row.request.params, (*row.history, *row.request.prompt_token_ids))
+
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence in row `source` go on in row `target`."""
+        self.cache.copy(source, target)
+        self.sampler.move_row(source, target)
+
+    @torch.inference_mode()
+    def run(self, batch: Prefill | Decode) -> list[tuple[Row, int]]:
+        """Run one batch; return the next token of each row that has one."""
+        return self._prefill(batch) if isinstance(batch, Prefill) else self._decode(batch)
+
+    def _prefill(self, batch: Prefill) -> list[tuple[Row, int]]:
+        for source, target in batch.copy_before:
+            self.cache.copy(source, target)
+        length = max(len(chunk.token_ids) for chunk in batch.chunks)
+        # Padding stands on the left, so that the last column is every row's newest token; positions say what is padding.
+        ids = [[0] * (length - len(c.token_ids)) + list(c.token_ids) for c in batch.chunks]
+        starts = [self.cache.seen[c.row.index] for c in batch.chunks]
+        positions = [
+            [-1] * (length - len(c.token_ids)) + list(range(start, start + len(c.token_ids)))
+            for c, start in zip(batch.chunks, starts, strict=True)
+        ]
+        step = Step(
+            positions=self._tensor(positions, torch.int32),
+            rows=self._tensor([c.row.index for c in batch.chunks], torch.int64),
+            longest=max(starts),
+            shortest=min(starts),
+        )
+        logits = self._forward(self._tensor(ids, torch.int64), step, long_rope=batch.chunks[0].row.long_rope)
+        for chunk in batch.chunks:
+            self.cache.seen[chunk.row.index] += len(chunk.token_ids)
+            chunk.row.fed += len(chunk.token_ids)
+        for source, target in batch.copy_after:
+            self.cache.copy(source, target)
+        return self._sample(logits, {i: chunk.row for i, chunk in enumerate(batch.chunks) if chunk.last})
+
+    def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
+        count = self._decode_rows or batch.rows[-1].index + 1
+        ids, positions = [0] * count, [-1] * count
+        for row in batch.rows:
+            ids[row.index], positions[row.index] = row.output[-1], row.seen
+        seen = [row.seen for row in batch.rows]
+        step = Step(
+            positions=self._tensor(positions, torch.int32)[:, None],
+            rows=None,
+            longest=sys.maxsize if self._decode_rows else max(seen),
+            shortest=min(seen),
+        )
+        logits = self._forward(self._tensor(ids, torch.int64)[:, None], step, long_rope=batch.rows[0].long_rope)
+        for row in batch.rows:
+            self.cache.seen[row.index] += 1
+        return self._sample(logits, {row.index: row for row in batch.rows})
+
+    def _forward(self, ids: Tensor, step: Step, *, long_rope: bool) -> Tensor:
+        """Return the logits `[B, V]` of the last column."""
+        if self._long_rope is not None:
+            self._long_rope.use(long=long_rope)
+        positions = step.positions
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions.clamp(min=0).long(),
+            attention_mask=positions[:, None, None],  # 4D: transformers makes no mask of its own
+            past_key_values=RetentionView(self.cache, step, self.trace),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _sample(self, logits: Tensor, rows: dict[int, Row]) -> list[tuple[Row, int]]:
+        """Sample the rows of the batch that have a next token, keyed by their place in `logits`."""
+        if not rows:
+            return []
+        if len(rows) < len(logits):
+            logits = logits[self._tensor(list(rows), torch.int64)]
+        tokens = self.sampler(logits, [row.index for row in rows.values()])
+        return list(zip(rows.values(), tokens.tolist(), strict=True))
+
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)

@@ -1,0 +1,226 @@
+"""Which tokens of which requests go into the next forward: rows, chunks, shared prefixes. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from trimkv_cli.engine.request import Request
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One request on its way through row `index` of the cache.
+
+    `base` tokens were in the row before this request (a chat's earlier turns); chunk boundaries count from there. `fed`
+    counts the prompt tokens fed since, `shared` those of them that were copied from another row. `long_rope` picks the factor
+    set of long-RoPE models for the whole sequence.
+    """
+
+    index: int
+    request: Request
+    base: int = 0
+    history: tuple[int, ...] = ()  # the tokens behind `base`
+    prefix: tuple[int, ...] = ()  # what other requests may share
+    fed: int = 0
+    shared: int = 0
+    output: list[int] = field(default_factory=list)
+    long_rope: bool = False
+
+    @property
+    def seen(self) -> int:
+        """Tokens fed into the row so far; an output token counts once it is fed."""
+        return self.base + self.fed + max(0, len(self.output) - 1)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.fed < len(self.request.prompt_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Feed `token_ids` to a row that is still in its prompt; `last` when the first output token follows."""
+
+    row: Row
+    token_ids: tuple[int, ...]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """One forward over a chunk each of some rows, with copies (source, target) of whole rows before and after it."""
+
+    chunks: tuple[Chunk, ...]
+    copy_before: tuple[tuple[int, int], ...] = ()
+    copy_after: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One forward over one token each of some rows, in ascending order."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """Fix what batches look like.
+
+    `prefill_tokens` bounds rows × longest chunk of one prefill (padding counts); one row alone may exceed it. `prefix_row` is
+    the cache row that keeps the last shared prefix, None to share nothing. Sequences that may grow past `long_rope_from` tokens
+    use the long factors.
+    """
+
+    max_rows: int
+    prefill_chunk: int  # 0 = the whole prompt at once
+    prefill_tokens: int
+    prefill_rows: int
+    prefix_row: int | None = None
+    long_rope_from: int | None = None
+
+
+class Scheduler:
+    """Give rows to waiting requests, first come first served, and cut the work into batches.
+
+    A step is at most one prefill batch and one decode batch per RoPE factor set: a long prompt stalls the others for no longer
+    than a chunk.
+    """
+
+    def __init__(self, options: SchedulerOptions) -> None:
+        self.options = options
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Row] = {}
+        self.parked: dict[str, Row] = {}  # kept for a continuation, by request id
+        self._stored_prefix: tuple[int, ...] = ()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def admit(self) -> list[Row]:
+        """Move waiting requests into rows while there are any, and return those rows."""
+        admitted = []
+        while self.waiting:
+            request = self.waiting[0]
+            row = self._continue(request) if request.continues is not None else self._start(request)
+            if row is None:
+                break
+            self.waiting.popleft()
+            self.running[row.index] = row
+            admitted.append(row)
+        return admitted
+
+    def schedule(self) -> Iterator[Prefill | Decode]:
+        """Yield the batches of one step; each must have been run before the next is taken."""
+        for long_rope in (False, True):
+            prefill = self._next_prefill(long_rope)
+            if prefill is not None:
+                yield prefill
+                break
+        for long_rope in (False, True):
+            rows = tuple(r for _, r in sorted(self.running.items()) if r.output and r.long_rope is long_rope)
+            if rows:
+                yield Decode(rows)
+
+    def finish(self, row: Row) -> None:
+        """Free the row, or keep it when its request asks for that."""
+        del self.running[row.index]
+        if row.request.keep:
+            self.parked[row.request.id] = row
+
+    def drop(self, request_id: str) -> Row | None:
+        """Forget a request wherever it is; return its row when it was running."""
+        self.waiting = deque(r for r in self.waiting if r.id != request_id)
+        self.parked.pop(request_id, None)
+        row = next((r for r in self.running.values() if r.request.id == request_id), None)
+        if row is not None:
+            del self.running[row.index]
+        return row
+
+    def compact(self) -> tuple[int, int] | None:
+        """Move the highest row to a free lower place when nothing waits for that; return (source, target) of the copy."""
+        free, top = self._free_index(), max(self.running, default=-1)
+        if self.waiting or self.parked or free is None or free > top:
+            return None
+        row = self.running.pop(top)
+        row.index = free
+        self.running[free] = row
+        return top, free
+
+    def _start(self, request: Request) -> Row | None:
+        index = self._free_index()
+        if index is None:
+            return None
+        length = request.context or len(request.prompt_token_ids) + request.params.max_tokens
+        limit = self.options.long_rope_from
+        shares = self.options.prefix_row is not None and self.options.prefill_chunk > 0
+        return Row(
+            index=index,
+            request=request,
+            prefix=request.prompt_token_ids[: request.prefix_len] if shares else (),
+            long_rope=limit is not None and length > limit,
+        )
+
+    def _continue(self, request: Request) -> Row:
+        assert request.continues is not None
+        before = self.parked.pop(request.continues)
+        history = (*before.history, *before.request.prompt_token_ids, *before.output[:-1])
+        return Row(
+            index=before.index, request=request, base=before.seen, history=history, long_rope=before.long_rope
+        )
+
+    def _free_index(self) -> int | None:
+        taken = {*self.running, *(row.index for row in self.parked.values())}
+        return next((index for index in range(self.options.max_rows) if index not in taken), None)
+
+    def _next_prefill(self, long_rope: bool) -> Prefill | None:
+        chunks: list[Chunk] = []
+        reused: list[tuple[int, int]] = []
+        computing: set[tuple[int, ...]] = set()
+        for row in (r for r in self.running.values() if r.prefilling and r.long_rope is long_rope):
+            reuse = row.fed == 0 and row.prefix != () and row.prefix == self._stored_prefix
+            if row.prefix in computing and not reuse:
+                continue  # a row ahead computes the prefix: this one will copy it
+            if row.fed < len(row.prefix) and not reuse:
+                computing.add(row.prefix)
+            start = len(row.prefix) if reuse else row.fed
+            chunk = self._cut(row, start)
+            if not self._has_room(chunks, chunk):
+                continue
+            if reuse:
+                assert self.options.prefix_row is not None
+                reused.append((self.options.prefix_row, row.index))
+                row.shared = row.fed = start
+            chunks.append(chunk)
+        if not chunks:
+            return None
+        return Prefill(chunks=tuple(chunks), copy_before=tuple(reused), copy_after=self._store_prefix(chunks))
+
+    def _cut(self, row: Row, start: int) -> Chunk:
+        """Cut the chunk that begins at prompt token `start`: to the next multiple of C, the prefix's end, or the end."""
+        prompt, size = row.request.prompt_token_ids, self.options.prefill_chunk
+        ends = [len(prompt)]
+        if size:
+            ends.append((start // size + 1) * size)
+            ends += [row.request.prefix_len] if start < row.request.prefix_len else []
+        end = min(ends)
+        return Chunk(row, prompt[start:end], last=end == len(prompt))
+
+    def _has_room(self, chunks: Sequence[Chunk], chunk: Chunk) -> bool:
+        longest = max(len(c.token_ids) for c in (*chunks, chunk))
+        count = len(chunks) + 1
+        return not chunks or (count <= self.options.prefill_rows and count * longest <= self.options.prefill_tokens)
+
+    def _store_prefix(self, chunks: Sequence[Chunk]) -> tuple[tuple[int, int], ...]:
+        """Keep one prefix that these chunks complete, for rows that come later."""
+        for chunk in chunks:
+            row = chunk.row
+            if row.prefix and row.fed + len(chunk.token_ids) == len(row.prefix):
+                assert self.options.prefix_row is not None
+                self._stored_prefix = row.prefix
+                return ((row.index, self.options.prefix_row),)
+        return ()

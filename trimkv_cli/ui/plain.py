@@ -1,0 +1,43 @@
+"""Text on its way out: no character of a model or a file may drive the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import BinaryIO
+
+# C0 and DEL become their control pictures, C1 (which some terminals obey) the replacement character; newline and tab stay.
+_SAFE = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+
+
+def neutralise(text: str) -> str:
+    """Replace control characters except newline and tab by visible ones."""
+    return text.translate(_SAFE)
+
+
+class AnswerWriter:
+    """Write an answer to stdout or a file as it comes: UTF-8, neutralised, flushed per piece, one newline at its end."""
+
+    def __init__(self, stream: BinaryIO | None = None) -> None:
+        self._stream = sys.stdout.buffer if stream is None else stream
+        self._held_newlines = ""
+
+    def push(self, piece: str) -> None:
+        """Write a piece; newlines at its end wait until more text follows."""
+        text = self._held_newlines + neutralise(piece)
+        body = text.rstrip("\n")
+        self._held_newlines = text[len(body) :]
+        if body:
+            self._write(body)
+
+    def close(self) -> None:
+        """End the answer with exactly one newline."""
+        self._held_newlines = ""
+        self._write("\n")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text.encode("utf-8", "replace"))
+        self._stream.flush()
