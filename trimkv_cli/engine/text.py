@@ -1,0 +1,246 @@
+"""Turn text and messages into token ids; what a user typed never becomes a special token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from trimkv_cli.engine.detokenizer import Detokenizer, hidden_ids
+from trimkv_cli.errors import ModelNotFound, UnsupportedModel, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Detokenizer", "Message", "Prompt", "Text"]
+
+Message = Mapping[str, str]  # "role" and "content", both strings
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_PROBES = ("a", "1")  # two user texts that share no token
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning, to mark places in a rendered template
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A rendered conversation; its first `prefix_len` ids depend on the system message alone (0 without one)."""
+
+    token_ids: tuple[int, ...]
+    prefix_len: int = 0
+
+
+class Text:
+    """Own a model's tokenizer and its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.hidden_ids = hidden_ids(tokenizer)
+        self._template = _template_of(tokenizer)
+        self._added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+        special = [self._added[token_id] for token_id in self.hidden_ids if token_id in self._added]
+        named = [token for token in self._added.values() if token.strip() and token in (self._template or "")]
+        self._special = _TokenStarts(special)
+        self._typed = _TokenStarts([*special, *named])
+        self._anchor = self._find_anchor()
+        self._system: tuple[object, list[int]] = (None, [])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        offline: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Text | None:
+        """Load the tokenizer of a folder or hub id; None for a folder without one.
+
+        Raises:
+            ModelNotFound: no such repository or folder.
+            UnsupportedModel: the tokenizer's files cannot be read, or need code that is not trusted.
+        """
+        from transformers import AutoTokenizer
+
+        folder = Path(folder_or_id)
+        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder_or_id), revision=revision, local_files_only=offline, trust_remote_code=trust_remote_code
+            )
+        except OSError as error:
+            raise ModelNotFound(f"{folder_or_id} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        except Exception as error:  # what the tokenizers library raises on a broken file
+            hint = "try --trust-remote-code" if "trust_remote_code" in str(error) else None
+            raise UnsupportedModel(f"the tokenizer of {folder_or_id} fails: {_first_line(error)}", hint=hint) from error
+        return cls(tokenizer)
+
+    @property
+    def supports_chat(self) -> bool:
+        return self._template is not None
+
+    @property
+    def supports_thinking(self) -> bool:
+        """Say whether the template knows `enable_thinking`; where it does not, `think` has no effect."""
+        return "enable_thinking" in (self._template or "")
+
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Start decoding one answer."""
+        return Detokenizer(self.tokenizer, stop, hidden=self.hidden_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode a plain prompt, with the BOS (and EOS) that the tokenizer adds by default."""
+        (mark,) = _unused_characters([text], 1)
+        first, *rest = self._typed.mark(text, mark).split(mark)
+        before, after = self._wrapping()
+        return [*before, *self._encode(first), *self._encode_inside(rest), *after]
+
+    def render_chat(self, messages: Sequence[Message], *, think: bool | None = None) -> Prompt:
+        """Render a conversation up to where the answer begins.
+
+        Raises:
+            UsageError: the template refuses the messages (a system role, two users in a row).
+            UnsupportedModel: the model has no chat template.
+        """
+        ids = self._render_ids(messages, think)
+        if messages[0]["role"] != "system":
+            return Prompt(token_ids=tuple(ids))
+        shared = _common(self._system_ids(messages[0], think), ids)
+        return Prompt(token_ids=tuple(ids), prefix_len=min(len(shared), len(ids) - 1))
+
+    def render_turn(
+        self,
+        user_text: str,
+        *,
+        last_token_id: int | None,
+        eos_token_ids: Collection[int] = (),
+        think: bool | None = None,
+    ) -> list[int]:
+        """Render what to feed for the next turn of a chat: from the last answer's final token on.
+
+        `last_token_id` was generated and not yet fed. Where it ended the answer (it is one of `eos_token_ids`), the
+        template's own end of an answer stands for it; else (cut by length or by the user) that end follows it.
+        """
+        mark, answer = _unused_characters([user_text], 2)
+        messages = [
+            {"role": "user", "content": _PROBES[0]},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": self._typed.mark(user_text, mark)},
+        ]
+        _, found, tail = self._render(messages, think).rpartition(answer)
+        if not found:
+            raise UnsupportedModel("the chat template drops earlier answers, so a chat cannot go on turn by turn")
+        end = self._leading_token(tail.lstrip())
+        ended = last_token_id == end or {last_token_id, end} <= {*eos_token_ids}
+        if last_token_id is None or (end is not None and ended):
+            return self._encode_inside(tail.lstrip().split(mark))
+        return [last_token_id, *self._encode_inside(tail.split(mark))]
+
+    def _render_ids(self, messages: Sequence[Message], think: bool | None) -> list[int]:
+        (mark,) = _unused_characters([text for message in messages for text in message.values()], 1)
+        first, *rest = self._render([self._guarded(message, mark) for message in messages], think).split(mark)
+        return self._encode(first) + self._encode_inside(rest)
+
+    def _render(self, messages: list[dict[str, str]], think: bool | None) -> str:
+        if self._template is None:
+            raise UnsupportedModel("the model has no chat template", hint="--raw continues a text as it stands")
+        if not messages:
+            raise UsageError("there are no messages to answer", hint='give at least one: {"role": "user", …}')
+        options = {"enable_thinking": think} if think is not None and self.supports_thinking else {}
+        try:
+            text: object = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options
+            )
+        except TemplateError as error:
+            raise UsageError(f"the model's chat template refuses: {error}", hint=_refusal_hint(messages)) from error
+        assert isinstance(text, str)
+        return text
+
+    def _guarded(self, message: Message, mark: str) -> dict[str, str]:
+        """Mark token strings in a message's texts; an answer may contain `<think>`, which templates look for."""
+        starts = self._special if message["role"] == "assistant" else self._typed
+        return {key: text if key == "role" else starts.mark(text, mark) for key, text in message.items()}
+
+    def _system_ids(self, system: Message, think: bool | None) -> list[int]:
+        """Return the ids that two conversations with this system message share; the last one is remembered."""
+        key = (dict(system), think)
+        if self._system[0] != key:
+            probes = ([system, {"role": "user", "content": text}] for text in _PROBES)
+            self._system = (key, _common(*(self._render_ids(probe, think) for probe in probes)))
+        return self._system[1]
+
+    def _encode(self, text: str, *, special: bool = False) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=special, verbose=False)) if text or special else []
+
+    def _encode_inside(self, parts: Iterable[str]) -> list[int]:
+        """Encode each part as it is encoded in the middle of a prompt: no space is put before it."""
+        skip = 1 if self._anchor else 0
+        return [token_id for part in parts if part for token_id in self._encode(self._anchor + part)[skip:]]
+
+    def _find_anchor(self) -> str:
+        """Find a special token that can stand before any text and changes nothing in it; "" where there is none."""
+        for token_id, token in self.tokenizer.added_tokens_decoder.items():
+            plain = token.special and not (token.rstrip or token.lstrip or token.single_word)
+            if plain and self._encode(token.content) == [token_id]:
+                return str(token.content)
+        return ""
+
+    def _wrapping(self) -> tuple[list[int], list[int]]:
+        """Split what the tokenizer adds to every text into what comes before and after it."""
+        inner, whole = self._encode("a"), self._encode("a", special=True)
+        start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+        return whole[:start], whole[start + len(inner) :]
+
+    def _leading_token(self, text: str) -> int | None:
+        leading = {token: token_id for token_id, token in self._added.items() if text.startswith(token)}
+        return leading[max(leading, key=len)] if leading else None
+
+
+class _TokenStarts:
+    """Find where strings that the tokenizer would read as one token begin in a text."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._tokens = frozenset(token for token in tokens if len(token) > 1)
+        self._lengths = sorted({len(token) for token in self._tokens})
+        first = "".join(sorted({token[0] for token in self._tokens}))
+        self._first = re.compile(f"[{re.escape(first)}]" if first else r"(?!)")
+
+    def mark(self, text: str, mark: str) -> str:
+        """Put `mark` after the first character of each token string in `text`, so that it is one no longer."""
+        return self._first.sub(lambda found: found[0] + (mark if self._at(text, found.start()) else ""), text)
+
+    def _at(self, text: str, start: int) -> bool:
+        return any(text[start : start + length] in self._tokens for length in self._lengths)
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    try:
+        return tokenizer.get_chat_template() if tokenizer.chat_template else None
+    except ValueError:  # several named templates, none of them the default
+        return None
+
+
+def _unused_characters(texts: Iterable[str], count: int) -> list[str]:
+    used = set().union(*texts)
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    return [next(free) for _ in range(count)]
+
+
+def _common(left: list[int], right: list[int]) -> list[int]:
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
+    return [token_id for token_id, _ in pairs]
+
+
+def _refusal_hint(messages: Sequence[Message]) -> str:
+    if any(message["role"] == "system" for message in messages):
+        return "this model may know no system message: leave it out, or put it into the first user message"
+    return "user and assistant messages alternate, beginning with a user's"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
