@@ -107,7 +107,7 @@ class Sampler:
         self._write(row, params)
         self._step[row] = 0
         if params.repetition_penalty != 1.0:
-            ids = torch.tensor(prompt_token_ids, dtype=torch.int64).to(self.device)
+            ids = _to_device(prompt_token_ids, self.device)
             ones = torch.ones(len(ids), dtype=torch.int32, device=self.device)
             self._counts_of(row).zero_().index_add_(0, ids, ones)
 
@@ -161,7 +161,7 @@ class Sampler:
 
     def _select(self, rows: Sequence[int]) -> _Selection:
         if self._selection is None or self._selection.rows != tuple(rows):
-            index = torch.tensor(rows, dtype=torch.int64).to(self.device)
+            index = _to_device(rows, self.device)
             self._selection = _Selection(
                 rows=tuple(rows),
                 index=index,
@@ -179,6 +179,12 @@ class Sampler:
         if self._counts is None:
             self._counts = torch.zeros(self.max_rows, self.vocab_size, dtype=torch.int32, device=self.device)
         return self._counts[row]
+
+
+def _to_device(ids: Sequence[int], device: torch.device) -> Tensor:
+    """Copy without waiting: only pinned memory is copied to a GPU asynchronously."""
+    host = torch.tensor(ids, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _any_penalty(chosen: _Selection) -> bool:
