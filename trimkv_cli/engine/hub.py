@@ -1,0 +1,180 @@
+"""Where the files of a model or of gates lie: a folder, the Hugging Face cache, or the hub, asked in this order."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
+
+from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import CacheNotFound, HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+
+from trimkv_cli.engine.hub_faults import HUB_IDS, explain, no_such_model
+from trimkv_cli.errors import ModelNotFound, OfflineError, TrimkvError, UnsupportedModel
+
+Kind = Literal["model", "config", "gates"]
+
+GATE_PAIRS = (("gates.json", "gates.safetensors"), ("config.json", "trimkv_weights.pth"))
+# No pickles of model weights, no second copy of them (consolidated*, original/, onnx/), no code.
+WANTED: dict[Kind, list[str]] = {
+    "model": ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"],
+    "config": ["config.json"],
+    "gates": [name for pair in GATE_PAIRS for name in pair],
+}
+UNWANTED = ["consolidated*", "*/*"]
+
+
+def resolve(
+    name: str, *, kind: Kind = "model", revision: str | None = None, offline: bool = False, refresh: bool = False
+) -> Path:
+    """Return the folder that holds what `name`, a folder or a hub id, stands for.
+
+    A complete copy in the Hugging Face cache is used as it is, without asking the network; `refresh` asks first.
+
+    Raises:
+        ModelNotFound: no such folder, repository or revision, or nothing of this kind in it.
+        UnsupportedModel: GGUF files, or weights that are not safetensors.
+        OfflineError: not in the cache, and the network is off (`offline`) or unreachable.
+        ModelError: the repository's licence has to be accepted, or access is denied.
+    """
+    path = _local_path(name)
+    if path is not None:
+        return _checked(path, kind, name)
+    if name.count("/") != 1:
+        raise no_such_model(name)
+    folder = None if refresh else _cached(name, kind, revision)
+    return _checked(folder or _download(name, kind, revision, offline=offline), kind, name)
+
+
+def holds(folder: Path, kind: Kind) -> bool:
+    """Say whether a folder has all files of a kind."""
+    if kind == "gates":
+        return any((folder / config).is_file() and (folder / weights).is_file() for config, weights in GATE_PAIRS)
+    return (folder / "config.json").is_file() and (kind == "config" or _has_weights(folder))
+
+
+def _local_path(name: str) -> Path | None:
+    """Return the path when `name` exists, or can only be meant as one."""
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError):  # a name too long, a home that nobody has
+        return None
+    spelled_as_path = name.startswith(("/", ".", "~")) or name.endswith((".gguf", "/")) or "\\" in name
+    return path if exists or spelled_as_path else None
+
+
+def _cached(name: str, kind: Kind, revision: str | None) -> Path | None:
+    try:
+        folder = Path(_snapshot(name, kind, revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise explain(error, name, revision) from None
+    return folder if holds(folder, kind) else None
+
+
+def _download(name: str, kind: Kind, revision: str | None, *, offline: bool) -> Path:
+    if offline:
+        raise OfflineError(f"{name} is not in the cache, and --offline is on", hint=f"trimkv models pull {name}")
+    try:
+        return Path(_snapshot(name, kind, revision, local_files_only=False))
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise explain(error, name, revision) from None
+
+
+def _snapshot(name: str, kind: Kind, revision: str | None, *, local_files_only: bool) -> str:
+    return snapshot_download(
+        name,
+        revision=revision,
+        allow_patterns=WANTED[kind],
+        ignore_patterns=UNWANTED,
+        local_files_only=local_files_only,
+    )
+
+
+def _checked(folder: Path, kind: Kind, name: str) -> Path:
+    """Return the folder when it holds the kind, else say what it is instead."""
+    if not folder.is_dir():
+        raise _no_folder(folder)
+    if holds(folder, kind):
+        return folder
+    raise _no_gates(name) if kind == "gates" else _no_model(folder, name)
+
+
+def _no_folder(path: Path) -> TrimkvError:
+    if path.suffix == ".gguf":
+        return _gguf(str(path))
+    if path.exists():
+        return ModelNotFound(f"{path} is a file, not a folder", hint=f"give its folder: {path.resolve().parent}")
+    return ModelNotFound(f"there is no folder {path}", hint=HUB_IDS)
+
+
+def _no_gates(name: str) -> TrimkvError:
+    pairs = ", or ".join(f"{config} and {weights}" for config, weights in GATE_PAIRS)
+    return ModelNotFound(f"{name} holds no gates", hint=f"gates are {pairs}; without trained ones: --gates streaming")
+
+
+def _no_model(folder: Path, name: str) -> TrimkvError:
+    if any(folder.glob("*.gguf")) or name.lower().endswith("-gguf"):
+        return _gguf(name)
+    if not (folder / "config.json").is_file():
+        return ModelNotFound(f"{name} has no config.json", hint="give the folder or hub id of a transformers model")
+    if any(folder.glob("*.safetensors")):
+        return ModelNotFound(f"{name} lacks some of its weight files", hint=f"trimkv models pull {name}")
+    hint = "take a repository with *.safetensors, or save the model again with transformers' save_pretrained"
+    return UnsupportedModel(f"{name} has no safetensors weights", hint=hint)
+
+
+def _gguf(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{name} is GGUF, which trimkv does not read", hint="give the hub id of the original safetensors repository"
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(path.is_file() for path in folder.glob("*.safetensors"))
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return all((folder / shard).is_file() for shard in shards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedRepository:
+    """A repository of the Hugging Face cache; `kind` is what its newest revision holds."""
+
+    id: str
+    kind: Literal["model", "gates", "other"]
+    size_bytes: int
+    revisions: tuple[str, ...]  # newest first
+    folder: Path
+
+
+def cached_repositories() -> list[CachedRepository]:
+    """List the models and gates in the Hugging Face cache, by name."""
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    return sorted((_described(repo) for repo in repositories if repo.repo_type == "model"), key=lambda repo: repo.id)
+
+
+def _described(repo: CachedRepoInfo) -> CachedRepository:
+    revisions = sorted(repo.revisions, key=lambda revision: revision.last_modified, reverse=True)
+    folder = revisions[0].snapshot_path if revisions else repo.repo_path
+    kinds: tuple[Literal["gates", "model"], ...] = ("gates", "model")
+    return CachedRepository(
+        id=repo.repo_id,
+        kind=next((kind for kind in kinds if holds(folder, kind)), "other"),
+        size_bytes=repo.size_on_disk,
+        revisions=tuple(revision.commit_hash for revision in revisions),
+        folder=folder,
+    )
