@@ -1,0 +1,274 @@
+"""What a model and its gates measure: every number the plan needs, from config.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from trimkv_cli.errors import GateMismatch, InputError, ModelNotFound, UnsupportedModel, UsageError
+from trimkv_cli.families import DEFAULTS, SUPPORTED_MODEL_TYPES, layer_windows, weight_numel
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+GateVariant = Literal["rg", "rg10", "streaming", "none"]
+
+DTYPE_BYTES: Mapping[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
+_DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The shape of one decoder; `windows` has one entry per layer, None where attention is full."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+    dtype: Dtype
+    tied: bool
+    original_max_positions: int | None  # long-RoPE: where the short factors end
+    weight_numel: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read a transformers config.json of any 4.x or 5.x form.
+
+        Raises:
+            UnsupportedModel: a family or form that trimkv does not run.
+            InputError: a key that is missing or is not a number where one is needed.
+        """
+        model_type = _supported_type(config)
+        full = {**DEFAULTS[model_type], **config}
+        heads = _positive(full, "num_attention_heads")
+        hidden = _positive(full, "hidden_size")
+        shape = {
+            "num_layers": _positive(full, "num_hidden_layers"),
+            "hidden_size": hidden,
+            "num_heads": heads,
+            "num_kv_heads": _positive(full, "num_key_value_heads", heads),
+            "head_dim": _positive(full, "head_dim", hidden // heads),
+            "intermediate_size": _positive(full, "intermediate_size"),
+            "vocab_size": _positive(full, "vocab_size"),
+        }
+        return cls(
+            model_type=model_type,
+            **shape,
+            max_positions=_positive(full, "max_position_embeddings"),
+            windows=layer_windows(model_type, full),
+            dtype=_DTYPES.get(str(full.get("dtype") or full.get("torch_dtype")).removeprefix("torch."), "fp32"),
+            tied=bool(full["tie_word_embeddings"]),
+            original_max_positions=_original_max_positions(full),
+            weight_numel=weight_numel(model_type, full, **shape),
+        )
+
+    @property
+    def slot_numel(self) -> int:
+        """K and V elements of one slot of one head."""
+        return 2 * self.head_dim
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the model's own dtype."""
+        return self.weight_numel * DTYPE_BYTES[self.dtype]
+
+    def slots(self, layer: int, kv_budget: int) -> int:
+        """Count the slots per KV head of a layer: a window needs no more than itself."""
+        window = self.windows[layer]
+        return kv_budget if window is None else min(kv_budget, window)
+
+    def kv_bytes_per_row(self, kv_budget: int, dtype_bytes: int) -> int:
+        """Count the bytes that one sequence's cache takes, whatever its length."""
+        slots = sum(self.slots(layer, kv_budget) for layer in range(self.num_layers))
+        return self.num_kv_heads * slots * (self.slot_numel * dtype_bytes + SLOT_STATE_BYTES)
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Count K and V of one token over all layers, as a full cache without windows stores them."""
+        return self.num_layers * self.num_kv_heads * self.slot_numel * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateSpec:
+    """What ranks the tokens: a released gate, a constant one ("streaming") or a full cache ("none")."""
+
+    variant: GateVariant
+    id: str
+    hidden: int = 512  # width of the gate's MLP
+    memory_size: int | None = None  # the M it was trained for
+    trained_context: int | None = None
+    base_model: str | None = None
+    buffer_size: int | None = None  # reported; trimkv evicts at every step
+    model_type: str | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, id: str) -> Self:
+        """Read the config.json of a released gate folder, where `memory_size` may be a float.
+
+        Raises:
+            GateMismatch: an unknown gate variant, or sizes that are not whole positive numbers.
+        """
+        variant = config.get("retention_gate")
+        if variant not in ("rg", "rg10"):
+            raise GateMismatch(
+                f"{id}: gate variant {variant!r} is not one that trimkv runs (rg, rg10)",
+                hint="try --gates streaming",
+            )
+        return cls(
+            variant="rg" if variant == "rg" else "rg10",
+            id=id,
+            hidden=_whole(config, "retention_gate_intermediate_size", id) or 512,
+            memory_size=_whole(config, "memory_size", id),
+            trained_context=_whole(config, "max_seq_len", id),
+            base_model=config.get("base_model"),
+            buffer_size=_whole(config, "buffer_size", id),
+            model_type=config.get("model_type"),
+        )
+
+    @property
+    def trained(self) -> bool:
+        return self.variant in ("rg", "rg10")
+
+    def numel(self, model: ModelSpec) -> int:
+        """Count the parameters of the gates of all layers, each layer with its own copy of a shared tensor."""
+        if not self.trained:
+            return 0
+        per_layer = model.hidden_size * self.hidden + self.hidden + self.hidden * model.num_kv_heads
+        middle = self.hidden * self.hidden + self.hidden if self.variant == "rg10" else 0
+        return model.num_layers * (per_layer + middle + model.num_kv_heads)
+
+
+def gate_bytes(model: ModelSpec, gate: GateSpec, dtype: Dtype) -> int:
+    """Count the bytes of the gates in the compute dtype; the per-head biases stay in float32."""
+    if not gate.trained:
+        return 0
+    biases = model.num_layers * model.num_kv_heads
+    return (gate.numel(model) - biases) * DTYPE_BYTES[dtype] + biases * 4
+
+
+def streaming_gate(sinks: int = 4) -> GateSpec:
+    """Describe the constant gate: the first tokens and the latest ones stay."""
+    return GateSpec(variant="streaming", id=f"streaming ({sinks} sinks)")
+
+
+def full_gate() -> GateSpec:
+    """Describe a full cache, which never evicts."""
+    return GateSpec(variant="none", id="none")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        ModelNotFound: no such folder, or no config.json in it.
+        InputError: not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ModelNotFound(f"{folder} {what}", hint="give a folder saved by transformers, a hub id or a profile")
+    return _json_object(path.read_bytes(), path)
+
+
+def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read name → (dtype, shape) of all tensors of a folder's *.safetensors files, without reading a weight.
+
+    Raises:
+        InputError: a file whose header is cut off or not JSON.
+    """
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        header = _json_object(_header_bytes(path), path)
+        header.pop("__metadata__", None)
+        tensors.update({name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()})
+    return tensors
+
+
+def read_model_spec(folder: Path) -> ModelSpec:
+    """Read a model folder's spec; without a dtype in config.json the checkpoint's own counts."""
+    config = read_config(folder)
+    spec = ModelSpec.from_config(config)
+    if config.get("dtype") or config.get("torch_dtype"):
+        return spec
+    stored: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+    dtypes = {stored[dtype] for dtype, _ in read_safetensors_headers(folder).values() if dtype in stored}
+    return replace(spec, dtype=dtypes.pop()) if len(dtypes) == 1 else spec
+
+
+def parse_dtype(text: str, default: Dtype) -> Dtype:
+    """Read a dtype flag; "auto" is the default given."""
+    if text == "auto":
+        return default
+    names = {**_DTYPES, **{dtype: dtype for dtype in DTYPE_BYTES}}
+    if text not in names:
+        raise UsageError(f"{text!r} is not a dtype", hint="one of auto, bf16, fp16, fp32")
+    return names[text]
+
+
+def _supported_type(config: Mapping[str, Any]) -> str:
+    model_type = str(config.get("model_type"))
+    if "text_config" in config:
+        hint = "take a text-only checkpoint; for Gemma 3 one with model_type gemma3_text, such as gemma-3-1b"
+        raise UnsupportedModel(f"{model_type} is a multimodal model; trimkv runs text models", hint=hint)
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UnsupportedModel(
+            f"model type {model_type} is not supported", hint=f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedModel("a quantized checkpoint is not supported", hint="take the model's original weights")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel("an embedding model (bidirectional attention) writes no text", hint="take its base")
+    return model_type
+
+
+def _original_max_positions(config: Mapping[str, Any]) -> int | None:
+    """Find where long-RoPE switches its factors; transformers 5 says `rope_parameters`, 4 `rope_scaling`."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("longrope", "su"):
+        return None
+    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return int(stated or config["max_position_embeddings"])
+
+
+def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {key} = {value!r} is not a whole number above 0")
+    return value
+
+
+def _whole(config: Mapping[str, Any], key: str, id: str) -> int | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or value != int(value) or value < 1:
+        raise GateMismatch(f"{id}: {key} = {value!r} is not a whole number above 0")
+    return int(value)
+
+
+def _header_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise InputError(f"{path} is cut off or not a safetensors file", hint="download it again")
+        return file.read(length)
+
+
+def _json_object(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return value
