@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 def doctor(*, json: Json = False) -> None:
     """Check versions, device, number formats, folders, terminal and the built-in model; exit 1 on a fault."""
     from trimkv_cli.engine.checkup import checkup
+    from trimkv_cli.ui.plain import AnswerWriter
 
     findings = list(checkup())
-    print(_as_json(findings) if json else _as_text(findings))
+    answer = AnswerWriter()
+    answer.push(_as_json(findings) if json else _as_text(findings))
+    answer.close()
     if not _healthy(findings):
         raise typer.Exit(1)
 
