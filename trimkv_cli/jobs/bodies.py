@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 _TAGS = ("text", "token_ids")
@@ -39,7 +39,7 @@ def _one_prompt(value: object) -> object:
     raise PydanticCustomError("prompt", "should be a string or a list of token ids")
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), FailFast()]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 _Prompt = Annotated[
     Annotated[str, Tag("text")] | Annotated[TokenIds, Tag("token_ids")],
     Discriminator(lambda value: "text" if isinstance(value, str) else "token_ids"),
@@ -87,7 +87,7 @@ class Body(Strict):
     """One request: a prompt in one of three forms, and how to continue it; null means not given."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     prompt: Annotated[_Prompt | None, BeforeValidator(_one_prompt)] = None
     prompt_token_ids: TokenIds | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None

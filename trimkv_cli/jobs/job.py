@@ -157,10 +157,8 @@ def make_request(item: Item, text: Text | None) -> Request | BadLine:
     """Turn an item into token ids, or say why it cannot be."""
     if item.prompt_token_ids is not None:
         return _request(item, item.prompt_token_ids, 0)
-    param = "prompt" if item.messages is None else "messages"
     if text is None:
-        message = "the model has no tokenizer: give prompt_token_ids"
-        return _bad(item, message, param=param, code="no_tokenizer")
+        return _bad(item, "the model has no tokenizer: give prompt_token_ids", code="no_tokenizer")
     try:
         if item.messages is None:
             token_ids, prefix_len = text.encode(item.prompt or ""), 0
@@ -168,9 +166,9 @@ def make_request(item: Item, text: Text | None) -> Request | BadLine:
             rendered = text.render_chat(item.messages, think=item.think)
             token_ids, prefix_len = rendered.token_ids, rendered.prefix_len
     except TrimkvError as error:
-        return _refused(item, error, param=param)
+        return _refused(item, error)
     if not token_ids:
-        return _bad(item, f"{param}: holds no tokens", param=param)
+        return _bad(item, "the prompt holds no tokens")
     return _request(item, token_ids, prefix_len)
 
 
@@ -178,10 +176,9 @@ def _request(item: Item, token_ids: Sequence[int], prefix_len: int) -> Request:
     return Request(id=f"line-{item.line}", prompt_token_ids=tuple(token_ids), params=item.params, prefix_len=prefix_len)
 
 
-def _refused(item: Item, error: TrimkvError, *, param: str | None = None) -> BadLine:
-    code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
-    return _bad(item, error.message, param=param, code=code)
+def _refused(item: Item, error: TrimkvError) -> BadLine:
+    return _bad(item, error.message, code="context_length_exceeded" if isinstance(error, ContextOverflow) else None)
 
 
-def _bad(item: Item, message: str, *, param: str | None = None, code: str | None = None) -> BadLine:
-    return BadLine(line=item.line, custom_id=item.custom_id, status=400, message=message, param=param, code=code)
+def _bad(item: Item, message: str, *, code: str | None = None) -> BadLine:
+    return BadLine(line=item.line, custom_id=item.custom_id, status=400, message=message, param=item.source, code=code)

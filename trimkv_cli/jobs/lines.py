@@ -48,6 +48,13 @@ class Item:
     return_token_ids: bool = False
     warnings: tuple[Notice, ...] = ()
 
+    @property
+    def source(self) -> str:
+        """Name the key that holds the prompt."""
+        if self.messages is not None:
+            return "messages"
+        return "prompt" if self.prompt_token_ids is None else "prompt_token_ids"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadLine:
@@ -160,8 +167,7 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
     source = _source(body, sources)
     warnings = _notices(body, body.model, rules)
     params = _params(body, custom_id, rules.defaults)
-    template = body.chat_template_kwargs
-    think = None if template is None else template.enable_thinking
+    think = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
     item = Item(
         line=number,
         custom_id=custom_id,
@@ -192,10 +198,11 @@ def _source(body: Body, sources: tuple[str, ...]) -> str:
     given = [name for name in _SIMPLE if getattr(body, name) is not None]
     if not given:
         raise Refused(f"{sources[0]}: field required", param=sources[0])
+    for name in given:
+        if name not in sources:
+            raise Refused(f"{name}: this url takes {sources[0]}", param=name)
     if len(given) > 1:
         raise Refused(f"{given[1]}: give either this or {given[0]}", param=given[1])
-    if given[0] not in sources:
-        raise Refused(f"{given[0]}: this url takes {sources[0]}", param=given[0])
     return given[0]
 
 

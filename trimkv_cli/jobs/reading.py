@@ -12,6 +12,7 @@ from trimkv_cli.errors import InputError
 
 MAX_LINE_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
+_SLACK = len(_BOM) + len("\r\n") + 1  # read so much past the limit to know that a line is too long
 _DRAIN_BYTES = 1 << 20
 _UNPACKERS = {".gz": "gunzip -c", ".zst": "zstd -dc"}
 
@@ -66,7 +67,7 @@ class LineReader:
     def _read(self) -> bytes:
         """Return the next line with its ending, cut off just past the limit; b"" at the end."""
         try:
-            raw = self._stream.readline(self._limit + 3)  # room for a BOM or for "\r\n"
+            raw = self._stream.readline(self._limit + _SLACK)
             rest = raw
             while len(rest) > 0 and not rest.endswith(b"\n"):
                 rest = self._stream.readline(_DRAIN_BYTES)

@@ -55,12 +55,23 @@ class Summary:
 
     def report(self, *, blank_lines: int = 0) -> str:
         """Return the block that ends a job."""
-        counts = {"answered": self.done, "bad": self.bad, "failed": self.failed, "blank": blank_lines}
-        told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "answered")
-        tokens = f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} completion tokens"
-        rows = [
-            f"lines     {told}",
-            f"tokens    {tokens}",
-            f"time      {self.elapsed_s:.1f} s, {self.decode_tps:.1f} tokens/s",
-        ]
-        return "\n".join([*rows, *(f"warning   {text} ({count:,}×)" for text, count in self.warnings.items())])
+        told = _counts(answered=self.done, bad=self.bad, failed=self.failed, blank=blank_lines)
+        tokens = f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} completion"
+        took = f"{self.elapsed_s:.1f} s, {self.decode_tps:.1f} tokens/s"
+        return "\n".join([f"lines    {told}", f"tokens   {tokens}", f"time     {took}", *self._warnings()])
+
+    def verdict(self, *, blank_lines: int = 0) -> str:
+        """Return the block that ends a check of the input; `done` counts the good lines."""
+        return "\n".join([f"lines    {_counts(good=self.done, bad=self.bad, blank=blank_lines)}", *self._warnings()])
+
+    def _warnings(self) -> list[str]:
+        return [f"warning  {text} ({_times(count)})" for text, count in self.warnings.items()]
+
+
+def _counts(**counts: int) -> str:
+    first = next(iter(counts))
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == first)
+
+
+def _times(count: int) -> str:
+    return "1 line" if count == 1 else f"{count:,} lines"

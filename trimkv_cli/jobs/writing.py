@@ -48,7 +48,8 @@ def open_output(output: str, *, overwrite: bool) -> Iterator[BinaryIO]:
         return
     path = Path(output)
     try:
-        stream = path.open("wb" if overwrite or not path.is_file() else "xb")
+        is_device = path.exists() and not path.is_file()
+        stream = path.open("wb" if overwrite or is_device else "xb")
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}", hint="give another file to -o") from error
     with stream:

@@ -1,0 +1,276 @@
+"""Mistakes in telling good lines from bad ones, and in what a bad one is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.jobs.lines import BadLine, Item, Rules, derive_seed, parse_line, parse_lines
+from trimkv_cli.jobs.parameters import HARMLESS
+from trimkv_cli.jobs.reading import Line
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def parse(data: Any, **rules: Any) -> Item | BadLine:
+    text = data if isinstance(data, str) else json.dumps(data)
+    return parse_line(Line(number=17, text=text), Rules(**rules))
+
+
+def item(data: Any, **rules: Any) -> Item:
+    parsed = parse(data, **rules)
+    assert isinstance(parsed, Item), parsed
+    return parsed
+
+
+def bad(data: Any, **rules: Any) -> BadLine:
+    parsed = parse(data, **rules)
+    assert isinstance(parsed, BadLine), parsed
+    assert parsed.line == 17
+    return parsed
+
+
+def chat(**body: Any) -> dict[str, Any]:
+    body = {"messages": USER, **body}
+    return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def test_an_openai_chat_line() -> None:
+    parsed = item(chat(model="m", max_tokens=64, temperature=0, seed=7, stop="x", n=1, stream=False, user="u"))
+    assert (parsed.custom_id, parsed.kind, parsed.messages) == ("a", "chat", ({"role": "user", "content": "hi"},))
+    assert parsed.params == SamplingParams(max_tokens=64, temperature=0.0, seed=7, stop=("x",))
+    assert parsed.warnings == ()
+
+
+def test_an_openai_completion_line() -> None:
+    line = {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "Once", "stop": ["a", "b"]}}
+    parsed = item(line)
+    assert (parsed.kind, parsed.prompt, parsed.params.stop) == ("completion", "Once", ("a", "b"))
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3], [[1, 2, 3]]])
+def test_a_prompt_may_be_token_ids(prompt: Any) -> None:
+    parsed = item({"custom_id": "b", "url": "/v1/completions", "body": {"prompt": prompt}})
+    assert parsed.prompt is None
+    assert parsed.prompt_token_ids == (1, 2, 3)
+
+
+def test_a_simple_line_and_its_keys_beat_the_flags() -> None:
+    defaults = SamplingParams(max_tokens=5, temperature=0.5, top_k=40, ignore_eos=True)
+    line = {"prompt_token_ids": [1], "id": 12, "temperature": 0.1, "top_k": -1, "return_token_ids": True, "top_p": None}
+    parsed = item(line, defaults=defaults)
+    assert parsed.custom_id == "12"
+    assert parsed.return_token_ids
+    assert parsed.params == SamplingParams(
+        max_tokens=5, temperature=0.1, top_k=0, ignore_eos=True, seed=derive_seed(0, "12")
+    )
+
+
+def test_a_text_line_is_a_prompt_as_it_stands() -> None:
+    parsed = item('  {"prompt": 1} ', text=True)
+    assert (parsed.prompt, parsed.custom_id, parsed.kind) == ('  {"prompt": 1} ', "line-17", "text")
+
+
+def test_messages_become_what_templates_know() -> None:
+    messages = [
+        {"role": "developer", "content": "be brief", "name": None},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": []},
+        {"role": "user", "content": ""},
+    ]
+    assert item({"messages": messages}).messages == (
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": ""},
+    )
+
+
+def test_thinking_is_passed_to_the_template() -> None:
+    assert item({"messages": USER}).think is None
+    assert item({"messages": USER}, think=True).think is True
+    assert item({"messages": USER, "chat_template_kwargs": {"enable_thinking": False}}, think=True).think is False
+
+
+def test_a_seed_depends_on_run_seed_and_id_alone() -> None:
+    """The number is fixed: a change would make old outputs irreproducible."""
+    assert derive_seed(0, "a") == 3426483283761622585
+    assert derive_seed(0, "a") != derive_seed(1, "a")
+    assert item({"prompt": "x", "id": "a"}).params.seed == derive_seed(0, "a")
+    assert item({"prompt": "y", "id": "a"}, defaults=SamplingParams(seed=3)).params.seed == derive_seed(3, "a")
+    assert 0 <= item({"prompt": "x", "seed": -1}).params.seed < 2**63
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool_calls"),
+        ({"prompt": "x"}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "64"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_h": 2}, "top_h"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": ""}, "stop[0]"),
+        ({"stop": [1]}, "stop[0]"),
+        ({"stop": 1}, "stop"),
+        ({"model": 1}, "model"),
+        ({"ignore_eos": "yes"}, "ignore_eos"),
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"stream": True}, "stream"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs.x"),
+    ],
+)
+def test_a_bad_body_is_a_400_that_names_the_parameter(body: dict[str, Any], param: str) -> None:
+    refused = bad(chat(**body))
+    assert (refused.status, refused.custom_id, refused.param) == (400, "a", param)
+    assert refused.message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": "a", "messages": USER}, "messages"),
+        ({"prompt_token_ids": [-1]}, "prompt_token_ids[0]"),
+        ({"prompt_token_ids": [1.0]}, "prompt_token_ids[0]"),
+        ({"prompt_token_ids": []}, "prompt_token_ids"),
+        ({"prompt": "a", "id": ""}, "id"),
+        ({"prompt": "a", "custom_id": [1]}, "custom_id"),
+        ({"url": "/v1/chat/completions"}, "body"),
+        ({"body": {}}, "url"),
+        ({"url": "/v1/chat/completions", "body": 3}, "body"),
+        ({"url": "/v1/chat/completions", "method": "GET", "body": {}}, "method"),
+    ],
+)
+def test_a_bad_line_is_a_400_that_names_the_key(line: dict[str, Any], param: str) -> None:
+    refused = bad(line)
+    assert (refused.status, refused.custom_id, refused.param) == (400, "line-17", param)
+
+
+def test_an_unknown_url_is_not_found() -> None:
+    refused = bad({"custom_id": "a", "url": "/v1/embeddings", "body": {}})
+    assert (refused.status, refused.param, refused.code) == (404, "url", "unknown_url")
+
+
+def test_unknown_keys_and_foreign_models_warn_or_with_strict_are_refused() -> None:
+    line = chat(model="gpt-4", colour="red") | {"extra": 1}
+    codes = [(warning.code, warning.message) for warning in item(line, model_names=frozenset({"mini"})).warnings]
+    assert codes == [
+        ("unknown_key", 'unknown key "extra" ignored'),
+        ("unknown_key", 'unknown key "colour" ignored'),
+        ("foreign_model", 'model "gpt-4" is not the one that runs'),
+    ]
+    refused = bad(chat(model="gpt-4"), model_names=frozenset({"mini"}), strict=True)
+    assert (refused.status, refused.param, refused.code) == (404, "model", "model_not_found")
+    refused = bad(chat(colour="red"), strict=True)
+    assert (refused.status, refused.param, refused.code) == (400, "colour", "unknown_parameter")
+    assert item(chat(model="mini", metadata={"a": 1}), model_names=frozenset({"mini"}), strict=True).warnings == ()
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_parameter_that_is_not_honoured_passes_at_its_neutral_values_only(name: str) -> None:
+    for value in HARMLESS[name]:
+        assert item(chat(**{name: value}), strict=True).warnings == ()
+    assert bad(chat(**{name: [["no"]]})).code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"', "invalid JSON at column"),
+        ('{"prompt": NaN}', "invalid JSON at column 12"),
+        ('{"prompt": "a"} x', "invalid JSON at column"),
+        ("[" * 100_000, "invalid JSON at column"),
+        ('{"a":' * 2000 + "1" + "}" * 2000, "depth limit"),
+        ("[1]", "a line is a JSON object, not an array"),
+        ("null", "a line is a JSON object, not null"),
+        ('{"id": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_a_line_that_is_no_json_object_has_no_status(text: str, message: str) -> None:
+    refused = bad(text)
+    assert (refused.status, refused.custom_id, refused.code) == (None, None, "invalid_line")
+    assert message in refused.message
+
+
+def test_the_second_line_with_an_id_is_bad_even_when_the_first_was() -> None:
+    texts = [
+        '{"id": "a"}',
+        '{"id": "a", "prompt": "x"}',
+        '{"prompt": "x"}',
+        "{",
+        "{",
+        '{"id": "line-3", "prompt": "x"}',
+    ]
+    parsed = list(parse_lines((Line(number=n, text=text) for n, text in enumerate(texts, 1)), Rules()))
+    codes = [(line.custom_id, line.code) if isinstance(line, BadLine) else line.custom_id for line in parsed]
+    assert codes == [
+        ("a", None),
+        ("a", "duplicate_custom_id"),
+        "line-3",
+        (None, "invalid_line"),
+        (None, "invalid_line"),
+        ("line-3", "duplicate_custom_id"),
+    ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = (
+    "url",
+    "body",
+    "id",
+    "custom_id",
+    "method",
+    "messages",
+    "prompt",
+    "prompt_token_ids",
+    "stop",
+    "model",
+    "n",
+    "seed",
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON), st.sampled_from(["simple", "chat", "raw"]))
+def test_no_json_raises(data: dict[str, Any], shape: str) -> None:
+    line: Any = {"simple": data, "chat": {"url": "/v1/chat/completions", "body": data}, "raw": list(data.values())}[
+        shape
+    ]
+    parsed = parse_line(Line(number=1, text=orjson.dumps(line).decode()), Rules())
+    assert isinstance(parsed, Item | BadLine)

@@ -1,0 +1,23 @@
+"""Tells a log how a job is going: a plain line now and then, no cursor codes."""
+
+from __future__ import annotations
+
+import time
+from typing import TextIO
+
+from trimkv_cli.jobs.summary import Summary
+
+
+class PlainProgress:
+    """Print one line every `every_s` seconds when called after each step."""
+
+    def __init__(self, stream: TextIO, *, every_s: float = 10.0) -> None:
+        self._stream = stream
+        self._every_s = every_s
+        self._due = time.monotonic() + every_s
+
+    def __call__(self, summary: Summary) -> None:
+        """Print when a line is due."""
+        if (now := time.monotonic()) >= self._due:
+            self._due = now + self._every_s
+            print(summary.progress(), file=self._stream, flush=True)
