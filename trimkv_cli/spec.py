@@ -204,9 +204,9 @@ def read_model_spec(folder: Path) -> ModelSpec:
 
 def parse_dtype(text: str, default: Dtype) -> Dtype:
     """Read a dtype flag; "auto" is the default given."""
+    names: dict[str, Dtype] = {**_DTYPES, "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
     if text == "auto":
         return default
-    names = {**_DTYPES, **{dtype: dtype for dtype in DTYPE_BYTES}}
     if text not in names:
         raise UsageError(f"{text!r} is not a dtype", hint="one of auto, bf16, fp16, fp32")
     return names[text]

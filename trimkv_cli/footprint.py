@@ -1,0 +1,102 @@
+"""How many bytes a run takes: every part, counted from the shapes that will be allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, ModelSpec, gate_bytes
+
+MIB = 1024 * 1024
+# What a process holds before a weight is read: on a CPU torch and transformers, on a GPU its context and workspaces.
+RUNTIME_BYTES = {"cpu": 448 * MIB, "cuda": 768 * MIB}
+_SAMPLER_BYTES = 72  # per logit: float32 scores, 64-bit weights, sorted copies with indices, sums, counts
+_EVICTION_BYTES = 64  # per candidate: score, rank, order and their intermediates
+_SCORE_BYTES = 16  # per query and key: mask, logits, probabilities in float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The sizes that decide the bytes; a chunk of 0 is the whole prompt."""
+
+    kv_budget: int
+    prefill_chunk: int
+    rows: int
+    dtype: Dtype
+    kv_dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a run needs beside its shape: the longest prompt, rows that decode pads to, the device."""
+
+    longest_prompt: int
+    padded_rows: int
+    device: str
+    counts_runtime: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One line of a plan."""
+
+    name: str
+    bytes: int
+
+
+def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> tuple[Part, ...]:
+    """Count every part of a run's memory."""
+    rows = max(shape.rows, around.padded_rows)
+    row_bytes = spec.kv_bytes_per_row(shape.kv_budget, DTYPE_BYTES[shape.kv_dtype])
+    shares_prefix = shape.rows > 1 and shape.prefill_chunk > 0
+    parts = [
+        Part("weights", spec.weight_numel * DTYPE_BYTES[shape.dtype]),
+        Part("gates", gate_bytes(spec, gate, shape.dtype)),
+        Part("kv", rows * row_bytes),
+        Part("shared_prefix", row_bytes if shares_prefix else 0),
+        Part("workspace", workspace_bytes(spec, shape, rows=rows, longest_prompt=around.longest_prompt)),
+    ]
+    if around.counts_runtime:
+        parts.append(Part("runtime", RUNTIME_BYTES.get(around.device, RUNTIME_BYTES["cpu"])))
+    return tuple(parts)
+
+
+def workspace_bytes(spec: ModelSpec, shape: Shape, *, rows: int, longest_prompt: int) -> int:
+    """Count what one step of the torch reference path allocates: the larger of prefill and decode, and sampling.
+
+    Only one layer's tensors live at a time.
+    """
+    tokens = shape.prefill_chunk or longest_prompt
+    prefill = _activation_bytes(spec, shape, tokens) + _prefill_bytes(spec, shape, rows=rows, tokens=tokens)
+    decode = _activation_bytes(spec, shape, rows) + _decode_bytes(spec, shape, rows=rows)
+    return max(prefill, decode) + rows * spec.vocab_size * _SAMPLER_BYTES
+
+
+def _activation_bytes(spec: ModelSpec, shape: Shape, tokens: int) -> int:
+    """Hidden states (residual, norm, output; the norm in float32), Q/K/V before and after RoPE, the MLP's three."""
+    heads = 2 * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    compute = 4 * spec.hidden_size + heads + 3 * spec.intermediate_size
+    return tokens * (compute * DTYPE_BYTES[shape.dtype] + 2 * spec.hidden_size * 4)
+
+
+def _prefill_bytes(spec: ModelSpec, shape: Shape, *, rows: int, tokens: int) -> int:
+    """Slots gathered and joined with the chunk, repeated for grouped queries; scores; what eviction ranks.
+
+    The rows of one prefill share `tokens`, so their chunks add up to it.
+    """
+    slots = _largest_layer(spec, shape)
+    candidates = rows * slots + tokens
+    kv = candidates * spec.head_dim * DTYPE_BYTES[shape.dtype] * 2
+    scores = spec.num_heads * tokens * (slots + tokens) * _SCORE_BYTES
+    evict = candidates * spec.num_kv_heads * _EVICTION_BYTES
+    return kv * (2 * spec.num_kv_heads + spec.num_heads) + scores + evict
+
+
+def _decode_bytes(spec: ModelSpec, shape: Shape, *, rows: int) -> int:
+    """K and V of all slots in float32, scores of one query per head, what eviction ranks."""
+    slots = rows * _largest_layer(spec, shape)
+    kv = slots * spec.num_kv_heads * spec.slot_numel * 4
+    return kv + slots * (spec.num_heads * _SCORE_BYTES + spec.num_kv_heads * _EVICTION_BYTES)
+
+
+def _largest_layer(spec: ModelSpec, shape: Shape) -> int:
+    return max(spec.slots(layer, shape.kv_budget) for layer in range(spec.num_layers))

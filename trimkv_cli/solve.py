@@ -1,0 +1,111 @@
+"""Which sizes fit a budget: the first that do, in the order in which a user would give things up."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+from trimkv_cli.footprint import Shape, Surroundings, footprint
+from trimkv_cli.spec import Dtype, GateSpec, ModelSpec
+
+SMALLEST_KV_BUDGET = 32
+SMALLEST_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """The sizes allowed, each with the preferred one first; what a user fixed has one entry."""
+
+    kv_budgets: tuple[int, ...]
+    dtypes: tuple[Dtype, ...]
+    kv_dtype: Dtype | None  # None = as the weights
+    chunks: tuple[int, ...]
+    rows: tuple[int, ...]
+    around: Surroundings
+    budget_bytes: int | None
+    kv_flag: str | None = "--kv-budget"  # what makes the KV budget smaller
+    dtype_is_free: bool = True
+
+    @property
+    def preferred(self) -> Shape:
+        """The shape that costs no quality; rows are free to shrink."""
+        return self.shape(self.kv_budgets[0], self.dtypes[0], self.chunks[0], self.rows[-1])
+
+    def shape(self, kv_budget: int, dtype: Dtype, chunk: int, rows: int) -> Shape:
+        return Shape(kv_budget=kv_budget, prefill_chunk=chunk, rows=rows, dtype=dtype, kv_dtype=self.kv_dtype or dtype)
+
+
+def halvings(first: int, smallest: int) -> tuple[int, ...]:
+    """List a size and its halves down to `smallest`."""
+    sizes = [first]
+    while sizes[-1] // 2 >= smallest:
+        sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
+
+
+def total_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> int:
+    """Sum up all parts."""
+    return sum(part.bytes for part in footprint(spec, gate, shape, around))
+
+
+def solve(spec: ModelSpec, gate: GateSpec, wish: Wish) -> Shape | None:
+    """Find the best shape within the budget: rows go first, then the chunk, the dtype, and last the KV budget."""
+    for kv_budget, dtype, chunk in product(wish.kv_budgets, wish.dtypes, wish.chunks):
+        shapes = [wish.shape(kv_budget, dtype, chunk, rows) for rows in wish.rows]
+        if _fits(spec, gate, shapes[-1], wish):
+            return next(shape for shape in shapes if _fits(spec, gate, shape, wish))
+    return None
+
+
+def _fits(spec: ModelSpec, gate: GateSpec, shape: Shape, wish: Wish) -> bool:
+    return wish.budget_bytes is None or total_bytes(spec, gate, shape, wish.around) <= wish.budget_bytes
+
+
+def counter_offers(
+    spec: ModelSpec, gate: GateSpec, wish: Wish, *, command: str, flags: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Write commands that fit where the wish does not: give one thing up, or take a larger budget; two or more."""
+    changes = [
+        next((change for changed, change in steps if solve(spec, gate, changed) is not None), None)
+        for steps in _sacrifices(wish)
+    ]
+    needed = total_bytes(spec, gate, wish.preferred, wish.around)
+    changes += [{"--budget": str(needed)}, _smallest(spec, gate, wish, below=needed)]
+    given_up = [change for change in changes if change is not None]
+    if len(given_up) < 2:
+        given_up.append({"--budget": str(needed + needed // 4)})
+    return tuple(_command_line(command, {**flags, **change}) for change in given_up)
+
+
+Step = tuple[Wish, dict[str, str]]
+
+
+def _sacrifices(wish: Wish) -> Iterator[Iterator[Step]]:
+    """Yield, per size that a user fixed, looser and looser wishes with the flags that say so."""
+    yield ((replace(wish, rows=(n,)), {"--max-inflight": str(n)}) for n in halvings(wish.rows[-1], 1)[1:])
+    if wish.chunks[-1] == 0 or wish.chunks[-1] > SMALLEST_CHUNK:
+        yield iter([(replace(wish, chunks=(SMALLEST_CHUNK,)), {"--prefill-chunk": str(SMALLEST_CHUNK)})])
+    if wish.dtypes[-1] == "fp32" and wish.dtype_is_free:
+        yield iter([(replace(wish, dtypes=("bf16",)), {"--dtype": "bf16"})])
+    if wish.kv_flag is not None:
+        sizes = halvings(wish.kv_budgets[-1], SMALLEST_KV_BUDGET)[1:]
+        yield ((replace(wish, kv_budgets=(n,)), {str(wish.kv_flag): str(n)}) for n in sizes)
+
+
+def _smallest(spec: ModelSpec, gate: GateSpec, wish: Wish, *, below: int) -> dict[str, str] | None:
+    """Shrink everything at once, and say which budget that takes; None when it saves nothing."""
+    chunk = min(wish.chunks[-1] or SMALLEST_CHUNK, SMALLEST_CHUNK)
+    kv_budget = min(wish.kv_budgets[-1], SMALLEST_KV_BUDGET) if wish.kv_flag else wish.kv_budgets[-1]
+    dtype: Dtype = "bf16" if wish.dtypes[-1] == "fp32" and wish.dtype_is_free else wish.dtypes[-1]
+    shape = wish.shape(kv_budget, dtype, chunk, 1)
+    needed = total_bytes(spec, gate, shape, wish.around)
+    sizes = {"--max-inflight": "1", "--prefill-chunk": str(chunk), "--dtype": dtype}
+    if wish.kv_flag:
+        sizes[wish.kv_flag] = str(kv_budget)
+    return {"--budget": str(max(needed, wish.budget_bytes or 0)), **sizes} if needed < below else None
+
+
+def _command_line(command: str, flags: Mapping[str, str]) -> str:
+    return " ".join([command, *(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())])
