@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from trimkv_cli.cache.gate_files import write_gates
+from trimkv_cli.spec import GateSpec
 
 SEED = 2512
 VOCAB_SIZE = 512
@@ -36,18 +37,15 @@ CONFIG: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     "dtype": "bfloat16",
 }
-GATES: dict[str, Any] = {
-    "format_version": 1,
-    "retention_gate": "rg",
-    "retention_gate_intermediate_size": GATE_HIDDEN,
-    "memory_size": 64,
-    "trained_context": 8192,
-    "base_model": "mini",
-    "model_type": "qwen3",
-    "hidden_size": CONFIG["hidden_size"],
-    "num_hidden_layers": CONFIG["num_hidden_layers"],
-    "num_key_value_heads": CONFIG["num_key_value_heads"],
-}
+GATE = GateSpec(
+    variant="rg",
+    id="mini",
+    hidden=GATE_HIDDEN,
+    memory_size=64,
+    trained_context=CONFIG["max_position_embeddings"],
+    base_model="mini",
+    model_type="qwen3",
+)
 README = """\
 # mini (stand-in)
 
@@ -124,9 +122,7 @@ def build(out: Path) -> None:
     tokenizer = build_tokenizer()
     build_model(tokenizer).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "gates").mkdir(exist_ok=True)
-    save_file(build_gates(), out / "gates" / "gates.safetensors", metadata={"format": "pt"})
-    (out / "gates" / "gates.json").write_text(json.dumps(GATES, indent=2) + "\n", encoding="utf-8")
+    write_gates(out / "gates", GATE, build_gates())
     (out / "README.md").write_text(README, encoding="utf-8")
 
 
