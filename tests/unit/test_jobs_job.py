@@ -252,9 +252,9 @@ def test_a_reproducible_record_is_the_same_bytes_in_any_company(order: Order) ->
 
 def test_what_was_passed_over_is_in_the_record_and_counted() -> None:
     records, summary = run([{"prompt": "a", "max_tokens": 1, "colour": 1} for _ in range(3)])
-    assert summary.warnings == {'unknown key "colour" ignored': 3}
+    assert summary.warnings == {"unknown key 'colour' ignored": 3}
     assert records[0]["response"]["body"]["trimkv"]["warnings"] == [
-        {"code": "unknown_key", "message": 'unknown key "colour" ignored'}
+        {"code": "unknown_key", "message": "unknown key 'colour' ignored"}
     ]
 
 

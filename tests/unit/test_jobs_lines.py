@@ -188,9 +188,9 @@ def test_unknown_keys_and_foreign_models_warn_or_with_strict_are_refused() -> No
     line = chat(model="gpt-4", colour="red") | {"extra": 1}
     codes = [(warning.code, warning.message) for warning in item(line, model_names=frozenset({"mini"})).warnings]
     assert codes == [
-        ("unknown_key", 'unknown key "extra" ignored'),
-        ("unknown_key", 'unknown key "colour" ignored'),
-        ("foreign_model", 'model "gpt-4" is not the one that runs'),
+        ("unknown_key", "unknown key 'extra' ignored"),
+        ("unknown_key", "unknown key 'colour' ignored"),
+        ("foreign_model", "model 'gpt-4' is not the one that runs"),
     ]
     refused = bad(chat(model="gpt-4"), model_names=frozenset({"mini"}), strict=True)
     assert (refused.status, refused.param, refused.code) == (404, "model", "model_not_found")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,16 @@ def test_a_source_that_waits_holds_nobody_up() -> None:
         assert feed.take(wait_s=5) == 2
         assert feed.take(wait_s=5) is None
         assert feed.exhausted
+
+
+def test_a_read_that_never_ends_does_not_hold_up_the_end_of_a_job() -> None:
+    """Closing a pipe that another thread reads from would wait for that read."""
+    read_fd, write_fd = os.pipe()
+    with Feed(LineReader(os.fdopen(read_fd, "rb"))) as feed:
+        started = time.monotonic()
+        assert feed.take(wait_s=0.1) is None
+    assert time.monotonic() - started < 5
+    os.close(write_fd)
 
 
 def test_a_feed_reads_no_further_ahead_than_told() -> None:

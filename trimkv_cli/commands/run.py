@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,8 @@ import typer
 from trimkv_cli.commands.options import Output, Quiet, Think, with_options
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import PartialFailure, UsageError
+from trimkv_cli.ui.messages import print_note
+from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.units import parse_size
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ class _Choices:
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
 def run(
     source: Annotated[str, typer.Argument(metavar="INPUT", help='JSONL or text file, or "-" for stdin.')],
-    engine: EngineOptions,
-    sampling: SamplingOptions,
+    *,
     output: Output = None,
     input_format: Annotated[
         InputFormat, typer.Option("--input-format", help="auto reads *.txt as one prompt per line.")
@@ -70,12 +70,18 @@ def run(
     validate: Annotated[bool, typer.Option("--validate", help="Only check the input; load no model.")] = False,
     think: Think = None,
     quiet: Quiet = False,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
 ) -> None:
-    """Answer every line of a JSONL file; one bad line never stops the others.
+    """Answer every line of a file; one bad line never stops the others.
 
-    A line is a request in the OpenAI batch format, or simply {"prompt": "…"}, {"messages": […]} or
-    {"prompt_token_ids": […]} with an optional "id" and sampling keys, which beat the flags. A prompt is continued as
-    it is; messages go through the model's chat template.
+    trimkv run questions.jsonl -o answers.jsonl
+
+    trimkv run prompts.txt --kv-budget 256 | jq .response.body
+
+    A line is a request in the OpenAI batch format, or simply {"prompt": ...}, {"messages": [...]} or
+    {"prompt_token_ids": [...]}, with an optional "id" and with sampling keys, which beat the flags.
+    A prompt is continued as it is; messages go through the model's chat template.
     """
     choices = _Choices(
         source=source,
@@ -99,27 +105,29 @@ def run(
 
 def _answer(choices: _Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
     """Run the job; what does not need the model is checked before it is loaded."""
+    from trimkv_cli.commands.answers import announce
     from trimkv_cli.jobs.job import run_job
     from trimkv_cli.jobs.progress import PlainProgress
     from trimkv_cli.jobs.reading import LineReader, open_input
     from trimkv_cli.jobs.summary import Summary
     from trimkv_cli.jobs.writing import Writer, check_output, open_output
 
-    with closing(open_input(choices.source)) as stream:
-        check_output(choices.output, stream, overwrite=choices.overwrite)
-        sampling.resolve({})
-        engine = _load(options)
-        rules = _rules(choices, options, sampling, engine)
-        recorder = _recorder(engine, options, rules)
-        reader = LineReader(stream, max_line_bytes=choices.max_line_bytes)
-        summary = Summary()
-        progress = PlainProgress(sys.stderr) if not choices.quiet else _silent
-        with open_output(choices.output, overwrite=choices.overwrite) as out:
-            writer = Writer(out, order=choices.order)
-            try:
-                run_job(engine, _parsed(reader, choices, rules), writer, recorder, summary=summary, progress=progress)
-            finally:
-                _report(summary, reader, choices)
+    stream = open_input(choices.source)
+    check_output(choices.output, stream, overwrite=choices.overwrite)
+    sampling.resolve({})
+    reader = LineReader(stream, max_line_bytes=choices.max_line_bytes)
+    engine = _load(options)
+    announce(engine, quiet=choices.quiet)
+    rules = _rules(choices, options, sampling, engine)
+    summary, recorder = Summary(), _recorder(engine, options, rules)
+    progress = _silent if choices.quiet else PlainProgress(sys.stderr)
+    with open_output(choices.output, overwrite=choices.overwrite) as out:
+        writer = Writer(out, order=choices.order)
+        try:
+            run_job(engine, _parsed(reader, choices, rules), writer, recorder, summary=summary, progress=progress)
+        finally:
+            if not choices.quiet:
+                print_note(summary.report(blank_lines=reader.blank_lines))
     return summary
 
 
@@ -130,17 +138,17 @@ def _validate(choices: _Choices, options: EngineOptions, sampling: SamplingOptio
     from trimkv_cli.jobs.summary import Summary
 
     summary = Summary()
-    with closing(open_input(choices.source)) as stream:
-        reader = LineReader(stream, max_line_bytes=choices.max_line_bytes)
-        for parsed in _parsed(reader, choices, _rules(choices, options, sampling, None)):
-            if isinstance(parsed, BadLine):
-                summary.bad += 1
-                typer.echo(f"{choices.source}:{parsed.line}: {parsed.message}")
-            else:
-                summary.done += 1
-                summary.count_warnings(parsed)
+    reader = LineReader(open_input(choices.source), max_line_bytes=choices.max_line_bytes)
+    for parsed in _parsed(reader, choices, _rules(choices, options, sampling, None)):
+        if isinstance(parsed, BadLine):
+            summary.bad += 1
+            message = " ".join(parsed.message.splitlines())  # it may quote a key
+            print(neutralise(f"{choices.source}:{parsed.line}: {message}"))
+        else:
+            summary.done += 1
+            summary.count_warnings(parsed)
     if not choices.quiet:
-        typer.echo(summary.verdict(blank_lines=reader.blank_lines), err=True)
+        print_note(summary.verdict(blank_lines=reader.blank_lines))
     return summary
 
 
@@ -181,11 +189,6 @@ def _recorder(engine: Engine, options: EngineOptions, rules: Rules) -> Recorder:
         prefill_chunk=engine.facts.plan.prefill_chunk,
         reproducible=options.deterministic,
     )
-
-
-def _report(summary: Summary, reader: LineReader, choices: _Choices) -> None:
-    if not choices.quiet:
-        typer.echo(summary.report(blank_lines=reader.blank_lines), err=True)
 
 
 def _silent(summary: Summary) -> None:

@@ -156,7 +156,7 @@ def _batch_item(number: int, custom_id: str, data: dict[str, Any], rules: Rules)
     outer = BatchLine.model_validate(data)
     if outer.url not in _URLS:
         known = " and ".join(_URLS)
-        raise Refused(f"unknown url {outer.url!r}: use {known}", param="url", code="unknown_url", status=404)
+        raise Refused(f"unknown url {outer.url[:64]!r}: use {known}", param="url", code="unknown_url", status=404)
     kind, sources = _URLS[outer.url]
     body = Body.model_validate(outer.body)
     item = _item(number, custom_id, body, kind=kind, sources=sources, rules=rules)
@@ -222,9 +222,9 @@ def _notices(model: Strict, name: str | None, rules: Rules) -> tuple[Notice, ...
         if key in HARMLESS and not is_harmless(key, value):
             raise Refused(f"{key}: not supported with this value", param=key, code="unsupported_parameter")
         if key not in HARMLESS and key not in IDLE:
-            unknown.append(_passed_over("unknown_key", f'unknown key "{key[:64]}" ignored', key, rules))
+            unknown.append(_passed_over("unknown_key", f"unknown key {key[:64]!r} ignored", key, rules))
     if name is not None and rules.model_names and name not in rules.model_names:
-        unknown.append(_passed_over("foreign_model", f'model "{name[:64]}" is not the one that runs', "model", rules))
+        unknown.append(_passed_over("foreign_model", f"model {name[:64]!r} is not the one that runs", "model", rules))
     return tuple(unknown)
 
 

@@ -47,7 +47,10 @@ def open_input(source: str) -> BinaryIO:
 
 
 class LineReader:
-    """Iterate over the lines of `stream`; a line longer than `max_line_bytes` is passed over, not held."""
+    """Iterate, once, over the lines of `stream`; a line longer than `max_line_bytes` is passed over, not held.
+
+    Whoever iterates also closes the stream: closing it from another thread would wait for a read that may never end.
+    """
 
     def __init__(self, stream: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
         self.blank_lines = 0
@@ -56,13 +59,14 @@ class LineReader:
 
     def __iter__(self) -> Iterator[Line]:
         number = 0
-        while raw := self._read():
-            number += 1
-            line = _line(number, raw.removeprefix(_BOM) if number == 1 else raw, self._limit)
-            if line is None:
-                self.blank_lines += 1
-            else:
-                yield line
+        with self._stream:
+            while raw := self._read():
+                number += 1
+                line = _line(number, raw.removeprefix(_BOM) if number == 1 else raw, self._limit)
+                if line is None:
+                    self.blank_lines += 1
+                else:
+                    yield line
 
     def _read(self) -> bytes:
         """Return the next line with its ending, cut off just past the limit; b"" at the end."""

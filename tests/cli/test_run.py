@@ -1,0 +1,207 @@
+"""Mistakes in the contracts of `trimkv run`: stdout, stderr, exit codes, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "CI": "1", "OMP_NUM_THREADS": "1"}
+COMMAND = [sys.executable, "-m", "trimkv_cli", "run"]
+SMALL = ["--model", "mini", "--kv-budget", "16", "--threads", "1"]
+
+
+def trimkv_run(*arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=ENVIRONMENT,
+        timeout=120,
+        check=False,
+    )
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=ENVIRONMENT)
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+MIXED = [
+    {"custom_id": "chat", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hello"}]}},
+    "{broken",
+    {"id": "ids", "prompt_token_ids": [5, 6, 7], "max_tokens": 5, "ignore_eos": True, "return_token_ids": True},
+    {"id": "ids", "prompt": "again"},
+    {"id": "typo", "prompt": "Hello", "max_tokens": "64"},
+    {"id": "huge", "prompt_token_ids": [5], "max_tokens": 10**9},
+    {"id": "vocabulary", "prompt_token_ids": [10**9]},
+    {"id": "warned", "prompt": "Hello", "max_tokens": 1, "colour": "red"},
+]
+
+
+def test_good_lines_are_answered_and_bad_ones_named_whatever_stands_beside_them(tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", *MIXED), tmp_path / "out.jsonl"
+    done = trimkv_run(source, "-o", output, "--order", "input", "-n", "4", *SMALL)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "3 answered, 5 bad" in done.stderr
+    assert "warning  unknown key 'colour' ignored (1 line)" in done.stderr
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    statuses = [(r["custom_id"], r["response"] and r["response"]["status_code"]) for r in records]
+    assert statuses == [
+        ("chat", 200),
+        (None, None),
+        ("ids", 200),
+        ("ids", 400),
+        ("typo", 400),
+        ("huge", 400),
+        ("vocabulary", 400),
+        ("warned", 200),
+    ]
+    body = records[2]["response"]["body"]
+    assert len(body["choices"][0]["token_ids"]) == body["usage"]["completion_tokens"] == 5
+    assert body["trimkv"]["cache"]["seen_tokens"] == 7
+    assert body["trimkv"]["kv_budget"] == 16
+    assert records[5]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+
+
+def test_results_stream_while_the_input_is_still_open() -> None:
+    process = start("-", "-n", "2", *SMALL)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        for name in ("first", "second"):
+            process.stdin.write(json.dumps({"id": name, "prompt": "Hello"}).encode() + b"\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["custom_id"] == name
+        process.stdin.close()
+        assert process.wait(30) == 0
+    finally:
+        finish(process)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_an_interrupt_ends_the_run_at_once_and_leaves_whole_lines() -> None:
+    process = start("-", "--ignore-eos", *SMALL)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        process.stdin.write(b'{"prompt":"a","max_tokens":2}\n{"prompt":"b","max_tokens":30000}\n')
+        process.stdin.flush()
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert json.loads(first)["custom_id"] == "line-1"
+        assert process.stdout.read() == b""
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        finish(process)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_reader_that_goes_away_ends_the_run() -> None:
+    process = start("-", "-n", "1", "--ignore-eos", *SMALL)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        process.stdin.write(b'{"prompt":"a"}\n')
+        process.stdin.flush()
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write(b'{"prompt":"a"}\n')
+        process.stdin.flush()
+        assert process.wait(30) == 141
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        finish(process)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+def test_deterministic_lines_are_the_same_bytes_in_any_company(tmp_path: Path) -> None:
+    """Only the line number may tell of the neighbours, so the line that is compared comes first."""
+    mine = {"id": "me", "prompt": "Once upon a time", "temperature": 1.0, "max_tokens": 24, "ignore_eos": True}
+    others = [{"id": str(n), "prompt": "x" * (n + 1), "max_tokens": 3 * n + 1} for n in range(6)]
+    alone = trimkv_run(write_lines(tmp_path / "a.jsonl", mine), "--deterministic", "--order", "input", *SMALL)
+    company = trimkv_run(
+        write_lines(tmp_path / "b.jsonl", mine, *others), "--deterministic", "--order", "input", *SMALL
+    )
+    assert alone.returncode == company.returncode == 0, company.stderr
+    assert alone.stdout.splitlines()[0] == company.stdout.splitlines()[0]
+
+
+def test_validate_lists_each_problem_with_its_line_and_loads_no_model(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", *MIXED)
+    started = time.perf_counter()
+    done = trimkv_run(source, "--validate")
+    assert time.perf_counter() - started < 10
+    assert done.returncode == 3
+    lines = [line.removeprefix(f"{source}:") for line in done.stdout.splitlines()]
+    assert lines[0].startswith("2: invalid JSON at column 2")
+    assert lines[1:] == [
+        "4: custom_id 'ids' was used by an earlier line",
+        "5: max_tokens: input should be a valid integer",
+    ]
+
+
+def test_a_text_file_is_one_prompt_per_line(tmp_path: Path) -> None:
+    source = tmp_path / "prompts.txt"
+    source.write_text("Hello\n\n{not json\n")
+    done = trimkv_run(source, "-n", "2", "--limit", "2", "-q", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert sorted(json.loads(line)["custom_id"] for line in done.stdout.splitlines()) == ["line-1", "line-3"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.jsonl"], "error: cannot read absent.jsonl: No such file or directory"),
+        (["."], "error: cannot read .: Is a directory"),
+        (["in.jsonl", "-o", "in.jsonl", "--overwrite"], "error: in.jsonl is the input file"),
+        (["in.jsonl", "-o", "old.jsonl"], "error: old.jsonl exists"),
+        (["in.jsonl", "-o", "nowhere/out.jsonl"], "error: no folder nowhere to write out.jsonl into"),
+        (["in.jsonl", "--temperature", "-1"], "error: temperature = -1.0 is out of range"),
+        (["in.jsonl", "--max-line", "5 apples"], "error: '5 apples' is not a size"),
+        (["in.jsonl", "--order", "random"], "error: "),
+    ],
+)
+def test_a_command_that_cannot_work_is_exit_2_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "in.jsonl", {"prompt": "a"})
+    (tmp_path / "old.jsonl").touch()
+    done = trimkv_run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert "hint: " in done.stderr
