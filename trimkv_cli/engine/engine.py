@@ -31,6 +31,7 @@ class EngineFacts:
     max_positions: int
     eos_token_ids: frozenset[int]
     sampling_defaults: Mapping[str, Any]
+    notes: tuple[str, ...]  # what the user did not ask for but may like to know
     warnings: tuple[tuple[str, str], ...]  # (code, message)
     weight_bytes: int
     gate_bytes: int
@@ -152,6 +153,25 @@ class Engine:
     def seen(self, request_id: str) -> int:
         """Return how many tokens the row of a finished request with `keep` has been fed."""
         return self._scheduler.parked[request_id].seen
+
+    def horizon(self, request_id: str) -> tuple[int, int]:
+        """Return the median and the 95th percentile of the age, in tokens, of what such a request left in the cache."""
+        seen = self.seen(request_id)
+        ages = sorted(seen - p for layer in self.kept(request_id) for head in layer for p in head)
+        return (ages[len(ages) // 2], ages[len(ages) * 95 // 100]) if ages else (0, 0)
+
+    def release(self, request_id: str) -> None:
+        """Free the row of a finished request with `keep`."""
+        self._scheduler.drop(request_id)
+
+    def stop(self, request_id: str) -> TokenEvent | None:
+        """End a running request now, as if it had reached its length; None when it is not running."""
+        row = self._scheduler.find(request_id)
+        if row is None:
+            return None
+        detokenizer = self._progress[request_id].detokenizer
+        text = detokenizer.finish() if detokenizer is not None else ""
+        return TokenEvent(request_id=request_id, text=text, finish_reason="abort", stats=self._finish(row))
 
     def trace_log_beta(self) -> list[list[Tensor]]:
         """Collect log_beta `[B, Hkv, T]` of every forward from now on, one list per layer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trimkv_cli.engine.request import Request
 
@@ -132,14 +132,17 @@ class Scheduler:
         if row.request.keep:
             self.parked[row.request.id] = row
 
-    def drop(self, request_id: str) -> Row | None:
-        """Forget a request wherever it is; return its row when it was running."""
-        self.waiting = deque(r for r in self.waiting if r.id != request_id)
+    def find(self, request_id: str) -> Row | None:
+        """Return the row in which a request runs."""
+        return next((row for row in self.running.values() if row.request.id == request_id), None)
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request wherever it is."""
+        self.waiting = deque(request for request in self.waiting if request.id != request_id)
         self.parked.pop(request_id, None)
-        row = next((r for r in self.running.values() if r.request.id == request_id), None)
+        row = self.find(request_id)
         if row is not None:
             del self.running[row.index]
-        return row
 
     def compact(self) -> tuple[int, int] | None:
         """Move the highest row to a free lower place when nothing waits for that; return (source, target) of the copy."""
@@ -168,9 +171,15 @@ class Scheduler:
     def _continue(self, request: Request) -> Row:
         assert request.continues is not None
         before = self.parked.pop(request.continues)
-        history = (*before.history, *before.request.prompt_token_ids, *before.output[:-1])
+        prompt = before.request.prompt_token_ids
+        # What a stopped request had not read yet is read first.
+        whole = replace(request, prompt_token_ids=(*prompt[before.fed :], *request.prompt_token_ids))
         return Row(
-            index=before.index, request=request, base=before.seen, history=history, long_rope=before.long_rope
+            index=before.index,
+            request=whole,
+            base=before.seen,
+            history=(*before.history, *prompt[: before.fed], *before.output[:-1]),
+            long_rope=before.long_rope,
         )
 
     def _free_index(self) -> int | None:
