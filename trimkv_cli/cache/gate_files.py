@@ -55,7 +55,7 @@ def read_gates(folder: str | Path, *, id: str | None = None) -> GateFiles:
         GateMismatch: a file is damaged, would run code, or describes gates that trimkv does not run.
     """
     folder = Path(folder)
-    config_file, weights_file = _gate_files(folder)
+    config_file, weights_file = gate_files(folder)
     config = _read_json(config_file)
     tensors = _read_safetensors(weights_file) if weights_file.name == OWN_WEIGHTS else _read_pickle(weights_file)
     if config_file.name == OWN_CONFIG and config.get("format_version") != FORMAT_VERSION:
@@ -95,7 +95,12 @@ def write_released(
     _write(Path(folder) / RELEASED_CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
-def _gate_files(folder: Path) -> tuple[Path, Path]:
+def gate_files(folder: Path) -> tuple[Path, Path]:
+    """Return the config and the weights of a gate folder; our own format wins where both lie.
+
+    Raises:
+        ModelNotFound: a file of the pair is missing, or both.
+    """
     pairs = [(folder / OWN_CONFIG, folder / OWN_WEIGHTS), (folder / RELEASED_CONFIG, folder / RELEASED_WEIGHTS)]
     for config, weights in pairs:
         if config.is_file() and weights.is_file():

@@ -50,6 +50,15 @@ def resolve(
     return _checked(folder or _download(name, kind, revision, offline=offline), kind, name)
 
 
+def pull(name: str, *, revision: str | None = None) -> Path:
+    """Bring the newest files of a repository of gates or of a model into the cache; raises as `resolve` does."""
+    if _local_path(name) is None and name.count("/") == 1:
+        folder = _download(name, "gates", revision, offline=False)  # of a model's files only its config
+        if holds(folder, "gates"):
+            return folder
+    return resolve(name, revision=revision, refresh=True)
+
+
 def holds(folder: Path, kind: Kind) -> bool:
     """Say whether a folder has all files of a kind."""
     if kind == "gates":

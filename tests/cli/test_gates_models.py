@@ -1,0 +1,142 @@
+"""`trimkv gates` and `trimkv models`: data on stdout, talk on stderr, exit codes of a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+GATES, MODEL = str(GOLDEN / "qwen3_rg"), str(GOLDEN / "qwen3_base")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face cache, seen by the processes that a test starts."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "hub"
+
+
+def put(cache: Path, id: str, source: str) -> Path:
+    repository = cache / f"models--{id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("c" * 40)
+    return Path(shutil.copytree(source, repository / "snapshots" / ("c" * 40)))
+
+
+def trimkv(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    command = [sys.executable, "-m", "trimkv_cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_gates_show() -> None:
+    """Catches a fact that is missing from the text for people."""
+    done = trimkv("gates", "show", GATES)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rg, 64 → 32 → 2, silu" in done.stdout
+    assert "32 slots per head, contexts up to 4,096" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["layer", "2", "bias", "2.87", "…", "3.43"]
+
+
+def test_gates_show_json() -> None:
+    """Catches a key that scripts rely on."""
+    facts = json.loads(trimkv("gates", "show", GATES, "--json").stdout)
+    assert facts["memory_size"] == 32
+    assert facts["file_bytes"] == 30781
+    assert facts["sha256"] == "1ff24301d063c5f8f831b7d17ce70ffa0c8f21331152055efe0d9dc589dc1434"
+    assert [layer["layer"] for layer in facts["layers"]] == [0, 1, 2]
+
+
+def test_gates_verify() -> None:
+    """Catches an answer that is not one line on stdout."""
+    done = trimkv("gates", "verify", GATES, "--model", MODEL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"ok: {GATES} (rg) fits {MODEL}: 3 layers of 2 KV heads, 12 tensors\n"
+
+
+def test_gates_verify_without_a_model_takes_the_base(cache: Path) -> None:
+    """Catches gates that are checked against the default model instead of their own."""
+    assert trimkv("gates", "verify", "mini").stdout.startswith("ok: mini (rg) fits mini: ")
+    done = trimkv("gates", "verify", GATES)
+    assert done.returncode == 2
+    assert done.stderr.endswith("hint: name the model with --model\n")
+
+
+def test_gates_verify_of_another_model(tmp_path: Path) -> None:
+    """Catches exit code 0 for gates that do not fit."""
+    config = json.loads(Path(MODEL, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
+    done = trimkv("gates", "verify", GATES, "--model", str(tmp_path))
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "model.layers.0.self_attn.retention_gate.linear2.weight is [2, 32] instead of [4, 32]" in done.stderr
+    assert done.stderr.count("\n") == 2
+    assert done.stderr.splitlines()[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize("name", ["streaming", "./nowhere", MODEL, "some/gates"])
+def test_gates_that_are_none(cache: Path, name: str) -> None:
+    """Catches a traceback for a constant gate, a missing folder, a model folder, an uncached id."""
+    done = trimkv("gates", "show", name)
+    assert (done.returncode, done.stdout) == (6, "")
+    assert done.stderr.startswith("error: ")
+    assert "\nhint: " in done.stderr
+
+
+def test_models_list(cache: Path) -> None:
+    """Catches a list without the built-in model, or one that needs a cache folder."""
+    assert [model["id"] for model in json.loads(trimkv("models", "list", "--json").stdout)["models"]] == ["mini"]
+    put(cache, "some/model", MODEL)
+    put(cache, "some/gates", GATES)
+    rows = [line.split() for line in trimkv("models", "list").stdout.splitlines()]
+    assert rows[0] == ["NAME", "KIND", "SIZE", "REVISIONS"]
+    assert [row[:2] for row in rows[1:]] == [["mini", "model"], ["some/gates", "gates"], ["some/model", "model"]]
+    assert rows[-1][-1] == "cccccccc"
+
+
+def test_models_show(cache: Path) -> None:
+    """Catches bytes that are not those of the specification: 2 · layers · KV heads · head_dim · 4 bytes."""
+    put(cache, "some/model", MODEL)
+    facts = json.loads(trimkv("models", "show", "some/model", "--offline", "--json").stdout)
+    assert facts["kv_bytes_per_token"] == 2 * 3 * 2 * 32 * 4
+    assert facts["full_cache_bytes"] == facts["kv_bytes_per_token"] * 4096
+    assert facts["weight_bytes"] == 551424
+    text = trimkv("models", "show", "some/model").stdout
+    assert "1.5 KiB per token, 6.0 MiB when full" in text
+
+
+def test_models_show_loads_neither_torch_nor_weights() -> None:
+    """Catches a look at a config that takes seconds."""
+    code = (
+        "import sys\nfrom trimkv_cli.app import main\n"
+        "try: main(['models', 'show', sys.argv[1]])\n"
+        "except SystemExit as end: assert end.code in (0, None), end.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, MODEL], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_pull_prints_the_folder(cache: Path) -> None:
+    """Catches progress on stdout: `$(trimkv models pull ID)` must be a path."""
+    folder = put(cache, "some/model", MODEL)
+    gates = put(cache, "some/gates", GATES)
+    for id, expected in (("some/model", folder), ("some/gates", gates), (MODEL, Path(MODEL))):
+        done = trimkv("models", "pull", id)
+        assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+    mini = Path(trimkv("models", "pull", "mini").stdout.strip())
+    assert (mini / "config.json").is_file()
+
+
+def test_models_pull_without_network(cache: Path) -> None:
+    """Catches a pull that fails without a word on what to do."""
+    done = trimkv("models", "pull", "some/model")
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "hint: when the network is back: trimkv models pull some/model" in done.stderr

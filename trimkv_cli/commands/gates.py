@@ -1,0 +1,94 @@
+"""`trimkv gates`: what a gate folder holds, and whether it fits a model."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimkv_cli.commands.options import Json, Model, Offline, Revision
+from trimkv_cli.commands.places import gates_place, model_place
+from trimkv_cli.errors import UsageError
+from trimkv_cli.ui.messages import print_warning
+from trimkv_cli.ui.plain import neutralise
+
+if TYPE_CHECKING:
+    from trimkv_cli.cache.gate_facts import GateFacts
+    from trimkv_cli.spec import GateSpec
+
+gates_app = typer.Typer(help="Look at trained retention gates.", no_args_is_help=True)
+
+Gates = Annotated[str, typer.Argument(metavar="GATES", help="A folder, a hub id, or a profile for its gates.")]
+
+
+@gates_app.command()
+def show(gates: Gates, *, revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
+    """Show what a gate folder holds: variant, budget and context it was trained for, biases, checksum."""
+    place = gates_place(gates, revision)
+    folder = place.folder("gates", offline=offline)
+    from trimkv_cli.cache.gate_facts import gate_facts  # torch, only once there is something to read
+
+    facts = gate_facts(folder, id=place.id)
+    print(jsonlib.dumps(_as_json(facts), indent=2) if json else _as_text(facts))
+    for warning in facts.warnings:
+        print_warning(warning.message)
+
+
+@gates_app.command()
+def verify(gates: Gates, *, model: Model = None, revision: Revision = None, offline: Offline = False) -> None:
+    """Check that gates fit a model: names, shapes and values of every tensor. Exit 6 when they do not.
+
+    Without --model: the model that the gates were trained for. --revision is the gates'.
+    """
+    from trimkv_cli.cache.gate_check import check_gates
+    from trimkv_cli.cache.gate_files import read_gates
+    from trimkv_cli.spec import read_model_spec
+
+    place = gates_place(gates, revision)
+    gate, tensors, _, warnings = read_gates(place.folder("gates", offline=offline), id=place.id)
+    base = model_place(model or _base_model(gate))
+    spec = read_model_spec(base.folder("config", offline=offline))
+    for warning in (*warnings, *check_gates(spec, gate, tensors, model_id=base.id)):
+        print_warning(warning.message)
+    layers = f"{spec.num_layers} layers of {spec.num_kv_heads} KV heads"
+    print(neutralise(f"ok: {gate.id} ({gate.variant}) fits {base.id}: {layers}, {len(tensors)} tensors"))
+
+
+def _base_model(gate: GateSpec) -> str:
+    """Return the model that the gates name as theirs; some name a path on the machine that trained them."""
+    base = gate.base_model
+    if base is None or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
+        raise UsageError(f"{gate.id} does not say which model it is for", hint="name the model with --model")
+    return base
+
+
+def _as_json(facts: GateFacts) -> dict[str, Any]:
+    return {**asdict(facts.gate), **asdict(facts), "gate": facts.gate.id, "file": str(facts.file)}
+
+
+def _as_text(facts: GateFacts) -> str:
+    from trimkv_cli.ui.tables import columns
+
+    return "\n".join(columns([(name, neutralise(value)) for name, value in _lines(facts)]))
+
+
+def _lines(facts: GateFacts) -> Iterator[tuple[str, str]]:
+    from trimkv_cli.units import format_size
+
+    gate = facts.gate
+    yield "gates", gate.id
+    yield "variant", f"{gate.variant}, {facts.hidden_size} → {gate.hidden} → {facts.num_kv_heads}, {facts.hidden_act}"
+    yield "trained for", f"{_number(gate.memory_size)} slots per head, contexts up to {_number(gate.trained_context)}"
+    yield "base model", f"{gate.base_model or 'not said'} ({gate.model_type or 'family not said'})"
+    yield "file", f"{facts.file.name}, {format_size(facts.file_bytes)}, {' and '.join(facts.dtypes)}"
+    yield "sha256", facts.sha256
+    for bias in facts.layers:
+        yield f"layer {bias.layer}", f"bias {bias.lowest:.2f} … {bias.highest:.2f}"
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"

@@ -1,0 +1,119 @@
+"""`trimkv models`: what lies in the Hugging Face cache, what a model measures, and getting one."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Annotated, Any
+
+import typer
+
+from trimkv_cli.commands.options import Json, Offline, Revision
+from trimkv_cli.commands.places import BUILT_IN, Place, find_profile, gates_place, model_place
+from trimkv_cli.mini import MODEL_FOLDER
+from trimkv_cli.profiles import list_profiles
+from trimkv_cli.spec import DTYPE_BYTES, ModelSpec, read_model_spec
+from trimkv_cli.ui.messages import print_note
+from trimkv_cli.ui.plain import neutralise
+from trimkv_cli.ui.tables import columns
+from trimkv_cli.units import format_size
+
+models_app = typer.Typer(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
+
+ModelName = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Profile, hub id or folder. Without one, the built-in mini.")
+]
+
+
+@models_app.command(name="list")
+def list_(*, json: Json = False) -> None:
+    """List the models and gates in the Hugging Face cache, and the built-in model."""
+    from trimkv_cli.engine.hub import cached_repositories
+
+    size = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
+    built_in = {"id": BUILT_IN, "kind": "model", "size_bytes": size, "revisions": [], "folder": str(MODEL_FOLDER)}
+    cached = [{**asdict(repo), "folder": str(repo.folder)} for repo in cached_repositories()]
+    print(jsonlib.dumps({"models": [built_in, *cached]}, indent=2) if json else _listing([built_in, *cached]))
+
+
+@models_app.command()
+def show(model: ModelName = None, *, revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
+    """Show what a model measures, from its config alone: no weights are read or downloaded."""
+    facts = _facts(model, revision, offline=offline)
+    print(jsonlib.dumps(facts, indent=2) if json else _table(facts))
+
+
+@models_app.command()
+def pull(
+    id: Annotated[str, typer.Argument(metavar="ID", help="Hub id of a model or of gates, or a profile for both.")],
+    *,
+    revision: Revision = None,
+) -> None:
+    """Download safetensors, tokenizer and config, or trained gates; prints the folder of each."""
+    from trimkv_cli.engine.hub import pull as pull_repository
+
+    if id == BUILT_IN:
+        print(MODEL_FOLDER)
+        return
+    for place in _parts(id, revision):
+        print_note(f"pulling {place.id}")
+        print(pull_repository(place.id, revision=place.revision))
+
+
+def _parts(id: str, revision: str | None) -> Iterator[Place]:
+    """Yield what a name stands for: a profile has a model and mostly gates, all else is one repository."""
+    yield model_place(id, revision)
+    profile = find_profile(id)
+    if profile is not None and profile.gates:
+        yield gates_place(id)
+
+
+def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[str, Any]:
+    place = model_place(model, revision)
+    profile = find_profile(model or BUILT_IN)
+    if profile is not None and profile.config and revision is None:
+        spec = ModelSpec.from_config(profile.config)
+    else:
+        spec = read_model_spec(place.folder("config", offline=offline))
+    known = [profile.gates for profile in list_profiles() if profile.model == place.id and profile.gates]
+    slot_bytes = spec.num_kv_heads * spec.slot_numel * DTYPE_BYTES[spec.dtype]
+    full_slots = sum(spec.slots(layer, spec.max_positions) for layer in range(spec.num_layers))
+    return {
+        "id": place.id,
+        **{field.name: getattr(spec, field.name) for field in fields(spec)},
+        "weight_bytes": spec.weight_bytes,
+        "kv_bytes_per_token": spec.num_layers * slot_bytes,
+        "full_cache_bytes": full_slots * slot_bytes,
+        "gates": known,
+    }
+
+
+def _table(facts: dict[str, Any]) -> str:
+    windows = sorted({window for window in facts["windows"] if window is not None})
+    lines = [
+        ("model", f"{facts['id']} ({facts['model_type']})"),
+        ("weights", f"{facts['weight_numel']:,} parameters, {format_size(facts['weight_bytes'])} as {facts['dtype']}"),
+        ("layers", f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}, vocabulary {facts['vocab_size']:,}"),
+        ("heads", f"{facts['num_heads']} query, {facts['num_kv_heads']} KV, {facts['head_dim']} wide"),
+        ("windows", ", ".join(map(str, windows)) if windows else "none: every layer attends to everything"),
+        ("positions", f"{facts['max_positions']:,}"),
+        (
+            "full cache",
+            f"{format_size(facts['kv_bytes_per_token'])} per token, {format_size(facts['full_cache_bytes'])} when full",
+        ),
+        ("gates", ", ".join(facts["gates"]) or "none known: --gates streaming"),
+    ]
+    return "\n".join(columns([(name, neutralise(value)) for name, value in lines]))
+
+
+def _listing(models: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (neutralise(model["id"]), model["kind"], format_size(model["size_bytes"]), _revisions(model["revisions"]))
+        for model in models
+    ]
+    return "\n".join(columns([("NAME", "KIND", "SIZE", "REVISIONS"), *rows]))
+
+
+def _revisions(revisions: Sequence[str]) -> str:
+    return " ".join(revision[:8] for revision in revisions) or "built in"
