@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
@@ -51,7 +52,7 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
             raise errors.LocalEntryNotFoundError("not cached")
         raise error
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
 
 def test_a_folder_is_itself() -> None:
@@ -79,7 +80,7 @@ def test_refresh_asks_the_network_first(cache: Path, monkeypatch: pytest.MonkeyP
         asked.append({"name": name, **options})
         return str(GOLDEN / "qwen3_base")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     hub.resolve("some/model", revision="v2", refresh=True)
     assert [(call["name"], call["revision"], call["local_files_only"]) for call in asked] == [
         ("some/model", "v2", False)
@@ -228,6 +229,13 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
         hub.resolve(str(tmp_path))
     with pytest.raises(ModelNotFound, match="holds no gates"):
         hub.resolve(str(GOLDEN / "qwen3_base"), kind="gates")
+
+
+def test_a_repository_without_any_wanted_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a message about a cache folder that huggingface_hub names but does not make."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "snapshots/none"))
+    with pytest.raises(ModelNotFound, match=r"^some/data has no config\.json$"):
+        hub.resolve("some/data")
 
 
 def test_cached_repositories(cache: Path) -> None:

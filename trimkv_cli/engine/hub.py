@@ -6,15 +6,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
-
-from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir, snapshot_download
-from huggingface_hub.errors import CacheNotFound, HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Literal
 
 from trimkv_cli.engine.hub_faults import HUB_IDS, explain, no_such_model
 from trimkv_cli.errors import ModelNotFound, OfflineError, TrimkvError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRepoInfo
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
 
 Kind = Literal["model", "config", "gates"]
 
@@ -42,6 +42,8 @@ def resolve(
         ModelError: the repository's licence has to be accepted, or access is denied.
     """
     path = _local_path(name)
+    if path is not None and not path.is_dir():
+        raise _no_folder(path)
     if path is not None:
         return _checked(path, kind, name)
     if name.count("/") != 1:
@@ -78,9 +80,11 @@ def _local_path(name: str) -> Path | None:
 
 
 def _cached(name: str, kind: Kind, revision: str | None) -> Path | None:
+    from huggingface_hub.errors import HFValidationError
+
     try:
         folder = Path(_snapshot(name, kind, revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except OSError:  # not there, or not readable: the download finds out
         return None
     except HFValidationError as error:
         raise explain(error, name, revision) from None
@@ -88,6 +92,8 @@ def _cached(name: str, kind: Kind, revision: str | None) -> Path | None:
 
 
 def _download(name: str, kind: Kind, revision: str | None, *, offline: bool) -> Path:
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+
     if offline:
         raise OfflineError(f"{name} is not in the cache, and --offline is on", hint=f"trimkv models pull {name}")
     try:
@@ -97,6 +103,8 @@ def _download(name: str, kind: Kind, revision: str | None, *, offline: bool) -> 
 
 
 def _snapshot(name: str, kind: Kind, revision: str | None, *, local_files_only: bool) -> str:
+    from huggingface_hub import snapshot_download
+
     return snapshot_download(
         name,
         revision=revision,
@@ -108,8 +116,6 @@ def _snapshot(name: str, kind: Kind, revision: str | None, *, local_files_only: 
 
 def _checked(folder: Path, kind: Kind, name: str) -> Path:
     """Return the folder when it holds the kind, else say what it is instead."""
-    if not folder.is_dir():
-        raise _no_folder(folder)
     if holds(folder, kind):
         return folder
     raise _no_gates(name) if kind == "gates" else _no_model(folder, name)
@@ -169,6 +175,9 @@ class CachedRepository:
 
 def cached_repositories() -> list[CachedRepository]:
     """List the models and gates in the Hugging Face cache, by name."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
