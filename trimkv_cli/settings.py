@@ -1,0 +1,123 @@
+"""Where an option's value comes from when no flag gives it: environment, project, user's file; the first that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from trimkv_cli.errors import ConfigError
+from trimkv_cli.profiles import SAMPLING_KEYS
+from trimkv_cli.toml_files import check_keys, read_toml
+
+KEYS: Mapping[str, type] = {
+    "model": str,
+    "profile": str,
+    "revision": str,
+    "gates": str,
+    "dtype": str,
+    "kv_dtype": str,
+    "device": str,
+    "offline": bool,
+    "trust_remote_code": bool,
+    "budget": str,
+    "kv_budget": str,
+    "prefill_chunk": int,
+    "context": int,
+    "max_inflight": int,
+    "deterministic": bool,
+    "threads": int,
+    **SAMPLING_KEYS,
+    "seed": int,
+    "stop": list,
+    "greedy": bool,
+    "ignore_eos": bool,
+    "system": str,
+    "think": bool,
+    "no_stream": bool,
+    "quiet": bool,
+    "stats": bool,
+    "live": bool,
+}
+LOADS_CODE = ("trust_remote_code",)
+_PREFIX = "TRIMKV_"
+_OTHER_VARIABLES = ("TRIMKV_DEBUG",)
+_SIZES = ("budget", "kv_budget")  # text that may be a bare number in TOML
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def load_settings(cwd: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return option name → value of all layers below the flags.
+
+    Raises:
+        ConfigError: an unknown key, a value of another type, a project file that would have code loaded.
+    """
+    return {**_user_settings(), **_project_settings(cwd), **_environment_settings(environ)}
+
+
+def _user_settings() -> dict[str, Any]:
+    from platformdirs import user_config_path
+
+    path = user_config_path("trimkv") / "config.toml"
+    return _checked(read_toml(path), path) if path.is_file() else {}
+
+
+def _project_settings(cwd: Path) -> dict[str, Any]:
+    """Read the nearest project file from `cwd` up to the folder with .git; without one, only `cwd` counts."""
+    for folder in _project_folders(cwd):
+        for path, values in _files_of(folder):
+            for key in LOADS_CODE:
+                if key in values:
+                    hint = f"a project may not have code loaded; put {key} into your own config.toml"
+                    raise ConfigError(f"{path}: {key} is not allowed in a project file", hint=hint)
+            return _checked(values, path)
+    return {}
+
+
+def _project_folders(cwd: Path) -> list[Path]:
+    folders = [cwd, *cwd.parents]
+    root = next((i for i, folder in enumerate(folders) if (folder / ".git").exists()), 0)
+    return folders[: root + 1]
+
+
+def _files_of(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the settings that a folder holds; trimkv.toml goes before pyproject.toml."""
+    own, shared = folder / "trimkv.toml", folder / "pyproject.toml"
+    if own.is_file():
+        return [(own, read_toml(own))]
+    tool = read_toml(shared).get("tool", {}) if shared.is_file() else {}
+    return [(shared, tool["trimkv"])] if isinstance(tool.get("trimkv"), dict) else []
+
+
+def _environment_settings(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Read TRIMKV_KV_BUDGET and its like; other names with our prefix are left alone unless they look misspelt."""
+    settings = {}
+    for variable, text in environ.items():
+        key = variable.removeprefix(_PREFIX).lower()
+        if not variable.startswith(_PREFIX) or not text or variable in _OTHER_VARIABLES:
+            continue
+        if key in KEYS:
+            settings[key] = _parse(variable, text, KEYS[key])
+        elif near := get_close_matches(key, KEYS, n=1, cutoff=0.8):
+            raise ConfigError(f"unknown variable {variable}", hint=f"did you mean {_PREFIX}{near[0].upper()}?")
+    return settings
+
+
+def _parse(variable: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return _BOOLEANS[text.strip().lower()]
+        return [text] if kind is list else kind(text)
+    except (ValueError, KeyError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{variable}={text} is not {expected}") from None
+
+
+def _checked(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    settings = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in _SIZES:
+        if type(settings.get(key)) is int:
+            settings[key] = str(settings[key])
+    check_keys(settings, KEYS, path)
+    return settings
