@@ -1,9 +1,11 @@
-"""How the supported families differ: the defaults of their configs, their windows, their parameters."""
+"""How the supported families differ: what their configs may leave out, their windows, their parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from trimkv_cli.errors import InputError, UnsupportedModel
 
 # What transformers' config classes assume for an absent key.
 _QWEN: Mapping[str, Any] = {
@@ -66,6 +68,51 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 SUPPORTED_MODEL_TYPES = tuple(DEFAULTS)
+
+
+def supported_type(config: Mapping[str, Any]) -> str:
+    """Return the config's model type.
+
+    Raises:
+        UnsupportedModel: a family or form that trimkv does not run.
+    """
+    model_type = str(config.get("model_type"))
+    if "text_config" in config:
+        hint = "take a text-only checkpoint; for Gemma 3 one with model_type gemma3_text, such as gemma-3-1b"
+        raise UnsupportedModel(f"{model_type} is a multimodal model; trimkv runs text models", hint=hint)
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UnsupportedModel(
+            f"model type {model_type} is not supported", hint=f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedModel("a quantized checkpoint is not supported", hint="take the model's original weights")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel("an embedding model (bidirectional attention) writes no text", hint="take its base")
+    return model_type
+
+
+def original_max_positions(config: Mapping[str, Any]) -> int | None:
+    """Find where long-RoPE switches its factors; transformers 5 says `rope_parameters`, 4 `rope_scaling`."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("longrope", "su"):
+        return None
+    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return int(stated or config["max_position_embeddings"])
+
+
+def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Read a whole number above 0; null means the default.
+
+    Raises:
+        InputError: something else.
+    """
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {key} = {value!r} is not a whole number above 0")
+    return value
 
 
 def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:

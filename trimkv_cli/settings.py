@@ -1,4 +1,4 @@
-"""Where an option's value comes from when no flag gives it: environment, project, user's file; the first that has it."""
+"""Where an option's value comes from without a flag: environment, project, the user's file; the first that has it."""
 
 from __future__ import annotations
 

@@ -4,45 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 from trimkv_cli.footprint import Shape, Surroundings, footprint
 from trimkv_cli.spec import Dtype, GateSpec, ModelSpec
-
-SMALLEST_KV_BUDGET = 32
-SMALLEST_CHUNK = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """The sizes allowed, each with the preferred one first; what a user fixed has one entry."""
-
-    kv_budgets: tuple[int, ...]
-    dtypes: tuple[Dtype, ...]
-    kv_dtype: Dtype | None  # None = as the weights
-    chunks: tuple[int, ...]
-    rows: tuple[int, ...]
-    around: Surroundings
-    budget_bytes: int | None
-    kv_flag: str | None = "--kv-budget"  # what makes the KV budget smaller
-    dtype_is_free: bool = True
-
-    @property
-    def preferred(self) -> Shape:
-        """The shape that costs no quality; rows are free to shrink."""
-        return self.shape(self.kv_budgets[0], self.dtypes[0], self.chunks[0], self.rows[-1])
-
-    def shape(self, kv_budget: int, dtype: Dtype, chunk: int, rows: int) -> Shape:
-        return Shape(kv_budget=kv_budget, prefill_chunk=chunk, rows=rows, dtype=dtype, kv_dtype=self.kv_dtype or dtype)
-
-
-def halvings(first: int, smallest: int) -> tuple[int, ...]:
-    """List a size and its halves down to `smallest`."""
-    sizes = [first]
-    while sizes[-1] // 2 >= smallest:
-        sizes.append(sizes[-1] // 2)
-    return tuple(sizes)
+from trimkv_cli.wish import SMALLEST_CHUNK, SMALLEST_KV_BUDGET, Wish, halvings
 
 
 def total_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> int:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from trimkv_cli.errors import GateMismatch, InputError, ModelNotFound, UnsupportedModel, UsageError
-from trimkv_cli.families import DEFAULTS, SUPPORTED_MODEL_TYPES, layer_windows, weight_numel
+from trimkv_cli.errors import GateMismatch, InputError, ModelNotFound, UsageError
+from trimkv_cli.families import (
+    DEFAULTS,
+    layer_windows,
+    original_max_positions,
+    positive,
+    supported_type,
+    weight_numel,
+)
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 GateVariant = Literal["rg", "rg10", "streaming", "none"]
 
 DTYPE_BYTES: Mapping[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
+_STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -46,27 +55,27 @@ class ModelSpec:
             UnsupportedModel: a family or form that trimkv does not run.
             InputError: a key that is missing or is not a number where one is needed.
         """
-        model_type = _supported_type(config)
+        model_type = supported_type(config)
         full = {**DEFAULTS[model_type], **config}
-        heads = _positive(full, "num_attention_heads")
-        hidden = _positive(full, "hidden_size")
+        heads = positive(full, "num_attention_heads")
+        hidden = positive(full, "hidden_size")
         shape = {
-            "num_layers": _positive(full, "num_hidden_layers"),
+            "num_layers": positive(full, "num_hidden_layers"),
             "hidden_size": hidden,
             "num_heads": heads,
-            "num_kv_heads": _positive(full, "num_key_value_heads", heads),
-            "head_dim": _positive(full, "head_dim", hidden // heads),
-            "intermediate_size": _positive(full, "intermediate_size"),
-            "vocab_size": _positive(full, "vocab_size"),
+            "num_kv_heads": positive(full, "num_key_value_heads", heads),
+            "head_dim": positive(full, "head_dim", hidden // heads),
+            "intermediate_size": positive(full, "intermediate_size"),
+            "vocab_size": positive(full, "vocab_size"),
         }
         return cls(
             model_type=model_type,
             **shape,
-            max_positions=_positive(full, "max_position_embeddings"),
+            max_positions=positive(full, "max_position_embeddings"),
             windows=layer_windows(model_type, full),
             dtype=_DTYPES.get(str(full.get("dtype") or full.get("torch_dtype")).removeprefix("torch."), "fp32"),
             tied=bool(full["tie_word_embeddings"]),
-            original_max_positions=_original_max_positions(full),
+            original_max_positions=original_max_positions(full),
             weight_numel=weight_numel(model_type, full, **shape),
         )
 
@@ -126,7 +135,7 @@ class GateSpec:
             id=id,
             hidden=_whole(config, "retention_gate_intermediate_size", id) or 512,
             memory_size=_whole(config, "memory_size", id),
-            trained_context=_whole(config, "max_seq_len", id),
+            trained_context=_whole(config, "max_seq_len", id) or _whole(config, "trained_context", id),
             base_model=config.get("base_model"),
             buffer_size=_whole(config, "buffer_size", id),
             model_type=config.get("model_type"),
@@ -192,14 +201,27 @@ def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ..
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
-    """Read a model folder's spec; without a dtype in config.json the checkpoint's own counts."""
+    """Read a model folder's spec; the stored tensors say what config.json leaves open."""
     config = read_config(folder)
     spec = ModelSpec.from_config(config)
-    if config.get("dtype") or config.get("torch_dtype"):
-        return spec
-    stored: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-    dtypes = {stored[dtype] for dtype, _ in read_safetensors_headers(folder).values() if dtype in stored}
-    return replace(spec, dtype=dtypes.pop()) if len(dtypes) == 1 else spec
+    tensors = read_safetensors_headers(folder)
+    skipped = ("lm_head.weight",) if spec.tied else ()
+    stored = sum(prod(shape) for name, (_, shape) in tensors.items() if name not in skipped and "inv_freq" not in name)
+    dtypes = {_STORED_DTYPES[dtype] for dtype, _ in tensors.values() if dtype in _STORED_DTYPES}
+    known = config.get("dtype") or config.get("torch_dtype") or len(dtypes) != 1
+    return replace(spec, weight_numel=max(spec.weight_numel, stored), dtype=spec.dtype if known else dtypes.pop())
+
+
+def read_gate_spec(folder: Path, *, id: str) -> GateSpec:
+    """Read what a gate folder of either format says of itself, without its tensors.
+
+    Raises:
+        ModelNotFound: neither gates.json nor config.json.
+        GateMismatch: gates that trimkv does not run.
+    """
+    own = folder / "gates.json"
+    config = _json_object(own.read_bytes(), own) if own.is_file() else read_config(folder)
+    return GateSpec.from_config(config, id=id)
 
 
 def parse_dtype(text: str, default: Dtype) -> Dtype:
@@ -210,41 +232,6 @@ def parse_dtype(text: str, default: Dtype) -> Dtype:
     if text not in names:
         raise UsageError(f"{text!r} is not a dtype", hint="one of auto, bf16, fp16, fp32")
     return names[text]
-
-
-def _supported_type(config: Mapping[str, Any]) -> str:
-    model_type = str(config.get("model_type"))
-    if "text_config" in config:
-        hint = "take a text-only checkpoint; for Gemma 3 one with model_type gemma3_text, such as gemma-3-1b"
-        raise UnsupportedModel(f"{model_type} is a multimodal model; trimkv runs text models", hint=hint)
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UnsupportedModel(
-            f"model type {model_type} is not supported", hint=f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if config.get("quantization_config"):
-        raise UnsupportedModel("a quantized checkpoint is not supported", hint="take the model's original weights")
-    if config.get("use_bidirectional_attention"):
-        raise UnsupportedModel("an embedding model (bidirectional attention) writes no text", hint="take its base")
-    return model_type
-
-
-def _original_max_positions(config: Mapping[str, Any]) -> int | None:
-    """Find where long-RoPE switches its factors; transformers 5 says `rope_parameters`, 4 `rope_scaling`."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in ("longrope", "su"):
-        return None
-    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    return int(stated or config["max_position_embeddings"])
-
-
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config.json: {key} = {value!r} is not a whole number above 0")
-    return value
 
 
 def _whole(config: Mapping[str, Any], key: str, id: str) -> int | None:

@@ -1,0 +1,177 @@
+"""What a user fixed, and the sizes that this leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimkv_cli.errors import ContextOverflow, UsageError
+from trimkv_cli.footprint import Shape, Surroundings
+from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, ModelSpec, parse_dtype
+from trimkv_cli.units import SequenceBytes, format_size
+
+DEFAULT_CHUNK = 512
+SMALLEST_CHUNK = 64
+UNTRAINED_KV_BUDGET = 1024
+SMALLEST_KV_BUDGET = 32
+FULL_CACHE_CONTEXT = 4096
+MOST_ROWS = {"cpu": 8, "cuda": 64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What a user fixed; None and "auto" leave a size to the plan.
+
+    `command` begins the counter-offers; the flags of this plan are appended to it.
+    """
+
+    budget: int | None = None  # bytes of everything; None = no limit
+    kv_budget: int | SequenceBytes | None = None
+    prefill_chunk: int | None = None  # 0 = the whole prompt
+    max_inflight: int | None = None
+    context: int | None = None
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    device: str = "cpu"  # cpu, cuda or mps
+    padded_rows: int = 0  # rows that every decode has, whatever runs
+    command: str = "trimkv plan"
+
+    def __post_init__(self) -> None:
+        sizes = {"--kv-budget": self.kv_budget, "--max-inflight": self.max_inflight, "--context": self.context}
+        for flag, size in sizes.items():
+            if isinstance(size, int) and size < 1:
+                raise UsageError(f"{flag} {size} is too small", hint=f"{flag} needs 1 or more")
+        if self.prefill_chunk is not None and self.prefill_chunk < 0:
+            raise UsageError(
+                f"--prefill-chunk {self.prefill_chunk} is below 0", hint="0 means the whole prompt at once"
+            )
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Write the options as they would be typed."""
+        kv_budget = self.kv_budget.amount if isinstance(self.kv_budget, SequenceBytes) else None
+        said = {
+            "--budget": self.budget,
+            "--kv-budget": f"{kv_budget}B" if kv_budget is not None else self.kv_budget,
+            "--max-inflight": self.max_inflight,
+            "--prefill-chunk": self.prefill_chunk,
+            "--context": self.context,
+            "--dtype": None if self.dtype == "auto" else self.dtype,
+            "--kv-dtype": None if self.kv_dtype == "auto" else self.kv_dtype,
+        }
+        return {flag: str(value) for flag, value in said.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """The sizes allowed, each with the preferred one first; what a user fixed has one entry."""
+
+    kv_budgets: tuple[int, ...]
+    dtypes: tuple[Dtype, ...]
+    kv_dtype: Dtype | None  # None = as the weights
+    chunks: tuple[int, ...]
+    rows: tuple[int, ...]
+    around: Surroundings
+    budget_bytes: int | None
+    kv_flag: str | None = "--kv-budget"  # what makes the KV budget smaller
+    dtype_is_free: bool = True
+
+    @property
+    def preferred(self) -> Shape:
+        """The shape that costs no quality; rows are free to shrink."""
+        return self.shape(self.kv_budgets[0], self.dtypes[0], self.chunks[0], self.rows[-1])
+
+    def shape(self, kv_budget: int, dtype: Dtype, chunk: int, rows: int) -> Shape:
+        return Shape(kv_budget=kv_budget, prefill_chunk=chunk, rows=rows, dtype=dtype, kv_dtype=self.kv_dtype or dtype)
+
+
+def halvings(first: int, smallest: int) -> tuple[int, ...]:
+    """List a size and its halves down to `smallest`."""
+    sizes = [first]
+    while sizes[-1] // 2 >= smallest:
+        sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
+
+
+def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
+    """List the sizes that the plan may choose from.
+
+    Raises:
+        UsageError: sizes that contradict each other.
+        ContextOverflow: a context past the model's positions.
+    """
+    if options.context is not None and options.context > spec.max_positions:
+        raise ContextOverflow(
+            f"a context of {options.context} is past the model's {spec.max_positions} positions",
+            hint=f"--context {spec.max_positions}",
+        )
+    dtypes = _dtypes(spec, options)
+    kv_dtype = None if options.kv_dtype == "auto" else parse_dtype(options.kv_dtype, dtypes[0])
+    chunk = options.prefill_chunk
+    return Wish(
+        kv_budgets=_kv_budgets(spec, gate, options, DTYPE_BYTES[kv_dtype or dtypes[0]]),
+        dtypes=dtypes,
+        kv_dtype=kv_dtype,
+        chunks=halvings(DEFAULT_CHUNK, SMALLEST_CHUNK) if chunk is None else (chunk,),
+        rows=(options.max_inflight,) if options.max_inflight else tuple(range(_most_rows(options), 0, -1)),
+        around=Surroundings(
+            longest_prompt=options.context or spec.max_positions,
+            padded_rows=options.padded_rows,
+            device=options.device,
+            counts_runtime=options.budget is not None,
+        ),
+        budget_bytes=options.budget,
+        kv_flag=_kv_flag(gate, options),
+        dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
+    )
+
+
+def _most_rows(options: PlanOptions) -> int:
+    return options.padded_rows or MOST_ROWS.get(options.device, MOST_ROWS["cpu"])
+
+
+def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:
+    """List the dtypes allowed: auto on a CPU is fp32, or where that does not fit the model's own."""
+    if options.dtype != "auto" or options.device != "cpu" or spec.dtype == "fp32":
+        return (parse_dtype(options.dtype, spec.dtype),)
+    return ("fp32",) if isinstance(options.kv_budget, SequenceBytes) else ("fp32", spec.dtype)
+
+
+def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_bytes: int) -> tuple[int, ...]:
+    asked = options.kv_budget
+    if isinstance(asked, SequenceBytes):
+        asked = _slots_of(spec, asked.amount, dtype_bytes)
+    if gate.variant == "none":
+        return _full_budgets(spec, options, asked)
+    if asked is not None:
+        return (asked,)
+    return halvings(gate.memory_size or UNTRAINED_KV_BUDGET, SMALLEST_KV_BUDGET)
+
+
+def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:
+    """Give a full cache as many slots as the context has tokens."""
+    if asked is not None and options.context is not None and asked < options.context:
+        raise UsageError(
+            f"a full cache of {asked} slots cannot hold a context of {options.context}",
+            hint=f"--kv-budget {options.context}, or --gates streaming",
+        )
+    fixed = asked or options.context
+    return (fixed,) if fixed else halvings(min(spec.max_positions, FULL_CACHE_CONTEXT), SMALLEST_KV_BUDGET)
+
+
+def _kv_flag(gate: GateSpec, options: PlanOptions) -> str | None:
+    if gate.variant != "none" or options.context is None:
+        return "--kv-budget"
+    return None if options.kv_budget is not None else "--context"
+
+
+def _slots_of(spec: ModelSpec, sequence_bytes: int, dtype_bytes: int) -> int:
+    """Divide the bytes of a sequence by those of a slot; windows make the last slots cheaper."""
+    low, high = 0, spec.max_positions
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = spec.kv_bytes_per_row(middle, dtype_bytes) <= sequence_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0:
+        least = format_size(spec.kv_bytes_per_row(1, dtype_bytes))
+        raise UsageError(f"{format_size(sequence_bytes)} hold no slot: one of every head is {least}")
+    return low
