@@ -127,8 +127,8 @@ def test_a_snapshot_that_lacks_a_shard_is_fetched_again(cache: Path, monkeypatch
 def test_offline_and_not_cached(cache: Path) -> None:
     """Catches --offline that goes on to the network."""
     with pytest.raises(OfflineError, match="not in the cache") as caught:
-        hub.resolve("some/model", offline=True)
-    assert caught.value.hint == "trimkv models pull some/model"
+        hub.resolve("some/model", revision="v2", offline=True)
+    assert caught.value.hint == "trimkv models pull some/model --revision v2, without --offline"
     assert caught.value.exit_code == 6
 
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import Json, Offline, Revision
-from trimkv_cli.commands.places import BUILT_IN, Place, find_profile, gates_place, model_place
+from trimkv_cli.commands.places import MINI, Place, gates_place, model_place, shown_id
 from trimkv_cli.mini import MODEL_FOLDER
-from trimkv_cli.profiles import list_profiles
-from trimkv_cli.spec import DTYPE_BYTES, ModelSpec, read_model_spec
+from trimkv_cli.profiles import find_profile, list_profiles
+from trimkv_cli.spec import DTYPE_BYTES, read_model_spec
 from trimkv_cli.ui.messages import print_note
 from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.ui.tables import columns
@@ -32,7 +32,7 @@ def list_(*, json: Json = False) -> None:
     from trimkv_cli.engine.hub import cached_repositories
 
     size = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
-    built_in = {"id": BUILT_IN, "kind": "model", "size_bytes": size, "revisions": [], "folder": str(MODEL_FOLDER)}
+    built_in = {"id": MINI, "kind": "model", "size_bytes": size, "revisions": [], "folder": str(MODEL_FOLDER)}
     cached = [{**asdict(repo), "folder": str(repo.folder)} for repo in cached_repositories()]
     print(jsonlib.dumps({"models": [built_in, *cached]}, indent=2) if json else _listing([built_in, *cached]))
 
@@ -53,7 +53,7 @@ def pull(
     """Download safetensors, tokenizer and config, or trained gates; prints the folder of each."""
     from trimkv_cli.engine.hub import pull as pull_repository
 
-    if id == BUILT_IN:
+    if id == MINI:
         print(MODEL_FOLDER)
         return
     for place in _parts(id, revision):
@@ -71,12 +71,11 @@ def _parts(id: str, revision: str | None) -> Iterator[Place]:
 
 def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[str, Any]:
     place = model_place(model, revision)
-    profile = find_profile(model or BUILT_IN)
-    if profile is not None and profile.config and revision is None:
-        spec = ModelSpec.from_config(profile.config)
-    else:
+    profile = find_profile(model or MINI)
+    spec = profile.spec if profile is not None and revision is None else None
+    if spec is None:
         spec = read_model_spec(place.folder("config", offline=offline))
-    known = [profile.gates for profile in list_profiles() if profile.model == place.id and profile.gates]
+    known = [shown_id(p.gates) for p in list_profiles() if p.gates and shown_id(p.model) == place.id]
     slot_bytes = spec.num_kv_heads * spec.slot_numel * DTYPE_BYTES[spec.dtype]
     full_slots = sum(spec.slots(layer, spec.max_positions) for layer in range(spec.num_layers))
     return {

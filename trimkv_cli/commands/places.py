@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from trimkv_cli.errors import GateMismatch
 from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
-from trimkv_cli.profiles import Profile, list_profiles
+from trimkv_cli.profiles import BUILT_IN, find_profile
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.hub import Kind
 
-BUILT_IN = "mini"
+MINI = "mini"
 BUILT_IN_FOLDERS: dict[Kind, Path] = {"model": MODEL_FOLDER, "config": MODEL_FOLDER, "gates": GATES_FOLDER}
 
 
@@ -28,22 +28,17 @@ class Place:
         """Return the folder with the files; raises as `hub.resolve` does."""
         from trimkv_cli.engine.hub import resolve
 
-        if self.id == BUILT_IN:
+        if self.id == MINI:
             return BUILT_IN_FOLDERS[kind]
         return resolve(self.id, kind=kind, revision=self.revision, offline=offline, refresh=refresh)
 
 
-def find_profile(name: str) -> Profile | None:
-    """Return the profile of this name, if there is one."""
-    return next((profile for profile in list_profiles() if profile.name == name), None)
-
-
 def model_place(name: str | None, revision: str | None = None) -> Place:
     """Return the model that a name stands for; without a name the built-in one."""
-    profile = find_profile(name or BUILT_IN)
-    if profile is None or name in (None, BUILT_IN):
-        return Place(id=name or BUILT_IN, revision=revision)
-    return Place(id=profile.model, revision=revision or profile.revision)
+    profile = find_profile(name or MINI)
+    if profile is None:
+        return Place(id=name or MINI, revision=revision)
+    return Place(id=shown_id(profile.model), revision=revision or profile.revision)
 
 
 def gates_place(name: str, revision: str | None = None) -> Place:
@@ -55,8 +50,13 @@ def gates_place(name: str, revision: str | None = None) -> Place:
     if name in ("streaming", "none", "auto"):
         raise GateMismatch(f"{name!r} is not a gate folder", hint="give a folder, a hub id or a profile")
     profile = find_profile(name)
-    if profile is None or name == BUILT_IN:
+    if profile is None:
         return Place(id=name, revision=revision)
-    if not profile.gates:
+    if profile.gates is None:
         raise GateMismatch(f"the profile {name} has no trained gates", hint="try --gates streaming with its model")
-    return Place(id=profile.gates, revision=revision or profile.gates_revision)
+    return Place(id=shown_id(profile.gates), revision=revision or profile.gates_revision)
+
+
+def shown_id(id: str) -> str:
+    """Return the id that a user sees and may type: `mini` for what a profile calls `builtin:mini`."""
+    return id.removeprefix(BUILT_IN)

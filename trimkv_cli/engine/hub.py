@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trimkv_cli.engine.hub_faults import HUB_IDS, explain, no_such_model
+from trimkv_cli.engine.hub_faults import HUB_IDS, explain, no_such_model, pull_command
 from trimkv_cli.errors import ModelNotFound, OfflineError, TrimkvError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _download(name: str, kind: Kind, revision: str | None, *, offline: bool) -> 
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     if offline:
-        raise OfflineError(f"{name} is not in the cache, and --offline is on", hint=f"trimkv models pull {name}")
+        raise OfflineError(f"{name} is not in the cache", hint=f"{pull_command(name, revision)}, without --offline")
     try:
         return Path(_snapshot(name, kind, revision, local_files_only=False))
     except (HTTPError, OSError, HFValidationError) as error:

@@ -31,8 +31,13 @@ def explain(error: Exception, name: str, revision: str | None) -> TrimkvError:
         return TrimkvError(f"cannot write to the model cache: {error}", hint="set HF_HOME to a folder of yours")
     return OfflineError(
         f"{name} is not in the cache, and the hub cannot be reached",
-        hint=f"when the network is back: trimkv models pull {name}",
+        hint=f"when the network is back: {pull_command(name, revision)}",
     )
+
+
+def pull_command(name: str, revision: str | None) -> str:
+    """Return the command that brings a repository into the cache."""
+    return f"trimkv models pull {name}" + (f" --revision {revision}" if revision else "")
 
 
 def no_such_model(name: str) -> ModelNotFound:
