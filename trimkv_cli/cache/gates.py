@@ -15,7 +15,6 @@ from torch.nn import functional
 from trimkv_cli.errors import GateMismatch
 from trimkv_cli.spec import GateSpec, ModelSpec
 
-DEFAULT_SINKS = 4
 TRAINED_VARIANTS = ("rg", "rg10")
 
 
@@ -59,14 +58,14 @@ class MlpGate(RetentionGate):
 class StreamingGate(RetentionGate):
     """Keep the first `sinks` tokens for good and the newest of the others: attention sinks and a sliding window."""
 
-    def __init__(self, *, num_kv_heads: int, sinks: int = DEFAULT_SINKS) -> None:
+    def __init__(self, *, num_kv_heads: int, sinks: int = 4) -> None:
         super().__init__()
         self.num_kv_heads = num_kv_heads
         self.sinks = sinks
 
     def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
         log_beta = (positions < self.sinks).float() - 1.0
-        return log_beta[..., None].expand(*positions.shape, self.num_kv_heads)
+        return log_beta[..., None].repeat(1, 1, self.num_kv_heads)
 
 
 class FullGate(RetentionGate):
@@ -108,7 +107,7 @@ def build_gates(
     The tensors are taken as `check_gates` has passed them.
     """
     if gate.variant == "streaming":
-        return nn.ModuleList(StreamingGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_layers))
+        return nn.ModuleList(StreamingGate(num_kv_heads=spec.num_kv_heads, sinks=gate.sinks) for _ in range(spec.num_layers))
     if gate.variant == "none":
         return nn.ModuleList(FullGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_layers))
     return nn.ModuleList(
