@@ -54,6 +54,11 @@ class Plan:
     def workspace_bytes(self) -> int:
         return self.part_bytes("workspace")
 
+    @property
+    def kv_bytes_per_row(self) -> int:
+        """Return what one sequence's cache takes, whatever its length."""
+        return self.spec.kv_bytes_per_row(self.kv_budget, DTYPE_BYTES[self.kv_dtype])
+
     def full_cache_bytes(self, context: int) -> int:
         """Count what one sequence of `context` tokens takes in a cache that forgets only what left a window."""
         row = self.spec.kv_bytes_per_row(context, DTYPE_BYTES[self.kv_dtype])
@@ -123,7 +128,9 @@ def _reason(gate: GateSpec, options: PlanOptions) -> str:
     if options.kv_budget is not None:
         return "as asked"
     if gate.variant == "none":
-        return "the context; a full cache evicts nothing" if options.context else "a context that trimkv chose"
+        return "the context, as a full cache evicts nothing" if options.context else "no --context was given"
+    if options.default_kv_budget not in (None, gate.memory_size):
+        return "the profile's default"
     return "as trained" if gate.memory_size else "the default without trained gates"
 
 

@@ -26,6 +26,7 @@ class PlanOptions:
 
     budget: int | None = None  # bytes of everything; None = no limit
     kv_budget: int | SequenceBytes | None = None
+    default_kv_budget: int | None = None  # a profile's wish, which a budget may make smaller
     prefill_chunk: int | None = None  # 0 = the whole prompt
     max_inflight: int | None = None
     context: int | None = None
@@ -144,7 +145,7 @@ def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_byt
         return _full_budgets(spec, options, asked)
     if asked is not None:
         return (asked,)
-    return halvings(gate.memory_size or UNTRAINED_KV_BUDGET, SMALLEST_KV_BUDGET)
+    return halvings(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, SMALLEST_KV_BUDGET)
 
 
 def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:

@@ -1,0 +1,55 @@
+"""`trimkv profiles`: which models have a short name, and what it stands for."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from trimkv_cli.commands.options import Json
+from trimkv_cli.profiles import Profile, list_profiles, load_profile, profile_folders
+
+profiles_app = typer.Typer(help="Look at profiles: a model under a short name.", no_args_is_help=True)
+
+
+@profiles_app.command(name="list")
+def list_(*, json: Json = False) -> None:
+    """List all profiles; your own hide built-in ones of the same name."""
+    profiles = list_profiles()
+    _print(jsonlib.dumps([_facts(profile) for profile in profiles], indent=2) if json else _table(profiles))
+
+
+@profiles_app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a profile.", metavar="NAME")], *, json: Json = False
+) -> None:
+    """Show one profile: its file, or as JSON what trimkv reads in it."""
+    profile = load_profile(name)
+    _print(jsonlib.dumps(_facts(profile), indent=2) if json else profile.path.read_text(encoding="utf-8"))
+
+
+@profiles_app.command()
+def path() -> None:
+    """Print the folder for your own profiles, and the built-in one."""
+    _print("\n".join(str(folder) for folder in profile_folders()))
+
+
+def _facts(profile: Profile) -> dict[str, Any]:
+    return {**asdict(profile), "path": str(profile.path)}
+
+
+def _table(profiles: list[Profile]) -> str:
+    from trimkv_cli.ui.tables import columns
+
+    rows = [(p.name, p.model, p.gates or "-", str(p.kv_budget or "-")) for p in profiles]
+    return "\n".join(columns([("NAME", "MODEL", "GATES", "SLOTS"), *rows]))
+
+
+def _print(text: str) -> None:
+    from trimkv_cli.ui.plain import AnswerWriter
+
+    answer = AnswerWriter()
+    answer.push(text)
+    answer.close()
