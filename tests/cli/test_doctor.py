@@ -1,0 +1,41 @@
+"""`trimkv doctor` as a process: what it prints where, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "trimkv_cli", "doctor", *arguments]
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_json_is_all_of_stdout() -> None:
+    """Catch progress bars or remarks between a program and the object it reads."""
+    done = _doctor("--json")
+    report = json.loads(done.stdout)
+    assert report["ok"] == (done.returncode == 0)
+    assert {"name", "status", "detail", "hint"} == report["checks"][0].keys()
+    assert "mini gates" in {check["name"] for check in report["checks"]}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are named by other variables there")
+def test_fault_is_exit_1_with_a_hint(tmp_path: Path) -> None:
+    """Catch a doctor that finds a fault and says that all is well."""
+    (tmp_path / "file").touch()
+    done = _doctor(HF_HUB_CACHE=str(tmp_path / "file" / "hub"))
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1
+    (fault,) = [number for number, line in enumerate(lines) if line.startswith("fault")]
+    assert "model cache folder" in lines[fault]
+    assert lines[fault + 1].startswith("hint: ")
