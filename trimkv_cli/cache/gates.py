@@ -107,7 +107,8 @@ def build_gates(
     The tensors are taken as `check_gates` has passed them.
     """
     if gate.variant == "streaming":
-        return nn.ModuleList(StreamingGate(num_kv_heads=spec.num_kv_heads, sinks=gate.sinks) for _ in range(spec.num_layers))
+        heads, sinks = spec.num_kv_heads, gate.sinks
+        return nn.ModuleList(StreamingGate(num_kv_heads=heads, sinks=sinks) for _ in range(spec.num_layers))
     if gate.variant == "none":
         return nn.ModuleList(FullGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_layers))
     return nn.ModuleList(
