@@ -106,7 +106,7 @@ def test_an_interrupt_ends_the_run_at_once_and_leaves_whole_lines() -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     try:
-        process.stdin.write(b'{"prompt":"a","max_tokens":2}\n{"prompt":"b","max_tokens":30000}\n')
+        process.stdin.write(b'{"prompt":"a","max_tokens":2}\n{"prompt":"b","max_tokens":8000}\n')
         process.stdin.flush()
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)

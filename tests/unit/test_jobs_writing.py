@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 
-from trimkv_cli.errors import UsageError
+from trimkv_cli.errors import TrimkvError, UsageError
 from trimkv_cli.jobs.reading import open_input
 from trimkv_cli.jobs.writing import Writer, check_output, open_output
 
@@ -68,6 +69,13 @@ def test_a_record_is_on_disk_when_write_returns(tmp_path: Path) -> None:
     with open_output(str(output), overwrite=False) as out:
         Writer(out).write(5, b"a\n")
         assert output.read_bytes() == b"a\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_one_line_with_its_reason() -> None:
+    with Path("/dev/full").open("wb", buffering=0) as out, pytest.raises(TrimkvError, match="No space left") as caught:
+        Writer(cast(BinaryIO, out)).write(0, b"a\n")
+    assert caught.value.exit_code == 1
 
 
 def test_records_in_order_wait_for_those_before_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from trimkv_cli.errors import UsageError
+from trimkv_cli.errors import TrimkvError, UsageError
 
 Order = Literal["completion", "input"]
 
@@ -57,7 +57,12 @@ def open_output(output: str, *, overwrite: bool) -> Iterator[BinaryIO]:
 
 
 class Writer:
-    """Write encoded records; under order "input" a record waits until all before it are written."""
+    """Write encoded records; under order "input" a record waits until all before it are written.
+
+    Raises:
+        TrimkvError: the disk is full, or gone.
+        BrokenPipeError: nobody reads the output any more.
+    """
 
     def __init__(self, stream: BinaryIO, *, order: Order = "completion") -> None:
         self._stream = stream
@@ -81,8 +86,14 @@ class Writer:
             self._emit(ready)
 
     def _emit(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._stream.flush()
+        try:
+            self._stream.write(data)
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            hint = "the records written so far are whole, except perhaps the last"
+            raise TrimkvError(f"cannot write the output: {error.strerror}", hint=hint) from error
 
 
 def _same_file(status: os.stat_result, source: BinaryIO) -> bool:
