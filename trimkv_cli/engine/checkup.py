@@ -100,14 +100,14 @@ def device() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
-        detail = (
-            f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {format_size(free)} free of {format_size(total)}"
-        )
-        yield Finding(name=f"cuda:{index}", status="ok", detail=f"{detail}, CUDA {torch.version.cuda}{_driver()}")
+        memory = f"{format_size(free)} free of {format_size(total)}"
+        software = f"CUDA {torch.version.cuda}{_driver()}"
+        detail = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {memory}, {software}"
+        yield Finding(name=f"cuda:{index}", status="ok", detail=detail)
     if torch.backends.mps.is_available():
         yield Finding(name="mps", status="ok", detail="the torch reference runs on it")
     elif not torch.cuda.is_available():
-        yield Finding(name="device", status="note", detail="no accelerator: models run on the CPU in fp32")
+        yield _no_accelerator(cuda_build=torch.version.cuda)
 
 
 def dtypes() -> Iterator[Finding]:
@@ -118,34 +118,30 @@ def dtypes() -> Iterator[Finding]:
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
         try:
             product = torch.ones(8, 8, dtype=dtype, device=where) @ torch.ones(8, 8, dtype=dtype, device=where)
-            right = bool((product == 8).all())
         except (RuntimeError, TypeError) as error:
             yield Finding(name=name, status="note", detail=f"not on {where}: {_first_line(error)}")
+            continue
+        if bool((product == 8).all()):
+            yield Finding(name=name, status="ok", detail=where)
         else:
-            yield Finding(
-                name=name, status="ok" if right else "fault", detail=f"{where}{'' if right else ': wrong sums'}"
-            )
+            yield Finding(name=name, status="fault", detail=f"wrong sums on {where}", hint="update driver and torch")
 
 
 def mini() -> Iterator[Finding]:
-    """Run one token through the built-in model and read its gates."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    """Load the built-in model with its gates and answer one request that is longer than its cache."""
+    from trimkv_cli.engine.loader import load_engine
+    from trimkv_cli.engine.options import EngineOptions
+    from trimkv_cli.engine.request import Request, SamplingParams
 
-    from trimkv_cli.cache.gate_files import read_gates
-    from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(MODEL_FOLDER).encode("Hello")
-    finite = bool(torch.isfinite(model(torch.tensor([ids])).logits).all())
-    detail = f"{model.config.num_hidden_layers} layers{'' if finite else ': NaN in its logits'}"
-    yield Finding(name="mini model", status="ok" if finite else "fault", detail=detail)
-    gate = read_gates(GATES_FOLDER).gate
-    yield Finding(
-        name="mini gates", status="ok", detail=f"{gate.variant}, trained for {gate.memory_size} slots per head"
-    )
+    engine = load_engine(EngineOptions(model="mini", offline=True, kv_budget="8", max_inflight=1))
+    gate = engine.facts.gate
+    yield Finding(name="mini gates", status="ok", detail=f"{gate.variant}, for {gate.memory_size} slots per head")
+    params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    last = list(engine.generate([Request(id="doctor", prompt_token_ids=(1, 2, 3, 4), params=params)]))[-1]
+    assert last.stats is not None, "the last event of a request carries its stats"
+    right = last.finish_reason == "length" and last.stats.completion_tokens == params.max_tokens
+    detail = f"{last.stats.completion_tokens} tokens in a cache of 8 slots per head"
+    yield Finding(name="mini model", status="ok" if right else "fault", detail=detail)
 
 
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -187,10 +183,12 @@ def _no_accelerator(*, cuda_build: str | None) -> Finding:
 def _driver() -> str:
     try:
         import pynvml
-
+    except ImportError:
+        return ""
+    try:
         pynvml.nvmlInit()
         return f", driver {pynvml.nvmlSystemGetDriverVersion()}"
-    except ImportError:
+    except pynvml.NVMLError:
         return ""
 
 
