@@ -124,7 +124,7 @@ def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | Non
     elif model_type == "gemma3_text":
         sliding = [(layer + 1) % config["sliding_window_pattern"] != 0 for layer in range(layers)]
     else:
-        return (window,) * int(layers)
+        return (window if model_type in ("mistral", "phi3") else None,) * int(layers)
     if config.get("layer_types"):
         sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
     return tuple(window if slides else None for slides in sliding)

@@ -67,11 +67,11 @@ def _project_settings(cwd: Path) -> dict[str, Any]:
     """Read the nearest project file from `cwd` up to the folder with .git; without one, only `cwd` counts."""
     for folder in _project_folders(cwd):
         for path, values in _files_of(folder):
-            for key in LOADS_CODE:
-                if key in values:
-                    hint = f"a project may not have code loaded; put {key} into your own config.toml"
-                    raise ConfigError(f"{path}: {key} is not allowed in a project file", hint=hint)
-            return _checked(values, path)
+            settings = _checked(values, path)
+            for key in settings.keys() & set(LOADS_CODE):
+                hint = f"a project may not have code loaded; put {key} into your own config.toml"
+                raise ConfigError(f"{path}: {key} is not allowed in a project file", hint=hint)
+            return settings
     return {}
 
 

@@ -116,6 +116,7 @@ class GateSpec:
     base_model: str | None = None
     buffer_size: int | None = None  # reported; trimkv evicts at every step
     model_type: str | None = None
+    sinks: int = 4  # tokens that a streaming gate never forgets
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, id: str) -> Self:
@@ -164,7 +165,7 @@ def gate_bytes(model: ModelSpec, gate: GateSpec, dtype: Dtype) -> int:
 
 def streaming_gate(sinks: int = 4) -> GateSpec:
     """Describe the constant gate: the first tokens and the latest ones stay."""
-    return GateSpec(variant="streaming", id=f"streaming ({sinks} sinks)")
+    return GateSpec(variant="streaming", id=f"streaming:{sinks}", sinks=sinks)
 
 
 def full_gate() -> GateSpec:

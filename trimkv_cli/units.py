@@ -8,8 +8,8 @@ from typing import Literal
 
 from trimkv_cli.errors import UsageError
 
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(ib|b|)", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(ib|b|)", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -29,15 +29,14 @@ def parse_size(text: str) -> int:
 
 def format_size(size_bytes: int) -> str:
     """Write bytes in the binary unit that leaves one to four digits before the point."""
-    value = float(abs(size_bytes))
-    sign = "-" if size_bytes < 0 else ""
+    value = float(size_bytes)
     if value < 1024:
         return f"{size_bytes} B"
     for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
         value /= 1024
         if round(value, 1) < 1024 or unit == "PiB":
             break
-    return f"{sign}{value:.1f} {unit}"
+    return f"{value:.1f} {unit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,8 +78,8 @@ class Wish:
 
     @property
     def preferred(self) -> Shape:
-        """The shape that costs no quality; rows are free to shrink."""
-        return self.shape(self.kv_budgets[0], self.dtypes[0], self.chunks[0], self.rows[-1])
+        """The smallest shape that gives up nothing which changes quality much: KV budget and chunk stay."""
+        return self.shape(self.kv_budgets[0], self.dtypes[-1], self.chunks[0], self.rows[-1])
 
     def shape(self, kv_budget: int, dtype: Dtype, chunk: int, rows: int) -> Shape:
         return Shape(kv_budget=kv_budget, prefill_chunk=chunk, rows=rows, dtype=dtype, kv_dtype=self.kv_dtype or dtype)

@@ -1,0 +1,226 @@
+"""Catches a plan that promises too little memory, gives up the wrong thing, or offers what does not fit either."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
+from trimkv_cli.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.profiles import load_profile
+from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.units import SequenceBytes, parse_kv_budget, parse_size
+
+MIB = 2**20
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen3",
+    "dtype": "bfloat16",
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+SPEC = ModelSpec.from_config(CONFIG)
+WINDOWED = ModelSpec.from_config(
+    {**CONFIG, "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 3, "dtype": "float32"}
+)
+GATE = GateSpec(variant="rg", id="gate", hidden=64, memory_size=512, trained_context=4096)
+GATES = [GATE, streaming_gate(), full_gate(), GateSpec(variant="rg10", id="dynamic", hidden=64, memory_size=64)]
+
+
+def read_command(command: str, device: str = "cpu") -> PlanOptions:
+    """Read a counter-offer as the command line does."""
+    words = shlex.split(command)[2:]
+    values: dict[str, Any] = {"device": device}
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        name = flag.removeprefix("--").replace("-", "_")
+        readers = {"budget": parse_size, "kv_budget": parse_kv_budget, "dtype": str, "kv_dtype": str}
+        values[name] = readers.get(name, int)(value)
+    return PlanOptions(**values)
+
+
+def codes(plan: Plan) -> list[str]:
+    return [warning.code for warning in plan.warnings]
+
+
+def test_without_a_budget_everything_is_as_trained() -> None:
+    plan = make_plan(SPEC, GATE, PlanOptions())
+    assert (plan.fits, plan.kv_budget, plan.rows, plan.prefill_chunk, plan.dtype) == (True, 512, 8, 512, "fp32")
+    assert plan.budget_bytes is None
+    assert plan.part_bytes("runtime") == 0
+
+
+def test_a_gpu_runs_the_models_own_dtype_and_more_rows() -> None:
+    plan = make_plan(SPEC, GATE, PlanOptions(device="cuda"))
+    assert (plan.dtype, plan.kv_dtype, plan.rows) == ("bf16", "bf16", 64)
+
+
+def test_the_cache_is_what_is_allocated() -> None:
+    import torch
+
+    from trimkv_cli.cache.retention_cache import RetentionCache
+
+    plan = make_plan(WINDOWED, GATE, PlanOptions(kv_budget=130, max_inflight=3))
+    cache = RetentionCache(
+        rows=3,
+        kv_budget=130,
+        num_kv_heads=WINDOWED.num_kv_heads,
+        head_dim=WINDOWED.head_dim,
+        windows=WINDOWED.windows,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert plan.part_bytes("kv") == cache.nbytes
+    assert plan.part_bytes("shared_prefix") == cache.nbytes // 3
+
+
+def test_one_sequence_shares_nothing() -> None:
+    assert make_plan(SPEC, GATE, PlanOptions(max_inflight=1)).part_bytes("shared_prefix") == 0
+    assert make_plan(SPEC, GATE, PlanOptions(prefill_chunk=0)).part_bytes("shared_prefix") == 0
+
+
+def test_decode_that_is_padded_to_eight_rows_has_eight_rows_of_cache() -> None:
+    plan = make_plan(SPEC, GATE, PlanOptions(max_inflight=2, padded_rows=8))
+    assert (plan.rows, plan.part_bytes("kv")) == (2, 8 * plan.kv_bytes_per_row)
+
+
+@pytest.mark.parametrize(
+    ("profile", "slot_bytes"),
+    [
+        ("qwen3-1.7b-math", 114_688),
+        ("qwen3-4b-math", 147_456),
+        ("qwen3-8b-math", 147_456),
+        ("qwen3-14b-math", 163_840),
+        ("phi-3-mini-128k-instruct", 393_216),
+    ],
+)
+def test_the_bytes_of_released_models(profile: str, slot_bytes: int) -> None:
+    loaded = load_profile(profile)
+    assert loaded.spec is not None
+    assert loaded.gate is not None
+    plan = make_plan(loaded.spec, loaded.gate, PlanOptions(device="cuda", kv_budget=1))
+    assert loaded.spec.kv_bytes_per_token(2) == slot_bytes
+    assert plan.full_cache_bytes(1000) == 1000 * slot_bytes
+    assert plan.kv_bytes_per_row == slot_bytes + 8 * loaded.spec.num_layers * loaded.spec.num_kv_heads
+
+
+def test_qwen3_4b_costs_2304_bytes_a_slot_beside_keys_and_values() -> None:
+    spec = load_profile("qwen3-4b-math").spec
+    assert spec is not None
+    assert spec.kv_bytes_per_row(1, 2) == 147_456 + 2_304
+
+
+def test_a_kv_budget_in_bytes_is_a_division() -> None:
+    per_slot = SPEC.kv_bytes_per_row(1, 4)
+    plan = make_plan(SPEC, GATE, PlanOptions(kv_budget=SequenceBytes(amount=per_slot * 100 + 5)))
+    assert plan.kv_budget == 100
+    with pytest.raises(UsageError, match="hold no slot"):
+        make_plan(SPEC, GATE, PlanOptions(kv_budget=SequenceBytes(amount=per_slot - 1)))
+
+
+@pytest.mark.parametrize("field", ["kv_budget", "max_inflight", "context"])
+def test_zero_is_a_usage_error(field: str) -> None:
+    with pytest.raises(UsageError, match="too small"):
+        PlanOptions(**{field: 0})
+
+
+def test_a_context_past_the_models_positions_is_refused() -> None:
+    with pytest.raises(ContextOverflow, match="8192"):
+        make_plan(SPEC, GATE, PlanOptions(context=8193))
+
+
+def test_more_slots_than_trained_is_a_warning() -> None:
+    assert codes(make_plan(SPEC, GATE, PlanOptions(kv_budget=513))) == ["kv_budget_above_trained"]
+    assert codes(make_plan(SPEC, GATE, PlanOptions(kv_budget=512))) == []
+
+
+def test_a_longer_context_than_trained_is_a_warning() -> None:
+    assert codes(make_plan(SPEC, GATE, PlanOptions(context=5000))) == ["context_above_trained"]
+
+
+def test_gates_with_a_shared_budget_are_a_warning() -> None:
+    assert codes(make_plan(SPEC, GATES[3], PlanOptions())) == ["budget_per_head"]
+
+
+def test_streaming_says_where_its_size_comes_from() -> None:
+    plan = make_plan(SPEC, streaming_gate(), PlanOptions())
+    assert plan.kv_budget == 1024
+    assert "1024 slots per head: the default without trained gates" in plan.choices
+
+
+def test_a_full_cache_has_a_slot_for_every_token_of_the_context() -> None:
+    assert make_plan(SPEC, full_gate(), PlanOptions(context=700)).kv_budget == 700
+    with pytest.raises(UsageError, match="cannot hold"):
+        make_plan(SPEC, full_gate(), PlanOptions(context=700, kv_budget=699))
+
+
+def test_a_profiles_default_gives_way_to_the_budget_and_a_flag_does_not() -> None:
+    limit = make_plan(SPEC, GATE, PlanOptions(budget=2**40, kv_budget=64, max_inflight=1, dtype="fp32")).total_bytes
+    given_way = make_plan(SPEC, GATE, PlanOptions(budget=limit, default_kv_budget=256, max_inflight=1, dtype="fp32"))
+    assert given_way.fits
+    asked = PlanOptions(budget=limit, kv_budget=4096, prefill_chunk=512, max_inflight=1, dtype="fp32")
+    assert not make_plan(SPEC, GATE, asked).fits
+
+
+def test_a_tight_budget_costs_rows_then_chunk_then_dtype_then_slots_and_says_so() -> None:
+    seen = []
+    for budget in range(1200 * MIB, 440 * MIB, -MIB // 2):
+        plan = make_plan(SPEC, GATE, PlanOptions(budget=budget))
+        if not plan.fits:
+            break
+        assert plan.total_bytes <= budget
+        seen.append((plan.kv_budget, plan.dtype == "fp32", plan.prefill_chunk, plan.rows))
+        assert ("kv_budget_reduced" in codes(plan)) == (plan.kv_budget < 512)
+        assert ("prefill_chunk_reduced" in codes(plan)) == (plan.prefill_chunk < 512)
+        assert ("dtype_reduced" in codes(plan)) == (plan.dtype != "fp32")
+    assert seen == sorted(seen, reverse=True)
+    assert {slots for slots, _, _, _ in seen} > {512}
+
+
+def test_a_refusal_names_the_budget_that_would_do() -> None:
+    plan = make_plan(SPEC, GATE, PlanOptions(budget=MIB))
+    assert not plan.fits
+    assert f"trimkv plan --budget {plan.total_bytes}" in plan.offers
+    assert len(plan.offers) >= 2
+    with pytest.raises(DoesNotFit) as caught:
+        plan.ensure_fits()
+    assert caught.value.hint == plan.offers[0]
+
+
+OPTIONS = st.builds(
+    PlanOptions,
+    budget=st.integers(1, 700) | st.integers(440, 520),
+    kv_budget=st.none() | st.integers(1, 9000) | st.integers(10_000, 10**8).map(lambda n: SequenceBytes(amount=n)),
+    prefill_chunk=st.none() | st.sampled_from([0, 1, 32, 64, 100, 512, 4096]),
+    max_inflight=st.none() | st.integers(1, 100),
+    context=st.none() | st.integers(1, 8192),
+    dtype=st.sampled_from(["auto", "fp32", "bf16"]),
+    kv_dtype=st.sampled_from(["auto", "fp32", "bf16"]),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(options=OPTIONS, gate=st.sampled_from(GATES), spec=st.sampled_from([SPEC, WINDOWED]))
+def test_every_offer_fits_when_it_is_tried(options: PlanOptions, gate: GateSpec, spec: ModelSpec) -> None:
+    options = replace(options, budget=(options.budget or 0) * MIB)
+    try:
+        plan = make_plan(spec, gate, options)
+    except UsageError:
+        return
+    assert plan.fits == (plan.total_bytes <= (options.budget or 0))
+    assert plan.fits or len(set(plan.offers)) >= 2
+    for offer in plan.offers:
+        retried = make_plan(spec, gate, read_command(offer, options.device))
+        assert retried.fits, offer
+        assert retried.total_bytes <= (retried.budget_bytes or 0)

@@ -1,0 +1,103 @@
+"""Catches a profile that plans with wrong numbers, and a misspelt key that is silently dropped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trimkv_cli import profiles
+from trimkv_cli.errors import ConfigError, ModelNotFound
+from trimkv_cli.mini import GATES_FOLDER
+from trimkv_cli.profiles import find_profile, list_profiles, load_profile, read_profile
+from trimkv_cli.spec import ModelSpec, read_gate_spec
+
+RELEASED = [profile for profile in list_profiles() if profile.config]
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the user's own profile folder."""
+    built_in = profiles.profile_folders()[1]
+    monkeypatch.setattr(profiles, "profile_folders", lambda: (tmp_path, built_in))
+    return tmp_path
+
+
+def test_every_released_gate_repository_has_a_profile() -> None:
+    names = {f"TrimKV-Qwen3-{size}-Math" for size in ("1.7B", "4B", "8B", "14B")}
+    names |= {"TrimKV-Qwen3-4B-Instruct-2507", "TrimKV-Phi-3-mini-128k-instruct"}
+    names |= {"DBTrimKV-Qwen3-4B-Math", "DBTrimKV-Qwen3-4B-Instruct-2507"}
+    assert {profile.gates for profile in RELEASED} == {f"ngocbh/{name}" for name in names}
+
+
+@pytest.mark.parametrize("profile", RELEASED, ids=lambda profile: profile.name)
+def test_weight_bytes_are_those_of_the_config(profile: profiles.Profile) -> None:
+    assert profile.weight_bytes == ModelSpec.from_config(profile.config).weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen3-4b-math", 4_022_468_096),
+        ("qwen3-8b-math", 8_190_735_360),
+        ("qwen3-14b-math", 14_768_307_200),
+        ("phi-3-mini-128k-instruct", 3_821_079_552),
+    ],
+)
+def test_parameters_are_the_published_ones(name: str, parameters: int) -> None:
+    spec = load_profile(name).spec
+    assert spec is not None
+    assert spec.weight_numel == parameters
+
+
+def test_the_one_known_revision_is_pinned() -> None:
+    assert load_profile("qwen3-4b-instruct-2507").gates_revision == "89112809f83d05c3058eadcab4104abde5721b81"
+
+
+def test_long_rope_is_in_the_phi_profile() -> None:
+    spec = load_profile("phi-3-mini-128k-instruct").spec
+    assert spec is not None
+    assert (spec.original_max_positions, spec.max_positions) == (4096, 131_072)
+
+
+def test_the_mini_profile_says_what_its_files_say() -> None:
+    gate, files = load_profile("mini").gate, read_gate_spec(GATES_FOLDER, id="mini")
+    assert gate is not None
+    assert (gate.variant, gate.hidden, gate.memory_size) == (files.variant, files.hidden, files.memory_size)
+
+
+def test_a_users_profile_hides_a_built_in_one(user_folder: Path) -> None:
+    (user_folder / "mini.toml").write_text('model = "own/model"\n')
+    assert load_profile("mini").model == "own/model"
+    assert [profile.model for profile in list_profiles() if profile.name == "mini"] == ["own/model"]
+
+
+def test_an_unknown_profile_suggests_a_near_one() -> None:
+    assert find_profile("qwen3-4b-maths") is None
+    with pytest.raises(ModelNotFound) as caught:
+        load_profile("qwen3-4b-maths")
+    assert caught.value.hint == "did you mean qwen3-4b-math?"
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [
+        ('model = "m"\nkv_bugdet = 3\n', "unknown key 'kv_bugdet'", "kv_budget"),
+        ('model = "m"\n[sampling]\ntemprature = 1.0\n', "unknown key 'temprature' in [sampling]", "temperature"),
+        ('model = "m"\ntrust_remote_code = true\n', "unknown key 'trust_remote_code'", ""),
+        ('model = "m"\nkv_budget = "many"\n', "not a whole number", ""),
+        ('model = "m"\nkv_budget = true\n', "not a whole number", ""),
+        ('model = "m"\nkv_budget = 0\n', "too small", "1 or more"),
+        ('model = "m"\nvariant = "rg2"\n', "'rg2'", "rg10"),
+        ("", "'model' is missing", "model ="),
+        ("model = \n", "not valid TOML", ""),
+    ],
+)
+def test_a_faulty_profile_is_named(content: str, message: str, hint: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        read_profile(path)
+    assert str(path) in caught.value.message
+    assert hint in (caught.value.hint or "")
