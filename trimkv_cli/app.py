@@ -1,0 +1,144 @@
+"""The command line: which commands there are, and the one place that turns an error into text and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import Exit, TyperException
+
+from trimkv_cli import __version__
+from trimkv_cli.commands import ask, chat, doctor, gates, inspect, models, run, summarize
+from trimkv_cli.errors import ClosedPipe, TrimkvError
+from trimkv_cli.settings import load_settings
+from trimkv_cli.ui.messages import print_error
+
+app = typer.Typer(
+    name="trimkv",
+    help="Run a local language model inside a memory budget: the cache keeps what its retention gates say will last.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(chat.chat)
+app.command()(ask.ask)
+app.command()(summarize.summarize)
+app.command()(run.run)
+app.command()(inspect.inspect)
+app.add_typer(gates.gates_app, name="gates")
+app.add_typer(models.models_app, name="models")
+app.command()(doctor.doctor)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"trimkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version)] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run trimkv on `arguments` (default: the process's own) and exit with the code that cli.md's table gives."""
+    _prepare_environment()
+    signal.signal(signal.SIGTERM, _terminate)
+    code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+    _close_stdout(code)
+    sys.exit(code)
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        return _invoke(arguments)
+    except (BrokenPipeError, ClosedPipe):
+        return ClosedPipe.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except TrimkvError as error:
+        return _report(error.message, error.hint, error.exit_code)
+    except TyperException as error:
+        return _report(error.format_message(), _usage_hint(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001  # the last line of defence: any fault becomes one line
+        if _is_out_of_memory(error):
+            return _report("the device is out of memory", "lower --max-inflight, --kv-budget or --prefill-chunk", 5)
+        return _report(f"{type(error).__name__}: {error}", "TRIMKV_DEBUG=1 shows where this happened", 1)
+
+
+def _invoke(arguments: list[str]) -> int:
+    command: Any = typer.main.get_command(app)
+    if "_TRIMKV_COMPLETE" in os.environ:
+        command.main(arguments, prog_name="trimkv")
+    defaults = _defaults(command)
+    try:
+        # Not command.main(): that one turns a closed pipe into exit code 1.
+        with command.make_context("trimkv", arguments, default_map=defaults) as context:
+            command.invoke(context)
+    except Exit as request:
+        return request.exit_code
+    return 0
+
+
+def _defaults(command: Any) -> dict[str, Any]:
+    """Return the settings of files and environment as defaults of each command that has such an option."""
+    settings = load_settings(Path.cwd(), os.environ)
+    return {
+        name: {p.name: settings[p.name] for p in sub.params if p.name in settings}
+        for name, sub in command.commands.items()
+    }
+
+
+def _report(message: str, hint: str | None, code: int) -> int:
+    if os.environ.get("TRIMKV_DEBUG") == "1":
+        traceback.print_exc()
+    print_error(message, hint)
+    return code
+
+
+def _usage_hint(error: TyperException) -> str | None:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if context is not None else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _close_stdout(code: int) -> None:
+    """Flush what is left; when its reader is gone, let the interpreter's own flush at exit go nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if code == 0:
+            sys.exit(ClosedPipe.exit_code)
+
+
+def _prepare_environment() -> None:
+    """Keep libraries quiet, without telemetry, and their caches in our own folder."""
+    from platformdirs import user_cache_path
+
+    cache = user_cache_path("trimkv")
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+    }.items():
+        os.environ.setdefault(name, value)

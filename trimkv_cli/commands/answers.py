@@ -1,0 +1,129 @@
+"""One request from its tokens to the answer: streamed as text, or as one OpenAI chat.completion object."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from trimkv_cli.engine.request import Request
+from trimkv_cli.events import FinishReason, RequestStats
+from trimkv_cli.ui.messages import print_note, print_warning
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.engine.options import EngineOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A finished request."""
+
+    request: Request
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: RequestStats
+
+
+def answer(engine: Engine, request: Request, on_text: Callable[[str], None] = lambda _: None) -> Answer:
+    """Run one request to its end; `on_text` gets each piece of text as it comes."""
+    pieces: list[str] = []
+    token_ids: list[int] = []
+    for event in engine.generate([request]):
+        token_ids += event.token_ids
+        if event.text:
+            pieces.append(event.text)
+            on_text(event.text)
+        if event.finish_reason is not None:
+            assert event.stats is not None, "the last event carries stats"
+            return Answer(
+                request=request,
+                text="".join(pieces),
+                token_ids=tuple(token_ids),
+                finish_reason=event.finish_reason,
+                stats=event.stats,
+            )
+    raise AssertionError("a request ended without a last event")
+
+
+def announce(engine: Engine, *, quiet: bool) -> None:
+    """Say on stderr what the user should know before the answer."""
+    for note in engine.facts.notes if not quiet else ():
+        print_note(note)
+    for _, message in engine.facts.warnings:
+        print_warning(message)
+
+
+def say_if_cut(finished: Answer) -> None:
+    """Say on stderr that an answer ended because of its length."""
+    if finished.finish_reason == "length":
+        print_note(f"stopped after {len(finished.token_ids)} tokens; --max-tokens N allows more")
+
+
+def print_stats(engine: Engine, finished: Answer) -> None:
+    """Print what the request cost to stderr."""
+    stats, cache = finished.stats, finished.stats.cache
+    timing = _timing(engine, finished)
+    print_note(f"tokens   {stats.prompt_tokens} prompt + {stats.completion_tokens} generated")
+    print_note(f"cache    {cache.kept_per_head} of {cache.seen_tokens} tokens kept per head, {cache.evicted} evictions")
+    print_note(f"speed    prefill {timing['prefill_tps']:.1f} tok/s, decode {timing['decode_tps']:.1f} tok/s")
+    print_note(f"memory   {engine.kv_bytes:,} bytes of cache, {engine.peak_bytes:,} bytes at the peak")
+
+
+def to_completion(engine: Engine, finished: Answer, options: EngineOptions) -> dict[str, Any]:
+    """Return an OpenAI chat.completion object with the extra key `trimkv` (cli.md section 3)."""
+    stats = finished.stats
+    message = {"role": "assistant", "content": finished.text, "refusal": None}
+    return {
+        "id": f"chatcmpl-{finished.request.id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": engine.facts.model_id,
+        "choices": [{"index": 0, "message": message, "finish_reason": finished.finish_reason, "logprobs": None}],
+        "usage": {
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.completion_tokens,
+            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+        },
+        "trimkv": _report(engine, finished, options),
+    }
+
+
+def _report(engine: Engine, finished: Answer, options: EngineOptions) -> dict[str, Any]:
+    facts, peak = engine.facts, engine.peak_bytes
+    budget = facts.plan.budget_bytes
+    p50, p95 = engine.horizon(finished.request.id)
+    return {
+        "model": facts.model_id,
+        "gates": {"id": facts.gate.id, "trained_memory_size": facts.gate.memory_size},
+        "budget": {
+            "requested": options.budget,
+            "bytes": budget,
+            "kv_budget": facts.plan.kv_budget,
+            "honoured": None if budget is None else peak <= budget,
+        },
+        "memory": {
+            "weights_bytes": facts.weight_bytes,
+            "gate_bytes": facts.gate_bytes,
+            "kv_bytes": engine.kv_bytes,
+            "workspace_bytes": facts.plan.workspace_bytes,
+            "peak_bytes": peak,
+        },
+        "cache": {**asdict(finished.stats.cache), "horizon_p50": p50, "horizon_p95": p95},
+        "timing": _timing(engine, finished),
+        "sampling": asdict(finished.request.params),
+        "warnings": [{"code": code, "message": message} for code, message in facts.warnings],
+    }
+
+
+def _timing(engine: Engine, finished: Answer) -> dict[str, float | None]:
+    run, stats = engine.stats, finished.stats
+    return {
+        "load_s": engine.facts.load_s,
+        "ttft_s": stats.ttft_s,
+        "prefill_tps": run.prefill_tokens / run.prefill_s if run.prefill_s else 0.0,
+        "decode_tps": run.decode_tokens / run.decode_s if run.decode_s else 0.0,
+        "total_s": stats.total_s,
+    }

@@ -1,0 +1,94 @@
+"""`trimkv ask`: one prompt, one answer; the verb for pipelines."""
+
+from __future__ import annotations
+
+import json as json_module
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimkv_cli.commands.options import (
+    Json,
+    Live,
+    NoStream,
+    Output,
+    Quiet,
+    Raw,
+    Stats,
+    System,
+    SystemFile,
+    Think,
+    with_options,
+)
+from trimkv_cli.engine.options import EngineOptions, SamplingOptions
+
+
+@with_options(engine=EngineOptions, sampling=SamplingOptions)
+def ask(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; text piped into stdin is appended.")] = None,
+    *,
+    file: Annotated[list[str] | None, typer.Option("-f", "--file", help="Append a text file.", metavar="FILE")] = None,
+    system: System = None,
+    system_file: SystemFile = None,
+    think: Think = None,
+    raw: Raw = False,
+    json: Json = False,
+    output: Output = None,
+    no_stream: NoStream = False,
+    quiet: Quiet = False,
+    stats: Stats = False,
+    live: Live = None,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Answer one prompt; stdout carries the answer and nothing else.
+
+    trimkv ask "Why is the sky blue?"
+
+    git diff | trimkv ask "Write a commit message for this change" | git commit -F -
+
+    trimkv ask -f notes.txt "What is decided, and by whom?" --json
+    """
+    from trimkv_cli.commands.prompts import gather, read_system
+
+    user, system_text = gather(prompt, file or []), read_system(system, system_file)
+
+    from trimkv_cli.commands.answers import announce, answer, print_stats, say_if_cut, to_completion
+    from trimkv_cli.commands.prompts import render
+    from trimkv_cli.engine.loader import load_engine
+    from trimkv_cli.engine.request import Request
+    from trimkv_cli.ui.live import token_counter
+    from trimkv_cli.ui.plain import AnswerWriter
+
+    options = replace(engine, max_inflight=1)
+    llm = load_engine(options)
+    announce(llm, quiet=quiet)
+    rendered = render(llm.text, user, system=system_text, raw=raw, think=think)
+    request = Request(
+        id="ask",
+        prompt_token_ids=rendered.token_ids,
+        prefix_len=rendered.prefix_len,
+        params=sampling.resolve(llm.facts.sampling_defaults),
+        keep=True,
+    )
+    llm.check(request)
+    with Path(output).open("wb") if output else nullcontext() as stream, token_counter(wanted=live) as count:
+        writer = AnswerWriter(stream)
+        streaming = not (json or no_stream)
+
+        def show(piece: str) -> None:
+            count(piece)
+            if streaming:
+                writer.push(piece)
+
+        finished = answer(llm, request, show)
+        if not streaming:
+            writer.push(json_module.dumps(to_completion(llm, finished, options)) if json else finished.text)
+        writer.close()
+    if not quiet:
+        say_if_cut(finished)
+    if stats:
+        print_stats(llm, finished)

@@ -1,0 +1,95 @@
+"""`trimkv inspect`: what the cache kept of a prompt and its answer, per layer and KV head."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimkv_cli.commands.options import Json, Quiet, Raw, System, SystemFile, Think, with_options
+from trimkv_cli.engine.options import EngineOptions, SamplingOptions
+from trimkv_cli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@with_options(engine=EngineOptions, sampling=SamplingOptions)
+def inspect(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; text piped into stdin is appended.")] = None,
+    *,
+    prompt_token_ids: Annotated[
+        str | None, typer.Option("--prompt-token-ids", help="A JSON list of token ids instead.", metavar="FILE.json")
+    ] = None,
+    system: System = None,
+    system_file: SystemFile = None,
+    think: Think = None,
+    raw: Raw = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Show which positions each layer and KV head still holds when the answer is done.
+
+    The last token of an answer is never fed, so prompt + N − 1 tokens are seen. --json prints
+    {"seen", "kept": [layer][head][positions], "log_beta": [layer][head][seen], "output_token_ids"}.
+    """
+    from trimkv_cli.commands.answers import announce, answer
+    from trimkv_cli.commands.prompts import gather, read_system, render
+    from trimkv_cli.engine.loader import load_engine
+    from trimkv_cli.engine.request import Request
+
+    if prompt_token_ids is not None and prompt is not None:
+        raise UsageError("both a prompt and --prompt-token-ids are given", hint="give one of them")
+    ids = _read_ids(prompt_token_ids) if prompt_token_ids is not None else None
+    user = gather(prompt, []) if ids is None else ""
+    llm = load_engine(replace(engine, max_inflight=1))
+    announce(llm, quiet=quiet)
+    if ids is None:
+        ids = render(llm.text, user, system=read_system(system, system_file), raw=raw, think=think).token_ids
+    params = sampling.resolve(llm.facts.sampling_defaults)
+    request = Request(id="inspect", prompt_token_ids=ids, params=params, keep=True)
+    llm.check(request)
+    trace = llm.trace_log_beta()
+    finished = answer(llm, request)
+    kept = llm.kept(request.id)
+    if json:
+        print(json_module.dumps(_record(llm.seen(request.id), kept, trace, finished.token_ids)))
+    else:
+        print(_picture(llm.seen(request.id), kept))
+
+
+def _record(seen: int, kept: list[list[list[int]]], trace: list[list[Tensor]], output: tuple[int, ...]) -> dict[str, Any]:
+    import torch
+
+    log_beta = [torch.cat(steps, dim=2)[0].tolist() for steps in trace]
+    return {"seen": seen, "kept": kept, "log_beta": log_beta, "output_token_ids": list(output)}
+
+
+def _picture(seen: int, kept: list[list[list[int]]], width: int = 64) -> str:
+    """Draw one line per layer: in which of `width` equal parts of the sequence its heads hold how much."""
+    size = max(1, -(-seen // width))
+    lines = [f"{seen} tokens seen; each column is {size} of them, 9 = all heads hold all of it"]
+    for layer, heads in enumerate(kept):
+        counts = [0] * -(-seen // size)
+        for head in heads:
+            for position in head:
+                counts[position // size] += 1
+        marks = ((count * 9 + size * len(heads) - 1) // (size * len(heads)) for count in counts)
+        lines.append(f"layer {layer:3}  {''.join(str(min(9, mark)) if mark else '.' for mark in marks)}")
+    return "\n".join(lines)
+
+
+def _read_ids(path: str) -> tuple[int, ...]:
+    from trimkv_cli.commands.prompts import read_text
+
+    try:
+        ids = json_module.loads(read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}", hint="write a list of ids: [1, 2, 3]") from error
+    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise InputError(f"{path} is not a plain list of token ids", hint="write a list of ids: [1, 2, 3]")
+    return tuple(ids)

@@ -1,0 +1,90 @@
+"""Where prompts come from: arguments, files and stdin, as messages for the chat template or as plain text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimkv_cli.engine.text import Message, Prompt, Text
+from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
+
+
+def read_text(path: str) -> str:
+    """Read a file, or stdin for "-", as UTF-8.
+
+    Raises:
+        InputError: a file that cannot be read or is not UTF-8 text.
+    """
+    name = "stdin" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror or error}", hint="check the path") from error
+    if b"\0" in data:
+        raise InputError(f"{name} is binary, not text", hint="convert it to text first")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8 at byte {error.start}", hint=f"iconv -t UTF-8 {name}, or save it as UTF-8"
+        ) from error
+
+
+def gather(prompt: str | None, files: Sequence[str]) -> str:
+    """Join the prompt, the files and what is piped into stdin.
+
+    Raises:
+        UsageError: none of them holds anything.
+    """
+    piped = not sys.stdin.isatty() and "-" not in files
+    parts = [prompt or "", *(read_text(path) for path in files), read_text("-") if piped else ""]
+    text = "\n\n".join(part.strip("\n") for part in parts if part.strip())
+    if not text:
+        raise UsageError("there is no prompt", hint='trimkv ask "why is the sky blue?", or pipe text into it')
+    return text
+
+
+def read_system(system: str | None, system_file: str | None) -> str | None:
+    """Return the system message from one of the two options.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if system is not None and system_file is not None:
+        raise UsageError("--system and --system-file are both given", hint="give one of them")
+    return read_text(system_file) if system_file is not None else system
+
+
+def to_messages(user: str, system: str | None) -> list[Message]:
+    """Return the messages of a first turn."""
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [*first, {"role": "user", "content": user}]
+
+
+def render(text: Text | None, user: str, *, system: str | None, raw: bool, think: bool | None) -> Prompt:
+    """Render a first turn through the chat template, or encode it as it is with `raw`.
+
+    Raises:
+        UnsupportedModel: the model has no tokenizer, or no chat template.
+        UsageError: a system message with `raw`, which has no place for it.
+    """
+    text = need_text(text)
+    if not raw:
+        return text.render_chat(to_messages(user, system), think=think)
+    if system is not None:
+        raise UsageError("--raw sends the prompt alone, without a system message", hint="leave out --system or --raw")
+    return Prompt(token_ids=tuple(text.encode(user)))
+
+
+def need_text(text: Text | None) -> Text:
+    """Return the tokenizer of a model that must have one.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    if text is None:
+        raise UnsupportedModel(
+            "the model folder has no tokenizer", hint='trimkv run with lines like {"prompt_token_ids": [1, 2, 3]}'
+        )
+    return text

@@ -1,0 +1,147 @@
+"""`trimkv summarize`: read files of any length through the bounded cache, once, and say what is in them."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimkv_cli.commands.options import Json, NoStream, Output, Quiet, Stats, Think, with_options
+from trimkv_cli.engine.options import EngineOptions, SamplingOptions
+from trimkv_cli.errors import PartialFailure, TrimkvError
+from trimkv_cli.ui.messages import print_error
+
+if TYPE_CHECKING:
+    from trimkv_cli.commands.answers import Answer
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.ui.plain import AnswerWriter
+
+_INSTRUCTION = "Summarize the text above. Keep to what it says; list its main points."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """What the flags said about the output."""
+
+    json: bool
+    streaming: bool
+    stats: bool
+    quiet: bool
+    think: bool | None
+    titled: bool
+    engine: EngineOptions
+    sampling: SamplingOptions
+
+
+@with_options(engine=EngineOptions, sampling=SamplingOptions)
+def summarize(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help='Text files, or "-" for stdin.')],
+    *,
+    think: Think = None,
+    json: Json = False,
+    output: Output = None,
+    no_stream: NoStream = False,
+    quiet: Quiet = False,
+    stats: Stats = False,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Summarize text files in one pass each; memory stays the same however long they are.
+
+    trimkv summarize report.txt
+
+    trimkv summarize chapters/*.txt --json -o summaries.jsonl
+
+    Of several files each summary stands under its name; one that cannot be read does not stop the others (exit 3).
+    """
+    from trimkv_cli.commands.answers import announce
+    from trimkv_cli.commands.prompts import read_text
+    from trimkv_cli.engine.loader import load_engine
+    from trimkv_cli.ui.plain import AnswerWriter
+
+    if len(files) == 1:
+        read_text_once = read_text(files[0])  # fails before a model is loaded
+        texts: Iterator[tuple[str, str | TrimkvError]] = iter([(files[0], read_text_once)])
+    else:
+        texts = ((name, _try_to_read(name)) for name in files)
+    how = _How(
+        json=json,
+        streaming=not (json or no_stream),
+        stats=stats,
+        quiet=quiet,
+        think=think,
+        titled=len(files) > 1 and not json,
+        engine=replace(engine, max_inflight=1),
+        sampling=sampling,
+    )
+    llm = load_engine(how.engine)
+    announce(llm, quiet=quiet)
+    with Path(output).open("wb") if output else nullcontext() as stream:
+        failed = _summarize_all(llm, texts, AnswerWriter(stream), how)
+    if failed and len(files) == 1:
+        raise failed[0]
+    if failed:
+        raise PartialFailure(f"{len(failed)} of {len(files)} files failed")
+
+
+def _summarize_all(
+    llm: Engine, texts: Iterator[tuple[str, str | TrimkvError]], writer: AnswerWriter, how: _How
+) -> Sequence[TrimkvError]:
+    failed: list[TrimkvError] = []
+    for name, text in texts:
+        try:
+            if isinstance(text, TrimkvError):
+                raise text
+            _summarize_one(llm, name, text, writer, how)
+        except TrimkvError as error:
+            failed.append(error)
+            if how.titled or how.json:
+                print_error(f"{name}: {error.message}", error.hint)
+    return failed
+
+
+def _summarize_one(llm: Engine, name: str, text: str, writer: AnswerWriter, how: _How) -> None:
+    from trimkv_cli.commands.answers import answer, print_stats, say_if_cut, to_completion
+    from trimkv_cli.commands.prompts import render
+    from trimkv_cli.engine.request import Request
+
+    rendered = render(llm.text, f"{text}\n\n{_INSTRUCTION}", system=None, raw=False, think=how.think)
+    params = how.sampling.resolve(llm.facts.sampling_defaults)
+    request = Request(id=name, prompt_token_ids=rendered.token_ids, params=params, keep=True)
+    llm.check(request)
+    if how.titled:
+        writer.push(f"## {name}\n\n")
+    finished = answer(llm, request, writer.push if how.streaming else _ignore)
+    if not how.streaming:
+        writer.push(_record(llm, name, finished, how) if how.json else finished.text)
+    writer.close()
+    llm.release(name)
+    if not how.quiet:
+        say_if_cut(finished)
+    if how.stats:
+        print_stats(llm, finished)
+
+
+def _record(llm: Engine, name: str, finished: Answer, how: _How) -> str:
+    from trimkv_cli.commands.answers import to_completion
+
+    record: dict[str, Any] = to_completion(llm, finished, how.engine)
+    return json_module.dumps({**record, "trimkv": {**record["trimkv"], "input": name}})
+
+
+def _try_to_read(name: str) -> str | TrimkvError:
+    from trimkv_cli.commands.prompts import read_text
+
+    try:
+        return read_text(name)
+    except TrimkvError as error:
+        return error
+
+
+def _ignore(piece: str) -> None:
+    """Show nothing before the answer is complete."""

@@ -1,0 +1,45 @@
+"""Which device runs the model, and how much memory it has."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from trimkv_cli.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`; auto is the first GPU, else the CPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is not a device", hint="auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
+            raise UsageError(f"there is no {device} here", hint="--device cpu, or trimkv doctor")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("there is no mps device here", hint="--device cpu, or trimkv doctor")
+    elif device.type not in ("cpu", "mps"):
+        raise UsageError(f"{name!r} is not a device that trimkv runs on", hint="auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return all memory of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,190 @@
+"""Load what a user asked for and put it together: the one module that knows everyone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from trimkv_cli.cache.gate_check import check_gates
+from trimkv_cli.cache.gate_files import read_gates
+from trimkv_cli.cache.gates import build_gates
+from trimkv_cli.engine.assemble import DETERMINISTIC_ROWS, assemble
+from trimkv_cli.engine.devices import device_bytes, free_bytes, pick_device
+from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.sources import Source, find_source
+from trimkv_cli.engine.text import Text
+from trimkv_cli.errors import DoesNotFit, ModelError, UnsupportedModel, UsageError
+from trimkv_cli.plan import Plan, PlanOptions, Warning, make_plan
+from trimkv_cli.spec import Dtype
+from trimkv_cli.units import format_size, parse_budget, parse_kv_budget
+
+_DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "repetition_penalty")
+
+
+def load_engine(options: EngineOptions) -> Engine:
+    """Find the model and its gates, plan their memory, and only then load them.
+
+    Raises:
+        TrimkvError: whatever is wrong, before a weight is read where that can be known.
+    """
+    started = time.perf_counter()
+    source = find_source(options)
+    device = pick_device(options.device)
+    _check_deterministic(options, device)
+    plan = plan_for(source, options, device)
+    torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
+    model = _load_model(source, plan, device, trust_remote_code=options.trust_remote_code)
+    gates, warnings = _load_gates(source, plan, device)
+    text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
+    facts = EngineFacts(
+        model_id=source.model_id,
+        spec=source.spec,
+        gate=source.gate,
+        plan=plan,
+        max_positions=options.context or source.spec.max_positions,
+        eos_token_ids=_eos_token_ids(model),
+        sampling_defaults={**_sampling_defaults(model), **source.sampling},
+        notes=source.notes,
+        warnings=tuple((w.code, w.message) for w in (*source.warnings, *plan.warnings, *warnings)),
+        weight_bytes=_bytes(model),
+        gate_bytes=_bytes(gates),
+        load_s=time.perf_counter() - started,
+    )
+    return assemble(
+        model,
+        list(gates),
+        facts,
+        text=text,
+        kv_dtype=_DTYPES[plan.kv_dtype],
+        deterministic=options.deterministic,
+    )
+
+
+def plan_for(source: Source, options: EngineOptions, device: torch.device) -> Plan:
+    """Plan the run; the budget, or without one the device's memory, must hold it.
+
+    Raises:
+        DoesNotFit: it does not.
+    """
+    total, free = device_bytes(device), free_bytes(device)
+    budget = parse_budget(options.budget).resolve(total_bytes=total, free_bytes=free) if options.budget else None
+    asked = PlanOptions(
+        budget=budget,
+        kv_budget=parse_kv_budget(options.kv_budget) if options.kv_budget is not None else source.kv_budget,
+        prefill_chunk=options.prefill_chunk if options.prefill_chunk is not None else source.prefill_chunk,
+        max_inflight=options.max_inflight,
+        context=options.context,
+        dtype=options.dtype,
+        device=device.type,
+        padded_rows=DETERMINISTIC_ROWS if options.deterministic else 0,
+        command=f"trimkv plan {source.model_id}",
+    )
+    plan = make_plan(source.spec, source.gate, asked)
+    plan.ensure_fits()
+    if plan.total_bytes > total:
+        raise DoesNotFit(
+            f"{format_size(plan.total_bytes)} are needed, and the device has {format_size(total)}",
+            hint=_smaller(make_plan(source.spec, source.gate, replace(asked, budget=total))),
+        )
+    return plan
+
+
+def _smaller(plan: Plan) -> str:
+    """Say what would run on the device whose memory is the plan's budget."""
+    if plan.fits:
+        return f"--budget {plan.budget_bytes} lets trimkv choose smaller sizes"
+    return plan.offers[0]
+
+
+def _check_deterministic(options: EngineOptions, device: torch.device) -> None:
+    if not options.deterministic:
+        return
+    if device.type != "cpu" or options.dtype not in ("auto", "fp32", "float32"):
+        raise UsageError("--deterministic needs the CPU and fp32", hint="--device cpu --dtype fp32")
+    if (options.max_inflight or 0) > DETERMINISTIC_ROWS:
+        raise UsageError(
+            f"--deterministic runs at most {DETERMINISTIC_ROWS} sequences at a time",
+            hint=f"--max-inflight {DETERMINISTIC_ROWS}",
+        )
+
+
+def _load_model(source: Source, plan: Plan, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+    disable_progress_bar()  # it would write cursor codes into pipes
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(source.folder),
+            dtype=_DTYPES[plan.dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights of {source.model_id} cannot be loaded: {str(error).splitlines()[0]}",
+            hint="get the folder again, or save it again with save_pretrained",
+        ) from error
+    absent = [*sorted(report["missing_keys"]), *sorted(str(key) for key in report["mismatched_keys"])]
+    if absent:
+        raise ModelError(
+            f"{source.model_id}: {len(absent)} weights are missing or misshapen, {absent[0]} among them",
+            hint="get the folder again",
+        )
+    _refuse_dynamic_rope(model)
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def _refuse_dynamic_rope(model: Any) -> None:
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if "dynamic" in str(rope.get("rope_type")):
+        raise UnsupportedModel(
+            "dynamic NTK RoPE rotates kept keys differently as a sequence grows", hint="take a model with fixed RoPE"
+        )
+
+
+def _load_gates(source: Source, plan: Plan, device: torch.device) -> tuple[nn.ModuleList, tuple[Warning, ...]]:
+    dtype = _DTYPES[plan.dtype]
+    if source.gates_folder is None:
+        return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
+    files = read_gates(source.gates_folder, id=source.gate.id)
+    warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.model_id)
+    gates = build_gates(
+        files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act
+    )
+    return gates, (*files.warnings, *warnings)
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Collect the ids that end a text, from the generation config, else from the model's."""
+    generation: GenerationConfig | None = model.generation_config
+    said = getattr(generation, "eos_token_id", None)
+    if said is None:
+        said = getattr(model.config, "eos_token_id", None)
+    return frozenset(() if said is None else said if isinstance(said, list) else (said,))
+
+
+def _sampling_defaults(model: PreTrainedModel) -> dict[str, Any]:
+    """Read the model's own sampling parameters; without `do_sample` a model is greedy."""
+    config: Any = model.generation_config
+    if not getattr(config, "do_sample", False):
+        penalty = getattr(config, "repetition_penalty", None)
+        return {"temperature": 0.0} | ({"repetition_penalty": penalty} if penalty is not None else {})
+    said = {name: getattr(config, name, None) for name in _SAMPLING}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _bytes(module: nn.Module) -> int:
+    """Count the bytes of parameters and buffers, shared ones once."""
+    tensors = {t.data_ptr(): t for t in (*module.parameters(), *module.buffers()) if t.numel()}
+    return sum(t.nbytes for t in tensors.values())
