@@ -15,8 +15,9 @@ help:
 	@echo "make clean         remove .venv and everything that was built"
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "setting up .venv, once; this downloads torch" >&2
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' >&2
 	@touch $(READY)
 
 demo: $(READY)
