@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import Exit, TyperException
 
 from trimkv_cli import __version__
-from trimkv_cli.commands import ask, chat, doctor, gates, inspect, models, run, summarize
+from trimkv_cli.commands import ask, chat, doctor, gates, inspect, models, plan, profiles, run, summarize
 from trimkv_cli.errors import ClosedPipe, TrimkvError
 from trimkv_cli.settings import load_settings
 from trimkv_cli.ui.messages import print_error
@@ -30,9 +30,11 @@ app.command()(chat.chat)
 app.command()(ask.ask)
 app.command()(summarize.summarize)
 app.command()(run.run)
+app.command()(plan.plan)
 app.command()(inspect.inspect)
 app.add_typer(gates.gates_app, name="gates")
 app.add_typer(models.models_app, name="models")
+app.add_typer(profiles.profiles_app, name="profiles")
 app.command()(doctor.doctor)
 
 
@@ -99,6 +101,8 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _report(message: str, hint: str | None, code: int) -> int:
+    if not message:  # a command group alone has printed its help
+        return code
     if os.environ.get("TRIMKV_DEBUG") == "1":
         traceback.print_exc()
     print_error(message, hint)

@@ -80,7 +80,8 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device) -> Pl
     budget = parse_budget(options.budget).resolve(total_bytes=total, free_bytes=free) if options.budget else None
     asked = PlanOptions(
         budget=budget,
-        kv_budget=parse_kv_budget(options.kv_budget) if options.kv_budget is not None else source.kv_budget,
+        kv_budget=parse_kv_budget(options.kv_budget) if options.kv_budget is not None else None,
+        default_kv_budget=source.kv_budget,
         prefill_chunk=options.prefill_chunk if options.prefill_chunk is not None else source.prefill_chunk,
         max_inflight=options.max_inflight,
         context=options.context,
