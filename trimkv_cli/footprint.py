@@ -53,22 +53,36 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
         Part("gates", gate_bytes(spec, gate, shape.dtype)),
         Part("kv", rows * row_bytes),
         Part("shared_prefix", row_bytes if shares_prefix else 0),
-        Part("workspace", workspace_bytes(spec, shape, rows=rows, longest_prompt=around.longest_prompt)),
+        Part("workspace", workspace_bytes(spec, shape, around)),
     ]
+    parts.append(Part("loading", _loading_bytes(spec, shape, around, later=sum(part.bytes for part in parts[1:]))))
     if around.counts_runtime:
         parts.append(Part("runtime", RUNTIME_BYTES.get(around.device, RUNTIME_BYTES["cpu"])))
     return tuple(parts)
 
 
-def workspace_bytes(spec: ModelSpec, shape: Shape, *, rows: int, longest_prompt: int) -> int:
+def workspace_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:
     """Count what one step of the torch reference path allocates: the larger of prefill and decode, and sampling.
 
     Only one layer's tensors live at a time.
     """
-    tokens = shape.prefill_chunk or longest_prompt
+    rows, tokens = max(shape.rows, around.padded_rows), shape.prefill_chunk or around.longest_prompt
     prefill = _activation_bytes(spec, shape, tokens) + _prefill_bytes(spec, shape, rows=rows, tokens=tokens)
     decode = _activation_bytes(spec, shape, rows) + _decode_bytes(spec, shape, rows=rows)
-    return max(prefill, decode) + rows * spec.vocab_size * _SAMPLER_BYTES
+    return max(prefill, decode) + rows * spec.vocab_size * _SAMPLER_BYTES + _repacked_bytes(spec, shape, around)
+
+
+def _loading_bytes(spec: ModelSpec, shape: Shape, around: Surroundings, *, later: int) -> int:
+    """Count what loading on a CPU takes beyond what running does: the stored weights beside their converted copy."""
+    converts = around.device == "cpu" and shape.dtype != spec.dtype
+    return max(0, spec.weight_bytes - later) if converts else 0
+
+
+def _repacked_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:
+    """Count the copy of its largest matrix that a CPU makes for a product in 16 bits."""
+    if around.device != "cpu" or shape.dtype == "fp32":
+        return 0
+    return max(spec.vocab_size, spec.intermediate_size) * spec.hidden_size * DTYPE_BYTES[shape.dtype]
 
 
 def _activation_bytes(spec: ModelSpec, shape: Shape, tokens: int) -> int:
