@@ -1,8 +1,8 @@
 """The operations in plain torch: the definition that every kernel must equal, and what runs on a CPU.
 
-Positions say everything about visibility: a negative position holds no token, a query sees what is not newer than itself, and
-in a layer with a sliding window nothing older than the window. Scores are retention.md section 2: log_beta · age in float32, where
-the newest token has age 2; of equal scores the older position stays.
+Positions say everything about visibility: a negative position holds no token, a query sees what is not newer than
+itself, and in a layer with a sliding window nothing older than the window. Scores are retention.md section 2: log_beta
+· age in float32, where the newest token has age 2; of equal scores the older position stays.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def prefill(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attend from a chunk of tokens per row to the slots and, causally, to the chunk; then keep the best M of both in place.
+    """Attend from a chunk per row to the slots and, causally, to the chunk; then keep the best M of both in place.
 
     Args:
         query: `[B, Hq, T, D]`.
@@ -175,7 +175,9 @@ def _evict_chunk(
     kept_rank = _rank(_scores(slots.log_beta[rows, :, :span], kept_position, now, window), kept_position)
     new_rank = _rank(_scores(log_beta, new_position, now, window), new_position).masked_fill(new_position < 0, _PADDING)
     losers = torch.cat([kept_rank, new_rank], dim=2).topk(length, dim=2).indices
-    lost = torch.zeros(*losers.shape[:2], span + length, dtype=torch.bool, device=losers.device).scatter_(2, losers, True)
+    lost = torch.zeros(*losers.shape[:2], span + length, dtype=torch.bool, device=losers.device).scatter_(
+        2, losers, True
+    )
     vacated, survives = lost[..., :span], ~lost[..., span:]
     # The n-th survivor takes the n-th vacated slot, so that slots fill in order.
     vacant = vacated.int().argsort(dim=2, descending=True, stable=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 class Slots(NamedTuple):
     """Hold what one layer remembers, `M` slots for each (row, KV head).
 
-    A slot is empty when its position is negative. The i-th slot starts as position −1 − i with log_beta −inf: its score is
-    −inf, so it is the first to be taken, and the tie between empty slots fills them in order.
+    A slot is empty when its position is negative. The i-th slot starts as position −1 − i with log_beta −inf: its score
+    is −inf, so it is the first to be taken, and the tie between empty slots fills them in order.
     """
 
     key: Tensor  # [R, Hkv, M, D] cache dtype, RoPE applied

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.engine import Engine, EngineFacts
@@ -40,9 +41,7 @@ class Shape:
 
 
 def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
-    options = PlanOptions(
-        kv_budget=shape.kv_budget, prefill_chunk=shape.prefill_chunk, max_inflight=shape.rows
-    )
+    options = PlanOptions(kv_budget=shape.kv_budget, prefill_chunk=shape.prefill_chunk, max_inflight=shape.rows)
     return make_plan(spec, gate, options)
 
 

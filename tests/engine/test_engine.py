@@ -1,4 +1,4 @@
-"""The engine against transformers, against a brute force over the whole history, and against itself in other company."""
+"""The engine against transformers, against a replay of the whole history, and against itself in other company."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from trimkv_cli.cache.attention import GenerationView, install
 from trimkv_cli.cache.gates import FullGate
 from trimkv_cli.cache.retention_cache import RetentionCache
@@ -26,7 +27,7 @@ TinyModel = Callable[..., Any]
 
 
 def make_prompts(count: int, longest: int = 60, seed: int = 0) -> list[tuple[int, ...]]:
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     return [tuple(rng.randrange(3, 128) for _ in range(rng.randrange(1, longest))) for _ in range(count)]
 
 
@@ -92,16 +93,17 @@ def test_kept_sets_equal_a_replay_of_the_scores(family: str, chunk: int, budget:
     """Catches boundaries that are not multiples of the chunk, a system boundary forgotten, and any wrong loser."""
     engine = make_engine(tiny_model(family), Shape(kv_budget=budget, prefill_chunk=chunk, gate="random", rows=2))
     prompt, new, prefix = make_prompts(1, seed=3)[0] * 2, 11, 4
-    trace = engine.trace_log_beta()
+    engine.start_trace()
     run(engine, [greedy("a", prompt, new, keep=True, prefix_len=prefix)])
     seen = engine.seen("a")
     assert seen == len(prompt) + new - 1
     step = chunk or len(prompt)
     prefill_ends = {*range(step, len(prompt), step), len(prompt)} | ({prefix} if chunk else set())
     ends = [*sorted(prefill_ends), *range(len(prompt) + 1, seen + 1)]
+    log_beta = engine.traced_log_beta()
     windows = ModelSpec.from_config(tiny_model(family).config.to_dict()).windows
     for layer, heads in enumerate(engine.kept("a")):
-        history = torch.cat(trace[layer], dim=2)[0]
+        history = torch.tensor(log_beta[layer])
         assert history.shape[1] == seen
         for head, kept in enumerate(heads):
             assert kept == brute_force_kept(history[head], ends, budget, windows[layer])

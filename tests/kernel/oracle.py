@@ -1,4 +1,4 @@
-"""The eviction rule and attention in plain Python over the whole history: slow, obvious, and written from the paper alone."""
+"""The eviction rule and attention in plain Python over the whole history: slow, and written from the paper alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Head:
         weights = np.exp(logits - logits.max())
         return (weights / weights.sum()) @ np.stack([self.values[p] for p in seen])
 
-    def step(self, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, log_betas: np.ndarray, scale: float) -> np.ndarray:
+    def step(
+        self, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, log_betas: np.ndarray, scale: float
+    ) -> np.ndarray:
         """Feed a chunk: queries `[G, T, D]`, keys and values `[T, D]`, log_betas `[T]`; return outputs `[G, T, D]`."""
         first = len(self.keys)
         self.keys += list(keys)
@@ -38,9 +40,7 @@ class Head:
         self.log_betas += list(log_betas)
         seen = len(self.keys)
         candidates = self.kept + list(range(first, seen))
-        output = [
-            [self.attend(group[t], first + t, candidates, scale) for t in range(len(keys))] for group in queries
-        ]
+        output = [[self.attend(group[t], first + t, candidates, scale) for t in range(len(keys))] for group in queries]
         best = sorted(candidates, key=lambda p: (-self.score(p, seen), p))
         self.kept = sorted(best[: self.budget])
         return np.array(output)

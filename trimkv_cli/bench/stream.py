@@ -77,7 +77,7 @@ def _random_gates(spec: ModelSpec) -> dict[str, torch.Tensor]:
 
 
 def measure(engine: Engine, tokens: int) -> Iterator[tuple[float, int, int]]:
-    """Yield seconds, resident bytes of the process and bytes of the cache of each step; memory is read every 1,000 steps."""
+    """Yield each step's seconds, resident bytes of the process (read every 1,000 steps) and bytes of the cache."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0)
     engine.add(Request(id="stream", prompt_token_ids=(1, 2, 3), params=params))
     process = psutil.Process()

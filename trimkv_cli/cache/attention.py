@@ -1,8 +1,9 @@
 """Attention over a retention cache, hung into unmodified transformers models.
 
-A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states and passes it on, with the layer's part of the cache, as
-keyword arguments that reach the attention function. `Cache.update` hands K and V through unchanged; the attention function attends
-and evicts. All state travels on the `RetentionView` that a caller gives as `past_key_values`.
+A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states and passes it on, with the layer's
+part of the cache, as keyword arguments that reach the attention function. `Cache.update` hands K and V through
+unchanged; the attention function attends and evicts. All state travels on the `RetentionView` that a caller gives as
+`past_key_values`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from trimkv_kernels import reference
 
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
+from trimkv_kernels import reference
 
 ATTENTION_NAME = "trimkv"
 
 
 class Gate(Protocol):
-    """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]` float32, ≤ 0."""
+    """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]` ≤ 0."""
 
     def __call__(self, hidden_states: Tensor, positions: Tensor) -> Tensor: ...
 
@@ -32,8 +33,8 @@ class Gate(Protocol):
 class Step:
     """Say what one forward feeds to which rows of the cache.
 
-    `rows` is None in decode: one token for each of the first B rows. `longest` is the largest number of tokens that a fed row has
-    seen before; `shortest` the smallest.
+    `rows` is None in decode: one token for each of the first B rows. `longest` is the largest number of tokens that a
+    fed row has seen before; `shortest` the smallest.
     """
 
     positions: Tensor  # [B, T] int32, −1 = no token
@@ -70,7 +71,7 @@ class RetentionView(Cache):
 
 
 class GenerationView(RetentionView):
-    """Serve `model.generate(past_key_values=…)`: row i of the batch is row i of the cache, steps follow from its arguments."""
+    """Serve `model.generate(past_key_values=…)`: row i of the batch is row i of the cache."""
 
     def step_for(self, layer_index: int, position_ids: Tensor, padding_mask: Tensor | None, batch: int) -> Step:
         """Make the step at the first layer, from position ids `[B | 1, T]` and the mask `[B, all tokens so far]`."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from trimkv_kernels import Slots
 
 
@@ -25,8 +26,8 @@ class LayerCache:
 class RetentionCache:
     """Hold `rows` sequences of at most `kv_budget` tokens per head; a layer with a window W has min(M, W) slots.
 
-    `seen[row]` counts the tokens that a row has been fed, on the host: its fill is min(seen, slots), so nothing has to be read
-    from the device.
+    `seen[row]` counts the tokens that a row has been fed, on the host: its fill is min(seen, slots), so nothing has to
+    be read from the device.
     """
 
     def __init__(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json as json_module
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from trimkv_cli.commands.options import Json, Quiet, Raw, System, SystemFile, Think, with_options
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
@@ -53,20 +50,19 @@ def inspect(
     params = sampling.resolve(llm.facts.sampling_defaults)
     request = Request(id="inspect", prompt_token_ids=ids, params=params, keep=True)
     llm.check(request)
-    trace = llm.trace_log_beta()
+    llm.start_trace()
     finished = answer(llm, request)
     kept = llm.kept(request.id)
     if json:
-        print(json_module.dumps(_record(llm.seen(request.id), kept, trace, finished.token_ids)))
+        record = {
+            "seen": llm.seen(request.id),
+            "kept": kept,
+            "log_beta": llm.traced_log_beta(),
+            "output_token_ids": list(finished.token_ids),
+        }
+        print(json_module.dumps(record))
     else:
         print(_picture(llm.seen(request.id), kept))
-
-
-def _record(seen: int, kept: list[list[list[int]]], trace: list[list[Tensor]], output: tuple[int, ...]) -> dict[str, Any]:
-    import torch
-
-    log_beta = [torch.cat(steps, dim=2)[0].tolist() for steps in trace]
-    return {"seen": seen, "kept": kept, "log_beta": log_beta, "output_token_ids": list(output)}
 
 
 def _picture(seen: int, kept: list[list[list[int]]], width: int = 64) -> str:

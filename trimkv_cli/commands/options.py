@@ -24,7 +24,9 @@ class _Flag:
 _MODEL, _MEMORY, _SAMPLING, _PROMPT, _OUTPUT = "Model", "Memory", "Sampling", "Prompt", "Output"
 
 FLAGS = {
-    "model": _Flag(("-m", "--model"), "Profile name, hub id or folder. Without one, the built-in mini.", _MODEL, "MODEL"),
+    "model": _Flag(
+        ("-m", "--model"), "Profile name, hub id or folder. Without one, the built-in mini.", _MODEL, "MODEL"
+    ),
     "profile": _Flag(("--profile",), "Take model, gates and defaults from this profile.", _MODEL, "NAME"),
     "revision": _Flag(("--revision",), "Branch, tag or commit of a hub model.", _MODEL, "REV"),
     "gates": _Flag(
@@ -39,13 +41,20 @@ FLAGS = {
     "trust_remote_code": _Flag(("--trust-remote-code",), "Run Python code that comes with the model.", _MODEL),
     "budget": _Flag(("-b", "--budget"), "All memory that the process may use, as 8GiB or 80%.", _MEMORY, "SIZE"),
     "kv_budget": _Flag(
-        ("--kv-budget",), "Slots per KV head (512) or bytes per sequence (256MiB); default: as trained.", _MEMORY, "M|SIZE"
+        ("--kv-budget",),
+        "Slots per KV head (512) or bytes per sequence (256MiB); default: as trained.",
+        _MEMORY,
+        "M|SIZE",
     ),
     "prefill_chunk": _Flag(
         ("--prefill-chunk",), "Prompt tokens per chunk (default 512); 0 = the whole prompt at once.", _MEMORY, "N"
     ),
-    "context": _Flag(("-c", "--context"), "Longest sequence to allow, in tokens; default: the model's own.", _MEMORY, "N"),
-    "max_inflight": _Flag(("--max-inflight",), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"),
+    "context": _Flag(
+        ("-c", "--context"), "Longest sequence to allow, in tokens; default: the model's own.", _MEMORY, "N"
+    ),
+    "max_inflight": _Flag(
+        ("--max-inflight",), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"
+    ),
     "deterministic": _Flag(
         ("--deterministic",), "The same tokens for a request whatever runs beside it (CPU, fp32; slower).", _MEMORY
     ),
@@ -56,7 +65,9 @@ FLAGS = {
     "top_k": _Flag(("--top-k",), "Keep the K likeliest tokens; 0 = all.", _SAMPLING, "K"),
     "min_p": _Flag(("--min-p",), "Drop tokens below P times the likeliest one's probability.", _SAMPLING, "P"),
     "top_h": _Flag(("--top-h",), "Keep tokens up to this share of the distribution's entropy.", _SAMPLING, "H"),
-    "repetition_penalty": _Flag(("--repetition-penalty",), "Above 1: make tokens seen before less likely.", _SAMPLING, "X"),
+    "repetition_penalty": _Flag(
+        ("--repetition-penalty",), "Above 1: make tokens seen before less likely.", _SAMPLING, "X"
+    ),
     "seed": _Flag(("--seed",), "Same seed, same prompt, same tokens.", _SAMPLING, "N"),
     "stop": _Flag(("--stop",), "Stop before this text; may be given several times.", _SAMPLING, "TEXT"),
     "greedy": _Flag(("--greedy",), "Always take the likeliest token (temperature 0).", _SAMPLING),
@@ -127,7 +138,10 @@ def _parameters(group: type) -> list[inspect.Parameter]:
     hints = get_type_hints(group)
     return [
         inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=Annotated[hints[f.name], option(f.name)]
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_default(f),
+            annotation=Annotated[hints[f.name], option(f.name)],
         )
         for f in fields(group)
     ]

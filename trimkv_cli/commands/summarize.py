@@ -106,7 +106,7 @@ def _summarize_all(
 
 
 def _summarize_one(llm: Engine, name: str, text: str, writer: AnswerWriter, how: _How) -> None:
-    from trimkv_cli.commands.answers import answer, print_stats, say_if_cut, to_completion
+    from trimkv_cli.commands.answers import answer, print_stats, say_if_cut
     from trimkv_cli.commands.prompts import render
     from trimkv_cli.engine.request import Request
 

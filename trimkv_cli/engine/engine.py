@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from trimkv_cli.engine.memory import peak_bytes
 from trimkv_cli.engine.model_runner import ModelRunner
@@ -173,11 +173,14 @@ class Engine:
         text = detokenizer.finish() if detokenizer is not None else ""
         return TokenEvent(request_id=request_id, text=text, finish_reason="abort", stats=self._finish(row))
 
-    def trace_log_beta(self) -> list[list[Tensor]]:
-        """Collect log_beta `[B, Hkv, T]` of every forward from now on, one list per layer."""
-        trace: list[list[Tensor]] = [[] for _ in self._runner.cache.layers]
-        self._runner.trace = trace
-        return trace
+    def start_trace(self) -> None:
+        """Remember log_beta of every token from now on; meant for one request at a time."""
+        self._runner.trace = [[] for _ in self._runner.cache.layers]
+
+    def traced_log_beta(self) -> list[list[list[float]]]:
+        """Return what was remembered since `start_trace`: `[layer][head][token]`."""
+        assert self._runner.trace is not None, "start_trace comes first"
+        return [torch.cat(steps, dim=2)[0].tolist() for steps in self._runner.trace]
 
     def _run(self, batch: Prefill | Decode) -> list[TokenEvent]:
         started = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,9 +159,7 @@ def _load_gates(source: Source, plan: Plan, device: torch.device) -> tuple[nn.Mo
         return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
     files = read_gates(source.gates_folder, id=source.gate.id)
     warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.model_id)
-    gates = build_gates(
-        files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act
-    )
+    gates = build_gates(files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act)
     return gates, (*files.warnings, *warnings)
 
 

@@ -20,8 +20,8 @@ from trimkv_cli.engine.scheduler import Decode, Prefill, Row
 class ModelRunner:
     """Own the model, its cache and the sampler.
 
-    With `decode_rows` every decode runs that many rows over all slots, whatever is in them: then a row's numbers do not depend on
-    the rows beside it.
+    With `decode_rows` every decode runs that many rows over all slots, whatever is in them: then a row's numbers do not
+    depend on the rows beside it.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class ModelRunner:
         for source, target in batch.copy_before:
             self.cache.copy(source, target)
         length = max(len(chunk.token_ids) for chunk in batch.chunks)
-        # Padding stands on the left, so that the last column is every row's newest token; positions say what is padding.
+        # Padding stands on the left, so that the last column is every row's newest token; positions say what is
+        # padding.
         ids = [[0] * (length - len(c.token_ids)) + list(c.token_ids) for c in batch.chunks]
         starts = [self.cache.seen[c.row.index] for c in batch.chunks]
         positions = [

@@ -65,9 +65,9 @@ class Request:
     """One prompt and how to continue it.
 
     `prefix_len` is where the system message ends in `prompt_token_ids` (0 = no such boundary): a chunk ends there, and
-    requests with the same prefix share its prefill. With `keep` the row stays after the last token, for a later request that
-    names this one in `continues`: that one feeds only what is new, beginning with this one's last output token. `context` is
-    how long the sequence may become over all its turns (0 = this request alone).
+    requests with the same prefix share its prefill. With `keep` the row stays after the last token, for a later request
+    that names this one in `continues`: that one feeds only what is new, beginning with this one's last output token.
+    `context` is how long the sequence may become over all its turns (0 = this request alone).
     """
 
     id: str

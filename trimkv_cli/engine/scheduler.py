@@ -14,8 +14,8 @@ class Row:
     """One request on its way through row `index` of the cache.
 
     `base` tokens were in the row before this request (a chat's earlier turns); chunk boundaries count from there. `fed`
-    counts the prompt tokens fed since, `shared` those of them that were copied from another row. `long_rope` picks the factor
-    set of long-RoPE models for the whole sequence.
+    counts the prompt tokens fed since, `shared` those of them that were copied from another row. `long_rope` picks the
+    factor set of long-RoPE models for the whole sequence.
     """
 
     index: int
@@ -67,9 +67,9 @@ class Decode:
 class SchedulerOptions:
     """Fix what batches look like.
 
-    `prefill_tokens` bounds rows × longest chunk of one prefill (padding counts); one row alone may exceed it. `prefix_row` is
-    the cache row that keeps the last shared prefix, None to share nothing. Sequences that may grow past `long_rope_from` tokens
-    use the long factors.
+    `prefill_tokens` bounds rows × longest chunk of one prefill (padding counts); one row alone may exceed it.
+    `prefix_row` is the cache row that keeps the last shared prefix, None to share nothing. Sequences that may grow past
+    `long_rope_from` tokens use the long factors.
     """
 
     max_rows: int
@@ -83,8 +83,8 @@ class SchedulerOptions:
 class Scheduler:
     """Give rows to waiting requests, first come first served, and cut the work into batches.
 
-    A step is at most one prefill batch and one decode batch per RoPE factor set: a long prompt stalls the others for no longer
-    than a chunk.
+    A step is at most one prefill batch and one decode batch per RoPE factor set: a long prompt stalls the others for no
+    longer than a chunk.
     """
 
     def __init__(self, options: SchedulerOptions) -> None:
@@ -145,7 +145,7 @@ class Scheduler:
             del self.running[row.index]
 
     def compact(self) -> tuple[int, int] | None:
-        """Move the highest row to a free lower place when nothing waits for that; return (source, target) of the copy."""
+        """Move the highest row to a free lower place when nothing waits for that; return (source, target)."""
         free, top = self._free_index(), max(self.running, default=-1)
         if self.waiting or self.parked or free is None or free > top:
             return None
@@ -210,7 +210,7 @@ class Scheduler:
         return Prefill(chunks=tuple(chunks), copy_before=tuple(reused), copy_after=self._store_prefix(chunks))
 
     def _cut(self, row: Row, start: int) -> Chunk:
-        """Cut the chunk that begins at prompt token `start`: to the next multiple of C, the prefix's end, or the end."""
+        """Cut the chunk that begins at prompt token `start`, to the next multiple of C, the prefix's end or the end."""
         prompt, size = row.request.prompt_token_ids, self.options.prefill_chunk
         ends = [len(prompt)]
         if size:

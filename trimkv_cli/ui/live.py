@@ -28,9 +28,7 @@ def token_counter(*, wanted: bool | None) -> Iterator[Callable[[str], None]]:
         return
     spinner, pieces = Spinner("dots", "reading the prompt"), 0
     # Without the two flags Live would send what is printed to stdout to stderr.
-    with Live(
-        spinner, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
-    ):
+    with Live(spinner, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False):
 
         def count(_: str) -> None:
             nonlocal pieces

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import BinaryIO
 
-# C0 and DEL become their control pictures, C1 (which some terminals obey) the replacement character; newline and tab stay.
+# C0 and DEL become their control pictures, C1 (which some terminals obey) the replacement character; newline and tab
+# stay.
 _SAFE = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
@@ -19,7 +20,7 @@ def neutralise(text: str) -> str:
 
 
 class AnswerWriter:
-    """Write an answer to stdout or a file as it comes: UTF-8, neutralised, flushed per piece, one newline at its end."""
+    """Write an answer to stdout or a file as it comes: UTF-8, neutralised, flushed per piece, ended by one newline."""
 
     def __init__(self, stream: BinaryIO | None = None) -> None:
         self._stream = sys.stdout.buffer if stream is None else stream
