@@ -130,6 +130,16 @@ def load_profile(name: str) -> Profile:
     return profile
 
 
+def profile_for(model_id: str) -> Profile | None:
+    """Return the profile whose gates were made for a hub model; gates that rank per head go first.
+
+    Raises:
+        ConfigError: a faulty file.
+    """
+    made_for = [profile for profile in list_profiles() if profile.model == model_id and profile.gates]
+    return min(made_for, key=lambda profile: (profile.variant != "rg", profile.name), default=None)
+
+
 def read_profile(path: Path) -> Profile:
     """Read one profile file.
 

@@ -88,6 +88,11 @@ def test_a_folder_of_models_and_one_of_gates() -> None:
     assert made["gates"]["trained_memory_size"] == 32
 
 
+def test_a_hub_model_that_a_profile_knows_needs_no_network() -> None:
+    assert plan("Qwen/Qwen3-4B")["gates"]["id"] == "ngocbh/TrimKV-Qwen3-4B-Math"
+    assert plan("Qwen/Qwen3-4B", "--gates", "streaming:8")["kv_budget"] == 1024
+
+
 def test_the_full_cache_of_a_context_is_named() -> None:
     made = plan("qwen3-4b-math", "--dtype", "bf16", "--context", "32768")
     assert made["full_cache"] == {"context": 32768, "bytes": 32768 * 147_456}

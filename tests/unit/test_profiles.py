@@ -73,6 +73,13 @@ def test_a_users_profile_hides_a_built_in_one(user_folder: Path) -> None:
     assert [profile.model for profile in list_profiles() if profile.name == "mini"] == ["own/model"]
 
 
+def test_a_hub_model_has_the_gates_that_rank_per_head() -> None:
+    found = profiles.profile_for("Qwen/Qwen3-4B")
+    assert found is not None
+    assert found.name == "qwen3-4b-math"
+    assert profiles.profile_for("Qwen/Qwen3-0.6B") is None
+
+
 def test_an_unknown_profile_suggests_a_near_one() -> None:
     assert find_profile("qwen3-4b-maths") is None
     with pytest.raises(ModelNotFound) as caught:

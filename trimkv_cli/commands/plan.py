@@ -64,7 +64,7 @@ def plan(
         budget=parse_budget(budget).resolve(total_bytes=total, free_bytes=free) if budget else None,
         kv_budget=parse_kv_budget(kv_budget) if kv_budget else None,
         default_kv_budget=found.kv_budget if gates == "auto" else None,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=found.prefill_chunk if prefill_chunk is None else prefill_chunk,
         max_inflight=max_inflight,
         context=context,
         dtype=dtype,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimkv_cli.commands.places import MINI, gates_place, model_place
+from trimkv_cli.engine.places import MINI, gates_place, model_place
 from trimkv_cli.errors import GateMismatch, UnsupportedModel, UsageError
 from trimkv_cli.mini import GATES_FOLDER
-from trimkv_cli.profiles import BUILT_IN, Profile, find_profile, list_profiles
+from trimkv_cli.profiles import BUILT_IN, Profile, find_profile, list_profiles, profile_for
 from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, read_gate_spec, read_model_spec, streaming_gate
 
 
@@ -20,21 +21,25 @@ class PlannedModel:
     id: str
     spec: ModelSpec
     profile: Profile | None
+    folder: Path | None = None  # where its files lie, when they had to be looked at
 
     @property
     def kv_budget(self) -> int | None:
         return self.profile.kv_budget if self.profile else None
 
+    @property
+    def prefill_chunk(self) -> int | None:
+        return self.profile.prefill_chunk if self.profile else None
+
 
 def find_model(name: str | None, revision: str | None, *, offline: bool) -> PlannedModel:
     """Find a model's shape: from its profile, else from its config.json, which may be downloaded."""
-    profile = find_profile(name or MINI)
+    profile = find_profile(name or MINI) or profile_for(name or MINI)
     place = model_place(name, revision)
-    known = [profile] if profile else [other for other in list_profiles() if other.model == name]
-    spec = known[0].spec if known and revision is None else None
-    return PlannedModel(
-        id=place.id, spec=spec or read_model_spec(place.folder("config", offline=offline)), profile=profile
-    )
+    if profile is not None and profile.spec is not None and revision is None:
+        return PlannedModel(id=place.id, spec=profile.spec, profile=profile)
+    folder = place.folder("config", offline=offline)
+    return PlannedModel(id=place.id, spec=read_model_spec(folder), profile=profile, folder=folder)
 
 
 def find_gate(name: str, model: PlannedModel, *, offline: bool) -> GateSpec:
@@ -44,8 +49,8 @@ def find_gate(name: str, model: PlannedModel, *, offline: bool) -> GateSpec:
         UnsupportedModel: auto, and the model has no gates that are known.
         GateMismatch: gates for another kind of model.
     """
-    if name == "streaming":
-        return streaming_gate()
+    if streaming := re.fullmatch(r"streaming(?::([0-9]+))?", name):
+        return streaming_gate(int(streaming[1] or 4))
     if name == "none":
         return full_gate()
     gate = _own_gate(model) if name == "auto" else _named_gate(name, offline=offline)
@@ -60,9 +65,11 @@ def find_gate(name: str, model: PlannedModel, *, offline: bool) -> GateSpec:
 def _own_gate(model: PlannedModel) -> GateSpec:
     if model.profile is not None and model.profile.gate is not None:
         return _known_gate(model.profile.gate)
-    known = [profile.name for profile in list_profiles() if profile.gates and profile.model == model.id]
-    hint = f"try the profile {known[0]}, or --gates streaming" if known else "try --gates streaming"
-    raise UnsupportedModel(f"{model.id} has no retention gates", hint=hint)
+    if model.profile is None and model.folder is not None and (model.folder / "gates").is_dir():
+        return read_gate_spec(model.folder / "gates", id=f"{model.id}/gates")
+    raise UnsupportedModel(
+        f"{model.id} has no retention gates", hint="--gates streaming, or --gates none for a full cache"
+    )
 
 
 def _named_gate(name: str, *, offline: bool) -> GateSpec:
