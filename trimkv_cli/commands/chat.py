@@ -38,8 +38,6 @@ def chat(
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal", hint='in a pipeline: echo "hello" | trimkv ask')
-    if name is not None and engine.model is not None:
-        raise UsageError("the model is given twice", hint=f"trimkv chat {name}")
     llm = load_engine(replace(engine, model=name or engine.model, max_inflight=1))
     announce(llm, quiet=quiet)
     _talk(_Conversation(llm, read_system(system, system_file), think, sampling), quiet=quiet)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import Json, Model, Offline, Revision
-from trimkv_cli.commands.places import gates_place, model_place
+from trimkv_cli.engine.places import gates_place, model_place
 from trimkv_cli.errors import UsageError
 from trimkv_cli.ui.messages import print_warning
 from trimkv_cli.ui.plain import neutralise

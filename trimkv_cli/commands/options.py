@@ -31,11 +31,12 @@ FLAGS = {
     "revision": _Flag(("--revision",), "Branch, tag or commit of a hub model.", _MODEL, "REV"),
     "gates": _Flag(
         ("--gates",),
-        "auto, a hub id or folder with trained gates, streaming (attention sinks + recency) or none (full cache).",
+        "auto, a hub id or folder of trained gates, streaming[:SINKS] (sinks and recent tokens) or none (full cache).",
         _MODEL,
         "GATES",
     ),
     "dtype": _Flag(("--dtype",), "auto, bf16, fp16 or fp32. auto on a CPU is fp32.", _MODEL, "TYPE"),
+    "kv_dtype": _Flag(("--kv-dtype",), "Type of the cached keys and values; auto = as the weights.", _MEMORY, "TYPE"),
     "device": _Flag(("--device",), "auto, cuda, cuda:N, mps or cpu.", _MODEL, "DEVICE"),
     "offline": _Flag(("--offline",), "Never use the network; exit 6 when a file is missing.", _MODEL),
     "trust_remote_code": _Flag(("--trust-remote-code",), "Run Python code that comes with the model.", _MODEL),
@@ -53,7 +54,7 @@ FLAGS = {
         ("-c", "--context"), "Longest sequence to allow, in tokens; default: the model's own.", _MEMORY, "N"
     ),
     "max_inflight": _Flag(
-        ("--max-inflight",), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"
+        ("--max-inflight", "--rows"), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"
     ),
     "deterministic": _Flag(
         ("--deterministic",), "The same tokens for a request whatever runs beside it (CPU, fp32; slower).", _MEMORY
@@ -128,7 +129,7 @@ def with_options(**groups: type) -> Callable[[Command], Command]:
         spread = [parameter for group in groups.values() for parameter in _parameters(group)]
         wrapper.__signature__ = inspect.Signature([*own, *spread])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *spread]}
-        del wrapper.__wrapped__  # type: ignore[attr-defined]  # or Typer reads the undecorated signature
+        del wrapper.__wrapped__  # or Typer reads the undecorated signature
         return wrapper  # type: ignore[return-value]
 
     return decorate

@@ -3,90 +3,82 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimkv_cli.commands.options import (
-    Budget,
-    Context,
-    Gates,
-    Json,
-    KvBudget,
-    Model,
-    Offline,
-    Revision,
-    option,
-)
+from trimkv_cli.commands.options import Json, with_options
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from trimkv_cli.plan import Plan
 
 
+@with_options(engine=EngineOptions)
 def plan(
     name: Annotated[str | None, typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]")] = None,
     *,
-    model: Model = None,
-    revision: Revision = None,
-    gates: Gates = "auto",
-    dtype: Annotated[str, option("dtype")] = "auto",
-    kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="dtype of the cache; auto = as the weights.")] = "auto",
-    device: Annotated[str, option("device")] = "auto",
-    offline: Offline = False,
-    budget: Budget = None,
-    kv_budget: KvBudget = None,
-    prefill_chunk: Annotated[int | None, option("prefill_chunk")] = None,
-    max_inflight: Annotated[
-        int | None,
-        typer.Option("--max-inflight", "--rows", help="Sequences that run at the same time.", metavar="N"),
-    ] = None,
-    context: Context = None,
     json: Json = False,
+    engine: EngineOptions,
 ) -> None:
     """Say whether a budget will do: every part in bytes, and commands that would fit where it does not (exit 4).
 
     trimkv plan qwen3-4b-math --budget 10GiB
     """
-    from trimkv_cli.commands.plan_sources import find_gate, find_model, local_device, machine_bytes
-    from trimkv_cli.plan import PlanOptions, make_plan
+    from trimkv_cli.engine.options import DETERMINISTIC_ROWS
+    from trimkv_cli.engine.sources import find_source
+    from trimkv_cli.plan import make_plan
     from trimkv_cli.ui.plain import AnswerWriter
-    from trimkv_cli.units import parse_budget, parse_kv_budget
 
-    asked = name or model  # a configured default gives way to the argument
-    found = find_model(asked, revision, offline=offline)
-    gate = find_gate(gates, found, offline=offline)
-    kind = local_device(device)
-    total, free = machine_bytes(kind)
-    options = PlanOptions(
-        budget=parse_budget(budget).resolve(total_bytes=total, free_bytes=free) if budget else None,
-        kv_budget=parse_kv_budget(kv_budget) if kv_budget else None,
-        default_kv_budget=found.kv_budget if gates == "auto" else None,
-        prefill_chunk=found.prefill_chunk if prefill_chunk is None else prefill_chunk,
-        max_inflight=max_inflight,
-        context=context,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        device=kind,
-        command=_command(asked, revision=revision, gates=gates, device=device, offline=offline),
-    )
-    made = make_plan(found.spec, gate, options)
+    asked = replace(engine, model=name or engine.model)  # a configured default gives way to the argument
+    found = find_source(asked, weights=False)
+    kind = _local_device(asked.device)
+    padded = DETERMINISTIC_ROWS if asked.deterministic else 0
+    options = found.plan_options(asked, device=kind, memory_bytes=_machine_bytes(kind), padded_rows=padded)
+    made = make_plan(found.spec, found.gate, replace(options, command=_command(found.name or found.model_id, asked)))
     answer = AnswerWriter()
-    shown = context or found.spec.max_positions
-    answer.push(_as_json(made, found.id, shown) if json else _as_text(made, found.id, shown))
+    shown = asked.context or found.spec.max_positions
+    answer.push(_as_json(made, found.model_id, shown) if json else _as_text(made, found.model_id, shown))
     answer.close()
     made.ensure_fits()
 
 
-def _command(model: str | None, *, revision: str | None, gates: str, device: str, offline: bool) -> str:
+def _command(model: str, options: EngineOptions) -> str:
     """Begin the counter-offers as this command was begun."""
-    words = ["trimkv", "plan", *([model] if model else [])]
-    words += ["--revision", revision] if revision else []
-    words += ["--gates", gates] if gates != "auto" else []
-    words += ["--device", device] if device != "auto" else []
-    return shlex.join([*words, *(["--offline"] if offline else [])])
+    said = {"--revision": options.revision, "--gates": options.gates, "--device": options.device}
+    words = ["trimkv", "plan", model]
+    words += [word for flag, value in said.items() if value not in (None, "auto") for word in (flag, str(value))]
+    return shlex.join([*words, *(["--offline"] if options.offline else [])])
+
+
+def _local_device(name: str) -> str:
+    """Return the kind of device to plan for; auto is a GPU where an NVIDIA driver is loaded, else the CPU.
+
+    Raises:
+        UsageError: no device that trimkv runs on.
+    """
+    kind = name.partition(":")[0]
+    if kind == "auto":
+        return "cuda" if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists() else "cpu"
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"{name!r} is not a device that trimkv runs on", hint="auto, cpu, cuda, cuda:1 or mps")
+    return kind
+
+
+def _machine_bytes(kind: str) -> tuple[int | None, int | None]:
+    """Return this machine's memory, all and free; of a GPU neither is known without torch."""
+    if kind != "cpu" or not hasattr(os, "sysconf"):
+        return None, None
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.total), int(memory.available)
 
 
 def _as_json(plan: Plan, model: str, context: int) -> str:

@@ -14,11 +14,10 @@ from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.options import DETERMINISTIC_ROWS
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.scheduler import Scheduler, SchedulerOptions
 from trimkv_cli.engine.text import Text
-
-DETERMINISTIC_ROWS = 8  # every decode has this many rows, so that no matrix product changes its shape
 
 
 def assemble(

@@ -15,16 +15,17 @@ from transformers.utils.logging import disable_progress_bar
 from trimkv_cli.cache.gate_check import check_gates
 from trimkv_cli.cache.gate_files import read_gates
 from trimkv_cli.cache.gates import build_gates
-from trimkv_cli.engine.assemble import DETERMINISTIC_ROWS, assemble
+from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.devices import device_bytes, free_bytes, pick_device
 from trimkv_cli.engine.engine import Engine, EngineFacts
-from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.options import DETERMINISTIC_ROWS, EngineOptions
+from trimkv_cli.engine.places import MINI
 from trimkv_cli.engine.sources import Source, find_source
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import DoesNotFit, ModelError, UnsupportedModel, UsageError
-from trimkv_cli.plan import Plan, PlanOptions, Warning, make_plan
+from trimkv_cli.plan import Plan, Warning, make_plan
 from trimkv_cli.spec import Dtype
-from trimkv_cli.units import format_size, parse_budget, parse_kv_budget
+from trimkv_cli.units import format_size
 
 _DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "repetition_penalty")
@@ -37,14 +38,15 @@ def load_engine(options: EngineOptions) -> Engine:
         TrimkvError: whatever is wrong, before a weight is read where that can be known.
     """
     started = time.perf_counter()
-    source = find_source(options)
+    source = find_source(options, weights=True)
+    assert source.model_folder is not None, "the weights were asked for"
     device = pick_device(options.device)
     _check_deterministic(options, device)
     plan = plan_for(source, options, device)
     torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
     model = _load_model(source, plan, device, trust_remote_code=options.trust_remote_code)
-    gates, warnings = _load_gates(source, plan, device)
-    text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
+    gates, warnings = _load_gates(source, plan, device, offline=options.offline)
+    text = Text.from_pretrained(source.model_folder, offline=True, trust_remote_code=options.trust_remote_code)
     facts = EngineFacts(
         model_id=source.model_id,
         spec=source.spec,
@@ -53,8 +55,8 @@ def load_engine(options: EngineOptions) -> Engine:
         max_positions=options.context or source.spec.max_positions,
         eos_token_ids=_eos_token_ids(model),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
-        notes=source.notes,
-        warnings=tuple((w.code, w.message) for w in (*source.warnings, *plan.warnings, *warnings)),
+        notes=_notes(source),
+        warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings)),
         weight_bytes=_bytes(model),
         gate_bytes=_bytes(gates),
         load_s=time.perf_counter() - started,
@@ -75,23 +77,16 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device) -> Pl
     Raises:
         DoesNotFit: it does not.
     """
-    total, free = device_bytes(device), free_bytes(device)
-    budget = parse_budget(options.budget).resolve(total_bytes=total, free_bytes=free) if options.budget else None
-    asked = PlanOptions(
-        budget=budget,
-        kv_budget=parse_kv_budget(options.kv_budget) if options.kv_budget is not None else None,
-        default_kv_budget=source.kv_budget,
-        prefill_chunk=options.prefill_chunk if options.prefill_chunk is not None else source.prefill_chunk,
-        max_inflight=options.max_inflight,
-        context=options.context,
-        dtype=options.dtype,
-        device=device.type,
-        padded_rows=DETERMINISTIC_ROWS if options.deterministic else 0,
-        command=f"trimkv plan {source.model_id}",
+    total = device_bytes(device)
+    padded = DETERMINISTIC_ROWS if options.deterministic else 0
+    asked = source.plan_options(
+        options, device=device.type, memory_bytes=(total, free_bytes(device)), padded_rows=padded
     )
     plan = make_plan(source.spec, source.gate, asked)
     plan.ensure_fits()
-    if plan.total_bytes > total:
+    # Without a budget, what a whole prompt in one chunk takes is not known before the prompt is.
+    unknown = plan.workspace_bytes if plan.prefill_chunk == 0 and plan.budget_bytes is None else 0
+    if plan.total_bytes - unknown > total:
         raise DoesNotFit(
             f"{format_size(plan.total_bytes)} are needed, and the device has {format_size(total)}",
             hint=_smaller(make_plan(source.spec, source.gate, replace(asked, budget=total))),
@@ -122,7 +117,7 @@ def _load_model(source: Source, plan: Plan, device: torch.device, *, trust_remot
     disable_progress_bar()  # it would write cursor codes into pipes
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(source.folder),
+            str(source.model_folder),
             dtype=_DTYPES[plan.dtype],
             local_files_only=True,
             use_safetensors=True,
@@ -153,14 +148,23 @@ def _refuse_dynamic_rope(model: Any) -> None:
         )
 
 
-def _load_gates(source: Source, plan: Plan, device: torch.device) -> tuple[nn.ModuleList, tuple[Warning, ...]]:
+def _load_gates(
+    source: Source, plan: Plan, device: torch.device, *, offline: bool
+) -> tuple[nn.ModuleList, tuple[Warning, ...]]:
     dtype = _DTYPES[plan.dtype]
-    if source.gates_folder is None:
+    if source.gates_place is None:
         return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
-    files = read_gates(source.gates_folder, id=source.gate.id)
+    files = read_gates(source.gates_place.folder("gates", offline=offline), id=source.gate.id)
     warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.model_id)
     gates = build_gates(files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act)
     return gates, (*files.warnings, *warnings)
+
+
+def _notes(source: Source) -> tuple[str, ...]:
+    if source.model_id != MINI:
+        return ()
+    stand_in = "the built-in mini is a stand-in with random weights: what it writes has no meaning"
+    return (stand_in if source.name else f"no model given: {stand_in}",)
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from trimkv_cli.engine.request import SamplingParams
 
+DETERMINISTIC_ROWS = 8  # every deterministic decode has this many rows, so that no matrix product changes its shape
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -18,6 +20,7 @@ class EngineOptions:
     revision: str | None = None
     gates: str = "auto"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     device: str = "auto"
     offline: bool = False
     trust_remote_code: bool = False

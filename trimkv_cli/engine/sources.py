@@ -1,42 +1,70 @@
-"""What a user's options come to: a model folder with its spec, gates with theirs. Plain Python; no weight is read."""
+"""What a user's options come to: a model, its gates, and where they lie. Plain Python; no weight is read."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.places import MINI, gates_place, model_place, shown_id
-from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
-from trimkv_cli.plan import Warning
-from trimkv_cli.profiles import Profile, find_profile, list_profiles, load_profile
-from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, read_model_spec, streaming_gate
+from trimkv_cli.engine.places import MINI, Place, gates_place, model_place, shown_id
+from trimkv_cli.errors import GateMismatch, UnsupportedModel, UsageError
+from trimkv_cli.mini import GATES_FOLDER
+from trimkv_cli.plan import PlanOptions
+from trimkv_cli.profiles import BUILT_IN, Profile, find_profile, list_profiles, load_profile, profile_for
+from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, read_gate_spec, read_model_spec, streaming_gate
+from trimkv_cli.units import parse_budget, parse_kv_budget
 
 _STREAMING = re.compile(r"streaming(?::(\d+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model and its gates, found; `sampling` and `kv_budget` are the profile's defaults."""
+    """A model and its gates, found; `model_folder` is None where only the shape was asked for."""
 
     model_id: str
-    folder: Path
     spec: ModelSpec
     gate: GateSpec
-    gates_folder: Path | None  # None for constant gates
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    kv_budget: int | None = None
-    prefill_chunk: int | None = None
-    notes: tuple[str, ...] = ()
-    warnings: tuple[Warning, ...] = ()
+    profile: Profile | None
+    own_gates: bool  # the profile's, not others that the user named
+    model_folder: Path | None
+    gates_place: Place | None  # None for constant gates
+    name: str | None  # as the user gave it; None = the built-in default
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return self.profile.sampling if self.profile is not None else {}
+
+    def plan_options(
+        self, options: EngineOptions, *, device: str, memory_bytes: tuple[int | None, int | None], padded_rows: int = 0
+    ) -> PlanOptions:
+        """Fill in what the profile says where the user said nothing; `memory_bytes` is the device's, all and free.
+
+        Raises:
+            UsageError: a size that is none, or a share of memory that is not known.
+        """
+        total, free = memory_bytes
+        budget = parse_budget(options.budget).resolve(total_bytes=total, free_bytes=free) if options.budget else None
+        chunk = self.profile.prefill_chunk if self.profile is not None else None
+        return PlanOptions(
+            budget=budget,
+            kv_budget=parse_kv_budget(options.kv_budget) if options.kv_budget is not None else None,
+            default_kv_budget=self.profile.kv_budget if self.profile is not None and self.own_gates else None,
+            prefill_chunk=chunk if options.prefill_chunk is None else options.prefill_chunk,
+            max_inflight=options.max_inflight,
+            context=options.context,
+            dtype=options.dtype,
+            kv_dtype=options.kv_dtype,
+            device=device,
+            padded_rows=padded_rows,
+            command=f"trimkv plan {self.name or self.model_id}",
+        )
 
 
-def find_source(options: EngineOptions) -> Source:
-    """Find the model and the gates that the options name, downloading what is not there unless that is forbidden.
+def find_source(options: EngineOptions, *, weights: bool) -> Source:
+    """Find the model and the gates that the options name; with `weights` all files are there afterwards.
 
     Raises:
         ModelError: nothing of that name, no gates for it, or a network that is needed and not there.
@@ -44,19 +72,23 @@ def find_source(options: EngineOptions) -> Source:
     """
     name, profile = _named(options)
     place = model_place(name, options.revision)
-    folder = place.folder("model", offline=options.offline)
-    spec = read_model_spec(folder)
-    gate, gates_folder = _find_gates(options, profile, folder, place.id)
+    folder = place.folder("model", offline=options.offline) if weights else None
+    spec = read_model_spec(folder) if folder is not None else _spec(place, profile, options)
+    gate, where = _gates(options, profile, place)
+    if gate.model_type not in (None, spec.model_type):
+        raise GateMismatch(
+            f"{gate.id} holds gates for {gate.model_type}, the model is {spec.model_type}",
+            hint="use the gates made for this model, or --gates streaming",
+        )
     return Source(
         model_id=place.id,
-        folder=folder,
         spec=spec,
         gate=gate,
-        gates_folder=gates_folder,
-        sampling=profile.sampling if profile is not None else {},
-        kv_budget=profile.kv_budget if profile is not None and gates_folder is not None else None,
-        prefill_chunk=profile.prefill_chunk if profile is not None else None,
-        notes=_notes(name, place.id),
+        profile=profile,
+        own_gates=options.gates == "auto",
+        model_folder=folder,
+        gates_place=where,
+        name=name,
     )
 
 
@@ -73,52 +105,47 @@ def _named(options: EngineOptions) -> tuple[str | None, Profile | None]:
     return profile.name, profile
 
 
-def _find_gates(
-    options: EngineOptions, profile: Profile | None, folder: Path, model_id: str
-) -> tuple[GateSpec, Path | None]:
+def _spec(place: Place, profile: Profile | None, options: EngineOptions) -> ModelSpec:
+    """Take the shape from a profile of this model, else from its config.json, which may be downloaded."""
+    known = profile or next((p for p in list_profiles() if p.model == place.id), None)
+    spec = known.spec if known is not None and options.revision is None else None
+    return spec or read_model_spec(place.folder("config", offline=options.offline))
+
+
+def _gates(options: EngineOptions, profile: Profile | None, model: Place) -> tuple[GateSpec, Place | None]:
+    streaming = _STREAMING.fullmatch(options.gates)
     if options.gates == "none":
         return full_gate(), None
-    if _STREAMING.fullmatch(options.gates):
-        return streaming_gate(_sinks(options.gates)), None
+    if streaming is not None:
+        return streaming_gate(int(streaming[1] or 4)), None
     if options.gates == "auto":
-        return _own_gates(options, profile, folder, model_id)
+        return _own_gates(options, profile, model)
+    known = next((p for p in list_profiles() if options.gates in (p.name, p.gates)), None)
     place = gates_place(options.gates)
-    return _described(place.folder("gates", offline=options.offline), place.id)
+    return (_known_gate(known) if known else None) or _read(place, options), place
 
 
-def _own_gates(
-    options: EngineOptions, profile: Profile | None, folder: Path, model_id: str
-) -> tuple[GateSpec, Path | None]:
-    """Take the profile's gates, those in the model's own folder, or those of a profile made for this model."""
-    if profile is None and (folder / "gates").is_dir():
-        return _described(folder / "gates", f"{model_id}/gates")
-    known = profile or next((p for p in list_profiles() if p.model == model_id and p.gates), None)
-    if known is None or known.gates is None:
+def _own_gates(options: EngineOptions, profile: Profile | None, model: Place) -> tuple[GateSpec, Place | None]:
+    """Take the profile's gates, those in a folder `gates` of the model's own, or those made for this hub model."""
+    beside = Path(model.id).expanduser() / "gates"
+    if profile is None and beside.is_dir():
+        place = Place(id=str(beside))
+        return _read(place, options), place
+    profile = profile or profile_for(model.id)
+    gate = _known_gate(profile)
+    if profile is None or gate is None:
         raise UnsupportedModel(
-            f"{model_id} has no retention gates", hint="--gates streaming, or --gates none for a full cache"
+            f"{model.id} has no retention gates", hint="--gates streaming, or --gates none for a full cache"
         )
-    place = gates_place(known.name)
-    return _described(place.folder("gates", offline=options.offline), place.id)
+    return gate, gates_place(profile.name)
 
 
-def _described(folder: Path, id: str) -> tuple[GateSpec, Path]:
-    """Read what a gate folder says of itself; its tensors are looked at when they are loaded."""
-    path = next((p for p in (folder / "gates.json", folder / "config.json") if p.is_file()), folder / "gates.json")
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}", hint="get the gate folder again") from error
-    config.setdefault("retention_gate", "rg")  # older files do not say it; the tensors do
-    return GateSpec.from_config({"max_seq_len": config.get("trained_context"), **config}, id=id), folder
+def _known_gate(profile: Profile | None) -> GateSpec | None:
+    """Return what a profile says of its gates; the built-in ones lie here and speak for themselves."""
+    if profile is not None and profile.gates == f"{BUILT_IN}{MINI}":
+        return read_gate_spec(GATES_FOLDER, id=MINI)
+    return profile.gate if profile is not None else None
 
 
-def _sinks(gates: str) -> int:
-    match = _STREAMING.fullmatch(gates)
-    return int(match[1]) if match is not None and match[1] else 4
-
-
-def _notes(name: str | None, model_id: str) -> tuple[str, ...]:
-    if model_id != MINI:
-        return ()
-    stand_in = "the built-in mini is a stand-in with random weights: what it writes has no meaning"
-    return (stand_in,) if name is not None else (f"no model given: using the built-in mini. {stand_in}",)
+def _read(place: Place, options: EngineOptions) -> GateSpec:
+    return read_gate_spec(place.folder("gates", offline=options.offline), id=place.id)
