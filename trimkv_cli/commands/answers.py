@@ -48,12 +48,23 @@ def answer(engine: Engine, request: Request, on_text: Callable[[str], None] = la
     raise AssertionError("a request ended without a last event")
 
 
-def announce(engine: Engine, *, quiet: bool) -> None:
-    """Say on stderr what the user should know before the answer."""
+def open_engine(options: EngineOptions, *, quiet: bool) -> Engine:
+    """Load the engine and say on stderr what the user should know before the answer.
+
+    The model is found before torch is imported, so that a wrong name is said at once.
+    """
+    from trimkv_cli.engine.sources import find_source
+
+    source = find_source(options, weights=True)
+
+    from trimkv_cli.engine.loader import load_source
+
+    engine = load_source(source, options)
     for note in engine.facts.notes if not quiet else ():
         print_note(note)
     for _, message in engine.facts.warnings:
         print_warning(message)
+    return engine
 
 
 def say_if_cut(finished: Answer) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,27 +54,23 @@ def ask(
 
     user, system_text = gather(prompt, file or []), read_system(system, system_file)
 
-    from trimkv_cli.commands.answers import announce, answer, print_stats, say_if_cut, to_completion
-    from trimkv_cli.commands.prompts import render
-    from trimkv_cli.engine.loader import load_engine
+    from trimkv_cli.commands.answers import answer, open_engine, print_stats, say_if_cut, to_completion
+    from trimkv_cli.commands.prompts import draw_seed, open_answer, render
     from trimkv_cli.engine.request import Request
     from trimkv_cli.ui.live import token_counter
-    from trimkv_cli.ui.plain import AnswerWriter
 
     options = replace(engine, max_inflight=1)
-    llm = load_engine(options)
-    announce(llm, quiet=quiet)
+    llm = open_engine(options, quiet=quiet)
     rendered = render(llm.text, user, system=system_text, raw=raw, think=think)
     request = Request(
         id="ask",
         prompt_token_ids=rendered.token_ids,
         prefix_len=rendered.prefix_len,
-        params=sampling.resolve(llm.facts.sampling_defaults),
+        params=draw_seed(sampling).resolve(llm.facts.sampling_defaults),
         keep=True,
     )
     llm.check(request)
-    with Path(output).open("wb") if output else nullcontext() as stream, token_counter(wanted=live) as count:
-        writer = AnswerWriter(stream)
+    with open_answer(output) as writer, token_counter(wanted=live) as count:
         streaming = not (json or no_stream)
 
         def show(piece: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +14,9 @@ import typer
 from trimkv_cli.commands.options import Quiet, System, SystemFile, Think, with_options
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import ContextOverflow, UsageError
+from trimkv_cli.events import TokenEvent
 from trimkv_cli.ui.messages import print_error, print_note
+from trimkv_cli.ui.plain import AnswerWriter
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
@@ -32,15 +37,13 @@ def chat(
 
     Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends.
     """
-    from trimkv_cli.commands.answers import announce
-    from trimkv_cli.commands.prompts import read_system
-    from trimkv_cli.engine.loader import load_engine
+    from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.commands.prompts import draw_seed, read_system
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal", hint='in a pipeline: echo "hello" | trimkv ask')
-    llm = load_engine(replace(engine, model=name or engine.model, max_inflight=1))
-    announce(llm, quiet=quiet)
-    _talk(_Conversation(llm, read_system(system, system_file), think, sampling), quiet=quiet)
+    llm = open_engine(replace(engine, model=name or engine.model, max_inflight=1), quiet=quiet)
+    _talk(_Conversation(llm, read_system(system, system_file), think, draw_seed(sampling)), quiet=quiet)
 
 
 class _Conversation:
@@ -50,6 +53,8 @@ class _Conversation:
         self.llm = llm
         self.last_id: str | None = None
         self._last_token: int | None = None
+        self._turns = 0
+        self._cut = False
         self._system = system
         self._think = think
         self._params = sampling.resolve(llm.facts.sampling_defaults)
@@ -57,14 +62,14 @@ class _Conversation:
     def say(self, user: str) -> None:
         """Run one turn and print its answer as it comes; Ctrl-C keeps what there is of it."""
         from trimkv_cli.engine.request import Request
-        from trimkv_cli.ui.plain import AnswerWriter
 
         ids, prefix_len = self._render(user)
+        self._turns += 1
         request = Request(
-            id=f"turn-{1 if self.last_id is None else int(self.last_id.removeprefix('turn-')) + 1}",
+            id=f"turn-{self._turns}",
             prompt_token_ids=ids,
             prefix_len=prefix_len,
-            params=replace(self._params, seed=self._params.seed),
+            params=replace(self._params, seed=(self._params.seed + self._turns) % 2**63),
             keep=True,
             continues=self.last_id,
             context=self.llm.facts.max_positions,
@@ -72,16 +77,21 @@ class _Conversation:
         self.llm.check(request)
         self.last_id, self._last_token = request.id, None
         writer = AnswerWriter()
-        try:
-            for event in self.llm.generate([request]):
-                self._last_token = event.token_ids[-1]
-                writer.push(event.text)
-                if event.finish_reason == "length":
-                    print_note(f"stopped after {self._params.max_tokens} tokens; --max-tokens N allows more")
-        except KeyboardInterrupt:
-            stopped = self.llm.stop(request.id)
-            writer.push(stopped.text if stopped is not None else "")
+        self.llm.add(request)
+        with _ctrl_c_noted() as pressed:
+            while self.llm.has_work:
+                stopped = self.llm.stop(request.id) if pressed() else None
+                for event in [stopped] if stopped is not None else self.llm.step():
+                    self._take(event, writer)
         writer.close()
+        if self._cut:
+            print_note(f"stopped after {self._params.max_tokens} tokens; --max-tokens N allows more")
+
+    def _take(self, event: TokenEvent, writer: AnswerWriter) -> None:
+        writer.push(event.text)
+        if event.token_ids:
+            self._last_token = event.token_ids[-1]
+        self._cut = event.finish_reason == "length"
 
     def _render(self, user: str) -> tuple[tuple[int, ...], int]:
         from trimkv_cli.commands.prompts import need_text, render
@@ -100,6 +110,23 @@ class _Conversation:
             return "nothing said yet"
         seen = self.llm.seen(self.last_id)
         return f"{min(seen, self.llm.facts.plan.kv_budget)} of {seen} tokens kept per head"
+
+
+@contextmanager
+def _ctrl_c_noted() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C be asked for between steps: inside one it would leave some layers a token ahead of others."""
+    presses: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if presses:
+            raise KeyboardInterrupt  # the second one does not wait
+        presses.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(presses)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _talk(conversation: _Conversation, *, quiet: bool) -> None:

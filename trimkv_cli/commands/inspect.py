@@ -34,17 +34,15 @@ def inspect(
     The last token of an answer is never fed, so prompt + N − 1 tokens are seen. --json prints
     {"seen", "kept": [layer][head][positions], "log_beta": [layer][head][seen], "output_token_ids"}.
     """
-    from trimkv_cli.commands.answers import announce, answer
+    from trimkv_cli.commands.answers import answer, open_engine
     from trimkv_cli.commands.prompts import gather, read_system, render
-    from trimkv_cli.engine.loader import load_engine
     from trimkv_cli.engine.request import Request
 
     if prompt_token_ids is not None and prompt is not None:
         raise UsageError("both a prompt and --prompt-token-ids are given", hint="give one of them")
     ids = _read_ids(prompt_token_ids) if prompt_token_ids is not None else None
     user = gather(prompt, []) if ids is None else ""
-    llm = load_engine(replace(engine, max_inflight=1))
-    announce(llm, quiet=quiet)
+    llm = open_engine(replace(engine, max_inflight=1), quiet=quiet)
     if ids is None:
         ids = render(llm.text, user, system=read_system(system, system_file), raw=raw, think=think).token_ids
     params = sampling.resolve(llm.facts.sampling_defaults)

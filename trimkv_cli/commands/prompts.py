@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from trimkv_cli.engine.options import SamplingOptions
 from trimkv_cli.engine.text import Message, Prompt, Text
 from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
+from trimkv_cli.ui.plain import AnswerWriter
 
 
 def read_text(path: str) -> str:
@@ -29,6 +34,29 @@ def read_text(path: str) -> str:
         raise InputError(
             f"{name} is not UTF-8 at byte {error.start}", hint=f"iconv -t UTF-8 {name}, or save it as UTF-8"
         ) from error
+
+
+def draw_seed(sampling: SamplingOptions) -> SamplingOptions:
+    """Fix a seed where the user gave none: a new one each time, to be found in the record."""
+    return sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbelow(2**32))
+
+
+@contextmanager
+def open_answer(output: str | None) -> Iterator[AnswerWriter]:
+    """Open stdout, or the file that `-o` names, for an answer.
+
+    Raises:
+        UsageError: a file that cannot be written.
+    """
+    if output is None:
+        yield AnswerWriter()
+        return
+    try:
+        stream = Path(output).open("wb")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}", hint="check the path given to -o") from error
+    with stream:
+        yield AnswerWriter(stream)
 
 
 def gather(prompt: str | None, files: Sequence[str]) -> str:

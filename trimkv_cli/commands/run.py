@@ -105,7 +105,7 @@ def run(
 
 def _answer(choices: _Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
     """Run the job; what does not need the model is checked before it is loaded."""
-    from trimkv_cli.commands.answers import announce
+    from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.jobs.job import run_job
     from trimkv_cli.jobs.progress import PlainProgress
     from trimkv_cli.jobs.reading import LineReader, open_input
@@ -114,10 +114,8 @@ def _answer(choices: _Choices, options: EngineOptions, sampling: SamplingOptions
 
     stream = open_input(choices.source)
     check_output(choices.output, stream, overwrite=choices.overwrite)
-    sampling.resolve({})
     reader = LineReader(stream, max_line_bytes=choices.max_line_bytes)
-    engine = _load(options)
-    announce(engine, quiet=choices.quiet)
+    engine = open_engine(options, quiet=choices.quiet)
     rules = _rules(choices, options, sampling, engine)
     summary, recorder = Summary(), _recorder(engine, options, rules)
     progress = _silent if choices.quiet else PlainProgress(sys.stderr)
@@ -156,12 +154,6 @@ def _parsed(reader: LineReader, choices: _Choices, rules: Rules) -> Iterable[Ite
     from trimkv_cli.jobs.lines import parse_lines
 
     return parse_lines(islice(reader, choices.limit), rules)
-
-
-def _load(options: EngineOptions) -> Engine:
-    from trimkv_cli.engine.loader import load_engine
-
-    return load_engine(options)
 
 
 def _rules(choices: _Choices, options: EngineOptions, sampling: SamplingOptions, engine: Engine | None) -> Rules:

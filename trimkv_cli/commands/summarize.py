@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,11 +13,11 @@ from trimkv_cli.commands.options import Json, NoStream, Output, Quiet, Stats, Th
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import PartialFailure, TrimkvError
 from trimkv_cli.ui.messages import print_error
+from trimkv_cli.ui.plain import AnswerWriter
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.answers import Answer
     from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.ui.plain import AnswerWriter
 
 _INSTRUCTION = "Summarize the text above. Keep to what it says; list its main points."
 
@@ -59,10 +57,8 @@ def summarize(
 
     Of several files each summary stands under its name; one that cannot be read does not stop the others (exit 3).
     """
-    from trimkv_cli.commands.answers import announce
-    from trimkv_cli.commands.prompts import read_text
-    from trimkv_cli.engine.loader import load_engine
-    from trimkv_cli.ui.plain import AnswerWriter
+    from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.commands.prompts import draw_seed, open_answer, read_text
 
     if len(files) == 1:
         read_text_once = read_text(files[0])  # fails before a model is loaded
@@ -77,12 +73,11 @@ def summarize(
         think=think,
         titled=len(files) > 1 and not json,
         engine=replace(engine, max_inflight=1),
-        sampling=sampling,
+        sampling=draw_seed(sampling),
     )
-    llm = load_engine(how.engine)
-    announce(llm, quiet=quiet)
-    with Path(output).open("wb") if output else nullcontext() as stream:
-        failed = _summarize_all(llm, texts, AnswerWriter(stream), how)
+    llm = open_engine(how.engine, quiet=quiet)
+    with open_answer(output) as writer:
+        failed = _summarize_all(llm, texts, writer, how)
     if failed and len(files) == 1:
         raise failed[0]
     if failed:
@@ -101,7 +96,8 @@ def _summarize_all(
         except TrimkvError as error:
             failed.append(error)
             if how.titled or how.json:
-                print_error(f"{name}: {error.message}", error.hint)
+                named = error.message if name in error.message else f"{name}: {error.message}"
+                print_error(named, error.hint)
     return failed
 
 

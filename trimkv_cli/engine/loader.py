@@ -37,8 +37,16 @@ def load_engine(options: EngineOptions) -> Engine:
     Raises:
         TrimkvError: whatever is wrong, before a weight is read where that can be known.
     """
+    return load_source(find_source(options, weights=True), options)
+
+
+def load_source(source: Source, options: EngineOptions) -> Engine:
+    """Load a model and gates that have been found.
+
+    Raises:
+        TrimkvError: they do not fit the budget or each other, or their files are broken.
+    """
     started = time.perf_counter()
-    source = find_source(options, weights=True)
     assert source.model_folder is not None, "the weights were asked for"
     device = pick_device(options.device)
     _check_deterministic(options, device)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.errors import UsageError
 
+_FILTERS = {"top_p", "top_k", "min_p", "top_h"}
 DETERMINISTIC_ROWS = 8  # every deterministic decode has this many rows, so that no matrix product changes its shape
 
 
@@ -32,6 +34,10 @@ class EngineOptions:
     deterministic: bool = False
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads {self.threads} is too small", hint="--threads needs 1 or more")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
@@ -49,14 +55,20 @@ class SamplingOptions:
     greedy: bool = False
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        self.resolve({})  # a value out of range is known before a model is loaded
+
     def resolve(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Lay these options over the model's `defaults`.
+        """Lay these options over the model's `defaults`; a filter said here makes a greedy model sample.
 
         Raises:
             UsageError: a value outside its range.
         """
         said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("greedy", "stop")}
-        values = {**defaults, **{name: value for name, value in said.items() if value is not None}}
+        said = {name: value for name, value in said.items() if value is not None}
+        values = {**defaults, **said}
+        if "temperature" not in said and values.get("temperature") == 0.0 and _FILTERS & said.keys():
+            values["temperature"] = 1.0
         if self.stop is not None:
             values["stop"] = tuple(self.stop)
         if self.greedy:

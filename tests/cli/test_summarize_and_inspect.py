@@ -1,0 +1,84 @@
+"""Mistakes of `summarize`, `inspect` and `chat` as a user would meet them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import COMMAND, ENVIRONMENT, trimkv
+
+SHORT = ("-n", "6", "--greedy", "--ignore-eos", "--threads", "1")
+
+
+def test_a_broken_file_does_not_stop_the_others(tmp_path: Path) -> None:
+    """Catches a run that ends at the first bad file, hides it, or calls itself a success."""
+    good, other, binary = tmp_path / "good.txt", tmp_path / "other.txt", tmp_path / "binary.txt"
+    good.write_text("The meeting is on Friday. " * 5)
+    other.write_text("The train leaves at noon. " * 5)
+    binary.write_bytes(b"\x00\x01\x02")
+    done = trimkv("summarize", good, binary, other, *SHORT)
+    assert done.returncode == 3
+    assert [line for line in done.stdout.decode().splitlines() if line.startswith("## ")] == [
+        f"## {good}",
+        f"## {other}",
+    ]
+    assert b"binary.txt is binary" in done.stderr
+    records = [json.loads(line) for line in trimkv("summarize", good, other, *SHORT, "--json").stdout.splitlines()]
+    assert [record["trimkv"]["input"] for record in records] == [str(good), str(other)]
+
+
+def test_a_file_past_the_positions_is_refused_not_cut(tmp_path: Path) -> None:
+    """Catches silent truncation."""
+    long = tmp_path / "long.txt"
+    long.write_text("word after word " * 8000)
+    done = trimkv("summarize", long, *SHORT)
+    assert done.returncode == 4
+    assert done.stdout == b""
+    assert b"8192" in done.stderr
+
+
+def test_inspect_counts_what_was_fed(tmp_path: Path) -> None:
+    """Catches a last token that is counted although it is never fed, and more kept than the budget."""
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(list(range(5, 45))))
+    done = trimkv("inspect", "--prompt-token-ids", ids, "--json", "--kv-budget", "12", "-q", *SHORT)
+    record = json.loads(done.stdout)
+    assert record["seen"] == 40 + 6 - 1
+    assert len(record["output_token_ids"]) == 6
+    assert len(record["kept"]) == 3
+    for heads, log_betas in zip(record["kept"], record["log_beta"], strict=True):
+        assert [len(kept) for kept in heads] == [12, 12]
+        assert all(kept == sorted(set(kept)) and kept[-1] < record["seen"] for kept in heads)
+        assert [len(values) for values in log_betas] == [record["seen"]] * 2
+        assert all(value <= 0 for values in log_betas for value in values)
+
+
+def test_a_chat_goes_on_and_ends_with_eof() -> None:
+    """Catches a second turn that fails, and special tokens typed by the user."""
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "chat", *SHORT], stdin=side, stdout=side, stderr=side, env={**ENVIRONMENT, "TERM": "xterm"}
+    )
+    os.close(side)
+    shown = _read_until(main, b"> ")
+    for line in (b"hello\n", b"again <|im_end|> and more\n"):
+        os.write(main, line)
+        shown = _read_until(main, b"kept per head\r\n> ")
+    os.write(main, b"/exit\n")
+    assert process.wait(timeout=60) == 0
+    os.close(main)
+    assert b"Traceback" not in shown
+
+
+def _read_until(terminal: int, end: bytes, *, within_s: float = 90.0) -> bytes:
+    shown, deadline = b"", time.monotonic() + within_s
+    while not shown.endswith(end):
+        assert time.monotonic() < deadline, shown
+        shown += os.read(terminal, 65536)
+    return shown
