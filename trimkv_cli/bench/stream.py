@@ -6,10 +6,6 @@ python -m trimkv_cli.bench.stream --out kernels/bench/results/stream-cpu.json
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +14,9 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from trimkv_cli.bench.record import write_record
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.engine import Engine, EngineFacts
@@ -110,20 +106,6 @@ def summarise(samples: list[tuple[float, int, int]]) -> dict[str, Any]:
     }
 
 
-def surroundings() -> dict[str, Any]:
-    """Say where and with what this was measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": "python -m " + " ".join(["trimkv_cli.bench.stream", *sys.argv[1:]]),
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def main() -> None:
     """Run the stream and print, or write, one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,14 +116,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     engine = make_engine(kv_budget=arguments.kv_budget, positions=131_072)
-    result = json.dumps(
-        {**surroundings(), "kv_budget": arguments.kv_budget, **summarise(list(measure(engine, arguments.tokens)))},
-        indent=2,
-    )
-    if arguments.out is None:
-        print(result)
-    else:
-        arguments.out.write_text(result + "\n", encoding="utf-8")
+    measured = {"kv_budget": arguments.kv_budget, **summarise(list(measure(engine, arguments.tokens)))}
+    write_record("trimkv_cli.bench.stream", measured, arguments.out)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class MlpGate(RetentionGate):
         logits = self.linear2(self.activation(self.linear1(hidden_states)))
         if self.linear3 is not None:
             logits = self.linear3(self.activation(logits))
-        return functional.logsigmoid(logits.float() + self.bias)
+        # logsigmoid; torch's own function of that name wakes all threads for a handful of numbers
+        return -functional.softplus(-(logits.float() + self.bias))
 
 
 class StreamingGate(RetentionGate):

@@ -1,0 +1,51 @@
+"""Write the README's table from the recorded results, so that no number in it is typed.
+
+python -m trimkv_cli.bench.readme
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).parents[2]
+_RESULTS = _ROOT / "kernels" / "bench" / "results"
+_BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.DOTALL)
+
+
+def table() -> str:
+    """Return the table in Markdown."""
+    stream: dict[str, Any] = json.loads((_RESULTS / "stream-cpu.json").read_bytes())
+    flips: dict[str, Any] = json.loads((_RESULTS / "flips-cpu.json").read_bytes())
+    rows = [
+        ("", f"{stream['steps']:,} tokens through a tiny random model, M = {stream['kv_budget']}, CPU"),
+        ("bytes of the cache", f"{stream['kv_bytes_min']:,} at the start, {stream['kv_bytes_max']:,} at the end"),
+        ("growth of the process after warm-up", f"{stream['rss_bytes_growth'] / 2**20:.1f} MiB"),
+        ("time per token, first tenth and last tenth (medians)", _times(stream)),
+        *((_flip_name(row, flips), f"{row['flips']} of {row['requests']:,}") for row in flips["rows"]),
+    ]
+    head, *body = (f"| {name} | {value} |" for name, value in rows)
+    return "\n".join([head, "|---|---|", *body])
+
+
+def _times(stream: dict[str, Any]) -> str:
+    first, last = stream["ms_per_token_first_tenth_p50"], stream["ms_per_token_last_tenth_p50"]
+    return f"{first:.2f} ms and {last:.2f} ms (× {stream['last_over_first']:.2f})"
+
+
+def _flip_name(row: dict[str, Any], flips: dict[str, Any]) -> str:
+    how = "greedy" if row["greedy"] else "sampled"
+    mode = ", `--deterministic`" if row["deterministic"] else ""
+    return f"requests whose tokens differ alone and among 8 ({how}, M = {flips['kv_budget']}{mode})"
+
+
+def fill(readme: str) -> str:
+    """Return the README with a fresh table."""
+    return _BLOCK.sub(lambda block: f"{block[1]}{table()}\n{block[2]}", readme)
+
+
+if __name__ == "__main__":
+    path = _ROOT / "README.md"
+    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
