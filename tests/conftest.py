@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,5 +1,6 @@
 """Attention over a bounded set of slots, and the eviction that keeps it bounded."""
 
+from trimkv_kernels.operations import Operations, operations_for
 from trimkv_kernels.slots import Slots
 
-__all__ = ["Slots"]
+__all__ = ["Operations", "Slots", "operations_for"]

@@ -167,11 +167,28 @@ def _evict_chunk(
     fill: int,
     window: int | None,
 ) -> None:
+    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window)
+    row, head, token = (target >= 0).nonzero(as_tuple=True)
+    at = (rows[row], head, target[row, head, token])
+    slots.key[at] = key[row, head, token].to(slots.key.dtype)
+    slots.value[at] = value[row, head, token].to(slots.value.dtype)
+    slots.log_beta[at] = log_beta[row, head, token]
+    slots.position[at] = positions[row, token].to(torch.int32)
+
+
+def survivors(
+    log_beta: Tensor, positions: Tensor, slots: Slots, *, rows: Tensor, fill: int, window: int | None
+) -> Tensor:
+    """Choose the best M of slots and chunk: `[B, Hkv, T]` int64, the slot that each token of the chunk takes, or −1.
+
+    The n-th survivor takes the n-th slot whose token loses, so that empty slots fill in order. Nothing here reads the
+    device.
+    """
     length = positions.shape[1]
     span = min(fill + length, slots.position.shape[2])
     now = positions.amax(dim=1)[:, None, None]
     kept_position = slots.position[rows, :, :span]
-    new_position = positions[:, None].expand(-1, key.shape[1], -1)
+    new_position = positions[:, None].expand(-1, log_beta.shape[1], -1)
     kept_rank = _rank(_scores(slots.log_beta[rows, :, :span], kept_position, now, window), kept_position)
     new_rank = _rank(_scores(log_beta, new_position, now, window), new_position).masked_fill(new_position < 0, _PADDING)
     losers = torch.cat([kept_rank, new_rank], dim=2).topk(length, dim=2).indices
@@ -179,15 +196,9 @@ def _evict_chunk(
         2, losers, True
     )
     vacated, survives = lost[..., :span], ~lost[..., span:]
-    # The n-th survivor takes the n-th vacated slot, so that slots fill in order.
     vacant = vacated.int().argsort(dim=2, descending=True, stable=True)
-    row, head, token = survives.nonzero(as_tuple=True)
-    slot = vacant[row, head, (survives.cumsum(dim=2) - 1)[row, head, token]]
-    target = (rows[row], head, slot)
-    slots.key[target] = key[row, head, token].to(slots.key.dtype)
-    slots.value[target] = value[row, head, token].to(slots.value.dtype)
-    slots.log_beta[target] = log_beta[row, head, token]
-    slots.position[target] = new_position[row, head, token].to(torch.int32)
+    order = (survives.cumsum(dim=2) - 1).clamp(min=0)
+    return torch.where(survives, vacant.gather(2, order), -1)
 
 
 def _dead(source: Tensor, now: Tensor, window: int | None) -> Tensor:

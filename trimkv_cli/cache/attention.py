@@ -18,7 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
-from trimkv_kernels import reference
 
 ATTENTION_NAME = "trimkv"
 
@@ -164,15 +163,15 @@ def retention_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend, then evict: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`."""
-    slots, window = layer_cache.slots, layer_cache.window
+    slots, window, operations = layer_cache.slots, layer_cache.window, layer_cache.operations
     fill = min(step.longest, layer_cache.size)
     if step.rows is None:
         one = query[:, :, 0], key[:, :, 0], value[:, :, 0], log_beta[:, :, 0], step.positions[:, 0]
         dense = min(step.shortest, layer_cache.size) == fill
-        output = reference.decode(*one, slots, fill=fill, dense=dense, scale=scaling, window=window)
+        output = operations.decode(*one, slots, fill=fill, dense=dense, scale=scaling, window=window)
         return output[:, None], None
     chunk = query, key, value, log_beta, step.positions
-    output = reference.prefill(*chunk, slots, rows=step.rows, fill=fill, scale=scaling, window=window)
+    output = operations.prefill(*chunk, slots, rows=step.rows, fill=fill, scale=scaling, window=window)
     return output.transpose(1, 2), None
 
 

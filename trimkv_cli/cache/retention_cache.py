@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from trimkv_kernels import Slots
+from trimkv_kernels import Operations, Slots, operations_for
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """The slots of one layer, and its sliding window, the query itself counted (None = full attention)."""
+    """The slots of one layer, what works on them, and its window, the query itself counted (None = no window)."""
 
     slots: Slots
     window: int | None
+    operations: Operations
 
     @property
     def size(self) -> int:
@@ -54,6 +55,7 @@ class RetentionCache:
                     device=device,
                 ),
                 window,
+                operations_for(device),
             )
             for window in windows
         ]

@@ -1,0 +1,216 @@
+"""Decode in Triton: one pass over the slots for attention and the lowest score, then a merge that evicts in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trimkv_kernels.launch import decode_launch, padded
+from trimkv_kernels.slots import Slots
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    position: Tensor,
+    slots: Slots,
+    *,
+    fill: int,
+    dense: bool,  # noqa: ARG001  # the mask costs nothing here
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Do what `reference.decode` does; K and V are read once."""
+    batch, num_heads, head_dim = query.shape
+    num_kv_heads, size = slots.position.shape[1:]
+    span, groups = min(fill + 1, size), num_heads // num_kv_heads
+    programs = batch * num_kv_heads
+    launch = decode_launch(programs=programs, span=span, head_dim=head_dim, element_size=query.element_size())
+    tile, wide = padded(groups), padded(head_dim)
+    part_acc = query.new_empty(programs, launch.splits, tile, wide, dtype=torch.float32)
+    part_stats = query.new_empty(programs, launch.splits, 2, tile, dtype=torch.float32)
+    part_score = query.new_empty(programs, launch.splits, dtype=torch.float32)
+    part_loser = query.new_empty(programs, launch.splits, 2, dtype=torch.int32)
+    output = torch.empty_like(query)
+    query, key, value, log_beta = (tensor.contiguous() for tensor in (query, key, value, log_beta))
+    shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide}
+    _scan[(programs, launch.splits)](
+        query,
+        *slots,
+        position,
+        part_acc,
+        part_stats,
+        part_score,
+        part_loser,
+        size,
+        span,
+        scale,
+        SPLIT_SLOTS=launch.split_slots,
+        BLOCK=launch.block,
+        WINDOW=window or 0,
+        num_warps=launch.warps,
+        **shape,
+    )
+    _merge[(programs,)](
+        query,
+        key,
+        value,
+        log_beta,
+        *slots,
+        position,
+        part_acc,
+        part_stats,
+        part_score,
+        part_loser,
+        output,
+        size,
+        scale,
+        SPLITS=launch.splits,
+        num_warps=launch.warps,
+        **shape,
+    )
+    return output
+
+
+@triton.jit
+def _scan(
+    query,
+    slot_key,
+    slot_value,
+    slot_log_beta,
+    slot_position,
+    position,
+    part_acc,
+    part_stats,
+    part_score,
+    part_loser,
+    size,
+    span,
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLIT_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Scan one split of the slots of one (row, KV head): online softmax for its query heads, and who would lose."""
+    program, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    now = tl.load(position + program // HEADS)
+    group, dim = tl.arange(0, TILE), tl.arange(0, WIDE)
+    inside = (group < GROUPS)[:, None] & (dim < DIM)[None, :]
+    tokens = tl.load(query + (program * GROUPS + group[:, None]) * DIM + dim[None, :], mask=inside, other=0.0)
+    highest = tl.full([TILE], -1e30, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, WIDE], tl.float32)
+    lowest, loser_position, loser = tl.full([], float("inf"), tl.float32), now * 0 - 2147483647, now * 0
+    first = split * SPLIT_SLOTS
+    for start in range(first, tl.minimum(first + SPLIT_SLOTS, span), BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        there = slot < span
+        at = program * size + slot
+        held = tl.load(slot_position + at, mask=there, other=-1)
+        score = tl.load(slot_log_beta + at, mask=there, other=0.0) * (now + 2 - held).to(tl.float32)
+        alive = held >= 0
+        if WINDOW > 0:
+            alive = alive & (held > now - WINDOW)
+            score = tl.where(held > now - WINDOW, score, -float("inf"))
+        score = tl.where(there, score, float("inf"))
+
+        keep = alive[:, None] & (dim < DIM)[None, :]
+        keys = tl.load(slot_key + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0)
+        logits = tl.dot(tokens.to(keys.dtype), tl.trans(keys), input_precision="ieee") * scale
+        logits = tl.where(alive[None, :], logits, -float("inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp(logits - higher[:, None])
+        shrink = tl.exp(highest - higher)
+        values = tl.load(slot_value + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        total = total * shrink + tl.sum(weights, 1)
+        highest = higher
+
+        low = tl.min(score, 0)
+        newest = tl.max(tl.where(score == low, held, -2147483647), 0)  # ties: the newest goes
+        where = tl.max(tl.where((score == low) & (held == newest), slot, -1), 0)
+        worse = (low < lowest) | ((low == lowest) & (newest > loser_position))
+        loser_position = tl.where(worse, newest, loser_position)
+        loser = tl.where(worse, where, loser)
+        lowest = tl.minimum(low, lowest)
+    part = program * tl.num_programs(1) + split
+    tl.store(part_acc + (part * TILE + group[:, None]) * WIDE + dim[None, :], acc)
+    tl.store(part_stats + part * 2 * TILE + group, highest)
+    tl.store(part_stats + (part * 2 + 1) * TILE + group, total)
+    tl.store(part_score + part, lowest)
+    tl.store(part_loser + part * 2, loser)
+    tl.store(part_loser + part * 2 + 1, loser_position)
+
+
+@triton.jit
+def _merge(
+    query,
+    key,
+    value,
+    log_beta,
+    slot_key,
+    slot_value,
+    slot_log_beta,
+    slot_position,
+    position,
+    part_acc,
+    part_stats,
+    part_score,
+    part_loser,
+    output,
+    size,
+    scale,
+    SPLITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Join the splits with the new token of one (row, KV head), write the output, overwrite the loser's slot."""
+    program = tl.program_id(0).to(tl.int64)
+    now = tl.load(position + program // HEADS)
+    group, dim = tl.arange(0, TILE), tl.arange(0, WIDE)
+    inside = (group < GROUPS)[:, None] & (dim < DIM)[None, :]
+    at = (program * GROUPS + group[:, None]) * DIM + dim[None, :]
+    tokens = tl.load(query + at, mask=inside, other=0.0).to(tl.float32)
+    new_key = tl.load(key + program * DIM + dim, mask=dim < DIM, other=0.0)
+    new_value = tl.load(value + program * DIM + dim, mask=dim < DIM, other=0.0)
+    highest = tl.sum(tokens * new_key.to(tl.float32)[None, :], 1) * scale
+    total = tl.full([TILE], 1.0, tl.float32)
+    acc = tl.zeros([TILE, WIDE], tl.float32) + new_value.to(tl.float32)[None, :]
+    lowest, loser_position, loser = tl.full([], float("inf"), tl.float32), now * 0 - 2147483647, now * 0
+    for split in range(SPLITS):
+        part = program * SPLITS + split
+        part_highest = tl.load(part_stats + part * 2 * TILE + group)
+        part_total = tl.load(part_stats + (part * 2 + 1) * TILE + group)
+        higher = tl.maximum(highest, part_highest)
+        shrink, part_shrink = tl.exp(highest - higher), tl.exp(part_highest - higher)
+        part_sum = tl.load(part_acc + (part * TILE + group[:, None]) * WIDE + dim[None, :])
+        acc = acc * shrink[:, None] + part_sum * part_shrink[:, None]
+        total = total * shrink + part_total * part_shrink
+        highest = higher
+        low, newest = tl.load(part_score + part), tl.load(part_loser + part * 2 + 1)
+        worse = (low < lowest) | ((low == lowest) & (newest > loser_position))
+        loser_position = tl.where(worse, newest, loser_position)
+        loser = tl.where(worse, tl.load(part_loser + part * 2), loser)
+        lowest = tl.minimum(low, lowest)
+    tl.store(output + at, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
+
+    new_log_beta = tl.load(log_beta + program)
+    enters = (now >= 0) & (2.0 * new_log_beta > lowest)
+    slot = program * size + loser
+    tl.store(slot_position + slot, now, mask=enters)
+    tl.store(slot_log_beta + slot, new_log_beta, mask=enters)
+    wide = enters & (dim < DIM)
+    tl.store(slot_key + slot * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=wide)
+    tl.store(slot_value + slot * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=wide)

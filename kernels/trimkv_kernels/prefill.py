@@ -1,0 +1,178 @@
+"""Prefill in Triton: a chunk attends to the slots and to itself; then its survivors move into the losers' slots."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trimkv_kernels.launch import padded, prefill_launch
+from trimkv_kernels.reference import survivors
+from trimkv_kernels.slots import Slots
+
+
+def prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    positions: Tensor,
+    slots: Slots,
+    *,
+    rows: Tensor,
+    fill: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Do what `reference.prefill` does; the slots are read where they lie, and only survivors are written.
+
+    Which tokens survive is ranked by torch: a sort of M + T integers per head, once per chunk.
+    """
+    batch, num_heads, length, head_dim = query.shape
+    num_kv_heads, size = slots.position.shape[1:]
+    launch = prefill_launch(head_dim=head_dim, element_size=query.element_size())
+    query, key, value, log_beta = (tensor.contiguous() for tensor in (query, key, value, log_beta))
+    output = torch.empty_like(query)
+    _attend[(batch * num_heads, triton.cdiv(length, launch.queries))](
+        query,
+        key,
+        value,
+        positions,
+        slots.key,
+        slots.value,
+        slots.position,
+        rows,
+        output,
+        size,
+        fill,
+        length,
+        scale,
+        HEADS=num_heads,
+        GROUPS=num_heads // num_kv_heads,
+        QUERIES=launch.queries,
+        KEYS=launch.keys,
+        DIM=head_dim,
+        WIDE=padded(head_dim),
+        WINDOW=window or 0,
+        num_warps=launch.warps,
+    )
+    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window)
+    _move[(batch * num_kv_heads, length)](
+        key, value, log_beta, positions, *slots, rows, target, size, length, HEADS=num_kv_heads, DIM=head_dim,
+        WIDE=padded(head_dim), num_warps=1,
+    )  # fmt: skip
+    return output
+
+
+@triton.jit
+def _attend(
+    query,
+    key,
+    value,
+    positions,
+    slot_key,
+    slot_value,
+    slot_position,
+    rows,
+    output,
+    size,
+    fill,
+    length,
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Attend from a tile of queries of one (row, query head): first to the slots, then to the chunk up to the tile."""
+    program, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, kv_head = program // HEADS, (program % HEADS) // GROUPS
+    token, dim = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDE)
+    now = tl.load(positions + row * length + token, mask=token < length, other=-1)
+    mine = (now >= 0)[:, None] & (dim < DIM)[None, :]
+    at = (program * length + token[:, None]) * DIM + dim[None, :]
+    tokens = tl.load(query + at, mask=mine, other=0.0)
+    highest = tl.full([QUERIES], -1e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, WIDE], tl.float32)
+
+    head = tl.load(rows + row) * (HEADS // GROUPS) + kv_head
+    for start in range(0, fill, KEYS):
+        slot = start + tl.arange(0, KEYS)
+        held = tl.load(slot_position + head * size + slot, mask=slot < fill, other=-1)
+        highest, total, acc = _add_tile(
+            tokens, now, held, slot_key + head * size * DIM, slot_value + head * size * DIM, slot,
+            highest, total, acc, scale, DIM, WIDE, WINDOW,
+        )  # fmt: skip
+    chunk = (row * (HEADS // GROUPS) + kv_head) * length * DIM
+    for start in range(0, tl.minimum((tile + 1) * QUERIES, length), KEYS):
+        other = start + tl.arange(0, KEYS)
+        held = tl.load(positions + row * length + other, mask=other < length, other=-1)
+        highest, total, acc = _add_tile(
+            tokens, now, held, key + chunk, value + chunk, other, highest, total, acc, scale, DIM, WIDE, WINDOW
+        )
+    result = tl.where(mine, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    inside = (token < length)[:, None] & (dim < DIM)[None, :]
+    tl.store(output + at, result.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_tile(
+    tokens, now, held, keys_at, values_at, place, highest, total, acc, scale,
+    DIM: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of keys at positions `held` to the online softmax of queries at positions `now`."""
+    dim = tl.arange(0, WIDE)
+    keep = (held >= 0)[:, None] & (dim < DIM)[None, :]
+    at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
+    keys = tl.load(keys_at + at, mask=keep, other=0.0)
+    logits = tl.dot(tokens.to(keys.dtype), tl.trans(keys), input_precision="ieee") * scale
+    seen = (held >= 0)[None, :] & (held[None, :] <= now[:, None])
+    if WINDOW > 0:
+        seen = seen & (held[None, :] > now[:, None] - WINDOW)
+    logits = tl.where(seen, logits, -float("inf"))
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    weights = tl.exp(logits - higher[:, None])
+    shrink = tl.exp(highest - higher)
+    values = tl.load(values_at + at, mask=keep, other=0.0)
+    acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return higher, total * shrink + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _move(
+    key,
+    value,
+    log_beta,
+    positions,
+    slot_key,
+    slot_value,
+    slot_log_beta,
+    slot_position,
+    rows,
+    target,
+    size,
+    length,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write one token of the chunk into the slot that it takes in one (row, KV head), if any."""
+    program, token = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = program // HEADS
+    source = program * length + token
+    slot = tl.load(target + source)
+    survives = slot >= 0
+    place = (tl.load(rows + row) * HEADS + program % HEADS) * size + slot
+    tl.store(slot_position + place, tl.load(positions + row * length + token), mask=survives)
+    tl.store(slot_log_beta + place, tl.load(log_beta + source), mask=survives)
+    dim = tl.arange(0, WIDE)
+    wide = survives & (dim < DIM)
+    new_key = tl.load(key + source * DIM + dim, mask=wide, other=0.0)
+    new_value = tl.load(value + source * DIM + dim, mask=wide, other=0.0)
+    tl.store(slot_key + place * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=wide)
+    tl.store(slot_value + place * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=wide)

@@ -1,0 +1,81 @@
+"""Compile every kernel for GPUs that are not here and print what each costs; run without TRITON_INTERPRET."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trimkv_kernels import decode, prefill
+from trimkv_kernels.launch import decode_launch, padded, prefill_launch
+
+POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+INTEGERS = {"size": "i32", "span": "i32", "fill": "i32", "length": "i32", "scale": "fp32"}
+FIXED = {
+    "slot_log_beta": "*fp32", "log_beta": "*fp32", "slot_position": "*i32", "position": "*i32", "positions": "*i32",
+    "part_acc": "*fp32", "part_stats": "*fp32", "part_score": "*fp32", "part_loser": "*i32", "rows": "*i64",
+    "target": "*i64",
+}  # fmt: skip
+
+
+def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
+    """Yield name, kernel, constants and warps of each case, as the launchers choose them."""
+    for dtype in POINTERS:
+        for dim in (128,) if dtype == "fp16" else (64, 80, 128, 256):
+            width = {"head_dim": dim, "element_size": SIZES[dtype]}
+            for window in (0, 1024) if dim == 128 else (0,):
+                chosen = decode_launch(programs=8, span=4096, **width)
+                shape = {"HEADS": 8, "GROUPS": 4, "TILE": 16, "DIM": dim, "WIDE": padded(dim)}
+                scan = {**shape, "SPLIT_SLOTS": chosen.split_slots, "BLOCK": chosen.block, "WINDOW": window}
+                yield f"scan {dtype} {dim} {window}", (decode._scan, dtype), scan, chosen.warps
+                wide = prefill_launch(**width)
+                attend = {
+                    "HEADS": 32, "GROUPS": 4, "QUERIES": wide.queries, "KEYS": wide.keys, "DIM": dim,
+                    "WIDE": padded(dim), "WINDOW": window,
+                }  # fmt: skip
+                yield f"attend {dtype} {dim} {window}", (prefill._attend, dtype), attend, wide.warps
+            yield f"merge {dtype} {dim}", (decode._merge, dtype), {**shape, "SPLITS": 8}, chosen.warps
+            yield f"move {dtype} {dim}", (prefill._move, dtype), {"HEADS": 8, "DIM": dim, "WIDE": padded(dim)}, 1
+
+
+def measure(kernel: Any, dtype: str, constants: Mapping[str, Any], warps: int, capability: int) -> dict[str, Any]:
+    """Compile one kernel and let ptxas say what it uses."""
+    types = {name: FIXED.get(name) or INTEGERS.get(name) or POINTERS[dtype] for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=places),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps},
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        name = "sm_90a" if capability == 90 else f"sm_{capability}"
+        command = [str(PTXAS), "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+    return {"registers": max(map(int, re.findall(r"Used (\d+) registers", said))), "spill_bytes": spills,
+            "shared_bytes": compiled.metadata.shared, "shared_limit": SHARED_LIMIT[capability]}  # fmt: skip
+
+
+def main() -> None:
+    for name, (kernel, dtype), constants, warps in cases():
+        for capability in SHARED_LIMIT:
+            row = {"kernel": name, "sm": capability, **measure(kernel, dtype, constants, warps, capability)}
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Every Triton operation against its reference: in the interpreter here, on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from trimkv_kernels import Slots, reference
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+from trimkv_kernels import decode as triton_decode
+from trimkv_kernels import prefill as triton_prefill
+
+CPU = pytest.param(
+    "cpu",
+    marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off beside a GPU"),
+)
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
+)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# rows, KV heads, queries per KV head, head_dim, slots, fill, window
+DECODE_SHAPES = [
+    (1, 2, 3, 80, 37, 37, None),
+    (3, 1, 1, 64, 37, 20, None),
+    (3, 2, 4, 16, 70, 70, 9),
+    (1, 1, 16, 128, 130, 130, None),
+    (2, 2, 2, 32, 5, 0, None),
+    (2, 1, 5, 24, 1, 1, None),
+]
+# rows, KV heads, queries per KV head, head_dim, slots, fill, chunk, window
+PREFILL_SHAPES = [
+    (1, 2, 3, 80, 37, 37, 5, None),
+    (2, 1, 1, 64, 37, 20, 33, None),
+    (3, 2, 4, 16, 20, 20, 30, 9),
+    (1, 1, 2, 128, 7, 0, 70, None),
+    (2, 2, 2, 32, 1, 1, 3, None),
+]
+
+
+def make_slots(
+    *, rows: int, heads: int, size: int, dim: int, fill: int, ties: bool, dtype: torch.dtype, device: str
+) -> Slots:
+    """Fill the first `fill` slots in any order; all others hold NaN, which must never be read."""
+    slots = Slots.empty(
+        rows=rows, num_kv_heads=heads, slots=size, head_dim=dim, dtype=dtype, device=torch.device(device)
+    )
+    slots.key.fill_(torch.nan)
+    slots.value.fill_(torch.nan)
+    order = torch.stack([torch.randperm(fill + 5)[:fill] for _ in range(rows * heads)]).view(rows, heads, fill)
+    slots.position[:, :, :fill] = order.int().to(device)
+    for tensor in (slots.key, slots.value):
+        tensor[:, :, :fill] = torch.randn(rows, heads, fill, dim).to(device, dtype)
+    slots.log_beta[:, :, :fill] = (0.0 if ties else -1.0) * torch.rand(rows, heads, fill).to(device)
+    return slots
+
+
+def assert_same_slots(got: Slots, want: Slots) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", DECODE_SHAPES)
+def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype, ties: bool, device: str) -> None:
+    """Catches a wrong loser or tie, a read of an empty slot, a row that ended and goes on, a lost split."""
+    if dtype is torch.bfloat16 and device == "cpu":
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    rows, heads, groups, dim, size, fill, window = shape
+    torch.manual_seed(0)
+    slots = make_slots(rows=rows, heads=heads, size=size, dim=dim, fill=fill, ties=ties, dtype=dtype, device=device)
+    mine = Slots(*(tensor.clone() for tensor in slots))
+    position = torch.full((rows,), fill + 5, dtype=torch.int32, device=device)
+    if rows > 1:
+        position[-1] = -1
+    query, key, value = (
+        torch.randn(rows, n, dim).to(device, dtype) for n in (heads * groups, heads, heads)
+    )  # fmt: skip
+    log_beta = (0.0 if ties else -0.3) * torch.rand(rows, heads).to(device)
+    settings: dict[str, Any] = {"fill": fill, "dense": False, "scale": dim**-0.5, "window": window}
+    want = reference.decode(query, key, value, log_beta, position, slots, **settings)
+    got = triton_decode.decode(query, key, value, log_beta, position, mine, **settings)
+    fed = max(1, rows - 1)
+    torch.testing.assert_close(got[:fed], want[:fed], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert_same_slots(mine, slots)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", PREFILL_SHAPES)
+def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype, ties: bool, device: str) -> None:
+    """Catches a wrong survivor, causality across padding, and a slot written twice or not at all."""
+    if dtype is torch.bfloat16 and device == "cpu":
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    batch, heads, groups, dim, size, fill, length, window = shape
+    torch.manual_seed(0)
+    slots = make_slots(
+        rows=batch + 2, heads=heads, size=size, dim=dim, fill=fill, ties=ties, dtype=dtype, device=device
+    )
+    mine = Slots(*(tensor.clone() for tensor in slots))
+    rows = torch.randperm(batch + 2)[:batch].to(device)
+    positions = torch.full((batch, length), -1, dtype=torch.int32)
+    for row in range(batch):
+        count = length if row == 0 else int(torch.randint(1, length + 1, (1,)))
+        columns = slice(length - count, length) if row % 2 else slice(0, count)  # padding on either side
+        positions[row, columns] = torch.arange(fill + 5, fill + 5 + count)
+    positions = positions.to(device)
+    query, key, value = (
+        torch.randn(batch, n, length, dim).to(device, dtype) for n in (heads * groups, heads, heads)
+    )  # fmt: skip
+    log_beta = (0.0 if ties else -0.3) * torch.rand(batch, heads, length).to(device)
+    settings: dict[str, Any] = {"rows": rows, "fill": fill, "scale": dim**-0.5, "window": window}
+    want = reference.prefill(query, key, value, log_beta, positions, slots, **settings)
+    got = triton_prefill.prefill(query, key, value, log_beta, positions, mine, **settings)
+    torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert_same_slots(mine, slots)
