@@ -94,7 +94,7 @@ def test_results_stream_while_the_input_is_still_open() -> None:
             process.stdin.flush()
             assert json.loads(process.stdout.readline())["custom_id"] == name
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     finally:
         finish(process)
 
@@ -110,7 +110,7 @@ def test_an_interrupt_ends_the_run_at_once_and_leaves_whole_lines() -> None:
         process.stdin.flush()
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(120) == 130
         assert json.loads(first)["custom_id"] == "line-1"
         assert process.stdout.read() == b""
         assert b"Traceback" not in process.stderr.read()
@@ -131,7 +131,7 @@ def test_a_reader_that_goes_away_ends_the_run() -> None:
         process.stdout.close()
         process.stdin.write(b'{"prompt":"a"}\n')
         process.stdin.flush()
-        assert process.wait(30) == 141
+        assert process.wait(120) == 141
         assert b"Traceback" not in process.stderr.read()
     finally:
         finish(process)
