@@ -42,7 +42,7 @@ def load_engine(options: EngineOptions) -> Engine:
     _check_deterministic(options, device)
     plan = plan_for(source, options, device)
     torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
-    model = _load_model(source, plan, device, trust_remote_code=options.trust_remote_code)
+    model = load_model(source, _DTYPES[plan.dtype], device, trust_remote_code=options.trust_remote_code)
     gates, warnings = _load_gates(source, plan, device)
     text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
     facts = EngineFacts(
@@ -118,12 +118,19 @@ def _check_deterministic(options: EngineOptions, device: torch.device) -> None:
         )
 
 
-def _load_model(source: Source, plan: Plan, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+def load_model(
+    source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model's weights, frozen, without gates.
+
+    Raises:
+        ModelError: weights that cannot be read, that are missing, or a form that trimkv does not run.
+    """
     disable_progress_bar()  # it would write cursor codes into pipes
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source.folder),
-            dtype=_DTYPES[plan.dtype],
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
