@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,9 +60,10 @@ def install(model: PreTrainedModel, gates: Sequence[nn.Module], windows: Sequenc
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Keep only each layer's input for the backward pass, and compute the rest again."""
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     layers: Any = model.get_decoder().layers
     for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         layer.training = True  # the flag of this module alone: dropout below it stays off
 
 
