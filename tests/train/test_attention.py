@@ -54,9 +54,11 @@ def test_the_teacher_is_the_model(tiny_model: TinyModel, family: str) -> None:
         expected = tiny_model(family).get_decoder()(input_ids=ids).last_hidden_state
         trainer = make_trainer(tiny_model(family))
         positions = torch.arange(40).expand(2, -1)
-        now = TrainingPass(positions=positions, documents=torch.zeros_like(positions), gated=False)
-        found = hidden_states(trainer.model, ids, now)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for one in (False, True):
+            alone = torch.zeros_like(positions)
+            now = TrainingPass(positions=positions, documents=alone, gated=False, one_document=one)
+            found = hidden_states(trainer.model, ids, now)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_document_sees_no_other(tiny_model: TinyModel) -> None:

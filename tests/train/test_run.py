@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import save_tiny_model, write_conversations
 
 ROOT = Path(__file__).parents[2]
-SMALL = (
-    "--memory-size 8 --context 64 --batch 2 --accumulate 1 --hidden 8 --lr 0.01 --log-every 1 --threads 1 "
-    "--dtype fp32 --position-gap 200 --save-every 3"
-).split()
+SMALL = [
+    *("--memory-size", "8", "--context", "64", "--batch", "2", "--accumulate", "1", "--hidden", "8", "--lr", "0.01"),
+    *("--log-every", "1", "--threads", "1", "--dtype", "fp32", "--position-gap", "200", "--save-every", "3"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def train(*arguments: str) -> tuple[int, str, str]:
 
 def losses(stderr: str) -> dict[int, str]:
     """Return step → the loss parts as printed."""
-    return {int(step): parts for step, parts in re.findall(r"^step (\d+)/\d+  (loss .*?)  lr", stderr, re.M)}
+    return {int(step): parts for step, parts in re.findall(r"^step (\d+)/\d+  (loss .*?)  lr", stderr, re.MULTILINE)}
 
 
 def test_a_run_killed_goes_on_as_if_it_were_not(tmp_path: Path, arguments: list[str]) -> None:

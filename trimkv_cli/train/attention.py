@@ -2,6 +2,7 @@
 
 A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states; the attention function adds
 `(t − i) · log_beta_i` to the logits (arXiv 2512.03324v2, equation 3). The same model without the bias is the teacher.
+Both attend in float32 whatever the model computes in, so that KL measures the gates and not rounding.
 All state travels on the `TrainingPass` that a caller gives to the decoder as `training_pass`.
 """
 
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 TRAINING_NAME = "trimkv_training"
-QUERY_BLOCK = 512  # queries attend in blocks, so that logits take block · T and never T · T
+QUERY_BLOCK = 512  # queries that need a mask attend in blocks: a mask takes block · T, never T · T
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class TrainingPass:
     positions: Tensor  # [B, T] int64, increasing within a document
     documents: Tensor  # [B, T] int64, −1 = padding
     gated: bool
+    one_document: bool = False  # no row has more than one, so that order alone says what is visible
     log_betas: dict[int, Tensor] = field(default_factory=dict)
 
     def distances(self, queries: slice, keys: slice) -> Tensor:
@@ -111,55 +113,60 @@ def attend(
 
     `log_beta` `[B, Hkv, T]` makes it the student's attention, differentiable in it.
     """
-    length = query.shape[2]
-    outputs = []
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    inputs = query.float() * scaling, key.float(), value.float()
+    with torch.autocast(query.device.type, enabled=False):
+        if log_beta is not None:
+            inputs = _with_retention(*inputs, log_beta.repeat_interleave(groups, dim=1), training_pass.positions)
+        output = _attend_causally(*inputs, training_pass, window)
+    return output[..., : value.shape[3]].to(value.dtype).transpose(1, 2), None
+
+
+def _with_retention(
+    query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add columns whose product is the retention bias: `(t − i) · log_beta_i = [t, 1] · [log_beta_i, −i · log_beta_i]`.
+
+    So no kernel needs to know of it and no T × T tensor is kept. In float32, counted from the middle, the two terms
+    cancel to about 1e-7 · T / 2 · log_beta. Two more columns of zeros keep rows aligned.
+    """
+    times = (positions - positions.amax(dim=1, keepdim=True) / 2).float()[:, None]
+    ones, zeros = torch.ones_like(log_beta), torch.zeros_like(log_beta)
+    more = [
+        (times.expand_as(log_beta), ones, zeros, zeros),
+        (log_beta, -times * log_beta, zeros, zeros),
+        (zeros, zeros, zeros, zeros),
+    ]
+    wide = [
+        torch.cat([states, torch.stack(columns, dim=3)], dim=3)
+        for states, columns in zip((query, key, value), more, strict=True)
+    ]
+    return wide[0], wide[1], wide[2]
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, now: TrainingPass, window: int | None) -> Tensor:
+    """Attend to what the pass lets each query see, all `[B, H, T, D]`; masks exist for a block of queries at a time."""
+    if window is None and now.one_document:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+    length, outputs = query.shape[2], []
     for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        block = _Block(training_pass, slice(start, end), window, scaling)
-        seen = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-        if log_beta is None:
-            outputs.append(block.teach(*seen))
-        elif length <= QUERY_BLOCK:
-            outputs.append(block.learn(*seen, log_beta))
+        queries = slice(start, min(start + QUERY_BLOCK, length))
+        attend_block = partial(_attend_block, now=now, queries=queries, window=window)
+        inputs = query[:, :, queries], key[:, :, : queries.stop], value[:, :, : queries.stop]
+        if length <= QUERY_BLOCK or not key.requires_grad:
+            outputs.append(attend_block(*inputs))
         else:
-            inputs = *seen, log_beta[:, :, :end]
-            outputs.append(checkpoint(block.learn, *inputs, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+            outputs.append(checkpoint(attend_block, *inputs, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outputs, dim=2)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Some queries of a pass, over all keys that are not after the last of them."""
-
-    now: TrainingPass
-    queries: slice
-    window: int | None
-    scaling: float
-
-    def teach(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend without retention: `[B, Hq, Tq, D]`."""
-        _, visible = self._sight()
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible[:, None], scale=self.scaling
-        )
-
-    def learn(self, query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor) -> Tensor:
-        """Attend with the retention bias of each KV head on all its query heads: `[B, Hq, Tq, D]`."""
-        distances, visible = self._sight()
-        bias = (distances[:, None] * log_beta[:, :, None]).masked_fill(~visible[:, None], -torch.inf)
-        batch, heads, length, width = query.shape
-        kv_heads = key.shape[1]
-        grouped = (query * self.scaling).reshape(batch, kv_heads, -1, width)
-        logits = (grouped @ key.transpose(2, 3)).view(batch, kv_heads, heads // kv_heads, length, -1)
-        shares = torch.softmax(logits.float() + bias[:, :, None], dim=-1).to(value.dtype)
-        return (shares.view(batch, kv_heads, grouped.shape[2], -1) @ value).view(batch, heads, length, -1)
-
-    def _sight(self) -> tuple[Tensor, Tensor]:
-        keys = slice(0, self.queries.stop)
-        distances = self.now.distances(self.queries, keys)
-        return distances, self.now.visible(self.queries, keys, distances, self.window)
+def _attend_block(
+    query: Tensor, key: Tensor, value: Tensor, *, now: TrainingPass, queries: slice, window: int | None
+) -> Tensor:
+    keys = slice(0, queries.stop)
+    visible = now.visible(queries, keys, now.distances(queries, keys), window)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], scale=1.0)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

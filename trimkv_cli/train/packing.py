@@ -47,15 +47,18 @@ class _Pieces(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Sequences of one forward, all tensors `[B, T]`."""
+    """Sequences of one forward, all tensors `[B, T]`; `one_document` says that no row holds more than one."""
 
     ids: Tensor
     wanted: Tensor
     positions: Tensor
     documents: Tensor
+    one_document: bool = False
 
     def make_pass(self, *, gated: bool) -> TrainingPass:
-        return TrainingPass(positions=self.positions, documents=self.documents, gated=gated)
+        return TrainingPass(
+            positions=self.positions, documents=self.documents, gated=gated, one_document=self.one_document
+        )
 
 
 class Packer:
@@ -157,4 +160,6 @@ def stack(sequences: Sequence[Packed], device: torch.device) -> Batch:
     """Put sequences into one batch, without the columns that are padding in all of them."""
     longest = max(int((packed.documents != PADDING).sum()) for packed in sequences)
     columns = [torch.from_numpy(np.stack(field)[:, :longest]).to(device) for field in zip(*sequences, strict=True)]
-    return Batch(*columns)
+    ids, wanted, positions, documents = columns
+    one_document = all(packed.documents.max() <= 0 for packed in sequences)
+    return Batch(ids, wanted, positions, documents, one_document)
