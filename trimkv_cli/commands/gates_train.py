@@ -25,8 +25,10 @@ LOG_EVERY_S = 10.0
 _GATES, _DATA, _LEARNING, _RUN = "Gates", "Data", "Learning", "Run"
 
 
-def _own(flag: str, panel: str, help: str, metavar: str | None = "N", short: str | None = None) -> Any:
-    return typer.Option(*filter(None, (short, flag)), help=help, rich_help_panel=panel, metavar=metavar)
+def _own(
+    flag: str, panel: str, help: str, metavar: str | None = "N", *, short: str | None = None, min: int | None = None
+) -> Any:
+    return typer.Option(*filter(None, (short, flag)), help=help, rich_help_panel=panel, metavar=metavar, min=min)
 
 
 def train(
@@ -57,15 +59,15 @@ def train(
     resume: Annotated[
         bool, _own("--resume/--overwrite", _RUN, "Go on from a checkpoint in DIR, or start anew.", None)
     ] = True,
-    save_every: Annotated[int, _own("--save-every", _RUN, "Updates between checkpoints.")] = 100,
-    log_every: Annotated[int | None, _own("--log-every", _RUN, "Updates between lines; default: 10 s.")] = None,
+    save_every: Annotated[int, _own("--save-every", _RUN, "Updates between checkpoints.", min=1)] = 100,
+    log_every: Annotated[int | None, _own("--log-every", _RUN, "Updates between lines; default: 10 s.", min=1)] = None,
     export: Annotated[
         Export, _own("--export", _RUN, "own, or released: the format of the authors' folders.", None)
     ] = "own",
     gradient_checkpointing: Annotated[
         bool, _own("--gradient-checkpointing", _RUN, "Compute layers twice to save memory.", None)
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16 (autocast) or fp32.", metavar="TYPE")] = "auto",
+    dtype: Annotated[str, _own("--dtype", "Model", "auto, bf16 (autocast) or fp32.", "TYPE")] = "auto",
     device: Annotated[str, option("device")] = "auto",
     threads: Annotated[int | None, option("threads")] = None,
     revision: Revision = None,

@@ -68,7 +68,8 @@ def _own_gate(model: PlannedModel) -> GateSpec:
     if model.profile is None and model.folder is not None and (model.folder / "gates").is_dir():
         return read_gate_spec(model.folder / "gates", id=f"{model.id}/gates")
     raise UnsupportedModel(
-        f"{model.id} has no retention gates", hint="--gates streaming, or --gates none for a full cache"
+        f"{model.id} has no retention gates",
+        hint="--gates streaming, --gates none for a full cache, or trimkv gates train",
     )
 
 

@@ -95,7 +95,8 @@ def _own_gates(
     known = profile or next((p for p in list_profiles() if p.model == model_id and p.gates), None)
     if known is None or known.gates is None:
         raise UnsupportedModel(
-            f"{model_id} has no retention gates", hint="--gates streaming, or --gates none for a full cache"
+            f"{model_id} has no retention gates",
+            hint="--gates streaming, --gates none for a full cache, or trimkv gates train",
         )
     place = gates_place(known.name)
     return _described(place.folder("gates", offline=options.offline), place.id)

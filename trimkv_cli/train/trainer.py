@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimkv_cli.errors import TrimkvError
 from trimkv_cli.spec import ModelSpec
 from trimkv_cli.train.attention import checkpoint_layers, hidden_states, install
 from trimkv_cli.train.capacity import capacity_excess, place_weights
@@ -114,7 +115,11 @@ class Trainer:
     def _update(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr_at(self.steps_done)
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
+        if not torch.isfinite(norm):
+            raise TrimkvError(
+                f"the gradient of step {self.steps_done + 1} is not finite", hint="try --dtype fp32, or a lower --lr"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done += 1
