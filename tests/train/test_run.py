@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from trimkv_cli.app import main
 from trimkv_cli.cache.gate_check import check_gates
 from trimkv_cli.cache.gate_files import read_gates
 from trimkv_cli.spec import read_model_spec
@@ -59,12 +60,21 @@ def train(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
+def train_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Do as `train`, in this process: the start of another takes seconds."""
+    with pytest.raises(SystemExit) as ended:
+        main(["gates", "train", *arguments])
+    return int(ended.value.code or 0), *capsys.readouterr()
+
+
 def losses(stderr: str) -> dict[int, str]:
     """Return step → the loss parts as printed."""
     return {int(step): parts for step, parts in re.findall(r"^step (\d+)/\d+  (loss .*?)  lr", stderr, re.MULTILINE)}
 
 
-def test_a_run_killed_goes_on_as_if_it_were_not(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_run_killed_goes_on_as_if_it_were_not(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches optimiser state, data order or positions that a checkpoint forgets, and what a run leaves behind."""
     code, stdout, stderr = train(*arguments, "--steps", "10", "-o", str(tmp_path / "whole"))
     assert (code, stdout) == (0, f"{tmp_path / 'whole'}\n"), stderr
@@ -81,7 +91,7 @@ def test_a_run_killed_goes_on_as_if_it_were_not(tmp_path: Path, arguments: list[
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed/gates.json").exists()
 
-    code, _, stderr = train(*arguments, "--steps", "10", "-o", str(tmp_path / "killed"))
+    code, _, stderr = train_here(capsys, *arguments, "--steps", "10", "-o", str(tmp_path / "killed"))
     assert code == 0, stderr
     assert re.search(r"going on from step (3|6|9) of ", stderr)
     resumed = losses(stderr)
@@ -93,7 +103,7 @@ def test_a_run_killed_goes_on_as_if_it_were_not(tmp_path: Path, arguments: list[
     assert records[0] == records[1]
 
     _check_folder(tmp_path / "whole", Path(arguments[0]))
-    _check_refusals(tmp_path, arguments)
+    _check_refusals(tmp_path, arguments, capsys)
 
 
 def _check_folder(folder: Path, model: Path) -> None:
@@ -109,13 +119,13 @@ def _check_folder(folder: Path, model: Path) -> None:
     assert set(training["loss"]) == {"kl", "ntp", "capacity", "total"}
 
 
-def _check_refusals(tmp_path: Path, arguments: list[str]) -> None:
+def _check_refusals(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A checkpoint of another run, and gates that would be lost, are refused; names are named."""
-    code, _, stderr = train(*arguments, "--steps", "10", "-o", str(tmp_path / "whole"), "--seed", "5")
+    code, _, stderr = train_here(capsys, *arguments, "--steps", "10", "-o", str(tmp_path / "whole"), "--seed", "5")
     assert code == 2
     assert "seed was 0, now 5" in stderr
     (tmp_path / "whole/training.safetensors").unlink()
-    code, _, stderr = train(*arguments, "--steps", "10", "-o", str(tmp_path / "whole"))
+    code, _, stderr = train_here(capsys, *arguments, "--steps", "10", "-o", str(tmp_path / "whole"))
     assert code == 2
     assert "gates.safetensors exists" in stderr
     assert "--overwrite" in stderr
@@ -136,30 +146,36 @@ def test_stopped_on_purpose(tmp_path: Path, arguments: list[str]) -> None:
     assert "stopped after step" in stderr
 
 
-def test_released_format(tmp_path: Path, arguments: list[str]) -> None:
+def test_released_format(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an export that the reader of released folders does not take."""
-    code, _, stderr = train(*arguments, "--steps", "1", "-o", str(tmp_path), "--export", "released", "--gate", "rg10")
+    code, _, stderr = train_here(
+        capsys, *arguments, "--steps", "1", "-o", str(tmp_path), "--export", "released", "--gate", "rg10"
+    )
     assert code == 0, stderr
     files = read_gates(tmp_path)
     assert (files.gate.variant, files.gate.memory_size) == ("rg10", 8)
     assert {str(tensor.dtype) for tensor in files.tensors.values()} == {"torch.bfloat16"}
 
 
-def test_bad_data_and_foreign_families(tmp_path: Path, arguments: list[str]) -> None:
+def test_bad_data_and_foreign_families(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a refusal without its place, its exit code, or one that comes after the training."""
     data = tmp_path / "bad.jsonl"
     data.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    code, stdout, stderr = train(arguments[0], "--data", str(data), *SMALL, "--steps", "1", "-o", str(tmp_path / "o"))
+    code, stdout, stderr = train_here(
+        capsys, arguments[0], "--data", str(data), *SMALL, "--steps", "1", "-o", str(tmp_path / "o")
+    )
     assert (code, stdout) == (2, "")
     assert f"error: {data}:1: no assistant message" in stderr
 
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    code, stdout, stderr = train(str(tmp_path), *arguments[1:], "--steps", "1", "-o", str(tmp_path / "o"))
+    code, stdout, stderr = train_here(capsys, str(tmp_path), *arguments[1:], "--steps", "1", "-o", str(tmp_path / "o"))
     assert (code, stdout) == (6, "")
     assert "model type bert is not supported" in stderr
     assert not (tmp_path / "o").exists()
 
-    code, _, stderr = train(*arguments, "--steps", "1", "-o", str(tmp_path / "o"), "--context", "4096")
+    code, _, stderr = train_here(capsys, *arguments, "--steps", "1", "-o", str(tmp_path / "o"), "--context", "4096")
     assert code == 4
     assert "4,296 positions" in stderr
