@@ -72,14 +72,25 @@ def read_gates(folder: str | Path, *, id: str | None = None) -> GateFiles:
     )
 
 
-def write_gates(folder: str | Path, gate: GateSpec, tensors: Mapping[str, Tensor], *, hidden_act: str = "silu") -> None:
-    """Write a folder in our own format; each file appears whole or not at all."""
+def write_gates(
+    folder: str | Path,
+    gate: GateSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    hidden_act: str = "silu",
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder in our own format; each file appears whole or not at all.
+
+    `training` is the record of how the gates were made; it is kept as it is and read by nobody but people.
+    """
     # safetensors refuses tensors that share memory, and rg10's linear3 is one for all layers.
     own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     config = {
         "format_version": FORMAT_VERSION,
         "trained_context": gate.trained_context,
         **_config(gate, tensors, hidden_act),
+        **({"training": dict(training)} if training else {}),
     }
     _write(Path(folder) / OWN_WEIGHTS, lambda path: save_file(own, path))
     _write(Path(folder) / OWN_CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))

@@ -19,7 +19,6 @@ from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.devices import device_bytes, free_bytes, pick_device
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS, EngineOptions
-from trimkv_cli.engine.places import MINI
 from trimkv_cli.engine.sources import Source, find_source
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import DoesNotFit, ModelError, UnsupportedModel, UsageError
@@ -47,14 +46,13 @@ def load_source(source: Source, options: EngineOptions) -> Engine:
         TrimkvError: they do not fit the budget or each other, or their files are broken.
     """
     started = time.perf_counter()
-    assert source.model_folder is not None, "the weights were asked for"
     device = pick_device(options.device)
     _check_deterministic(options, device)
     plan = plan_for(source, options, device)
     torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
-    model = _load_model(source, plan, device, trust_remote_code=options.trust_remote_code)
+    model = load_model(source, _DTYPES[plan.dtype], device, trust_remote_code=options.trust_remote_code)
     gates, warnings = _load_gates(source, plan, device, offline=options.offline)
-    text = Text.from_pretrained(source.model_folder, offline=True, trust_remote_code=options.trust_remote_code)
+    text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
     facts = EngineFacts(
         model_id=source.model_id,
         spec=source.spec,
@@ -63,7 +61,7 @@ def load_source(source: Source, options: EngineOptions) -> Engine:
         max_positions=options.context or source.spec.max_positions,
         eos_token_ids=_eos_token_ids(model),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
-        notes=_notes(source),
+        notes=source.notes,
         warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings)),
         weight_bytes=_bytes(model),
         gate_bytes=_bytes(gates),
@@ -121,12 +119,19 @@ def _check_deterministic(options: EngineOptions, device: torch.device) -> None:
         )
 
 
-def _load_model(source: Source, plan: Plan, device: torch.device, *, trust_remote_code: bool) -> PreTrainedModel:
+def load_model(
+    source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model's weights, frozen, without gates.
+
+    Raises:
+        ModelError: weights that cannot be read, that are missing, or a form that trimkv does not run.
+    """
     disable_progress_bar()  # it would write cursor codes into pipes
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(source.model_folder),
-            dtype=_DTYPES[plan.dtype],
+            str(source.folder),
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -166,13 +171,6 @@ def _load_gates(
     warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.model_id)
     gates = build_gates(files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act)
     return gates, (*files.warnings, *warnings)
-
-
-def _notes(source: Source) -> tuple[str, ...]:
-    if source.model_id != MINI:
-        return ()
-    stand_in = "the built-in mini is a stand-in with random weights: what it writes has no meaning"
-    return (stand_in if source.name else f"no model given: {stand_in}",)
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

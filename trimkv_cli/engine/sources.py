@@ -34,6 +34,20 @@ class Source:
     name: str | None  # as the user gave it; None = the built-in default
 
     @property
+    def folder(self) -> Path:
+        """Where the weights lie, of a source that was found with them."""
+        assert self.model_folder is not None, "the weights were not asked for"
+        return self.model_folder
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user did not ask for but should know."""
+        if self.model_id != MINI:
+            return ()
+        stand_in = "the built-in mini is a stand-in with random weights: what it writes has no meaning"
+        return (stand_in if self.name else f"no model given: {stand_in}",)
+
+    @property
     def sampling(self) -> Mapping[str, Any]:
         return self.profile.sampling if self.profile is not None else {}
 
@@ -135,7 +149,8 @@ def _own_gates(options: EngineOptions, profile: Profile | None, model: Place) ->
     gate = _known_gate(profile)
     if profile is None or gate is None:
         raise UnsupportedModel(
-            f"{model.id} has no retention gates", hint="--gates streaming, or --gates none for a full cache"
+            f"{model.id} has no retention gates",
+            hint="--gates streaming, --gates none for a full cache, or trimkv gates train",
         )
     return gate, gates_place(profile.name)
 

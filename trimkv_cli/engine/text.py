@@ -43,6 +43,7 @@ class Text:
         self._template = _template_of(tokenizer)
         self._added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
         special = [self._added[token_id] for token_id in self.hidden_ids if token_id in self._added]
+        self.special_tokens = tuple(special)
         named = [token for token in self._added.values() if token.strip() and token in (self._template or "")]
         self._special = _TokenStarts(special)
         self._typed = _TokenStarts([*special, *named])
@@ -95,7 +96,7 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """Encode a plain prompt, with the BOS (and EOS) that the tokenizer adds by default."""
-        (mark,) = _unused_characters([text], 1)
+        (mark,) = unused_characters([text], 1)
         first, *rest = self._typed.mark(text, mark).split(mark)
         before, after = self._wrapping()
         return [*before, *self._encode(first), *self._encode_inside(rest), *after]
@@ -126,7 +127,7 @@ class Text:
         `last_token_id` was generated and not yet fed. Where it ended the answer (it is one of `eos_token_ids`), the
         template's own end of an answer stands for it; else (cut by length or by the user) that end follows it.
         """
-        mark, answer = _unused_characters([user_text], 2)
+        mark, answer = unused_characters([user_text], 2)
         messages = [
             {"role": "user", "content": _PROBES[0]},
             {"role": "assistant", "content": answer},
@@ -141,12 +142,23 @@ class Text:
             return self._encode_inside(tail.lstrip().split(mark))
         return [last_token_id, *self._encode_inside(tail.split(mark))]
 
+    def render_marked(self, messages: Sequence[Message], mark: str, *, answer_next: bool) -> str:
+        """Render a conversation as text, with `mark` inside whatever a user typed that looks like a token.
+
+        With `answer_next` the text ends where the next answer begins; raises as `render_chat` does.
+        """
+        return self._render([self._guarded(message, mark) for message in messages], None, answer_next=answer_next)
+
+    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """Encode the parts of a rendered conversation one by one: no token reaches from one into the next."""
+        return [self._encode_inside([part]) if index else self._encode(part) for index, part in enumerate(parts)]
+
     def _render_ids(self, messages: Sequence[Message], think: bool | None) -> list[int]:
-        (mark,) = _unused_characters([text for message in messages for text in message.values()], 1)
+        (mark,) = unused_characters([text for message in messages for text in message.values()], 1)
         first, *rest = self._render([self._guarded(message, mark) for message in messages], think).split(mark)
         return self._encode(first) + self._encode_inside(rest)
 
-    def _render(self, messages: list[dict[str, str]], think: bool | None) -> str:
+    def _render(self, messages: list[dict[str, str]], think: bool | None, *, answer_next: bool = True) -> str:
         if self._template is None:
             raise UnsupportedModel("the model has no chat template", hint="--raw continues a text as it stands")
         if not messages:
@@ -154,7 +166,7 @@ class Text:
         options = {"enable_thinking": think} if think is not None and self.supports_thinking else {}
         try:
             text: object = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
+                messages, tokenize=False, add_generation_prompt=answer_next, **options
             )
         except TemplateError as error:
             raise UsageError(f"the model's chat template refuses: {error}", hint=_refusal_hint(messages)) from error
@@ -225,7 +237,8 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
 
 
-def _unused_characters(texts: Iterable[str], count: int) -> list[str]:
+def unused_characters(texts: Iterable[str], count: int) -> list[str]:
+    """Return characters without a meaning that none of the texts contains, to mark places in them."""
     used = set().union(*texts)
     free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
     return [next(free) for _ in range(count)]

@@ -1,0 +1,78 @@
+"""Training steps: what learns, what does not, and what must not change the result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trimkv_cli.train.packing import Batch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import make_batch, make_trainer
+
+TinyModel = Callable[..., Any]
+FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]
+
+
+def gradients(trainer: Any, batch: Any) -> dict[str, torch.Tensor]:
+    sum(trainer.losses(batch)).backward()
+    return {name: parameter.grad.clone() for name, parameter in trainer.parameters.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gate", ["rg", "rg10"])
+def test_only_gates_learn(tiny_model: TinyModel, family: str, gate: str) -> None:
+    """Catches a gate without a gradient (a layer that is not hooked), and a model that changes."""
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = make_trainer(model, gate=gate)
+    batch = make_batch()
+    assert all(gradient.abs().max() > 0 for gradient in gradients(trainer, batch).values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    trainer.step([batch])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma3"])
+def test_recomputed_layers_give_the_same_gradients(tiny_model: TinyModel, family: str) -> None:
+    """Catches a capacity loss that loses its gradient when layers are computed twice."""
+    batch = make_batch()
+    kept = gradients(make_trainer(tiny_model(family)), batch)
+    again = gradients(make_trainer(tiny_model(family), recompute_layers=True), batch)
+    torch.testing.assert_close(kept, again)
+
+
+def test_accumulation_changes_nothing(tiny_model: TinyModel) -> None:
+    """Catches means of means: two forwards of a row must weigh like one of two rows."""
+    batch = make_batch()
+    halves = [Batch(*(field[row : row + 1] for field in batch[:4])) for row in range(2)]
+    whole, split = (make_trainer(tiny_model("qwen3"), clip=1e9) for _ in range(2))
+    first, second = whole.step([batch]), split.step(halves)
+    assert first.total == pytest.approx(second.total, rel=1e-5)
+    torch.testing.assert_close(whole.parameters, split.parameters, rtol=1e-3, atol=1e-4)
+
+
+def test_training_lowers_the_loss(tiny_model: TinyModel) -> None:
+    """Catches a wrong sign, and losses that do not reach the gates."""
+    trainer = make_trainer(tiny_model("qwen3"), memory_size=3, bias_init=6.0, lr=3e-2)
+    batch = make_batch(rows=4)
+    losses = [trainer.step([batch]) for _ in range(25)]
+    assert losses[-1].capacity < losses[0].capacity * 0.6
+    assert losses[-1].total < losses[0].total - 0.1
+
+
+def test_bf16_autocast_is_near(tiny_model: TinyModel) -> None:
+    """Catches gates or capacity in a dtype that loses them."""
+    batch = make_batch()
+    trainer = make_trainer(tiny_model("qwen3"))
+    exact = [part.item() for part in trainer.losses(batch)]
+    trainer.autocast = torch.bfloat16
+    parts = trainer.losses(batch)
+    assert [part.item() for part in parts] == pytest.approx(exact, rel=0.1, abs=0.02)
+    sum(parts).backward()  # type: ignore[union-attr]
+    assert all(parameter.grad.dtype == torch.float32 for parameter in trainer.parameters.values())

@@ -1,0 +1,1 @@
+"""Trains retention gates by distillation from the frozen model."""

@@ -1,0 +1,173 @@
+"""Retention-gated attention for training, hung into unmodified transformers models.
+
+A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states; the attention function adds
+`(t − i) · log_beta_i` to the logits (arXiv 2512.03324v2, equation 3). The same model without the bias is the teacher.
+Both attend in float32 whatever the model computes in, so that KL measures the gates and not rounding.
+All state travels on the `TrainingPass` that a caller gives to the decoder as `training_pass`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+TRAINING_NAME = "trimkv_training"
+QUERY_BLOCK = 512  # queries that need a mask attend in blocks: a mask takes block · T, never T · T
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPass:
+    """Say what one forward sees, and whether it is the student's.
+
+    Several documents may share a row; none sees another. The student leaves each layer's `log_beta` `[B, Hkv, T]` in
+    `log_betas`.
+    """
+
+    positions: Tensor  # [B, T] int64, increasing within a document
+    documents: Tensor  # [B, T] int64, −1 = padding
+    gated: bool
+    one_document: bool = False  # no row has more than one, so that order alone says what is visible
+    log_betas: dict[int, Tensor] = field(default_factory=dict)
+
+    def distances(self, queries: slice, keys: slice) -> Tensor:
+        """Return how many positions each query is after each key: `[B, Tq, Tk]`, float32."""
+        return (self.positions[:, queries, None] - self.positions[:, None, keys]).float()
+
+    def visible(self, queries: slice, keys: slice, distances: Tensor, window: int | None) -> Tensor:
+        """Return which keys each query may see: `[B, Tq, Tk]`."""
+        index = torch.arange(self.positions.shape[1], device=self.positions.device)
+        seen = index[queries, None] >= index[None, keys]
+        seen = seen & (self.documents[:, queries, None] == self.documents[:, None, keys])
+        return seen if window is None else seen & (distances < window)
+
+
+def install(model: PreTrainedModel, gates: Sequence[nn.Module], windows: Sequence[int | None]) -> None:
+    """Make `model` attend as the `training_pass` of a forward says, with one gate and window per layer."""
+    AttentionInterface.register(TRAINING_NAME, attend)
+    AttentionMaskInterface.register(TRAINING_NAME, _no_mask)
+    model.set_attn_implementation(TRAINING_NAME)
+    layers: Any = model.get_decoder().layers
+    for layer, gate, window in zip(layers, gates, windows, strict=True):
+        hook = _make_hook(layer.self_attn.layer_idx, gate, window)
+        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass, and compute the rest again."""
+    layers: Any = model.get_decoder().layers
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer.training = True  # the flag of this module alone: dropout below it stays off
+
+
+def hidden_states(model: PreTrainedModel, token_ids: Tensor, training_pass: TrainingPass) -> Tensor:
+    """Run the decoder over `[B, T]` ids; return what enters the output embedding, `[B, T, hidden]`."""
+    decoder: Any = model.get_decoder()
+    output = decoder(
+        input_ids=token_ids, position_ids=training_pass.positions, use_cache=False, training_pass=training_pass
+    )
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _make_hook(layer_index: int, gate: nn.Module, window: int | None) -> Hook:
+    def pass_log_beta(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        now: TrainingPass = kwargs["training_pass"]
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        log_beta = gate(hidden, now.positions).transpose(1, 2) if now.gated else None
+        if log_beta is not None:
+            now.log_betas.setdefault(layer_index, log_beta)  # a checkpointed layer comes here twice
+        return args, {**kwargs, "log_beta": log_beta, "window": window}
+
+    return pass_log_beta
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    training_pass: TrainingPass,
+    log_beta: Tensor | None,
+    window: int | None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`.
+
+    `log_beta` `[B, Hkv, T]` makes it the student's attention, differentiable in it.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    inputs = query.float() * scaling, key.float(), value.float()
+    with torch.autocast(query.device.type, enabled=False):
+        if log_beta is not None:
+            inputs = _with_retention(*inputs, log_beta.repeat_interleave(groups, dim=1), training_pass.positions)
+        output = _attend_causally(*inputs, training_pass, window)
+    return output[..., : value.shape[3]].to(value.dtype).transpose(1, 2), None
+
+
+def _with_retention(
+    query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add columns whose product is the retention bias: `(t − i) · log_beta_i = [t, 1] · [log_beta_i, −i · log_beta_i]`.
+
+    So no kernel needs to know of it and no T × T tensor is kept. In float32, counted from the middle, the two terms
+    cancel to about 1e-7 · T / 2 · log_beta. Two more columns of zeros keep rows aligned.
+    """
+    times = (positions - positions.amax(dim=1, keepdim=True) / 2).float()[:, None]
+    ones, zeros = torch.ones_like(log_beta), torch.zeros_like(log_beta)
+    more = [
+        (times.expand_as(log_beta), ones, zeros, zeros),
+        (log_beta, -times * log_beta, zeros, zeros),
+        (zeros, zeros, zeros, zeros),
+    ]
+    wide = [
+        torch.cat([states, torch.stack(columns, dim=3)], dim=3)
+        for states, columns in zip((query, key, value), more, strict=True)
+    ]
+    return wide[0], wide[1], wide[2]
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, now: TrainingPass, window: int | None) -> Tensor:
+    """Attend to what the pass lets each query see, all `[B, H, T, D]`; masks exist for a block of queries at a time."""
+    if window is None and now.one_document:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+    length, outputs = query.shape[2], []
+    for start in range(0, length, QUERY_BLOCK):
+        queries = slice(start, min(start + QUERY_BLOCK, length))
+        attend_block = partial(_attend_block, now=now, queries=queries, window=window)
+        inputs = query[:, :, queries], key[:, :, : queries.stop], value[:, :, : queries.stop]
+        if length <= QUERY_BLOCK or not key.requires_grad:
+            outputs.append(attend_block(*inputs))
+        else:
+            outputs.append(checkpoint(attend_block, *inputs, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_block(
+    query: Tensor, key: Tensor, value: Tensor, *, now: TrainingPass, queries: slice, window: int | None
+) -> Tensor:
+    keys = slice(0, queries.stop)
+    visible = now.visible(queries, keys, now.distances(queries, keys), window)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], scale=1.0)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Make no mask: visibility follows from the pass."""

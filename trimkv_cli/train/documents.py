@@ -1,0 +1,131 @@
+"""The data files of a training run: which documents they hold, checked line by line before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from trimkv_cli.errors import InputError
+
+MOST_NAMED = 5
+CONVERSATIONS = (".jsonl", ".ndjson")
+
+Content = str | list[dict[str, str]]  # a plain text, or the messages of a conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one document lies; `line` counts from 1, and is 0 for a text file, which is one document."""
+
+    path: Path
+    line: int
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}" if self.line else str(self.path)
+
+
+class DataFiles:
+    """Own the places of all documents, in the order given, and the hash of all bytes read.
+
+    `*.jsonl` holds a document per line: {"messages": [...]} or {"text": "..."}. Any other file is one plain text.
+
+    Raises:
+        InputError: a file that cannot be read, or lines that hold no document; they are named.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        self.places: list[Place] = []
+        digest = sha256()
+        bad: list[str] = []
+        for path in paths:
+            for place, data in _split(path):
+                digest.update(data)
+                try:
+                    if data.strip():
+                        _parse(data, place)
+                        self.places.append(place)
+                except ValueError as error:
+                    bad.append(f"{place}: {error}")
+        self.sha256 = digest.hexdigest()
+        if bad:
+            more = f"; and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+            hint = 'a line is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}'
+            raise InputError("; ".join(bad[:MOST_NAMED]) + more, hint=hint)
+        if not self.places:
+            raise InputError(f"{', '.join(map(str, paths))}: no data to train on")
+
+    def read(self, index: int) -> Content:
+        """Read a document again.
+
+        Raises:
+            InputError: the file has changed since it was checked.
+        """
+        place = self.places[index]
+        try:
+            with place.path.open("rb") as file:
+                file.seek(place.offset)
+                return _parse(file.read(place.size), place)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{place}: {error}", hint="leave the data alone while training") from error
+
+
+def _split(path: Path) -> Iterator[tuple[Place, bytes]]:
+    try:
+        if path.suffix not in CONVERSATIONS:
+            data = path.read_bytes()
+            yield Place(path, 0, 0, len(data)), data
+            return
+        with path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, 1):
+                yield Place(path, number, offset, len(line)), line
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="give a .jsonl or a text file") from error
+
+
+def _parse(data: bytes, place: Place) -> Content:
+    """Return the document; ValueError says what is wrong."""
+    if not place.line:
+        return _decoded(data)
+    try:
+        line = json.loads(data.strip())
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(line, dict):
+        raise ValueError(f"a JSON {type(line).__name__}, not an object")
+    if "messages" in line:
+        return _messages(line["messages"])
+    if isinstance(line.get("text"), str) and line["text"]:
+        return str(line["text"])
+    raise ValueError('neither "messages" nor "text"')
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {number} is not UTF-8") from None
+
+
+def _messages(found: Any) -> list[dict[str, str]]:
+    if not isinstance(found, list):
+        raise ValueError('"messages" is not a list')
+    for number, message in enumerate(found, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {number} has no role")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} has no text as content")
+    if not any(message["role"] == "assistant" for message in found):
+        raise ValueError("no assistant message to learn from")
+    if found[0]["role"] == "assistant":
+        raise ValueError("the first message is the assistant's")
+    return [{key: text for key, text in message.items() if isinstance(text, str)} for message in found]

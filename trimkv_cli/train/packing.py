@@ -1,0 +1,165 @@
+"""Packs documents into sequences of a fixed length, in an order that a seed gives and a cursor resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trimkv_cli.train.attention import TrainingPass
+from trimkv_cli.train.tokens import Tokens
+
+PADDING = -1
+MOST_GAPS = 4
+
+
+@dataclass(slots=True, kw_only=True)
+class Cursor:
+    """Where a run is in its data; the counts are over the whole run."""
+
+    epoch: int = 0
+    document: int = 0  # in this epoch's order
+    piece: int = 0  # of that document
+    sequences: int = 0
+    tokens: int = 0
+    cut_documents: int = 0  # longer than a sequence, and so trained on in pieces
+    cut_pieces: int = 0
+
+
+class Packed(NamedTuple):
+    """One sequence `[T]`; `wanted` marks the tokens that the loss asks for, never a document's first."""
+
+    ids: NDArray[np.int64]
+    wanted: NDArray[np.bool_]
+    positions: NDArray[np.int64]
+    documents: NDArray[np.int64]  # −1 = padding
+
+
+class _Pieces(NamedTuple):
+    pieces: list[Tokens]
+    cut: bool
+
+
+class Batch(NamedTuple):
+    """Sequences of one forward, all tensors `[B, T]`; `one_document` says that no row holds more than one."""
+
+    ids: Tensor
+    wanted: Tensor
+    positions: Tensor
+    documents: Tensor
+    one_document: bool = False
+
+    def make_pass(self, *, gated: bool) -> TrainingPass:
+        return TrainingPass(
+            positions=self.positions, documents=self.documents, gated=gated, one_document=self.one_document
+        )
+
+
+class Packer:
+    """Give sequence after sequence, for ever; each epoch shuffles the documents anew.
+
+    A document that is longer than a sequence is cut into pieces, and counted; none is cut to fill a sequence up.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        load: Callable[[int], Sequence[Tokens]],
+        *,
+        context: int,
+        seed: int,
+        position_gap: int = 0,
+        cursor: Cursor | None = None,
+    ) -> None:
+        self.cursor = cursor or Cursor()
+        self._count, self._context, self._seed, self._gap = count, context, seed, position_gap
+        self._load = load
+        self._pieces = lru_cache(maxsize=2)(self._cut)
+        self._order = lru_cache(maxsize=1)(self._shuffled)
+
+    def next(self) -> Packed:
+        """Fill the next sequence: pieces follow one another until one does not fit."""
+        room, pieces = self._context, list[Tokens]()
+        while len((piece := self._peek()).ids) <= room:
+            pieces.append(piece)
+            self._count_cut()
+            room -= len(piece.ids)
+            self.cursor.piece += 1
+        packed = self._pack(pieces)
+        self.cursor.sequences += 1
+        self.cursor.tokens += self._context - room
+        return packed
+
+    def _peek(self) -> Tokens:
+        """Return the piece at the cursor, moved on to the next document where one has ended."""
+        cursor = self.cursor
+        while cursor.piece >= len(pieces := self._pieces(cursor.epoch, cursor.document).pieces):
+            cursor.document, cursor.piece = cursor.document + 1, 0
+            if cursor.document == self._count:
+                cursor.epoch, cursor.document = cursor.epoch + 1, 0
+        return pieces[cursor.piece]
+
+    def _cut(self, epoch: int, document: int) -> _Pieces:
+        whole = [tokens for tokens in self._load(int(self._order(epoch)[document])) if len(tokens.ids)]
+        pieces = [
+            Tokens(tokens.ids[start : start + self._context], tokens.wanted[start : start + self._context])
+            for tokens in whole
+            for start in range(0, len(tokens.ids), self._context)
+        ]
+        return _Pieces(pieces, cut=len(pieces) > len(whole))
+
+    def _count_cut(self) -> None:
+        cursor = self.cursor
+        document = self._pieces(cursor.epoch, cursor.document)
+        if cursor.epoch == 0 and cursor.piece == 0 and document.cut:
+            cursor.cut_documents += 1
+            cursor.cut_pieces += len(document.pieces)
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, 0, epoch]).permutation(self._count)
+
+    def _pack(self, pieces: Sequence[Tokens]) -> Packed:
+        rng = np.random.default_rng([self._seed, 1, self.cursor.sequences])
+        ids = np.zeros(self._context, dtype=np.int64)
+        wanted = np.zeros(self._context, dtype=np.bool_)
+        positions = np.arange(self._context, dtype=np.int64)
+        documents = np.full(self._context, PADDING, dtype=np.int64)
+        start = 0
+        for number, piece in enumerate(pieces):
+            span = slice(start, start + len(piece.ids))
+            ids[span], wanted[span], documents[span] = piece.ids, piece.wanted, number
+            wanted[start] = False
+            positions[span] = stretched(len(piece.ids), self._gap, rng)
+            start = span.stop
+        return Packed(ids, wanted, positions, documents)
+
+
+def stretched(length: int, gap: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return strictly increasing positions from 0, with up to four gaps at random places.
+
+    Three sequences of four have gaps; together they are between 1 and `gap` positions long, every order of magnitude
+    as often as another.
+    """
+    positions = np.arange(length, dtype=np.int64)
+    if gap == 0 or length < 2 or rng.random() < 0.25:
+        return positions
+    total = min(gap, int(np.exp(rng.uniform(0.0, np.log(gap + 1)))))
+    count = int(rng.integers(1, MOST_GAPS + 1))
+    jumps = np.zeros(length, dtype=np.int64)
+    np.add.at(jumps, rng.integers(1, length, size=count), rng.multinomial(total, rng.dirichlet(np.ones(count))))
+    return positions + np.cumsum(jumps)
+
+
+def stack(sequences: Sequence[Packed], device: torch.device) -> Batch:
+    """Put sequences into one batch, without the columns that are padding in all of them."""
+    longest = max(int((packed.documents != PADDING).sum()) for packed in sequences)
+    columns = [torch.from_numpy(np.stack(field)[:, :longest]).to(device) for field in zip(*sequences, strict=True)]
+    ids, wanted, positions, documents = columns
+    one_document = all(packed.documents.max() <= 0 for packed in sequences)
+    return Batch(ids, wanted, positions, documents, one_document)

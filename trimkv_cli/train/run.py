@@ -1,0 +1,254 @@
+"""A training run from files to a gate folder: find the model, check the data, train, checkpoint, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
+from trimkv_cli.cache.long_rope import LongRope
+from trimkv_cli.engine.devices import pick_device
+from trimkv_cli.engine.loader import load_model
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.sources import Source, find_source
+from trimkv_cli.engine.text import Text
+from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stopped, UsageError
+from trimkv_cli.spec import parse_dtype
+from trimkv_cli.train.checkpoint import FILE_NAME, Progress, load_checkpoint, save_checkpoint
+from trimkv_cli.train.documents import DataFiles
+from trimkv_cli.train.new_gates import describe_gates, new_gates
+from trimkv_cli.train.options import Export, TrainOptions
+from trimkv_cli.train.packing import Packer, stack
+from trimkv_cli.train.tokens import Tokens, encode_document
+from trimkv_cli.train.trainer import Losses, Trainer
+
+SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Say where a run reads and writes, and how; nothing here changes what comes out, but for rounding."""
+
+    data: tuple[Path, ...]
+    output: Path
+    export: Export = "own"
+    overwrite: bool = False
+    save_every: int = 100
+    recompute_layers: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What a step came to; `tokens` and `elapsed_s` count from the start of this process's training."""
+
+    step: int
+    steps: int
+    losses: Losses
+    lr: float
+    tokens: int
+    elapsed_s: float
+    cut_documents: int
+    cut_pieces: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """Hear of a run: notes before it, then every step; asked after each step whether to stop."""
+
+    note: Callable[[str], None]
+    step: Callable[[StepReport], None]
+    should_stop: Callable[[], bool]
+
+
+def train_gates(engine: EngineOptions, options: TrainOptions, run: RunOptions, listener: Listener) -> None:
+    """Train the gates of a model and write their folder, going on from a checkpoint that lies there.
+
+    Raises:
+        ModelError: no model of that name, or one that trimkv does not run.
+        InputError: data files that cannot be read, or bad lines, which are named.
+        UsageError: a checkpoint of another run, or an output that would be overwritten.
+        ContextOverflow: more positions than the model has.
+        Stopped: the listener asked for it; a checkpoint is left.
+    """
+    _check_output(run)
+    source = find_source(engine, weights=True)
+    if options.positions > source.spec.max_positions:
+        raise ContextOverflow(
+            f"context and position gap come to {options.positions:,} positions, {source.model_id} has "
+            f"{source.spec.max_positions:,}",
+            hint=f"--context {min(options.context, source.spec.max_positions)} --position-gap 0",
+        )
+    data = DataFiles(run.data)
+    text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=engine.trust_remote_code)
+    if text is None:
+        raise ModelNotFound(f"{source.model_id} has no tokenizer", hint="training needs one beside the weights")
+    trainer = _make_trainer(engine, options, run, source)
+    identity = _identity(source, data, options, trainer)
+    if run.overwrite:
+        (run.output / FILE_NAME).unlink(missing_ok=True)
+    progress = load_checkpoint(run.output, trainer, identity) or Progress()
+    for note in (*source.notes, _resumed(trainer, run), _described(trainer, data)):
+        if note:
+            listener.note(note)
+    packer = _make_packer(data, text, options, progress)
+    _train(trainer, packer, progress, run, listener, identity)
+    _write(trainer, source, data, progress, run)
+
+
+def _check_output(run: RunOptions) -> None:
+    if run.output.exists() and not run.output.is_dir():
+        raise UsageError(f"{run.output} is a file", hint="-o takes a folder for the gates")
+    if run.overwrite or not run.output.is_dir() or (run.output / FILE_NAME).is_file():
+        return
+    try:
+        found = gate_files(run.output)
+    except ModelNotFound:
+        return
+    raise UsageError(f"{found[1]} exists, without a checkpoint to go on from", hint="another -o, or --overwrite")
+
+
+def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunOptions, source: Source) -> Trainer:
+    device = pick_device(engine.device)
+    if engine.threads:
+        torch.set_num_threads(engine.threads)
+    autocast = _autocast(engine.dtype, device)
+    weights = torch.bfloat16 if autocast is not None and device.type == "cuda" else torch.float32
+    model = load_model(source, weights, device, trust_remote_code=engine.trust_remote_code)
+    if LongRope.used_by(model.config):
+        LongRope(model).use(long=options.positions > (source.spec.original_max_positions or 0))
+    gate = describe_gates(options, source.spec, source.model_id)
+    gates = new_gates(gate, source.spec, options, hidden_act=_hidden_act(model.config), device=device)
+    return Trainer(model, gates, source.spec, options, autocast=autocast, recompute_layers=run.recompute_layers)
+
+
+def _autocast(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products; `auto` is bf16 where the hardware multiplies it."""
+    dtype = parse_dtype(name, "bf16" if device.type == "cuda" or _multiplies_bf16() else "fp32")
+    if dtype == "fp16":
+        raise UsageError("gates are not trained in fp16: gradients underflow", hint="--dtype bf16 or --dtype fp32")
+    return torch.bfloat16 if dtype == "bf16" else None
+
+
+def _multiplies_bf16() -> bool:
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def _hidden_act(config: Any) -> str:
+    return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu")
+
+
+def _identity(source: Source, data: DataFiles, options: TrainOptions, trainer: Trainer) -> dict[str, Any]:
+    return {
+        **options.identity(),
+        "model": source.model_id,
+        "model_sha256": _model_hash(source.folder),
+        "data_sha256": data.sha256,
+        "dtype": "fp32" if trainer.autocast is None else "bf16",
+    }
+
+
+def _model_hash(folder: Path) -> str:
+    """Tell one model from another without reading all of it: config, and both ends of each weights file."""
+    digest = sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size}".encode() + file.read(SAMPLE_BYTES))
+            file.seek(max(0, size - SAMPLE_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _make_packer(data: DataFiles, text: Text, options: TrainOptions, progress: Progress) -> Packer:
+    def load(index: int) -> list[Tokens]:
+        try:
+            return encode_document(text, data.read(index))
+        except InputError:
+            raise
+        except UsageError as error:
+            raise InputError(f"{data.places[index]}: {error.message}", hint=error.hint) from error
+
+    return Packer(
+        len(data.places),
+        load,
+        context=options.context,
+        seed=options.seed,
+        position_gap=options.position_gap,
+        cursor=progress.cursor,
+    )
+
+
+def _train(
+    trainer: Trainer,
+    packer: Packer,
+    progress: Progress,
+    run: RunOptions,
+    listener: Listener,
+    identity: dict[str, Any],
+) -> None:
+    options, device = trainer.options, trainer.model.device
+    started, tokens_before = time.perf_counter(), packer.cursor.tokens
+    while trainer.steps_done < options.steps:
+        sequences = [packer.next() for _ in range(options.sequences_per_step)]
+        starts = range(0, len(sequences), options.batch)
+        lr = options.lr_at(trainer.steps_done)
+        losses = trainer.step([stack(sequences[start : start + options.batch], device) for start in starts])
+        progress.recent.append(losses)
+        step, stop = trainer.steps_done, listener.should_stop()
+        if stop or step % run.save_every == 0 or step == options.steps:
+            save_checkpoint(run.output, trainer, progress, identity)
+        listener.step(
+            StepReport(
+                step=step,
+                steps=options.steps,
+                losses=losses,
+                lr=lr,
+                tokens=packer.cursor.tokens - tokens_before,
+                elapsed_s=time.perf_counter() - started,
+                cut_documents=packer.cursor.cut_documents,
+                cut_pieces=packer.cursor.cut_pieces,
+            )
+        )
+        if stop and step < options.steps:
+            raise Stopped(f"stopped after step {step} of {options.steps}", hint="the same command goes on from there")
+
+
+def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Progress, run: RunOptions) -> None:
+    gate = describe_gates(trainer.options, source.spec, source.model_id)
+    hidden_act = _hidden_act(trainer.model.config)
+    if run.export == "released":
+        tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in trainer.parameters.items()}
+        write_released(run.output, gate, tensors, hidden_act=hidden_act)
+        return
+    record = {
+        "base_model": source.model_id,
+        "revision": source.folder.name if source.folder.parent.name == "snapshots" else None,
+        "model_sha256": _model_hash(source.folder),
+        "data": [path.name for path in data.paths],
+        "data_sha256": data.sha256,
+        "documents": len(data.places),
+        **asdict(trainer.options),
+        "steps": trainer.steps_done,
+        "dtype": "fp32" if trainer.autocast is None else "bf16",
+        **{name: value for name, value in asdict(progress.cursor).items() if name not in ("document", "piece")},
+        "loss": progress.mean_losses(),
+    }
+    write_gates(run.output, gate, dict(trainer.parameters), hidden_act=hidden_act, training=record)
+
+
+def _resumed(trainer: Trainer, run: RunOptions) -> str:
+    return f"going on from step {trainer.steps_done} of {run.output / FILE_NAME}" if trainer.steps_done else ""
+
+
+def _described(trainer: Trainer, data: DataFiles) -> str:
+    numel = sum(parameter.numel() for parameter in trainer.parameters.values())
+    precision = "fp32" if trainer.autocast is None else "bf16 autocast"
+    where = trainer.model.device.type
+    return f"{len(data.places):,} documents; {numel:,} gate parameters on {where}, {precision}"

@@ -1,0 +1,143 @@
+"""One training step: the teacher's forward, the student's, three losses, and an update of the gates alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trimkv_cli.errors import TrimkvError
+from trimkv_cli.spec import ModelSpec
+from trimkv_cli.train.attention import checkpoint_layers, hidden_states, install
+from trimkv_cli.train.capacity import capacity_excess, place_weights
+from trimkv_cli.train.losses import distill
+from trimkv_cli.train.new_gates import gate_tensors
+from trimkv_cli.train.options import TrainOptions
+from trimkv_cli.train.packing import PADDING, Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """The parts of the loss, means over a step: KL and NTP per wanted token, capacity per token, layer and head."""
+
+    kl: float
+    ntp: float
+    capacity: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counts:
+    """What a step's losses are divided by: all its micro-batches together, so that splitting it changes nothing."""
+
+    wanted: int
+    scored: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], heads: int) -> _Counts:
+        return cls(
+            wanted=max(1, sum(int(batch.wanted.sum()) for batch in batches)),
+            scored=heads * sum(int((batch.documents != PADDING).sum()) for batch in batches),
+        )
+
+
+class Trainer:
+    """Own the gates of a frozen model and the optimiser's state; see retention-gated distillation, arXiv 2512.03324.
+
+    The gates stay in float32; with `autocast` the matrix products run in that dtype.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gates: nn.ModuleList,
+        spec: ModelSpec,
+        options: TrainOptions,
+        *,
+        autocast: torch.dtype | None = None,
+        recompute_layers: bool = False,
+    ) -> None:
+        self.model, self.gates, self.spec, self.options = model, gates, spec, options
+        self.autocast = autocast
+        self.parameters = gate_tensors(gates)
+        self.optimizer = _optimizer(self.parameters, options)
+        self.steps_done = 0
+        model.requires_grad_(False)
+        install(model, list(gates), spec.windows)
+        if recompute_layers:
+            checkpoint_layers(model)
+
+    def step(self, batches: Sequence[Batch]) -> Losses:
+        """Update the gates once, from the micro-batches of one step."""
+        counts = _Counts.of(batches, self.spec.num_layers * self.spec.num_kv_heads)
+        sums = torch.zeros(3, device=self.model.device)
+        for batch in batches:
+            parts = self.losses(batch, counts)
+            (parts[0] + parts[1] + self.options.cap_weight * parts[2]).backward()  # type: ignore[no-untyped-call]
+            sums += torch.stack(parts).detach()
+        self._update()
+        kl, ntp, capacity = sums.tolist()
+        return Losses(kl=kl, ntp=ntp, capacity=capacity, total=kl + ntp + self.options.cap_weight * capacity)
+
+    def losses(self, batch: Batch, counts: _Counts | None = None) -> list[Tensor]:
+        """Return KL, NTP and capacity of a micro-batch, its shares of a step's means."""
+        counts = counts or _Counts.of([batch], self.spec.num_layers * self.spec.num_kv_heads)
+        kind = self.model.device.type
+        with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            with torch.no_grad():
+                teacher = hidden_states(self.model, batch.ids, batch.make_pass(gated=False))
+            now = batch.make_pass(gated=True)
+            student = hidden_states(self.model, batch.ids, now)
+            rows, columns = batch.wanted[:, 1:].nonzero(as_tuple=True)
+            kl, ntp = distill(
+                student[rows, columns],
+                teacher[rows, columns],
+                batch.ids[rows, columns + 1],
+                _head(self.model),
+                vocab_size=self.spec.vocab_size,
+            )
+        weights = place_weights(batch.documents)
+        excess = [
+            capacity_excess(
+                now.log_betas[layer],
+                now,
+                weights,
+                memory_size=self.options.memory_size,
+                window=self.spec.windows[layer],
+            )
+            for layer in sorted(now.log_betas)
+        ]
+        return [kl / counts.wanted, ntp / counts.wanted, torch.stack(excess).sum() / counts.scored]
+
+    def _update(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr_at(self.steps_done)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
+        if not torch.isfinite(norm):
+            raise TrimkvError(
+                f"the gradient of step {self.steps_done + 1} is not finite", hint="try --dtype fp32, or a lower --lr"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps_done += 1
+
+
+def _optimizer(parameters: dict[str, Tensor], options: TrainOptions) -> torch.optim.AdamW:
+    """Make AdamW; only matrices decay, as is usual: a decaying bias would make every token fade."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return what makes logits of the decoder's output; some families bound them."""
+    head: Callable[[Tensor], Tensor] = model.get_output_embeddings()
+    bound = getattr(model.config, "final_logit_softcapping", None)
+    if bound is None:
+        return head
+    return lambda states: torch.tanh(head(states) / bound) * bound
