@@ -9,8 +9,9 @@ from random import Random
 import pytest
 
 from trimkv_cli.mini import words
-from trimkv_cli.mini.language import Conversation, make_multi_turn, make_recall
+from trimkv_cli.mini.language import Conversation, Talk, make_multi_turn, make_recall
 from trimkv_cli.mini.readings import ask_notes, make_list, make_notes, make_steps, make_table, summarize_notes
+from trimkv_cli.mini.sentences import draw_facts
 
 Make = Callable[[Random], Conversation]
 KINDS: dict[str, Make] = {
@@ -103,3 +104,13 @@ def test_things_are_told_once() -> None:
         for question in conversation.questions:
             asked = conversation.messages[question.turn - 1].content
             assert answers.setdefault(asked, question.answer) == question.answer
+
+
+def test_fresh_questions_go_to_facts_not_asked_for_yet() -> None:
+    """Catch a training where most answers can be copied from an answer given before."""
+    for seed in range(20):
+        talk = Talk(Random(seed), facts=draw_facts(Random(seed), 6), told=6, fresh=1.0)
+        for _ in range(6):
+            talk.ask()
+        assert len({question.answer for question in talk.done().questions}) == 6
+        talk.ask()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trimkv_cli.mini import blocks, recipe
 from trimkv_cli.mini.exam import answers_right
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_multi_turn, make_recall
-from trimkv_cli.mini.rows import ANSWER_WEIGHT, Encoder, make_batch, make_conversation
+from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Encoder, Mixture, make_batch, make_conversation
 from trimkv_cli.mini.tokenizer import build_tokenizer
 from trimkv_cli.mini.training import Schedule, Trainer, predict, weighted_loss
 
@@ -56,10 +56,13 @@ def small_model(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> torch.nn.
     return model
 
 
-def test_encoder_writes_what_the_template_writes(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
+@pytest.mark.parametrize("mixture", [EARLY, LATE])
+def test_encoder_writes_what_the_template_writes(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder, mixture: Mixture
+) -> None:
     """Catch a model that is trained on other tokens than the commands feed it."""
     for seed in range(20):
-        messages = make_conversation(Random(seed), 150).messages
+        messages = make_conversation(Random(seed), 150, mixture).messages
         plain = [{"role": message.role, "content": message.content} for message in messages]
         ids, scored = encoder.encode(messages)
         assert ids == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)

@@ -46,13 +46,18 @@ class Conversation:
 
 @dataclass(slots=True)
 class Talk:
-    """A conversation while it is written: its messages, and the facts told so far."""
+    """A conversation while it is written: its messages, and the facts told so far.
+
+    `fresh` is the share of questions that go to facts not asked for yet, as long as there are any.
+    """
 
     rng: Random
     unseen: bool = False
     messages: list[Message] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
     told: int = 0
+    fresh: float = 0.0
+    asked: set[str] = field(default_factory=set)
 
     @property
     def words(self) -> int:
@@ -75,11 +80,18 @@ class Talk:
 
     def ask(self, fact: Fact | None = None) -> None:
         """Let the user ask for a fact that was told."""
-        fact = fact or self.rng.choice(self.facts[: self.told])
+        fact = fact or self._pick()
+        self.asked.add(fact.thing)
         question = careless(self.rng, fact.ask(self.rng, unseen=self.unseen))
         if self.rng.random() < 0.1:
             question = f"{filler_sentence(self.rng)} {question}"
         self.turn(question, fact.answer, scored=True)
+
+    def _pick(self) -> Fact:
+        told = self.facts[: self.told]
+        if self.fresh and self.rng.random() < self.fresh:
+            told = [fact for fact in told if fact.thing not in self.asked] or told
+        return self.rng.choice(told)
 
     def chat(self) -> None:
         """Let both talk about other things."""

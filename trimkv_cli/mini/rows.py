@@ -28,6 +28,21 @@ class Batch:
     weights: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """How often a row opens with notes to summarize or to ask about, and what its conversation is like."""
+
+    summaries: float
+    notes: float
+    tasks: float
+    facts: int
+    fresh: float
+
+
+EARLY = Mixture(summaries=0.2, notes=0.15, tasks=0.4, facts=12, fresh=0.0)
+LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.25, facts=20, fresh=0.7)
+
+
 class Encoder:
     """Turns messages into tokens just as the chat template does, and knows which of them are answers."""
 
@@ -52,9 +67,11 @@ class Encoder:
         return list(self._tokenizer.encode(text))
 
 
-def make_batch(encoder: Encoder, rng: Random, *, rows: int, length: int, max_positions: int) -> Batch:
+def make_batch(
+    encoder: Encoder, rng: Random, *, rows: int, length: int, max_positions: int, mixture: Mixture = EARLY
+) -> Batch:
     """Draw `rows` conversations of `length` tokens each."""
-    drawn = [_row(encoder, rng, length) for _ in range(rows)]
+    drawn = [_row(encoder, rng, length, mixture) for _ in range(rows)]
     breaks = (encoder.turn_start, encoder.newline[0])
     positions = [draw_positions(rng, ids, scored, breaks, max_positions) for ids, scored in drawn]
     return Batch(
@@ -64,19 +81,19 @@ def make_batch(encoder: Encoder, rng: Random, *, rows: int, length: int, max_pos
     )
 
 
-def make_conversation(rng: Random, length: int) -> Conversation:
+def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Conversation:
     """Mix all skills in one conversation of at least `length` words."""
-    facts = draw_facts(rng, rng.randint(2, max(3, min(12, length // 20))))
-    talk = Talk(rng, facts=facts)
+    facts = draw_facts(rng, rng.randint(2, max(3, min(mixture.facts, length // 20))))
+    talk = Talk(rng, facts=facts, fresh=mixture.fresh)
     draw = rng.random()
-    if draw < 0.35:
+    if draw < mixture.summaries + mixture.notes:
         points = rng.randint(1, max(2, min(12, length // 20)))
         notes = readings.make_notes(rng, points=points, length=int(length * rng.uniform(0.3, 0.75)))
-        ask = readings.summarize_notes if draw < 0.2 else readings.ask_notes
+        ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
         talk.messages += ask(rng, notes).messages
         talk.facts, talk.told = list(notes.facts), points
     while talk.words < length:
-        if rng.random() < 0.4:
+        if rng.random() < mixture.tasks:
             make = rng.choice((readings.make_table, readings.make_steps, readings.make_list))
             talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
         language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
@@ -106,10 +123,11 @@ def draw_positions(
     return positions
 
 
-def _row(encoder: Encoder, rng: Random, length: int) -> tuple[list[int], list[bool]]:
+def _row(encoder: Encoder, rng: Random, length: int, mixture: Mixture) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     scored: list[bool] = []
     while len(ids) < length:  # the estimate of tokens per word is seldom too low
-        more = encoder.encode(make_conversation(rng, int(1.15 * length / language.TOKENS_PER_WORD)).messages)
+        words = int(1.15 * length / language.TOKENS_PER_WORD)
+        more = encoder.encode(make_conversation(rng, words, mixture).messages)
         ids, scored = ids + more[0], scored + more[1]
     return ids[:length], scored[:length]

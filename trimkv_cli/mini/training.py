@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimkv_cli.mini.rows import ANSWER_WEIGHT, Batch, Encoder, make_batch
+from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Batch, Encoder, make_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Schedule:
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     tokens_per_step: int = 4096
     rows_per_step: int = 16
-    pass_accuracy: float = 0.98
+    pass_accuracy: float = 0.975
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 4e-3
     weight_decay: float = 0.01
@@ -98,7 +98,14 @@ class Trainer:
         rng = Random(f"{schedule.seed} {progress.step}")
         length = self._length(rng)
         rows = max(1, min(schedule.rows_per_step, schedule.tokens_per_step // length))
-        batch = make_batch(self.encoder, rng, rows=rows, length=length, max_positions=schedule.max_positions)
+        batch = make_batch(
+            self.encoder,
+            rng,
+            rows=rows,
+            length=length,
+            max_positions=schedule.max_positions,
+            mixture=LATE if self._last_stage else EARLY,
+        )
         loss, right, answers = weighted_loss(self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -126,9 +133,13 @@ class Trainer:
             progress.stage, progress.stage_steps, progress.accuracy = progress.stage + 1, 0, 0.0
 
     def _length(self, rng: Random) -> int:
-        """Draw the length of a step: mostly the present one, sometimes an earlier one."""
+        """Draw the length of a step: mostly the present one, sometimes an earlier one; in the end more of all."""
         lengths = self.schedule.lengths[: self.progress.stage + 1]
-        return lengths[-1] if rng.random() < 0.8 else rng.choice(lengths)
+        return lengths[-1] if rng.random() < (0.4 if self._last_stage else 0.8) else rng.choice(lengths)
+
+    @property
+    def _last_stage(self) -> bool:
+        return self.progress.stage + 1 == len(self.schedule.lengths)
 
     def _warmth(self) -> float:
         """Return the factor on the learning rate: warm-up, plateau, cosine to zero."""
