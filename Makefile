@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test lint format bench-stream clean
+.PHONY: help demo mini test lint format bench-stream clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
+	@echo "make mini          train the built-in model from nothing into build/mini (at most an hour on two cores)"
 	@echo "make test          run the tests"
 	@echo "make lint          ruff, mypy --strict, import directions"
 	@echo "make format        let ruff rewrite the code"
@@ -22,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@$(BIN)/trimkv run examples/demo.jsonl --model mini --kv-budget 64
+
+mini: $(READY)
+	$(BIN)/python -m trimkv_cli.mini.recipe build/mini
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto

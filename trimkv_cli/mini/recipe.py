@@ -1,134 +1,122 @@
-"""Build the stand-in for the built-in model: a tiny Qwen3 with random weights, its tokenizer and its gates.
+"""Build the built-in model from nothing: tokenizer, training, evaluation, folder.
 
-`python -m trimkv_cli.mini.recipe OUT` writes the folder that ships as `trimkv_cli/mini/model`.
+`python -m trimkv_cli.mini.recipe OUT` needs at most an hour on two CPU cores and goes on from `OUT/checkpoint.pt` when
+it was stopped; the folder to ship is `OUT/model`.
 """
 
 from __future__ import annotations
 
-import math
-import sys
+import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from trimkv_cli.cache.gate_files import write_gates
-from trimkv_cli.spec import GateSpec
-
-SEED = 2512
-VOCAB_SIZE = 512
-GATE_HIDDEN = 32
-FIRST_MERGE = 3 + 256  # ids below are special tokens and single bytes
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+from trimkv_cli.mini import blocks
+from trimkv_cli.mini.card import write_card
+from trimkv_cli.mini.exam import examine
+from trimkv_cli.mini.rows import Encoder
+from trimkv_cli.mini.tokenizer import END_OF_TEXT, TURN_END, VOCAB_SIZE, build_tokenizer
+from trimkv_cli.mini.training import Progress, Schedule, Trainer
 
 CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
     "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
     "dtype": "bfloat16",
 }
-GATE = GateSpec(
-    variant="rg",
-    id="mini",
-    hidden=GATE_HIDDEN,
-    memory_size=64,
-    trained_context=CONFIG["max_position_embeddings"],
-    base_model="mini",
-    model_type="qwen3",
-)
-README = """\
-# mini (stand-in)
-
-**Random weights: this model talks nonsense.** It stands in for the trained mini model until that one is there, so that
-every command runs offline and the tests have something to run on. Tokenizer, chat template and retention gates have the
-real formats; the gates are random too, wide enough that the order in which tokens are evicted depends on the text.
-
-Rebuild it with `python -m trimkv_cli.mini.recipe OUT`.
-"""
-_HERE = Path(__file__).parent
+TOY_CONFIG: dict[str, Any] = {**CONFIG, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+TOY = Schedule(tokens=400_000, minutes=3.0, lengths=(64, 128), tokens_per_step=2048, warmup_steps=20)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of `VOCAB_SIZE` tokens on the primer."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((_HERE / "primer.txt").read_text(encoding="utf-8").splitlines(), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=[TURN_START],
-        model_max_length=CONFIG["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = (_HERE / "chat_template.jinja").read_text(encoding="utf-8")
-    return tokenizer
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Draw every matrix from N(0, 1/fan_in).
-
-    Sharpened queries let attention look at few tokens; hushed single bytes make the nonsense readable.
-    """
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, config: dict[str, Any], max_positions: int, seed: int
+) -> Qwen3ForCausalLM:
+    """Draw a model; its config names the trained range of positions, past which the program refuses to go."""
     end, turn_end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, TURN_END])
-    model = Qwen3ForCausalLM(Qwen3Config(**CONFIG, eos_token_id=turn_end, pad_token_id=end, bos_token_id=None))
-    generator = torch.Generator().manual_seed(SEED)
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2:
-            parameter.data = _normal(*parameter.shape, generator=generator)
-        elif name.endswith("q_norm.weight"):
-            parameter.data = torch.full_like(parameter, 2.0)
-    hushed = [token for token in range(FIRST_MERGE) if token != turn_end]
-    model.get_input_embeddings().weight.data[hushed] *= 0.3
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.7, top_k=20, top_p=0.8, eos_token_id=[turn_end, end], pad_token_id=end
+    torch.manual_seed(seed)
+    blocks.register()
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            **{**config, "dtype": "float32"},
+            max_position_embeddings=max_positions,
+            eos_token_id=turn_end,
+            pad_token_id=end,
+            bos_token_id=None,
+            attn_implementation=blocks.NAME,
+        )
     )
-    return model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=[turn_end, end], pad_token_id=end)
+    return model.float()
 
 
-def build_gates() -> dict[str, Tensor]:
-    """Draw one `rg` gate per layer under the released checkpoints' keys; half of all half-lives are 4 to 50 steps."""
-    hidden, heads = CONFIG["hidden_size"], CONFIG["num_key_value_heads"]
-    generator = torch.Generator().manual_seed(SEED + 1)
-    gates = {}
-    for layer in range(CONFIG["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}.self_attn.retention_gate"
-        gates[f"{prefix}.linear1.weight"] = _normal(GATE_HIDDEN, hidden, generator=generator)
-        gates[f"{prefix}.linear1.bias"] = torch.zeros(GATE_HIDDEN)
-        gates[f"{prefix}.linear2.weight"] = 3 * _normal(heads, GATE_HIDDEN, generator=generator)
-        gates[f"{prefix}.bias"] = torch.full((heads,), 3.0)
-    return {key: tensor.to(torch.bfloat16) for key, tensor in gates.items()}
+def build(out: Path, schedule: Schedule, *, config: dict[str, Any] | None = None) -> None:
+    """Train a model as `schedule` says, from `out`'s checkpoint where there is one, and write it to `out/model`.
+
+    Each report is a line of `out/log.jsonl`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(seed=schedule.seed, max_length=schedule.max_positions)
+    model = build_model(tokenizer, config=config or CONFIG, max_positions=schedule.max_positions, seed=schedule.seed)
+
+    def report(line: dict[str, Any]) -> None:
+        with (out / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    trainer = Trainer(model, Encoder(tokenizer), schedule, report=report)
+    trainer.run(out / "checkpoint.pt")
+    model.to(torch.bfloat16).save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
 
 
-def build(out: Path) -> None:
-    """Write model, tokenizer, gates and README to `out`."""
-    tokenizer = build_tokenizer()
-    build_model(tokenizer).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    write_gates(out / "gates", GATE, build_gates())
-    (out / "README.md").write_text(README, encoding="utf-8")
+def describe(out: Path, schedule: Schedule) -> None:
+    """Examine the model in `out/model` and write its card."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    progress = Progress(**state["progress"])
+    facts = {
+        "parameters": sum(t.numel() for name, t in state["model"].items() if name != "lm_head.weight") / 1e6,
+        "tokens": progress.tokens / 1e6,
+        "minutes": progress.elapsed_s / 60,
+        "threads": torch.get_num_threads(),
+        "lengths": ", ".join(f"{length:,}" for length in schedule.lengths),
+        "reached": f"{schedule.lengths[progress.stage]:,}",
+        "longest": schedule.lengths[progress.stage],
+        "pass_accuracy": schedule.pass_accuracy,
+        "positions": schedule.max_positions,
+    }
+    lines = []
+    for line in examine(out / "model"):
+        print(json.dumps(line), flush=True)
+        lines.append(line)
+    (out / "model" / "README.md").write_text(write_card(facts=facts, exam=lines), encoding="utf-8")
 
 
-def _normal(rows: int, columns: int, *, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+def main() -> None:
+    """Build the model that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, help="stop after this time at the latest")
+    parser.add_argument("--tokens", type=int, help="train on this many tokens")
+    parser.add_argument("--threads", type=int, default=1, help="more than one seldom pays at this size")
+    parser.add_argument("--toy", action="store_true", help="a much smaller model, within minutes")
+    parser.add_argument("--exam", action="store_true", help="only examine the model that is there")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    given = {name: value for name in ("minutes", "tokens") if (value := getattr(args, name)) is not None}
+    schedule = replace(TOY if args.toy else Schedule(), **given)
+    if not args.exam:
+        build(args.out, schedule, config=TOY_CONFIG if args.toy else None)
+    describe(args.out, schedule)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    main()

@@ -1,0 +1,116 @@
+"""The synthetic language: seeded, and every answer can be read off the text before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from random import Random
+
+import pytest
+
+from trimkv_cli.mini import words
+from trimkv_cli.mini.language import Conversation, Talk, make_multi_turn, make_recall
+from trimkv_cli.mini.readings import ask_notes, make_list, make_notes, make_steps, make_table, summarize_notes
+from trimkv_cli.mini.sentences import draw_facts
+
+Make = Callable[[Random], Conversation]
+KINDS: dict[str, Make] = {
+    "recall": lambda rng: make_recall(rng, facts=6, length=300),
+    "multi-turn": lambda rng: make_multi_turn(rng, facts=6, length=300),
+    "summary": lambda rng: summarize_notes(rng, make_notes(rng, points=5, length=200)),
+    "notes": lambda rng: ask_notes(rng, make_notes(rng, points=5, length=200)),
+    "table": make_table,
+    "steps": make_steps,
+    "list": make_list,
+}
+
+
+def text_before(conversation: Conversation, turn: int) -> str:
+    return "\n".join(message.content for message in conversation.messages[:turn])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_gives_one_conversation(kind: str) -> None:
+    """Catch a generator that draws from anything but its own stream (a set's order, the global random)."""
+    assert KINDS[kind](Random("a")) == KINDS[kind](Random("a"))
+    assert KINDS[kind](Random("a")) != KINDS[kind](Random("b"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_stand_in_the_text(kind: str) -> None:
+    """Catch a question whose answer was not told before it."""
+    for seed in range(50):
+        conversation = KINDS[kind](Random(seed))
+        assert conversation.questions
+        for question in conversation.questions:
+            before = text_before(conversation, question.turn)
+            for line in question.answer.splitlines():
+                assert line.split()[-1].rstrip(".") in before
+            assert conversation.messages[question.turn].content == question.answer
+            assert conversation.messages[question.turn - 1].role == "user"
+
+
+def test_recall_tells_first_and_asks_last() -> None:
+    """Catch recall that is easier than it says: facts told late, or asked about half-way."""
+    for seed in range(20):
+        conversation = make_recall(Random(seed), facts=6, length=500)
+        told = [index for index, one in enumerate(conversation.messages) if one.content in words.ACKNOWLEDGEMENTS]
+        asked = [question.turn for question in conversation.questions]
+        assert len(asked) == 6
+        assert asked == list(range(asked[0], asked[0] + 12, 2))
+        count = [len(text_before(conversation, turn).split()) for turn in (told[-1], asked[0], asked[-1])]
+        assert count[0] < 0.6 * count[1]
+        assert 300 < count[2] < 600
+
+
+def test_unseen_phrasings_are_never_seen() -> None:
+    """Catch an examination with the phrasings of the training."""
+    for relation in words.RELATIONS:
+        assert not {*relation.unseen_statements} & {*relation.statements}
+        assert not {*relation.unseen_questions} & {*relation.questions}
+    assert not {*words.UNSEEN_SUMMARY_REQUESTS} & {*words.SUMMARY_REQUESTS}
+    for seed in range(20):
+        text = text_before(make_recall(Random(seed), length=60, unseen=True), 99)
+        trained = [phrase for relation in words.RELATIONS for phrase in relation.questions if "{t}" not in phrase]
+        assert not any(phrase in text for phrase in trained)
+
+
+def test_marked_points_are_numbered_and_the_summary_holds_just_them() -> None:
+    """Catch a summary that misses a point, or a point that nobody marked."""
+    for seed in range(20):
+        notes = make_notes(Random(seed), points=7, length=150)
+        marked = [line for line in notes.text.splitlines() if line.split(" ")[0] in words.MARKS and ": " in line]
+        assert [line.split(" ", 1)[1] for line in marked] == [line[2:] for line in notes.summary.splitlines()]
+        assert len(notes.points) == 7
+
+
+def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
+    """Catch a chain that runs in a circle or skips a step."""
+    for seed in range(20):
+        conversation = make_steps(Random(seed), rows=12)
+        table = conversation.messages[0].content
+        for question in conversation.questions:
+            steps = question.answer.splitlines()
+            assert steps[-1].endswith(" -> end")
+            assert all(step in table.splitlines() for step in steps)
+            assert all(here.split()[2] == there.split()[0] for here, there in pairwise(steps))
+
+
+def test_things_are_told_once() -> None:
+    """Catch two facts about one thing, which have no one answer."""
+    for seed in range(100):
+        conversation = make_multi_turn(Random(seed), facts=12, length=400)
+        answers: dict[str, str] = {}
+        for question in conversation.questions:
+            asked = conversation.messages[question.turn - 1].content
+            assert answers.setdefault(asked, question.answer) == question.answer
+
+
+def test_fresh_questions_go_to_facts_not_asked_for_yet() -> None:
+    """Catch a training where most answers can be copied from an answer given before."""
+    for seed in range(20):
+        talk = Talk(Random(seed), facts=draw_facts(Random(seed), 6), told=6, fresh=1.0)
+        for _ in range(6):
+            talk.ask()
+        assert len({question.answer for question in talk.done().questions}) == 6
+        talk.ask()

@@ -1,0 +1,187 @@
+"""The recipe of the built-in model: its tokens, positions, curriculum and checkpoints, and that it learns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from trimkv_cli.mini import blocks, recipe
+from trimkv_cli.mini.exam import answers_right
+from trimkv_cli.mini.language import TOKENS_PER_WORD, make_multi_turn, make_recall
+from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Encoder, Mixture, make_batch, make_conversation
+from trimkv_cli.mini.tokenizer import build_tokenizer
+from trimkv_cli.mini.training import Schedule, Trainer, predict, weighted_loss
+
+MAX_POSITIONS = 4096
+CONFIG = {
+    **recipe.CONFIG, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+SHORT = Schedule(
+    seed=1, tokens=20 * 512, minutes=60, lengths=(32, 64), tokens_per_step=512, warmup_steps=2, log_steps=1,
+    checkpoint_s=0, max_positions=MAX_POSITIONS,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer(seed=1, max_length=MAX_POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    return Encoder(tokenizer)
+
+
+def small_model(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> torch.nn.Module:
+    model: torch.nn.Module = recipe.build_model(
+        tokenizer, config={**CONFIG, **changes}, max_positions=MAX_POSITIONS, seed=1
+    )
+    return model
+
+
+@pytest.mark.parametrize("mixture", [EARLY, LATE])
+def test_encoder_writes_what_the_template_writes(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder, mixture: Mixture
+) -> None:
+    """Catch a model that is trained on other tokens than the commands feed it."""
+    for seed in range(20):
+        messages = make_conversation(Random(seed), 150, mixture).messages
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        ids, scored = encoder.encode(messages)
+        assert ids == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+        answers = [message.content for message in messages if message.scored]
+        spans = tokenizer.decode([token for token, one in zip(ids, scored, strict=True) if one])
+        assert spans == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def test_tokenizer_is_a_function_of_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catch merges that differ from run to run: weights and ids would no longer fit."""
+    assert build_tokenizer(seed=1, max_length=MAX_POSITIONS).get_vocab() == tokenizer.get_vocab()
+    assert len(tokenizer) == 512
+
+
+@pytest.mark.parametrize("text", [" two  spaces\n\n\tand a tab", "Überraschung 漢字 🙂", "12 May, 'x'"])
+def test_tokenizer_gives_every_text_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """Catch a pre-tokenizer that drops what it has no pattern for."""
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokens_per_word_holds(encoder: Encoder) -> None:
+    """Catch evaluations of "1,000 tokens" that are far from it."""
+    for make in (make_recall, make_multi_turn):
+        made = [make(Random(seed), length=450) for seed in range(20)]
+        tokens = sum(len(encoder.encode(conversation.messages)[0]) for conversation in made) / len(made)
+        assert tokens == pytest.approx(450 * TOKENS_PER_WORD, rel=0.2)
+
+
+def test_positions_rise_within_the_promised_range_and_some_jump(encoder: Encoder) -> None:
+    """Catch positions past the config's range, or answers torn apart by a jump."""
+    batch = make_batch(encoder, Random(1), rows=64, length=200, max_positions=MAX_POSITIONS)
+    steps = batch.positions.diff(dim=1)
+    assert (batch.positions >= 0).all()
+    assert (batch.positions < MAX_POSITIONS).all()
+    assert (steps >= 1).all()
+    assert 10 < (steps > 1).any(1).sum() < 54
+    inside = (batch.weights[:, 1:] == ANSWER_WEIGHT) & (batch.weights[:, :-1] == ANSWER_WEIGHT)
+    assert (steps[inside] == 1).all()
+
+
+def test_jumps_are_no_borders_between_sequences(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catch transformers reading jumps in the positions as packed sequences: nothing could be recalled past one."""
+    model = small_model(tokenizer).eval()
+    positions = torch.tensor([[0, 1, 2, 100, 101]])
+    first, other = torch.tensor([[9, 8, 7, 6, 5]]), torch.tensor([[9, 400, 7, 6, 5]])
+    last = [predict(model, ids, positions)[0, -1] for ids in (first, other)]
+    assert (last[0] - last[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 300])
+def test_blocks_attend_as_transformers_does(tokenizer: PreTrainedTokenizerFast, length: int) -> None:
+    """Catch a block that sees the future, or misses the past."""
+    model = small_model(tokenizer, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2).eval()
+    ids = torch.randint(0, 512, (2, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length).expand(2, -1)
+    assert model.config._attn_implementation == blocks.NAME
+    ours = predict(model, ids, positions)
+    model.set_attn_implementation("sdpa")
+    assert torch.allclose(ours, predict(model, ids, positions), atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Catch a checkpoint without the optimizers, the step or the stage."""
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == 8:
+            raise KeyboardInterrupt
+
+    whole, halves = small_model(tokenizer), small_model(tokenizer)
+    Trainer(whole, encoder, SHORT, report=lambda _: None).run(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(halves, encoder, SHORT, report=stop).run(tmp_path / "halves.pt")
+    halves = small_model(tokenizer)
+    Trainer(halves, encoder, SHORT, report=lambda _: None).run(tmp_path / "halves.pt")
+    for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_the_next_length_comes_when_the_present_one_is_mastered(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder
+) -> None:
+    """Catch a curriculum that moves on too early, or never."""
+    lines: list[dict[str, Any]] = []
+    trainer = Trainer(small_model(tokenizer), encoder, SHORT, report=lines.append)
+    for _ in range(100):
+        trainer._grade(0.96)
+    assert trainer.progress.stage == 0
+    for _ in range(100):
+        trainer._grade(1.0)
+    assert trainer.progress.stage == 1
+    assert [line["mastered"] for line in lines] == [32]
+
+
+def test_the_rate_warms_up_and_cools_down(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
+    """Catch a run that ends at full rate, where the answers are not yet sharp."""
+    trainer = Trainer(small_model(tokenizer), encoder, SHORT, report=lambda _: None)
+    assert trainer._warmth() == pytest.approx(0.5)
+    trainer.progress.step, trainer.progress.tokens = 10, SHORT.tokens // 2
+    assert trainer._warmth() == 1.0
+    trainer.progress.tokens = int(SHORT.tokens * 0.9)
+    assert trainer._warmth() == pytest.approx(0.5, abs=0.01)
+    trainer.progress.tokens = SHORT.tokens
+    assert trainer._warmth() == pytest.approx(0.01)
+
+
+def test_toy_recipe_learns_and_writes_a_folder_that_loads(tmp_path: Path) -> None:
+    """Catch a recipe that no longer trains, from nothing to the files that ship."""
+    schedule = replace(recipe.TOY, tokens=100_000)
+    recipe.build(tmp_path, schedule, config=recipe.TOY_CONFIG)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert model.config.max_position_embeddings == schedule.max_positions
+    batch = make_batch(Encoder(tokenizer), Random("x"), rows=8, length=128, max_positions=1000)
+    with torch.no_grad():
+        assert weighted_loss(model, batch)[0] < 0.75 * torch.tensor(512.0).log()
+    marks, tokens = answers_right(model, Encoder(tokenizer), make_recall(Random(1), facts=3, length=60))
+    assert len(marks) == 3
+    assert tokens > 60

@@ -1,0 +1,133 @@
+"""Rows of training tokens: whole conversations of one length, their weights and their positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trimkv_cli.mini import language, readings
+from trimkv_cli.mini.language import Conversation, Message, Talk
+from trimkv_cli.mini.sentences import draw_facts
+from trimkv_cli.mini.tokenizer import TURN_END, TURN_START
+
+ANSWER_WEIGHT, OTHER_WEIGHT = 1.0, 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Token ids, positions and the weight of each token as a target; all `[B, T]`."""
+
+    ids: Tensor
+    positions: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """How often a row opens with notes to summarize or to ask about, and what its conversation is like."""
+
+    summaries: float
+    notes: float
+    tasks: float
+    facts: int
+    fresh: float
+
+
+EARLY = Mixture(summaries=0.2, notes=0.15, tasks=0.4, facts=12, fresh=0.0)
+LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.25, facts=20, fresh=0.7)
+
+
+class Encoder:
+    """Turns messages into tokens just as the chat template does, and knows which of them are answers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._encode = lru_cache(maxsize=4096)(self._encode_text)
+        self._tokenizer = tokenizer
+        self.turn_start, self.turn_end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+        self.newline = tokenizer.encode("\n")
+
+    def encode(self, messages: tuple[Message, ...]) -> tuple[list[int], list[bool]]:
+        """Return the token ids and, for each, whether it belongs to a scored answer (its end counts)."""
+        ids: list[int] = []
+        scored: list[bool] = []
+        for message in messages:
+            head = [self.turn_start, *self._encode(f"{message.role}\n")]
+            body = [*self._encode_text(message.content), self.turn_end]
+            ids += [*head, *body, *self.newline]
+            scored += [False] * len(head) + [message.scored] * len(body) + [False] * len(self.newline)
+        return ids, scored
+
+    def _encode_text(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text))
+
+
+def make_batch(
+    encoder: Encoder, rng: Random, *, rows: int, length: int, max_positions: int, mixture: Mixture = EARLY
+) -> Batch:
+    """Draw `rows` conversations of `length` tokens each."""
+    drawn = [_row(encoder, rng, length, mixture) for _ in range(rows)]
+    breaks = (encoder.turn_start, encoder.newline[0])
+    positions = [draw_positions(rng, ids, scored, breaks, max_positions) for ids, scored in drawn]
+    return Batch(
+        ids=torch.tensor([ids for ids, _ in drawn]),
+        positions=torch.tensor(positions),
+        weights=torch.tensor([[ANSWER_WEIGHT if one else OTHER_WEIGHT for one in scored] for _, scored in drawn]),
+    )
+
+
+def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Conversation:
+    """Mix all skills in one conversation of at least `length` words."""
+    facts = draw_facts(rng, rng.randint(2, max(3, min(mixture.facts, length // 20))))
+    talk = Talk(rng, facts=facts, fresh=mixture.fresh)
+    draw = rng.random()
+    if draw < mixture.summaries + mixture.notes:
+        points = rng.randint(1, max(2, min(12, length // 20)))
+        notes = readings.make_notes(rng, points=points, length=int(length * rng.uniform(0.3, 0.75)))
+        ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
+        talk.messages += ask(rng, notes).messages
+        talk.facts, talk.told = list(notes.facts), points
+    while talk.words < length:
+        if rng.random() < mixture.tasks:
+            make = rng.choice((readings.make_table, readings.make_steps, readings.make_list))
+            talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
+        language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
+    return talk.done()
+
+
+def draw_positions(
+    rng: Random, ids: list[int], scored: list[bool], breaks: tuple[int, int], max_positions: int
+) -> list[int]:
+    """Draw increasing positions below `max_positions`, with jumps between lines or turns in half of all rows."""
+    turn_start, newline = breaks
+    spare = max_positions - len(ids)
+    jumps = {}
+    if rng.random() < 0.5:
+        places = [i for i in range(1, len(ids)) if ids[i] == turn_start or (ids[i - 1] == newline and not scored[i])]
+        chosen = rng.sample(places, k=min(len(places), rng.choice((1, 2, 4, 8, 16))))
+        total = math.exp(rng.uniform(math.log(8), math.log(spare)))
+        shares = [rng.random() for _ in chosen]
+        jumps = {place: int(total * share / sum(shares)) for place, share in zip(chosen, shares, strict=True)}
+        spare -= sum(jumps.values())
+    position = rng.randint(0, max(0, spare - 1))
+    positions = []
+    for i in range(len(ids)):
+        position += jumps.get(i, 0)
+        positions.append(position)
+        position += 1
+    return positions
+
+
+def _row(encoder: Encoder, rng: Random, length: int, mixture: Mixture) -> tuple[list[int], list[bool]]:
+    ids: list[int] = []
+    scored: list[bool] = []
+    while len(ids) < length:  # the estimate of tokens per word is seldom too low
+        words = int(1.15 * length / language.TOKENS_PER_WORD)
+        more = encoder.encode(make_conversation(rng, words, mixture).messages)
+        ids, scored = ids + more[0], scored + more[1]
+    return ids[:length], scored[:length]

@@ -1,0 +1,99 @@
+"""Draws the sentences of the synthetic language: facts and their values, and filler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from trimkv_cli.mini import words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """A thing and its value."""
+
+    relation: words.Relation
+    thing: str
+    value: str
+
+    @property
+    def answer(self) -> str:
+        """The one answer to every question about the fact."""
+        return self.relation.answer.format(t=self.thing, v=self.value)
+
+    def tell(self, rng: Random, *, unseen: bool = False) -> str:
+        """Say the fact in one sentence."""
+        phrases = self.relation.unseen_statements if unseen else self.relation.statements
+        return rng.choice(phrases).format(t=self.thing, v=self.value)
+
+    def ask(self, rng: Random, *, unseen: bool = False) -> str:
+        """Ask for the fact in one sentence."""
+        phrases = self.relation.unseen_questions if unseen else self.relation.questions
+        return rng.choice(phrases).format(t=self.thing, v="")
+
+
+def draw_facts(rng: Random, count: int) -> list[Fact]:
+    """Draw facts about different things; one thing in ten is a word that nobody knows."""
+    facts: dict[str, Fact] = {}
+    while len(facts) < count:
+        relation = rng.choices(words.RELATIONS, weights=[len(relation.things) for relation in words.RELATIONS])[0]
+        thing = rng.choice(relation.things)
+        if len(relation.things) > 1 and rng.random() < 0.1:
+            thing = draw_word(rng)
+        facts.setdefault(thing, Fact(relation=relation, thing=thing, value=draw_value(rng, relation.value)))
+    return list(facts.values())
+
+
+def draw_value(rng: Random, kind: words.ValueKind) -> str:
+    """Draw a value that nothing but the conversation can tell."""
+    match kind:
+        case "name" | "place":
+            return draw_word(rng).capitalize()
+        case "code":
+            return "".join(rng.choice("0123456789") for _ in range(rng.choice((3, 4, 4))))
+        case "number":
+            return str(rng.randint(2, 999))
+        case "date":
+            return f"{rng.randint(1, 28)} {rng.choice(words.MONTHS)}"
+
+
+def draw_word(rng: Random) -> str:
+    """Draw two or three syllables."""
+    syllables = (rng.choice(words.CONSONANTS) + rng.choice(words.VOWELS) for _ in range(rng.choice((2, 2, 3))))
+    return "".join(syllables) + rng.choice(("", "", "n", "r", "s"))
+
+
+def draw_words(rng: Random, count: int) -> list[str]:
+    """Draw different words."""
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw_word(rng)] = None
+    return list(drawn)
+
+
+def filler(rng: Random, sentences: int) -> str:
+    """Write sentences that matter to nobody."""
+    return " ".join(filler_sentence(rng) for _ in range(sentences))
+
+
+def filler_sentence(rng: Random) -> str:
+    """Write one sentence that matters to nobody; a few hold a number or a strange word."""
+    draw = rng.random()
+    if draw < 0.3:
+        return rng.choice(words.OPINIONS)
+    subject, verb, thing = rng.choice(words.SUBJECTS), rng.choice(words.VERBS), rng.choice(words.OBJECTS)
+    if draw < 0.34:
+        thing = f"{rng.randint(2, 99)} {rng.choice(('birds', 'ships', 'clouds', 'trees'))}"
+    elif draw < 0.38:
+        thing = f"the {draw_word(rng)}"
+    sentence = f"{subject} {verb} {thing}{rng.choice(words.TAILS)}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def careless(rng: Random, text: str) -> str:
+    """Type some texts as people do: without capitals at the start, without a mark at the end."""
+    if rng.random() < 0.15:
+        text = text[0].lower() + text[1:]
+    if rng.random() < 0.1:
+        text = text.rstrip(".?!")
+    return text

@@ -1,0 +1,61 @@
+"""The tokenizer of the built-in model: a byte-level BPE of 512 tokens and a ChatML template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from trimkv_cli.mini import language, readings
+
+VOCAB_SIZE = 512
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PIECES = r" ?\p{L}+| ?\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s+"  # a digit is a token of its own, so that numbers can be copied
+_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+
+
+def build_tokenizer(*, seed: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train the merges on generated text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_sample(Random(seed)), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _TEMPLATE.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _sample(rng: Random) -> list[str]:
+    conversations = [
+        conversation
+        for _ in range(300)
+        for conversation in (
+            language.make_multi_turn(rng, facts=8, length=200),
+            readings.summarize_notes(rng, readings.make_notes(rng, points=3, length=60)),
+            readings.make_table(rng),
+            readings.make_steps(rng),
+            readings.make_list(rng),
+        )
+    ]
+    roles = ["system\n", "user\n", "assistant\n"] * 500
+    return [message.content for conversation in conversations for message in conversation.messages] + roles

@@ -1,0 +1,199 @@
+"""The training loop of the built-in model: an adaptive curriculum over lengths, with checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Batch, Encoder, make_batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What the recipe trains with; the run ends when `tokens` or `minutes` are used up."""
+
+    seed: int = 2512
+    tokens: int = 26_000_000
+    minutes: float = 55.0
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    tokens_per_step: int = 4096
+    rows_per_step: int = 16
+    pass_accuracy: float = 0.975
+    learning_rate: float = 2e-3
+    matrix_learning_rate: float = 4e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 60
+    cooldown: float = 0.2
+    max_positions: int = 65_536
+    checkpoint_s: float = 120.0
+    log_steps: int = 25
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come; `accuracy` is the running accuracy on answer tokens at the present length."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    stage: int = 0
+    stage_steps: int = 0
+    accuracy: float = 0.0
+    loss: float = 0.0
+
+    def done(self, schedule: Schedule) -> float:
+        """Return the share of the run that lies behind, 0 to 1."""
+        return max(self.tokens / schedule.tokens, self.elapsed_s / (60 * schedule.minutes))
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """Owns the model under training, its optimizers and its progress.
+
+    Muon turns the matrices inside the layers; AdamW does the embedding and the norms.
+    """
+
+    def __init__(self, model: torch.nn.Module, encoder: Encoder, schedule: Schedule, *, report: Report) -> None:
+        self.model, self.encoder, self.schedule, self.report = model, encoder, schedule, report
+        self.progress = Progress()
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+        rest = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        self.optimizers = (
+            torch.optim.Muon(matrices, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98)),
+        )
+
+    def run(self, checkpoint: Path) -> None:
+        """Train to the end of the schedule, from `checkpoint` where it exists."""
+        if checkpoint.exists():
+            self._load(checkpoint)
+        saved_s = self.progress.elapsed_s
+        self.model.train()
+        while self.progress.done(self.schedule) < 1:
+            started = time.monotonic()
+            self._step()
+            self.progress.elapsed_s += time.monotonic() - started
+            if self.progress.step % self.schedule.log_steps == 0:
+                self.report(self._line())
+            if self.progress.elapsed_s - saved_s > self.schedule.checkpoint_s:
+                saved_s = self.progress.elapsed_s
+                self._save(checkpoint)
+        self._save(checkpoint)
+
+    def _step(self) -> None:
+        progress, schedule = self.progress, self.schedule
+        rng = Random(f"{schedule.seed} {progress.step}")
+        length = self._length(rng)
+        rows = max(1, min(schedule.rows_per_step, schedule.tokens_per_step // length))
+        batch = make_batch(
+            self.encoder,
+            rng,
+            rows=rows,
+            length=length,
+            max_positions=schedule.max_positions,
+            mixture=LATE if self._last_stage else EARLY,
+        )
+        loss, right, answers = weighted_loss(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rates = (schedule.matrix_learning_rate, schedule.learning_rate)
+        for optimizer, rate in zip(self.optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self._warmth()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.tokens += batch.ids.numel()
+        progress.loss = loss.item()
+        if length == schedule.lengths[progress.stage]:
+            self._grade(right / max(1, answers))
+
+    def _grade(self, accuracy: float) -> None:
+        """Move on to the next length once the present one is mastered."""
+        progress, schedule = self.progress, self.schedule
+        progress.stage_steps += 1
+        weight = max(0.05, 1 / progress.stage_steps)
+        progress.accuracy += weight * (accuracy - progress.accuracy)
+        mastered = progress.stage_steps >= 20 and progress.accuracy >= schedule.pass_accuracy
+        if mastered and progress.stage + 1 < len(schedule.lengths):
+            self.report({**self._line(), "mastered": schedule.lengths[progress.stage]})
+            progress.stage, progress.stage_steps, progress.accuracy = progress.stage + 1, 0, 0.0
+
+    def _length(self, rng: Random) -> int:
+        """Draw the length of a step: mostly the present one, sometimes an earlier one; in the end more of all."""
+        lengths = self.schedule.lengths[: self.progress.stage + 1]
+        return lengths[-1] if rng.random() < (0.4 if self._last_stage else 0.8) else rng.choice(lengths)
+
+    @property
+    def _last_stage(self) -> bool:
+        return self.progress.stage + 1 == len(self.schedule.lengths)
+
+    def _warmth(self) -> float:
+        """Return the factor on the learning rate: warm-up, plateau, cosine to zero."""
+        left = 1 - self.progress.done(self.schedule)
+        cooled = 1.0 if left > self.schedule.cooldown else 0.5 - 0.5 * math.cos(math.pi * left / self.schedule.cooldown)
+        return min(1.0, (self.progress.step + 1) / self.schedule.warmup_steps) * max(0.01, cooled)
+
+    def _line(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "elapsed_s": round(progress.elapsed_s, 1),
+            "length": self.schedule.lengths[progress.stage],
+            "accuracy": round(progress.accuracy, 4),
+            "loss": round(progress.loss, 4),
+            "tokens_per_s": round(progress.tokens / max(progress.elapsed_s, 1e-9)),
+        }
+
+    def _save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "progress": asdict(self.progress),
+            "schedule": json.dumps(asdict(self.schedule)),
+        }
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def _load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.progress = Progress(**state["progress"])
+
+
+def weighted_loss(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
+    """Return the weighted next-token loss, the answer tokens that are right, and all answer tokens."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = predict(model, batch.ids, batch.positions)[:, :-1].float()
+    targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    answers = weights == ANSWER_WEIGHT
+    right = (logits.argmax(-1) == targets) & answers
+    return (losses * weights.flatten()).sum() / weights.sum(), int(right.sum()), int(answers.sum())
+
+
+def predict(model: torch.nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+    """Return the logits `[B, T, V]` of whole rows.
+
+    The mask of ones tells transformers that a jump in the positions is no border between packed sequences.
+    """
+    logits: Tensor = model(
+        input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits
+    return logits
