@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import Exit, TyperException
 
 from trimkv_cli import __version__
-from trimkv_cli.commands import ask, chat, doctor, gates, inspect, models, plan, profiles, run, summarize
+from trimkv_cli.commands import ask, chat, doctor, eval, gates, inspect, models, plan, profiles, run, summarize
 from trimkv_cli.errors import ClosedPipe, TrimkvError
 from trimkv_cli.settings import load_settings
 from trimkv_cli.ui.messages import print_error
@@ -32,6 +32,7 @@ app.command()(summarize.summarize)
 app.command()(run.run)
 app.command()(plan.plan)
 app.command()(inspect.inspect)
+app.command("eval")(eval.evaluate)
 app.add_typer(gates.gates_app, name="gates")
 app.add_typer(models.models_app, name="models")
 app.add_typer(profiles.profiles_app, name="profiles")
