@@ -52,7 +52,7 @@ def test_table_and_plot_go_into_a_pipe() -> None:
         (("--policies", "lru"), b"there is no policy 'lru'"),
         (("--budgets", "8", "--kv-budget", "8"), b"both given"),
         (("--budgets", "8,x"), b"x"),
-        (("--samples", "0"), b"1 or more"),
+        (("--samples", "0"), b"need 1 or more"),
         (("--plot", "accuracy.gif"), b"neither PNG nor SVG"),
         (("--data", "nowhere.jsonl"), b"cannot read nowhere.jsonl"),
     ],

@@ -55,7 +55,8 @@ def evaluate(
         typer.Option("--samples", metavar="N", help="Questions per task; default 100, and all lines of --data."),
     ] = None,
     match: Annotated[
-        Match, typer.Option("--match", help="exact, or contains for models that answer in whole sentences.")
+        Match,
+        typer.Option("--match", help="exact: in mini's own wording; contains: in any wording."),
     ] = "exact",
     max_tokens: Annotated[
         int | None,

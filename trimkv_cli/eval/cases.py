@@ -15,9 +15,13 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is asked, as messages or as a text to continue, and the one answer that counts as right."""
+    """What is asked, as messages or as a text to continue, and the one answer that counts as right.
+
+    `value` is the part of a generated answer that `--match contains` looks for; "" = all of it.
+    """
 
     answer: str
+    value: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
     prompt: str | None = None
 

@@ -36,7 +36,7 @@ class EvalOptions:
         unknown = next((task for task in self.tasks if task not in TASKS), None)
         if unknown is not None:
             raise UsageError(f"there is no task {unknown!r}", hint=f"--tasks {','.join(TASKS)}")
-        if any(size < 1 for size in (self.context, self.samples or 1, self.max_tokens or 1)):
+        if any(size < 1 for size in (self.context, *(s for s in (self.samples, self.max_tokens) if s is not None))):
             raise UsageError("--context, --samples and --max-tokens need 1 or more")
         if not self.budgets and set(self.policies) != {"full"}:
             raise UsageError("no budget is given", hint="--budgets 32,64,128")
@@ -100,7 +100,8 @@ def _question(id: str, case: Case, text: Text, options: EvalOptions) -> Question
         stop=("\n",) if case.prompt is not None and "\n" not in case.answer else (),
     )
     request = Request(id=id, prompt_token_ids=prompt.token_ids, prefix_len=prompt.prefix_len, params=params)
-    return Question(request=request, answer=case.answer)
+    expected = case.value if options.match == "contains" and case.value else case.answer
+    return Question(request=request, answer=expected)
 
 
 def _encode(case: Case, text: Text) -> Prompt:

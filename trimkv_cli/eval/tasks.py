@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -14,7 +15,7 @@ Make = Callable[[Random, int], Sequence[Case]]
 
 _FACTS = 6
 _STEPS = 12  # lines of a procedure's table
-_PROBES = 3
+_PROBES = 12
 _SMALLEST = 24  # words; less holds no question
 
 
@@ -65,7 +66,8 @@ def _kv_retrieval(rng: Random, size: int) -> list[Case]:
     asked = rng.randrange(len(keys))
     question = rng.choice(words.UNSEEN_LOOKUPS).format(k=keys[asked])
     content = "\n".join(table) + f"\n\n{question}"
-    return [Case(messages=({"role": "user", "content": content},), answer=f"{values[asked]}.")]
+    answer = f"{keys[asked]}{bar}{values[asked]}"  # the line itself, as the built-in model says it
+    return [Case(messages=({"role": "user", "content": content},), answer=answer, value=values[asked])]
 
 
 def _procedure(rng: Random, size: int) -> list[Case]:
@@ -81,8 +83,22 @@ def _procedure(rng: Random, size: int) -> list[Case]:
 def _cases(conversation: Conversation) -> list[Case]:
     """Make each question of a conversation one case: everything before it, the question, its answer."""
     messages = tuple({"role": message.role, "content": message.content} for message in conversation.messages)
-    return [Case(messages=messages[: asked.turn], answer=asked.answer) for asked in conversation.questions]
+    return [
+        Case(messages=messages[: asked.turn], answer=asked.answer, value=_value(asked.answer))
+        for asked in conversation.questions
+    ]
 
+
+def _value(answer: str) -> str:
+    """Find what was told within the sentence that answers, "" where the answer is no such sentence."""
+    found = (pattern.fullmatch(answer) for pattern in _ANSWERS)
+    return next((match["v"] for match in found if match), "")
+
+
+_ANSWERS = [
+    re.compile(re.escape(template).replace(r"\{t\}", ".+").replace(r"\{v\}", "(?P<v>.+)"))
+    for template in dict.fromkeys(relation.answer for relation in words.RELATIONS)
+]
 
 TASKS: dict[str, Make] = {
     "recall": _recall,
