@@ -101,11 +101,11 @@ def evaluate(
     gates = engine.gates if "gates" in asked.policies else "none"
     options = replace(engine, model=name or engine.model, gates=gates)
     rows = _evaluate(find_source(options, weights=True), options, asked, quiet=quiet)
-    _show(rows, json=json)
     if plot is not None:
         from trimkv_cli.eval.plot import draw
 
         draw(rows, plot)
+    _show(rows, json=json)
 
 
 def _eval_options(
