@@ -14,7 +14,20 @@ import typer
 from typer.exceptions import Exit, TyperException
 
 from trimkv_cli import __version__
-from trimkv_cli.commands import ask, chat, doctor, gates, gates_train, inspect, models, plan, profiles, run, summarize
+from trimkv_cli.commands import (
+    ask,
+    chat,
+    doctor,
+    eval,
+    gates,
+    gates_train,
+    inspect,
+    models,
+    plan,
+    profiles,
+    run,
+    summarize,
+)
 from trimkv_cli.errors import ClosedPipe, TrimkvError
 from trimkv_cli.settings import load_settings
 from trimkv_cli.ui.messages import print_error
@@ -33,6 +46,7 @@ app.command()(run.run)
 app.command()(plan.plan)
 app.command()(inspect.inspect)
 gates.gates_app.command()(gates_train.train)
+app.command("eval")(eval.evaluate)
 app.add_typer(gates.gates_app, name="gates")
 app.add_typer(models.models_app, name="models")
 app.add_typer(profiles.profiles_app, name="profiles")

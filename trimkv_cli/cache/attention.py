@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -118,17 +119,20 @@ class _PassThrough(CacheLayerMixin):
         return -1
 
 
-def install(model: PreTrainedModel, gates: Sequence[Gate]) -> None:
+def install(model: PreTrainedModel, gates: Sequence[Gate]) -> list[RemovableHandle]:
     """Make `model` attend over a `RetentionView` given as `past_key_values`, with one gate per layer.
 
-    The model needs such a view from then on: it has no attention without one.
+    The model needs such a view from then on: it has no attention without one. Removing the handles returned takes the
+    gates out again, so that others can be installed.
     """
     AttentionInterface.register(ATTENTION_NAME, retention_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
     model.set_attn_implementation(ATTENTION_NAME)
     layers: Any = model.get_decoder().layers
-    for layer, gate in zip(layers, gates, strict=True):
+    return [
         layer.self_attn.register_forward_pre_hook(_make_hook(layer.self_attn.layer_idx, gate), with_kwargs=True)
+        for layer, gate in zip(layers, gates, strict=True)
+    ]
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]

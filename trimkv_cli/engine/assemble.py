@@ -28,15 +28,18 @@ def assemble(
     text: Text | None,
     kv_dtype: torch.dtype,
     deterministic: bool = False,
+    prefill_tokens: int | None = None,
 ) -> Engine:
     """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
 
-    The cache has one row more than sequences may run, to keep a shared prefix, when several may.
+    The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
+    bounds rows × chunk of one prefill, by default one chunk. A model serves one engine at a time: close it before the
+    next is assembled.
     """
     plan, spec = facts.plan, facts.spec
     rows = DETERMINISTIC_ROWS if deterministic else plan.rows
     shares = plan.rows > 1 and plan.prefill_chunk > 0
-    install(model, gates)
+    hooks = install(model, gates)
     cache = RetentionCache(
         rows=rows + shares,
         kv_budget=plan.kv_budget,
@@ -58,10 +61,10 @@ def assemble(
         SchedulerOptions(
             max_rows=plan.rows,
             prefill_chunk=plan.prefill_chunk,
-            prefill_tokens=plan.prefill_chunk,
+            prefill_tokens=prefill_tokens or plan.prefill_chunk,
             prefill_rows=1 if deterministic else plan.rows,
             prefix_row=rows if shares else None,
             long_rope_from=spec.original_max_positions,
         )
     )
-    return Engine(facts=facts, runner=runner, scheduler=scheduler, text=text, compact=not deterministic)
+    return Engine(facts=facts, runner=runner, scheduler=scheduler, text=text, hooks=hooks, compact=not deterministic)

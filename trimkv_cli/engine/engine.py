@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from trimkv_cli.engine.memory import peak_bytes
 from trimkv_cli.engine.model_runner import ModelRunner
@@ -50,12 +51,20 @@ class Engine:
     """Run many requests over the rows of one bounded cache, each at its own pace."""
 
     def __init__(
-        self, *, facts: EngineFacts, runner: ModelRunner, scheduler: Scheduler, text: Text | None, compact: bool = True
+        self,
+        *,
+        facts: EngineFacts,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        text: Text | None,
+        hooks: Sequence[RemovableHandle] = (),
+        compact: bool = True,
     ) -> None:
         self.facts = facts
         self.text = text
         self._runner = runner
         self._scheduler = scheduler
+        self._hooks = hooks
         self._compact = compact
         self._progress: dict[str, _Progress] = {}
         self._counts = {"prefill_tokens": 0, "decode_tokens": 0, "shared_prefix_tokens": 0, "steps": 0}
@@ -172,6 +181,11 @@ class Engine:
         detokenizer = self._progress[request_id].detokenizer
         text = detokenizer.finish() if detokenizer is not None else ""
         return TokenEvent(request_id=request_id, text=text, finish_reason="abort", stats=self._finish(row))
+
+    def close(self) -> None:
+        """Take the gates out of the model, so that another engine can be assembled around it; this one is done."""
+        for hook in self._hooks:
+            hook.remove()
 
     def start_trace(self) -> None:
         """Remember log_beta of every token from now on; meant for one request at a time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,30 @@ def load_engine(options: EngineOptions) -> Engine:
 
 
 def load_source(source: Source, options: EngineOptions) -> Engine:
+    """Load a model and gates that have been found; raises as `load_parts` does."""
+    parts = load_parts(source, options)
+    return assemble(
+        parts.model,
+        parts.gates,
+        parts.facts,
+        text=parts.text,
+        kv_dtype=parts.kv_dtype,
+        deterministic=options.deterministic,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an engine is assembled from; several may be, one after the other."""
+
+    model: PreTrainedModel
+    gates: tuple[nn.Module, ...]
+    text: Text | None
+    facts: EngineFacts
+    kv_dtype: torch.dtype
+
+
+def load_parts(source: Source, options: EngineOptions) -> Parts:
     """Load a model and gates that have been found.
 
     Raises:
@@ -67,14 +91,7 @@ def load_source(source: Source, options: EngineOptions) -> Engine:
         gate_bytes=_bytes(gates),
         load_s=time.perf_counter() - started,
     )
-    return assemble(
-        model,
-        list(gates),
-        facts,
-        text=text,
-        kv_dtype=_DTYPES[plan.kv_dtype],
-        deterministic=options.deterministic,
-    )
+    return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=_DTYPES[plan.kv_dtype])
 
 
 def plan_for(source: Source, options: EngineOptions, device: torch.device) -> Plan:

@@ -1,0 +1,88 @@
+"""Mistakes of `trimkv eval` as a user would meet them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import trimkv
+
+SMALL = ("mini", "--samples", "2", "--context", "60", "--tasks", "recall", "--seed", "7", "--threads", "1")
+
+
+def test_json_is_rows_and_nothing_else() -> None:
+    """Catches talk on stdout, and a row without what the table is made of."""
+    done = trimkv("eval", *SMALL, "--budgets", "8,16", "--policies", "full,streaming", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["policy"], row["kv_budget"]) for row in rows] == [
+        ("full", None), ("streaming", 8), ("streaming", 16)
+    ]  # fmt: skip
+    for row in rows:
+        assert (row["task"], row["n"], row["seed"], row["prefill_chunk"], row["context"]) == ("recall", 2, 7, 32, 60)
+        low, high = row["ci95"]
+        assert 0 <= low <= row["accuracy"] <= high <= 1
+        assert row["decode_tps"] > 0
+        assert row["peak_bytes"] > row["kv_bytes"]
+    assert b"recall streaming M=16: " in done.stderr
+    assert b"\x1b" not in done.stderr
+
+
+def test_table_and_plot_go_into_a_pipe() -> None:
+    """Catches colours in a pipe, a table that is cut, and a plot that only matplotlib can draw."""
+    done = trimkv("eval", *SMALL, "--kv-budget", "8", "-q", environment={"FORCE_COLOR": "1", "COLUMNS": "40"})
+    text = done.stdout.decode()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    assert "\x1b" not in text
+    assert "…" not in text
+    assert "recall: accuracy against M   F full  G gates  S streaming  R random" in text
+    assert "100% |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tasks", "memory"), b"there is no task 'memory'"),
+        (("--policies", "lru"), b"there is no policy 'lru'"),
+        (("--budgets", "8", "--kv-budget", "8"), b"both given"),
+        (("--budgets", "8,x"), b"x"),
+        (("--samples", "0"), b"need 1 or more"),
+        (("--plot", "accuracy.gif"), b"neither PNG nor SVG"),
+        (("--data", "nowhere.jsonl"), b"cannot read nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(arguments: tuple[str, ...], said: bytes) -> None:
+    """Catches a typing error that costs a run, or a traceback."""
+    done = trimkv("eval", *SMALL, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert said in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path) -> None:
+    """Catches a bad line that nobody can find."""
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    done = trimkv("eval", "mini", "--data", path, "--threads", "1")
+    assert done.returncode == 2
+    assert f"{path}:2: answer".encode() in done.stderr
+
+
+def test_plot_files(tmp_path: Path) -> None:
+    """Catches a plot that is not drawn, and a missing matplotlib that is found out at the end."""
+    path = tmp_path / "accuracy.svg"
+    done = trimkv("eval", *SMALL, "--budgets", "8,16", "--plot", path, "--json")
+    if importlib.util.find_spec("matplotlib") is None:
+        assert done.returncode == 2
+        assert b"pip install 'trimkv-cli[plot]'" in done.stderr
+        assert done.stdout == b""
+    else:
+        assert done.returncode == 0, done.stderr
+        assert path.read_text().startswith("<?xml")

@@ -1,0 +1,56 @@
+"""Mistakes in reading a user's own questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trimkv_cli.errors import InputError
+from trimkv_cli.eval.cases import Case, read_cases
+
+GOOD = '{"messages": [{"role": "user", "content": "Where?"}], "answer": "Here."}'
+
+
+def _write(folder: Path, *lines: str) -> str:
+    path = folder / "own.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_messages_and_prompts_are_read(tmp_path: Path) -> None:
+    """Catches a shape of line that is lost, and lines beyond the limit."""
+    path = _write(tmp_path, GOOD, "", '{"id": 3, "prompt": "2 + 2 =", "answer": "4"}', GOOD)
+    first = Case(answer="Here.", messages=({"role": "user", "content": "Where?"},))
+    assert read_cases(path, limit=2) == [first, Case(answer="4", prompt="2 + 2 =")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"prompt": "x"}',
+        '{"prompt": "x", "answer": " "}',
+        '{"answer": "x"}',
+        '{"prompt": "", "answer": "x"}',
+        '{"prompt": "x", "messages": [], "answer": "x"}',
+        '{"messages": [], "answer": "x"}',
+        '{"messages": [{"role": "user"}], "answer": "x"}',
+        '{"messages": [{"role": "robot", "content": "x"}], "answer": "x"}',
+        '{"messages": [{"role": ["user"], "content": "x"}], "answer": "x"}',
+        '{"messages": [{"role": "assistant", "content": "x"}], "answer": "x"}',
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    """Catches a bad line that is passed over, or that nobody can find."""
+    path = _write(tmp_path, GOOD, "", line)
+    with pytest.raises(InputError) as caught:
+        read_cases(path)
+    assert caught.value.message.startswith(f"{path}:3: ")
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    """Catches a division by no questions."""
+    with pytest.raises(InputError):
+        read_cases(_write(tmp_path, ""))

@@ -1,0 +1,106 @@
+"""Mistakes of the comparison itself: policies that share gates or caches, tables that change from run to run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trimkv_cli.engine.loader import load_engine
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.engine.sources import find_source
+from trimkv_cli.errors import DoesNotFit, UsageError
+from trimkv_cli.eval.exam import EvalOptions
+from trimkv_cli.eval.policies import RandomGate
+from trimkv_cli.eval.results import Row
+from trimkv_cli.eval.run import evaluate
+
+ENGINE = EngineOptions(model="mini", threads=1)
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write questions whose answers are what the model says with a full cache."""
+    llm = load_engine(replace(ENGINE, gates="none", kv_budget="256", prefill_chunk=8))
+    assert llm.text is not None
+    asked = [f"My {thing} is in {place}. " * 3 + "Tell me more." for thing, place in _THINGS]
+    prompts = [llm.text.render_chat([{"role": "user", "content": text}]).token_ids for text in asked]
+    params = SamplingParams(max_tokens=TOKENS, temperature=0.0)
+    said = dict.fromkeys(asked, "")
+    for event in llm.generate(
+        Request(id=text, prompt_token_ids=ids, params=params) for text, ids in zip(asked, prompts, strict=True)
+    ):
+        said[event.request_id] += event.text
+    lines = [{"messages": [{"role": "user", "content": text}], "answer": said[text]} for text in asked]
+    path = tmp_path_factory.mktemp("own") / "own.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["answer"].strip()))
+    return str(path)
+
+
+_THINGS = [("boat", "Milo"), ("cat", "Zanuk"), ("shop", "Feda"), ("horse", "Tipo"), ("lamp", "Guvar"), ("key", "Sol")]
+
+
+def _run(own: str, **changes: object) -> list[Row]:
+    asked = EvalOptions(tasks=(), data=own, max_tokens=TOKENS, prefill_chunk=8, **changes)  # type: ignore[arg-type]
+    return evaluate(find_source(ENGINE, weights=True), ENGINE, asked, say=lambda _: None)
+
+
+def test_a_cache_that_holds_everything_is_a_full_cache(own: str) -> None:
+    """Catches gates of another policy that are left in the model, and eviction where there is room."""
+    rows = _run(own, budgets=("300",))
+    assert [(row.policy, row.kv_budget) for row in rows] == [
+        ("full", None), ("gates", 300), ("streaming", 300), ("random", 300)
+    ]  # fmt: skip
+    assert all(row.accuracy == 1.0 and row.n >= 3 for row in rows)
+
+
+def test_small_caches_run_under_their_own_policies(own: str) -> None:
+    """Catches budgets that do not reach the cache, and rows in the order in which they ran."""
+    rows = _run(own, budgets=("12", "4"), policies=("random", "streaming", "full"))
+    assert [(row.policy, row.kv_budget) for row in rows] == [
+        ("random", 12), ("random", 4), ("streaming", 12), ("streaming", 4), ("full", None)
+    ]  # fmt: skip
+    assert rows[-1].accuracy == 1.0
+    assert min(row.accuracy for row in rows) < 1.0
+    assert rows[0].kv_bytes == 3 * rows[1].kv_bytes
+    assert [row.peak_bytes for row in sorted(rows, key=lambda row: row.kv_bytes)] == sorted(r.peak_bytes for r in rows)
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    """Catches a table that depends on when it was made; only speed and peak may."""
+    asked = EvalOptions(tasks=("recall",), context=60, samples=3, seed=7, budgets=("16",), prefill_chunk=16)
+    source = find_source(ENGINE, weights=True)
+    first, second = (evaluate(source, ENGINE, asked, say=lambda _: None) for _ in range(2))
+    assert [replace(row, decode_tps=0, peak_bytes=0) for row in first] == [
+        replace(row, decode_tps=0, peak_bytes=0) for row in second
+    ]
+
+
+def test_all_caches_are_planned_before_a_weight_is_read(own: str) -> None:
+    """Catches a budget that is broken by the full cache after an hour of the others."""
+    asked = EvalOptions(tasks=(), data=own, budgets=("8",))
+    with pytest.raises(DoesNotFit):
+        evaluate(find_source(ENGINE, weights=True), replace(ENGINE, budget="1MiB"), asked, say=lambda _: None)
+
+
+def test_constant_gates_do_not_stand_for_trained_ones() -> None:
+    """Catches `--gates streaming` reported as what gates achieve."""
+    engine = replace(ENGINE, gates="streaming")
+    with pytest.raises(UsageError):
+        evaluate(find_source(engine, weights=True), engine, EvalOptions(), say=lambda _: None)
+
+
+def test_random_scores_are_of_the_seed() -> None:
+    """Catches scores that change between runs, or with the batch that a token is in."""
+    gate, same, other = (RandomGate(num_kv_heads=2, positions=10, seed=seed) for seed in (1, 1, 2))
+    positions = torch.tensor([[3, 4, -1], [4, 3, 9]])
+    values = gate(torch.zeros(2, 3, 8), positions)
+    assert values.shape == (2, 3, 2)
+    assert torch.equal(values, same(torch.zeros(2, 3, 8), positions))
+    assert torch.equal(values[0, 0], values[1, 1])
+    assert not torch.equal(values, other(torch.zeros(2, 3, 8), positions))
+    assert ((values <= 0) & (values > -1)).all()

@@ -1,0 +1,169 @@
+"""Asks the same questions under every policy and budget, around one loaded model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from trimkv_cli.engine.assemble import assemble
+from trimkv_cli.engine.devices import pick_device
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.loader import Parts, load_parts, plan_for
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.sources import Source
+from trimkv_cli.engine.text import Text
+from trimkv_cli.errors import UnsupportedModel, UsageError
+from trimkv_cli.eval.exam import EvalOptions, Exam, Question, make_exams
+from trimkv_cli.eval.policies import gate_spec, policy_gates
+from trimkv_cli.eval.results import Policy, Row
+from trimkv_cli.eval.scoring import is_right, wilson
+from trimkv_cli.plan import Plan
+
+Say = Callable[[str], None]
+
+_PREFILL_TOKENS = 256  # rows × chunk of one prefill: small chunks of several rows go together
+_SAY_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    """One policy at one budget, planned."""
+
+    policy: Policy
+    plan: Plan
+
+
+def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: Say) -> list[Row]:
+    """Return the rows by task, in the order in which policies and budgets were asked for; `say` gets progress.
+
+    Raises:
+        UsageError: gates that are not trained, compared as if they were; a bad line of the user's file.
+        DoesNotFit: one of the caches, or a prompt past the model's positions.
+    """
+    if "gates" in asked.policies and not source.gate.trained:
+        raise UsageError(f"{source.gate.id} is no trained gate", hint="--policies full,streaming,random")
+    exams = list(make_exams(asked, _text(source, engine)))
+    positions = max((exam.positions for exam in exams), default=0)
+    options, setups = _plan(source, engine, asked, positions)
+    parts = load_parts(source, options)
+    for remark in _remarks(parts, setups):
+        say(remark)
+    rows: dict[tuple[str, int], Row] = {}
+    for number, setup in sorted(enumerate(setups), key=lambda pair: _slots(pair[1])):
+        with closing(_engine(parts, setup, asked, options, positions)) as llm:
+            rows |= {(exam.task, number): _measure(llm, setup, exam, asked, say) for exam in exams}
+    return [rows[exam.task, number] for exam in exams for number in range(len(setups))]
+
+
+def _text(source: Source, options: EngineOptions) -> Text:
+    assert source.model_folder is not None, "the weights were asked for"
+    text = Text.from_pretrained(source.model_folder, offline=True, trust_remote_code=options.trust_remote_code)
+    if text is None:
+        raise UnsupportedModel(f"{source.model_id} has no tokenizer", hint="take a folder with tokenizer.json")
+    return text
+
+
+def _plan(
+    source: Source, engine: EngineOptions, asked: EvalOptions, positions: int
+) -> tuple[EngineOptions, list[_Setup]]:
+    """Plan every policy at every budget, with one dtype; return the options to load with, and the plans."""
+    # Without a limit on all memory, several rows' chunks go through the model together; the plan counts that.
+    tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if _is_wide(engine, asked) else asked.prefill_chunk
+    options = replace(engine, context=None, kv_budget=None, prefill_chunk=tokens)
+    largest = max(_setups(source, options, asked, positions), key=_slots).plan
+    options = replace(options, dtype=largest.dtype, kv_budget=str(largest.kv_budget))
+    return options, _setups(source, options, asked, positions)
+
+
+def _setups(source: Source, options: EngineOptions, asked: EvalOptions, positions: int) -> list[_Setup]:
+    device = pick_device(options.device)
+    wanted = [
+        (policy, budget)
+        for policy in asked.policies
+        for budget in ((str(positions),) if policy == "full" else asked.budgets)
+    ]
+    return [
+        _Setup(
+            policy=policy,
+            plan=plan_for(
+                replace(source, gate=gate_spec(policy, source.gate)), replace(options, kv_budget=budget), device
+            ),
+        )
+        for policy, budget in wanted
+    ]
+
+
+def _slots(setup: _Setup) -> int:
+    return setup.plan.kv_budget
+
+
+def _is_wide(engine: EngineOptions, asked: EvalOptions) -> bool:
+    return engine.budget is None and asked.prefill_chunk > 0 and not engine.deterministic
+
+
+def _remarks(parts: Parts, setups: list[_Setup]) -> Iterator[str]:
+    """Yield what a user should know once: of the model, of its gates, and of each budget."""
+    yield from parts.facts.notes
+    loading = {warning.message for warning in parts.facts.plan.warnings}  # of a plan that nothing runs under
+    own = [message for _, message in parts.facts.warnings if message not in loading]
+    planned = [warning.message for setup in setups for warning in setup.plan.warnings]
+    yield from (f"warning: {message}" for message in dict.fromkeys([*own, *planned]))
+
+
+def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOptions, positions: int) -> Engine:
+    plan = replace(setup.plan, prefill_chunk=asked.prefill_chunk)
+    return assemble(
+        parts.model,
+        policy_gates(setup.policy, parts, positions=positions, seed=asked.seed),
+        replace(parts.facts, gate=plan.gate, plan=plan),
+        text=parts.text,
+        kv_dtype=parts.kv_dtype,
+        deterministic=options.deterministic,
+        prefill_tokens=setup.plan.prefill_chunk,
+    )
+
+
+def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say: Say) -> Row:
+    before = engine.stats
+    name = _name(setup, exam)
+    answers = dict(_ask(engine, exam.questions, lambda done: say(f"{name}: {done} of {len(exam.questions)} answered")))
+    right = sum(is_right(answers[q.request.id], q.answer, asked.match) for q in exam.questions)
+    count, seconds = len(exam.questions), engine.stats.decode_s - before.decode_s
+    tokens = engine.stats.decode_tokens - before.decode_tokens
+    say(f"{name}: {right} of {count} right")
+    return Row(
+        task=exam.task,
+        policy=setup.policy,
+        kv_budget=None if setup.policy == "full" else setup.plan.kv_budget,
+        accuracy=right / count,
+        n=count,
+        ci95=wilson(right, count),
+        decode_tps=tokens / seconds if seconds else 0.0,
+        peak_bytes=engine.peak_bytes,
+        kv_bytes=setup.plan.kv_bytes_per_row,
+        prefill_chunk=asked.prefill_chunk,
+        context=exam.context,
+        prompt_tokens=sum(len(q.request.prompt_token_ids) for q in exam.questions) / count,
+        seed=asked.seed,
+    )
+
+
+def _name(setup: _Setup, exam: Exam) -> str:
+    budget = "" if setup.policy == "full" else f" M={setup.plan.kv_budget}"
+    return f"{exam.task} {setup.policy}{budget}"
+
+
+def _ask(engine: Engine, questions: tuple[Question, ...], progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+    """Yield (request id, answer) as answers are done; `progress` gets their number now and then."""
+    pieces: dict[str, list[str]] = {}
+    said, done = time.monotonic(), 0
+    for event in engine.generate(question.request for question in questions):
+        pieces.setdefault(event.request_id, []).append(event.text)
+        if event.finish_reason is not None:
+            done += 1
+            yield event.request_id, "".join(pieces.pop(event.request_id))
+        if time.monotonic() - said >= _SAY_EVERY_S:
+            said = time.monotonic()
+            progress(done)

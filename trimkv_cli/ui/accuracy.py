@@ -1,0 +1,71 @@
+"""An evaluation on the terminal: a table, and accuracy against budget as a plot of characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from trimkv_cli.eval.results import POLICIES, Row
+from trimkv_cli.units import format_size
+
+_MARKS = {"full": "F", "gates": "G", "streaming": "S", "random": "R"}
+_LEVELS = 10
+_COLUMN = 8
+_WIDTH = 200  # more than the table takes: it goes into pipes too, and is never cut
+
+
+def accuracy_report(rows: Sequence[Row]) -> str:
+    """Return the table, then one plot per task; plain characters, for a pipe as well as for a terminal."""
+    tasks = dict.fromkeys(row.task for row in rows)
+    plots = ("\n".join(_plot(task, [row for row in rows if row.task == task])) for task in tasks)
+    return "\n\n".join([_table(rows), *plots])
+
+
+def _table(rows: Sequence[Row]) -> str:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    table.add_column("policy", no_wrap=True)
+    for heading in ("M", "accuracy", "95 %", "n", "tok/s", "cache", "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    out = StringIO()
+    Console(file=out, width=_WIDTH, color_system=None, markup=False, emoji=False).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").split("\n"))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    low, high = row.ci95
+    return (
+        row.task,
+        row.policy,
+        "all" if row.kv_budget is None else str(row.kv_budget),
+        f"{row.accuracy:.1%}",
+        f"{low * 100:.1f}–{high * 100:.1f}",
+        str(row.n),
+        f"{row.decode_tps:.0f}",
+        format_size(row.kv_bytes),
+        format_size(row.peak_bytes),
+    )
+
+
+def _plot(task: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Draw a grid with one column per budget; where several policies meet, all their letters stand side by side."""
+    budgets: list[int | None] = [*sorted({row.kv_budget for row in rows if row.kv_budget is not None})]
+    columns = budgets or [None]
+    present = [policy for policy in POLICIES if any(row.policy == policy for row in rows)]
+    yield f"{task}: accuracy against M   " + "  ".join(f"{_MARKS[policy]} {policy}" for policy in present)
+    for level in range(_LEVELS, -1, -1):
+        cells = (_marks(rows, budget, level).center(_COLUMN) for budget in columns)
+        yield f"{level / _LEVELS:5.0%} |{''.join(cells)}".rstrip()
+    yield "      +" + "-" * (_COLUMN * len(columns))
+    yield ("       " + "".join(str(budget).center(_COLUMN) for budget in budgets)).rstrip()
+
+
+def _marks(rows: Sequence[Row], budget: int | None, level: int) -> str:
+    here = (row for row in rows if row.kv_budget in (None, budget) and round(row.accuracy * _LEVELS) == level)
+    return "".join(sorted({_MARKS[row.policy] for row in here}, key="FGSR".index))
