@@ -149,13 +149,14 @@ def _close_stdout(code: int) -> None:
 
 
 def _prepare_environment() -> None:
-    """Keep libraries quiet, without telemetry, and their caches in our own folder."""
+    """Keep libraries quiet, without telemetry, good neighbours, and their caches in our own folder."""
     from platformdirs import user_cache_path
 
     cache = user_cache_path("trimkv")
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait spinning starve each other on a busy machine
         "TRANSFORMERS_VERBOSITY": "error",
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
