@@ -144,7 +144,7 @@ def _warnings(gate: GateSpec, wish: Wish, shape: Shape, options: PlanOptions) ->
         yield Warning(code="prefill_chunk_reduced", message=message)
     if shape.dtype != wish.dtypes[0]:
         yield Warning(code="dtype_reduced", message=f"the budget forces {shape.dtype} instead of {wish.dtypes[0]}")
-    if trained is not None and slots > trained:
+    if trained is not None and slots > trained and slots != options.default_kv_budget:
         message = f"{gate.id} was trained for {trained} slots per head, not for {slots}"
         yield Warning(code="kv_budget_above_trained", message=message)
     if gate.trained_context and options.context and options.context > gate.trained_context:

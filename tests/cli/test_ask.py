@@ -61,7 +61,7 @@ def test_json_is_one_chat_completion_with_what_it_cost() -> None:
     own = record["trimkv"]
     assert own["cache"]["seen_tokens"] == record["usage"]["prompt_tokens"] + 23
     assert own["cache"]["kept_per_head"] == 16
-    assert own["memory"]["kv_bytes"] == 3 * 2 * 16 * (2 * 16 * 4 + 8)  # layers · heads · M · (2 · head_dim · 4 + 8)
+    assert own["memory"]["kv_bytes"] == 4 * 4 * 16 * (2 * 32 * 4 + 8)  # layers · heads · M · (2 · head_dim · 4 + 8)
     assert {"model", "gates", "budget", "memory", "cache", "timing", "sampling", "warnings"} <= own.keys()
 
 
@@ -98,8 +98,8 @@ def test_piped_text_and_files_are_appended_to_the_prompt(tmp_path: Path) -> None
         (("ask", "hi", "--kv-budget", "0"), 2, "--kv-budget 512"),
         (("ask", "hi", "--budget", "12XB"), 2, "8GiB"),
         (("ask", "hi", "--budget", "20MiB"), 4, "--budget"),
-        (("ask", "hi " * 9000), 4, "8192"),
-        (("ask", "hi", "--context", "9000"), 4, "8192"),
+        (("ask", "hi", "-n", "70000"), 4, "65536"),
+        (("ask", "hi", "--context", "70000"), 4, "65536"),
         (("ask", "hi", "-n", "0"), 2, "max_tokens"),
         (("ask", "hi", "--threads", "0"), 2, "--threads"),
         (("ask", "hi", "--dtype", "int3"), 2, "fp32"),

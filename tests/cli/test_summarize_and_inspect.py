@@ -36,11 +36,11 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path: Path) -> None:
 def test_a_file_past_the_positions_is_refused_not_cut(tmp_path: Path) -> None:
     """Catches silent truncation."""
     long = tmp_path / "long.txt"
-    long.write_text("word after word " * 8000)
+    long.write_text("word after word " * 30000)
     done = trimkv("summarize", long, *SHORT)
     assert done.returncode == 4
     assert done.stdout == b""
-    assert b"8192" in done.stderr
+    assert b"65536" in done.stderr
 
 
 def test_inspect_counts_what_was_fed(tmp_path: Path) -> None:
@@ -51,11 +51,11 @@ def test_inspect_counts_what_was_fed(tmp_path: Path) -> None:
     record = json.loads(done.stdout)
     assert record["seen"] == 40 + 6 - 1
     assert len(record["output_token_ids"]) == 6
-    assert len(record["kept"]) == 3
+    assert len(record["kept"]) == 4
     for heads, log_betas in zip(record["kept"], record["log_beta"], strict=True):
-        assert [len(kept) for kept in heads] == [12, 12]
+        assert [len(kept) for kept in heads] == [12] * 4
         assert all(kept == sorted(set(kept)) and kept[-1] < record["seen"] for kept in heads)
-        assert [len(values) for values in log_betas] == [record["seen"]] * 2
+        assert [len(values) for values in log_betas] == [record["seen"]] * 4
         assert all(value <= 0 for values in log_betas for value in values)
 
 

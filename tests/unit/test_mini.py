@@ -1,22 +1,59 @@
-"""The built-in model that ships: stock transformers reads it, and it stays small."""
+"""The built-in model: what ships is what the recipe builds, and stock transformers reads it."""
 
 from __future__ import annotations
 
 import json
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
+from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER, recipe
+from trimkv_cli.mini.exam import SUBJECTS, answers_right
+from trimkv_cli.mini.language import TOKENS_PER_WORD
+from trimkv_cli.mini.rows import Encoder
+from trimkv_cli.mini.tokenizer import build_tokenizer
+from trimkv_cli.mini.training import Schedule
 
-MAX_BYTES = 400 * 1024
+MAX_BYTES = 8 * 1024 * 1024
+
+
+def test_the_tokenizer_is_the_recipe_s() -> None:
+    """Catch a language whose words changed after the model was trained: its ids no longer belong to the embeddings."""
+    schedule = Schedule()
+    built = build_tokenizer(seed=schedule.seed, max_length=schedule.max_positions)
+    shipped = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    assert json.loads(shipped.backend_tokenizer.to_str()) == json.loads(built.backend_tokenizer.to_str())
+    assert shipped.model_max_length == schedule.max_positions
+
+
+def test_the_config_is_the_recipe_s() -> None:
+    """Catch weights of another size than the recipe's, or another range of positions than was trained."""
+    config = json.loads((MODEL_FOLDER / "config.json").read_bytes())
+    assert {key: config[key] for key in recipe.CONFIG if key != "rope_parameters"} == {
+        key: value for key, value in recipe.CONFIG.items() if key != "rope_parameters"
+    }
+    assert config["max_position_embeddings"] == Schedule().max_positions
 
 
 def test_files_stay_small() -> None:
     """Catch a build that bloats the wheel."""
     assert sum(file.stat().st_size for file in MODEL_FOLDER.rglob("*") if file.is_file()) <= MAX_BYTES
+
+
+@pytest.mark.parametrize("subject", ["recall", "notes"])
+def test_it_remembers(subject: str) -> None:
+    """Catch weights that were not trained, or damaged on their way; the card has the exact numbers."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
+    encoder = Encoder(AutoTokenizer.from_pretrained(MODEL_FOLDER))
+    make, _ = SUBJECTS[subject]
+    marks: list[bool] = []
+    for seed in range(8):
+        conversation = make(Random(seed), int(500 / TOKENS_PER_WORD), False)
+        marks += answers_right(model, encoder, conversation)[0]
+    assert sum(marks) >= 0.8 * len(marks)
 
 
 def test_loads_through_stock_transformers() -> None:

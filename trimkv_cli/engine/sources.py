@@ -42,10 +42,9 @@ class Source:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user did not ask for but should know."""
-        if self.model_id != MINI:
+        if self.model_id != MINI or self.name is not None:
             return ()
-        stand_in = "the built-in mini is a stand-in with random weights: what it writes has no meaning"
-        return (stand_in if self.name else f"no model given: {stand_in}",)
+        return ("no model given: using the built-in mini, which remembers what it is told and knows nothing else",)
 
     @property
     def sampling(self) -> Mapping[str, Any]:

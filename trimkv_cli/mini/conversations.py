@@ -1,0 +1,39 @@
+"""Write conversations of the synthetic language as JSONL: what the gates of the built-in model learn from.
+
+python -m trimkv_cli.mini.conversations OUT.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from random import Random
+
+from trimkv_cli.mini.language import TOKENS_PER_WORD
+from trimkv_cli.mini.rows import LATE, make_conversation
+
+
+def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
+    """Write `count` conversations of about `tokens` tokens, all skills in one, to `out`."""
+    rng = Random(seed)  # noqa: S311
+    with out.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            conversation = make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), LATE)
+            messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def main() -> None:
+    """Read the arguments and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=20_000)
+    arguments = parser.parse_args()
+    write_conversations(arguments.out, count=arguments.count, tokens=arguments.tokens, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
