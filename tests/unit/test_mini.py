@@ -7,12 +7,14 @@ from random import Random
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER, recipe
+from trimkv_cli.engine.loader import load_engine
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.mini import MODEL_FOLDER, recipe
 from trimkv_cli.mini.exam import SUBJECTS, answers_right
-from trimkv_cli.mini.language import TOKENS_PER_WORD
+from trimkv_cli.mini.language import TOKENS_PER_WORD, make_recall
 from trimkv_cli.mini.rows import Encoder
 from trimkv_cli.mini.tokenizer import build_tokenizer
 from trimkv_cli.mini.training import Schedule
@@ -84,18 +86,27 @@ def test_template_is_chatml_with_a_system_message() -> None:
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_gates_disagree_about_tokens() -> None:
-    """Catch gates so flat that eviction would follow the position alone."""
-    settings = json.loads((GATES_FOLDER / "gates.json").read_bytes())
-    gates = load_file(GATES_FOLDER / "gates.safetensors")
-    assert len(gates) == 4 * settings["num_hidden_layers"]
-    hidden = torch.randn(256, settings["hidden_size"], generator=torch.Generator().manual_seed(0))
-    for layer in range(settings["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}.self_attn.retention_gate"
-        weights = [
-            gates[f"{prefix}.{key}"].float() for key in ("linear1.weight", "linear1.bias", "linear2.weight", "bias")
-        ]
-        inner = torch.nn.functional.silu(hidden @ weights[0].T + weights[1])
-        log_beta = torch.nn.functional.logsigmoid(inner @ weights[2].T + weights[3])
-        low, high = log_beta.quantile(torch.tensor([0.1, 0.9]), dim=0)
-        assert (low / high > 5).all()
+def test_gates_remember_what_streaming_forgets() -> None:
+    """Catch gates of another model, or that follow the position alone: 64 slots, conversations ten times as long."""
+    right = {gates: _count_right(gates) for gates in ("auto", "streaming")}
+    assert right["auto"] >= 16
+    assert right["streaming"] <= 8
+
+
+def _count_right(gates: str) -> int:
+    """Count the right answers to 20 questions, each about one of three facts of its own conversation."""
+    engine = load_engine(EngineOptions(model="mini", gates=gates, kv_budget="64", prefill_chunk=32, threads=1))
+    assert engine.text is not None
+    wanted, requests = {}, []
+    for seed in range(20):
+        conversation = make_recall(Random(seed), facts=3, length=260)
+        question = conversation.questions[0]
+        messages = [{"role": m.role, "content": m.content} for m in conversation.messages[: question.turn]]
+        wanted[str(seed)] = question.answer
+        params = SamplingParams(max_tokens=48, temperature=0.0)
+        ids = engine.text.render_chat(messages).token_ids
+        requests.append(Request(id=str(seed), prompt_token_ids=ids, params=params))
+    said = dict.fromkeys(wanted, "")
+    for event in engine.generate(requests):
+        said[event.request_id] += event.text
+    return sum(said[key] == answer for key, answer in wanted.items())

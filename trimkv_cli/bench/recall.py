@@ -1,4 +1,4 @@
-"""Record what `trimkv eval` says of the built-in model: recall at several budgets, beside streaming and random eviction.
+"""Record what `trimkv eval` says of the built-in model: recall at several budgets, and what other policies keep.
 
 python -m trimkv_cli.bench.recall --out kernels/bench/results/recall-mini.json
 """

@@ -16,7 +16,7 @@ from trimkv_cli.mini.rows import LATE, make_conversation
 
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
     """Write `count` conversations of about `tokens` tokens, all skills in one, to `out`."""
-    rng = Random(seed)  # noqa: S311
+    rng = Random(seed)
     with out.open("w", encoding="utf-8") as file:
         for _ in range(count):
             conversation = make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), LATE)
