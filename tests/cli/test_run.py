@@ -36,7 +36,15 @@ def trimkv_run(*arguments: str | Path, stdin: str | None = None) -> subprocess.C
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=ENVIRONMENT)
+    # A test run in the background ignores SIGINT, and would hand that down.
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
 
 
 def write_lines(path: Path, *lines: Any) -> Path:
