@@ -140,6 +140,8 @@ def _terminate(number: int, _: object) -> NoReturn:
 
 def _close_stdout(code: int) -> None:
     """Flush what is left; when its reader is gone, let the interpreter's own flush at exit go nowhere."""
+    if sys.stdout is None:  # closed by whoever started us
+        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -67,7 +67,7 @@ def read_gates(folder: str | Path, *, id: str | None = None) -> GateFiles:
     return GateFiles(
         gate=gate,
         tensors=tensors,
-        hidden_act=_text(config.get("hidden_act")) or "silu",
+        hidden_act=_text(config.get("hidden_act")) or _text(config.get("hidden_activation")) or "silu",
         warnings=tuple(_warnings(config, gate, config_file)),
     )
 

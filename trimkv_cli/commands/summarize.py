@@ -11,7 +11,7 @@ import typer
 
 from trimkv_cli.commands.options import Json, NoStream, Output, Quiet, Stats, Think, with_options
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
-from trimkv_cli.errors import PartialFailure, TrimkvError
+from trimkv_cli.errors import InputError, PartialFailure, TrimkvError
 from trimkv_cli.ui.messages import print_error
 from trimkv_cli.ui.plain import AnswerWriter
 
@@ -32,6 +32,7 @@ class _How:
     quiet: bool
     think: bool | None
     titled: bool
+    several: bool
     engine: EngineOptions
     sampling: SamplingOptions
 
@@ -72,6 +73,7 @@ def summarize(
         quiet=quiet,
         think=think,
         titled=len(files) > 1 and not json,
+        several=len(files) > 1,
         engine=replace(engine, max_inflight=1),
         sampling=draw_seed(sampling),
     )
@@ -92,10 +94,12 @@ def _summarize_all(
         try:
             if isinstance(text, TrimkvError):
                 raise text
+            if not text.strip():
+                raise InputError(f"{name} is empty", hint="there is nothing in it to summarize")
             _summarize_one(llm, name, text, writer, how)
         except TrimkvError as error:
             failed.append(error)
-            if how.titled or how.json:
+            if how.several:
                 named = error.message if name in error.message else f"{name}: {error.message}"
                 print_error(named, error.hint)
     return failed

@@ -113,7 +113,7 @@ class Engine:
         if needed > facts.max_positions:
             raise ContextOverflow(
                 f"{asked} need {needed} positions, and {facts.model_id} has {facts.max_positions}",
-                hint="shorten the prompt, or lower --max-tokens",
+                hint="shorten the prompt, lower --max-tokens, or raise --context where the model has more positions",
             )
         if facts.gate.variant == "none" and needed > facts.plan.kv_budget:
             raise ContextOverflow(
