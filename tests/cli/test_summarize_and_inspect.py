@@ -82,3 +82,13 @@ def _read_until(terminal: int, end: bytes, *, within_s: float = 90.0) -> bytes:
         assert time.monotonic() < deadline, shown
         shown += os.read(terminal, 65536)
     return shown
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    """Catches a summary that is made up of nothing."""
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    done = trimkv("summarize", empty, *SHORT)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.count(b"error: ") == 1

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trimkv_cli.cache.gate_files import read_gates
 from trimkv_cli.engine.loader import load_engine
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.request import Request, SamplingParams
@@ -41,3 +42,13 @@ def test_tokens_kept_positions_and_log_beta(case: dict[str, Any]) -> None:
         log_beta = np.array(engine.traced_log_beta())
         np.testing.assert_allclose(log_beta, data["log_beta"][..., : log_beta.shape[-1]], rtol=1e-4, atol=1e-5)
         engine.release(request.id)
+
+
+def test_the_activation_is_found_under_gemma_s_name(tmp_path: Path) -> None:
+    """Catches gates computed with another activation than their config names."""
+    for name in ("config.json", "trimkv_weights.pth"):
+        (tmp_path / name).write_bytes((GOLDEN / "qwen3_rg" / name).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_activation": "gelu_pytorch_tanh"}))
+    assert read_gates(tmp_path).hidden_act == "gelu_pytorch_tanh"
