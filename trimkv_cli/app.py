@@ -28,7 +28,7 @@ from trimkv_cli.commands import (
     run,
     summarize,
 )
-from trimkv_cli.errors import ClosedPipe, TrimkvError
+from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError
 from trimkv_cli.settings import load_settings
 from trimkv_cli.ui.messages import print_error
 
@@ -88,7 +88,8 @@ def _exit_code(arguments: list[str]) -> int:
         return _report(error.format_message(), _usage_hint(error), error.exit_code)
     except Exception as error:  # noqa: BLE001  # the last line of defence: any fault becomes one line
         if _is_out_of_memory(error):
-            return _report("the device is out of memory", "lower --max-inflight, --kv-budget or --prefill-chunk", 5)
+            code = OutOfDeviceMemory.exit_code
+            return _report("the device is out of memory", "lower --max-inflight, --kv-budget or --prefill-chunk", code)
         return _report(f"{type(error).__name__}: {error}", "TRIMKV_DEBUG=1 shows where this happened", 1)
 
 

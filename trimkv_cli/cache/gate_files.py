@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimkv_cli.cache.gate_check import listed
-from trimkv_cli.cache.gates import TRAINED_VARIANTS, tensor_key
+from trimkv_cli.cache.gates import TRAINED_VARIANTS, activation_name, tensor_key
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
 from trimkv_cli.plan import Warning
 from trimkv_cli.spec import GateSpec
@@ -67,7 +67,7 @@ def read_gates(folder: str | Path, *, id: str | None = None) -> GateFiles:
     return GateFiles(
         gate=gate,
         tensors=tensors,
-        hidden_act=_text(config.get("hidden_act")) or _text(config.get("hidden_activation")) or "silu",
+        hidden_act=activation_name(config),
         warnings=tuple(_warnings(config, gate, config_file)),
     )
 

@@ -89,6 +89,12 @@ def layer_shapes(*, variant: str, hidden_size: int, hidden: int, num_kv_heads: i
     return {**first, **second, "linear3.weight": (num_kv_heads, hidden), "bias": (num_kv_heads,)}
 
 
+def activation_name(config: Mapping[str, object]) -> str:
+    """Return the activation that a model's config names, as most families or as Gemma do; SiLU where it names none."""
+    named = (config.get(key) for key in ("hidden_act", "hidden_activation"))
+    return next((name for name in named if isinstance(name, str) and name), "silu")
+
+
 def tensor_key(layer: int, name: str) -> str:
     """Return the name that a gate tensor has in a file."""
     return f"model.layers.{layer}.self_attn.retention_gate.{name}"

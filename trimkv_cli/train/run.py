@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
+from trimkv_cli.cache.gates import activation_name
 from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.engine.devices import pick_device
 from trimkv_cli.engine.loader import load_model
@@ -123,7 +124,7 @@ def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunOptions,
     if LongRope.used_by(model.config):
         LongRope(model).use(long=options.positions > (source.spec.original_max_positions or 0))
     gate = describe_gates(options, source.spec, source.model_id)
-    gates = new_gates(gate, source.spec, options, hidden_act=_hidden_act(model.config), device=device)
+    gates = new_gates(gate, source.spec, options, hidden_act=activation_name(model.config.to_dict()), device=device)
     return Trainer(model, gates, source.spec, options, autocast=autocast, recompute_layers=run.recompute_layers)
 
 
@@ -138,10 +139,6 @@ def _autocast(name: str, device: torch.device) -> torch.dtype | None:
 def _multiplies_bf16() -> bool:
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
-def _hidden_act(config: Any) -> str:
-    return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu")
 
 
 def _identity(source: Source, data: DataFiles, options: TrainOptions, trainer: Trainer) -> dict[str, Any]:
@@ -222,7 +219,7 @@ def _train(
 
 def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Progress, run: RunOptions) -> None:
     gate = describe_gates(trainer.options, source.spec, source.model_id)
-    hidden_act = _hidden_act(trainer.model.config)
+    hidden_act = activation_name(trainer.model.config.to_dict())
     if run.export == "released":
         tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in trainer.parameters.items()}
         write_released(run.output, gate, tensors, hidden_act=hidden_act)
