@@ -1,4 +1,4 @@
-"""Sizes as people write them: "6GiB", "80%", "free-2GiB" and back."""
+"""Sizes and times as people write them: "6GiB", "80%", "free-2GiB", "1h30m", and sizes back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from trimkv_cli.errors import UsageError
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(ib|b|)", re.IGNORECASE)
+_SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _SECONDS))
 
 
 def parse_size(text: str) -> int:
@@ -107,3 +109,16 @@ def parse_kv_budget(text: str) -> int | SequenceBytes:
     if budget == 0 or budget == SequenceBytes(amount=0):
         raise UsageError("a KV budget of 0 keeps no token", hint="try --kv-budget 512 (slots) or 256MiB (bytes)")
     return budget
+
+
+def parse_duration(text: str) -> float:
+    """Read a time in seconds: `90s`, `10m`, `1h30m`, `2d`; a bare number is seconds.
+
+    Raises:
+        UsageError: none of these.
+    """
+    text = text.strip().lower()
+    match = _DURATION.fullmatch(f"{text}s" if text[-1:].isdigit() else text)
+    if match is None or not text:
+        raise UsageError(f"{text!r} is not a time", hint="write it like 90s, 10m, 1h30m or 2d")
+    return sum(float(number) * unit for number, unit in zip(match.groups(), _SECONDS.values(), strict=True) if number)

@@ -1,4 +1,4 @@
-"""Catches sizes read in the wrong unit, and bad ones that pass."""
+"""Catches sizes and times read in the wrong unit, and bad ones that pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimkv_cli.errors import UsageError
-from trimkv_cli.units import Budget, SequenceBytes, format_size, parse_budget, parse_kv_budget, parse_size
+from trimkv_cli.units import (
+    Budget,
+    SequenceBytes,
+    format_size,
+    parse_budget,
+    parse_duration,
+    parse_kv_budget,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +95,18 @@ def test_a_bare_kv_budget_is_slots_and_one_with_a_unit_bytes() -> None:
 def test_a_kv_budget_that_keeps_nothing_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError):
         parse_kv_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("0", 0), ("0.5s", 0.5), ("1h30m", 5400), ("2d", 172_800), ("1H1", 3601)],
+)
+def test_a_time_is_read(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "10 apples", "-1s", "5ms", "1m1h", "1e3"])
+def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_duration(text)
+    assert "1h30m" in (caught.value.hint or "")
