@@ -52,3 +52,17 @@ class RunStats:
     steps: int
     prefill_s: float
     decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """What an engine's parts take, in bytes, and what one sequence would take in a cache that forgets nothing."""
+
+    weights_bytes: int
+    gate_bytes: int
+    kv_bytes: int
+    workspace_bytes: int  # as planned
+    peak_bytes: int
+    budget_bytes: int | None
+    seen_tokens: int
+    full_cache_bytes: int  # for the tokens seen

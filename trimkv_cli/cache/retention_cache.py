@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
 from trimkv_kernels import Operations, Slots, operations_for
 
 
@@ -83,6 +84,11 @@ class RetentionCache:
             [sorted(p for p in head if p >= 0) for head in layer.slots.position[row].tolist()] for layer in self.layers
         ]
 
+    def retained(self, row: int) -> Retained:
+        """Return what every layer and head holds of `row`, with the lowest score of each head that is full."""
+        layers = (_remembered(layer, row, self.seen[row]) for layer in self.layers)
+        return Retained(seen=self.seen[row], layers=tuple(layers))
+
     def kept_per_head(self, row: int) -> int:
         """Return the slots in use per head of the largest layer."""
         return min(self.seen[row], max(layer.size for layer in self.layers))
@@ -91,3 +97,21 @@ class RetentionCache:
         """Count the tokens lost so far, over all layers and heads."""
         heads = self.layers[0].slots.position.shape[1]
         return sum(max(0, self.seen[row] - layer.size) for layer in self.layers) * heads
+
+
+def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:
+    positions, log_betas = layer.slots.position[row].cpu(), layer.slots.log_beta[row].cpu()  # [Hkv, M]
+    first = 0 if layer.window is None else max(0, seen - layer.window)
+    heads = []
+    for position, log_beta in zip(positions, log_betas, strict=True):
+        held = (position >= first).nonzero()[:, 0]
+        held = held[position[held].argsort()]
+        scores = log_beta[held] * (seen + 1 - position[held]).float()
+        heads.append(
+            HeadMemory(
+                positions=tuple(position[held].tolist()),
+                log_beta=tuple(log_beta[held].tolist()),
+                threshold=float(scores.min()) if len(held) == layer.size else None,
+            )
+        )
+    return LayerMemory(slots=layer.size, window=layer.window, heads=tuple(heads))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Json, Quiet, Raw, System, SystemFile, Think, with_options
+from trimkv_cli.commands.options import Ascii, Color, Json, Quiet, Raw, System, SystemFile, Think, with_options
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, UsageError
 
@@ -25,18 +26,27 @@ def inspect(
     think: Think = None,
     raw: Raw = False,
     json: Json = False,
+    color: Color = "auto",
+    ascii_only: Ascii = False,
     quiet: Quiet = False,
     engine: EngineOptions,
     sampling: SamplingOptions,
 ) -> None:
-    """Show which positions each layer and KV head still holds when the answer is done.
+    """Show what each layer and KV head still holds when the answer is done, and for how much longer.
+
+    trimkv inspect "My cat is called Zubo. What is my cat called?" --kv-budget 16
+
+    trimkv inspect --kv-budget 256 --json < book.txt | jq .seen
 
     The last token of an answer is never fed, so prompt + N − 1 tokens are seen. --json prints
     {"seen", "kept": [layer][head][positions], "log_beta": [layer][head][seen], "output_token_ids"}.
     """
     from trimkv_cli.commands.answers import answer, open_engine
+    from trimkv_cli.commands.memory import memory_use, pieces_of
     from trimkv_cli.commands.prompts import gather, read_system, render
     from trimkv_cli.engine.request import Request
+    from trimkv_cli.ui.inspection import inspection
+    from trimkv_cli.ui.look import Look
 
     if prompt_token_ids is not None and prompt is not None:
         raise UsageError("both a prompt and --prompt-token-ids are given", hint="give one of them")
@@ -50,31 +60,18 @@ def inspect(
     llm.check(request)
     llm.start_trace()
     finished = answer(llm, request)
-    kept = llm.kept(request.id)
     if json:
         record = {
             "seen": llm.seen(request.id),
-            "kept": kept,
+            "kept": llm.kept(request.id),
             "log_beta": llm.traced_log_beta(),
             "output_token_ids": list(finished.token_ids),
         }
         print(json_module.dumps(record))
     else:
-        print(_picture(llm.seen(request.id), kept))
-
-
-def _picture(seen: int, kept: list[list[list[int]]], width: int = 64) -> str:
-    """Draw one line per layer: in which of `width` equal parts of the sequence its heads hold how much."""
-    size = max(1, -(-seen // width))
-    lines = [f"{seen} tokens seen; each column is {size} of them, 9 = all heads hold all of it"]
-    for layer, heads in enumerate(kept):
-        counts = [0] * -(-seen // size)
-        for head in heads:
-            for position in head:
-                counts[position // size] += 1
-        marks = ((count * 9 + size * len(heads) - 1) // (size * len(heads)) for count in counts)
-        lines.append(f"layer {layer:3}  {''.join(str(min(9, mark)) if mark else '.' for mark in marks)}")
-    return "\n".join(lines)
+        retained, look = llm.retained(request.id), Look.of(sys.stdout, colour=color, ascii_only=ascii_only)
+        pieces = pieces_of(llm, [*ids, *finished.token_ids])[: retained.seen]
+        print(inspection(retained, pieces, memory_use(llm, seen=retained.seen), look))
 
 
 def _read_ids(path: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
@@ -82,6 +82,8 @@ FLAGS = {
     "no_stream": _Flag(("--no-stream",), "Print the answer when it is complete.", _OUTPUT),
     "quiet": _Flag(("-q", "--quiet"), "Nothing on stderr but errors.", _OUTPUT),
     "stats": _Flag(("--stats",), "Print counts, speed and memory to stderr at the end.", _OUTPUT),
+    "color": _Flag(("--color",), "Colour on stdout: auto is only on a terminal and without NO_COLOR.", _OUTPUT),
+    "ascii": _Flag(("--ascii",), "Draw with ASCII characters only.", _OUTPUT),
     "live": _Flag(("--live/--no-live",), "Show progress and memory while running (only on a terminal).", _OUTPUT),
 }
 
@@ -98,6 +100,8 @@ Quiet = Annotated[bool, option("quiet")]
 NoStream = Annotated[bool, option("no_stream")]
 Stats = Annotated[bool, option("stats")]
 Live = Annotated[bool | None, option("live")]
+Color = Annotated[Literal["auto", "always", "never"], option("color")]
+Ascii = Annotated[bool, option("ascii")]
 System = Annotated[str | None, option("system")]
 SystemFile = Annotated[str | None, option("system_file")]
 Think = Annotated[bool | None, option("think")]

@@ -109,3 +109,20 @@ def hidden_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """List the special tokens, which are not text; `<think>` and its like are added tokens, but not special."""
     added = tokenizer.added_tokens_decoder
     return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """Return what each token says, special ones by name; a character of several tokens stands with the last of them."""
+    hidden = hidden_ids(tokenizer)
+    pieces: list[str] = []
+    decoder = Detokenizer(tokenizer, hidden=hidden)
+    for token_id in token_ids:
+        if token_id in hidden:
+            if pieces:
+                pieces[-1] += decoder.finish()
+            pieces.append(str(tokenizer.convert_ids_to_tokens(token_id)))
+        else:
+            pieces.append(decoder.push(token_id))
+    if pieces:
+        pieces[-1] += decoder.finish()
+    return pieces

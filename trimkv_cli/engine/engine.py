@@ -18,6 +18,7 @@ from trimkv_cli.engine.text import Detokenizer, Text
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, RequestStats, RunStats, TokenEvent
 from trimkv_cli.plan import Plan
+from trimkv_cli.retained import Retained
 from trimkv_cli.spec import GateSpec, ModelSpec
 
 
@@ -158,6 +159,10 @@ class Engine:
     def kept(self, request_id: str) -> list[list[list[int]]]:
         """Return the positions that a finished request with `keep` left in the cache: `[layer][head][ascending]`."""
         return self._runner.cache.kept(self._scheduler.parked[request_id].index)
+
+    def retained(self, request_id: str) -> Retained:
+        """Return what such a request left in the cache, with how long each token is expected to stay."""
+        return self._runner.cache.retained(self._scheduler.parked[request_id].index)
 
     def seen(self, request_id: str) -> int:
         """Return how many tokens the row of a finished request with `keep` has been fed."""
