@@ -30,6 +30,7 @@ from trimkv_cli.commands import (
 )
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError
 from trimkv_cli.settings import load_settings
+from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.ui.messages import print_error
 
 app = typer.Typer(
@@ -68,11 +69,11 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run trimkv on `arguments` (default: the process's own) and exit with the code that cli.md's table gives."""
+    repair_streams()
     _prepare_environment()
     signal.signal(signal.SIGTERM, _terminate)
     code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
-    _close_stdout(code)
-    sys.exit(code)
+    sys.exit(_close_stdout(code))
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -86,11 +87,13 @@ def _exit_code(arguments: list[str]) -> int:
         return _report(error.message, error.hint, error.exit_code)
     except TyperException as error:
         return _report(error.format_message(), _usage_hint(error), error.exit_code)
+    except OSError as error:
+        return _report_os_error(error)
     except Exception as error:  # noqa: BLE001  # the last line of defence: any fault becomes one line
         if _is_out_of_memory(error):
             code = OutOfDeviceMemory.exit_code
             return _report("the device is out of memory", "lower --max-inflight, --kv-budget or --prefill-chunk", code)
-        return _report(f"{type(error).__name__}: {error}", "TRIMKV_DEBUG=1 shows where this happened", 1)
+        return _report_fault(error)
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -125,6 +128,18 @@ def _report(message: str, hint: str | None, code: int) -> int:
     return code
 
 
+def _report_os_error(error: OSError) -> int:
+    reason = why_not_written(error)
+    if reason is None:
+        return _report_fault(error)
+    return _report(reason, "send the output to a file on a disk with room for it", TrimkvError.exit_code)
+
+
+def _report_fault(error: Exception) -> int:
+    hint = "TRIMKV_DEBUG=1 shows where this happened"
+    return _report(f"{type(error).__name__}: {error}", hint, TrimkvError.exit_code)
+
+
 def _usage_hint(error: TyperException) -> str | None:
     context = getattr(error, "ctx", None)
     return f"{context.command_path} --help" if context is not None else None
@@ -139,16 +154,17 @@ def _terminate(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _close_stdout(code: int) -> None:
-    """Flush what is left; when its reader is gone, let the interpreter's own flush at exit go nowhere."""
-    if sys.stdout is None:  # closed by whoever started us
-        return
+def _close_stdout(code: int) -> int:
+    """Flush what is left and return the exit code: another one than `code` when that fails."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if code == 0:
-            sys.exit(ClosedPipe.exit_code)
+        drop_stdout()
+        return code or ClosedPipe.exit_code
+    except OSError as error:
+        drop_stdout()
+        return code or _report_os_error(error)
+    return code
 
 
 def _prepare_environment() -> None:

@@ -80,7 +80,7 @@ FLAGS = {
     "json": _Flag(("--json",), "Print one JSON object instead of text.", _OUTPUT),
     "output": _Flag(("-o", "--output"), "Write to this file instead of stdout.", _OUTPUT, "FILE"),
     "no_stream": _Flag(("--no-stream",), "Print the answer when it is complete.", _OUTPUT),
-    "quiet": _Flag(("-q", "--quiet"), "Nothing on stderr but errors.", _OUTPUT),
+    "quiet": _Flag(("-q", "--quiet"), "Only warnings and errors on stderr.", _OUTPUT),
     "stats": _Flag(("--stats",), "Print counts, speed and memory to stderr at the end.", _OUTPUT),
     "color": _Flag(("--color",), "Colour on stdout: auto is only on a terminal and without NO_COLOR.", _OUTPUT),
     "ascii": _Flag(("--ascii",), "Draw with ASCII characters only.", _OUTPUT),

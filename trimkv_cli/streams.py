@@ -1,0 +1,46 @@
+"""The standard streams as they were handed to the process: some may be closed, or on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from io import TextIOWrapper
+from typing import Literal
+
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF}
+
+
+def repair_streams() -> None:
+    """Stand something in for streams that are closed: nothing to read, a stdout that refuses, a stderr that swallows.
+
+    Without that the next file opened would become stdout, and what is said on stderr would be printed on stdout.
+    """
+    if sys.stdin is None:
+        sys.stdin = _reopen(0, os.O_RDONLY, "r")
+    if sys.stdout is None:
+        sys.stdout = _reopen(1, os.O_RDONLY, "w")  # not open for writing: whoever answers there is told
+    if sys.stderr is None:
+        sys.stderr = _reopen(2, os.O_WRONLY, "w")
+
+
+def why_not_written(error: OSError) -> str | None:
+    """Say why something could not be written, or None when the error is about something else."""
+    if error.errno not in _CANNOT_WRITE:
+        return None
+    if error.errno == errno.EBADF:
+        return "stdout is closed"
+    return f"cannot write: {os.strerror(error.errno)}"
+
+
+def drop_stdout() -> None:
+    """Let what stdout still holds go nowhere, so that the interpreter's own flush at exit cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _reopen(number: int, flags: int, mode: Literal["r", "w"]) -> TextIOWrapper:
+    opened = os.open(os.devnull, flags)
+    if opened != number:
+        os.dup2(opened, number)
+        os.close(opened)
+    return open(number, mode, encoding="utf-8", closefd=False)  # a number is no path
