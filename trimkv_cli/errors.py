@@ -10,6 +10,7 @@ TrimkvError                  1  failure at run time
 ├── OutOfDeviceMemory        5  after all fallbacks
 ├── ModelError               6  model or gates missing, mismatched, unsupported
 │   ├── ModelNotFound
+│   ├── BrokenModel             its files are damaged or make no sense
 │   ├── OfflineError            would need the network
 │   ├── UnsupportedModel
 │   └── GateMismatch
@@ -75,6 +76,10 @@ class ModelError(TrimkvError):
 
 class ModelNotFound(ModelError):
     """Report a model id or folder that holds no model."""
+
+
+class BrokenModel(ModelError):
+    """Report a model whose files are cut off, damaged or contradict each other."""
 
 
 class OfflineError(ModelError):

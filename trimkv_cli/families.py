@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimkv_cli.errors import InputError, UnsupportedModel
+from trimkv_cli.errors import BrokenModel, UnsupportedModel
 
 # What transformers' config classes assume for an absent key.
 _QWEN: Mapping[str, Any] = {
@@ -94,39 +94,51 @@ def supported_type(config: Mapping[str, Any]) -> str:
 def original_max_positions(config: Mapping[str, Any]) -> int | None:
     """Find where long-RoPE switches its factors; transformers 5 says `rope_parameters`, 4 `rope_scaling`."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise _senseless("rope_scaling", rope, "an object")
     kind = rope.get("rope_type", rope.get("type"))
     if kind not in ("longrope", "su"):
         return None
-    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    return int(stated or config["max_position_embeddings"])
+    key = "original_max_position_embeddings"
+    return positive({key: config.get(key) or rope.get(key)}, key, positive(config, "max_position_embeddings"))
 
 
 def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """Read a whole number above 0; null means the default.
 
     Raises:
-        InputError: something else.
+        BrokenModel: something else.
     """
     value = config.get(key)
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config.json: {key} = {value!r} is not a whole number above 0")
+        raise _senseless(key, value, "a whole number above 0")
     return value
+
+
+def _senseless(key: str, value: object, wanted: str) -> BrokenModel:
+    return BrokenModel(f"config.json: {key} = {value!r} is not {wanted}", hint="get the folder again")
 
 
 def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Give each layer's attention window (the query counted), None where it is full."""
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    layers = positive(config, "num_hidden_layers")
+    window = None if config.get("sliding_window") is None else positive(config, "sliding_window")
     if model_type in ("qwen2", "qwen3"):
-        window = window if config.get("use_sliding_window") else None
-        sliding = [layer >= config["max_window_layers"] for layer in range(layers)]
+        window, first = window if config.get("use_sliding_window") else None, config["max_window_layers"]
+        if window is not None and not isinstance(first, int):
+            raise _senseless("max_window_layers", first, "a whole number")
+        sliding = [window is not None and layer >= first for layer in range(layers)]
     elif model_type == "gemma3_text":
-        sliding = [(layer + 1) % config["sliding_window_pattern"] != 0 for layer in range(layers)]
+        sliding = [(layer + 1) % positive(config, "sliding_window_pattern") != 0 for layer in range(layers)]
     else:
-        return (window if model_type in ("mistral", "phi3") else None,) * int(layers)
-    if config.get("layer_types"):
-        sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+        return (window if model_type in ("mistral", "phi3") else None,) * layers
+    kinds = config.get("layer_types")
+    if kinds and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise _senseless("layer_types", kinds, f"a list of {layers} names")
+    if kinds:
+        sliding = [kind == "sliding_attention" for kind in kinds]
     return tuple(window if slides else None for slides in sliding)
 
 

@@ -114,7 +114,7 @@ def _choices(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options:
     if shape.kv_budget != wish.kv_budgets[0]:
         yield f"{shape.kv_budget} slots per head: the budget holds no {wish.kv_budgets[0]}"
     else:
-        yield f"{shape.kv_budget} slots per head: {_reason(gate, options)}"
+        yield f"{shape.kv_budget} slots per head: {_reason(gate, options, shape.kv_budget, spec.max_positions)}"
     if shape.prefill_chunk != wish.chunks[0]:
         yield f"chunks of {shape.prefill_chunk} prompt tokens: {wish.chunks[0]} do not fit"
     if options.max_inflight is None:
@@ -122,11 +122,13 @@ def _choices(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options:
         yield f"{shape.rows} sequences at a time: {most}"
 
 
-def _reason(gate: GateSpec, options: PlanOptions) -> str:
+def _reason(gate: GateSpec, options: PlanOptions, slots: int, positions: int) -> str:
     if isinstance(options.kv_budget, SequenceBytes):
         return f"{format_size(options.kv_budget.amount)} per sequence"
     if options.kv_budget is not None:
         return "as asked"
+    if slots == positions < (options.default_kv_budget or gate.memory_size or slots + 1):
+        return "as many as the model has positions"
     if gate.variant == "none":
         return "the context, as a full cache evicts nothing" if options.context else "no --context was given"
     if options.default_kv_budget not in (None, gate.memory_size):

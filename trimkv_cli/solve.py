@@ -56,9 +56,22 @@ def _sacrifices(wish: Wish) -> Iterator[Iterator[Step]]:
         yield iter([(replace(wish, chunks=(SMALLEST_CHUNK,)), {"--prefill-chunk": str(SMALLEST_CHUNK)})])
     if wish.dtypes[-1] == "fp32" and wish.dtype_is_free:
         yield iter([(replace(wish, dtypes=("bf16",)), {"--dtype": "bf16"})])
+    if wish.chunks[-1] == 0 and wish.kv_flag != "--context":
+        lengths = halvings(wish.around.longest_prompt, SMALLEST_CHUNK)[1:]
+        yield ((_with_context(wish, n), {"--context": str(n)}) for n in lengths)
     if wish.kv_flag is not None:
         sizes = halvings(wish.kv_budgets[-1], SMALLEST_KV_BUDGET)[1:]
-        yield ((replace(wish, kv_budgets=(n,)), {str(wish.kv_flag): str(n)}) for n in sizes)
+        yield ((_with_slots(wish, n), {str(wish.kv_flag): str(n)}) for n in sizes)
+
+
+def _with_context(wish: Wish, context: int) -> Wish:
+    return replace(wish, around=replace(wish.around, longest_prompt=context))
+
+
+def _with_slots(wish: Wish, slots: int) -> Wish:
+    """Give up slots; of a full cache they are the context, and with it the longest prompt."""
+    fewer = replace(wish, kv_budgets=(slots,))
+    return _with_context(fewer, slots) if wish.kv_flag == "--context" else fewer
 
 
 def _smallest(spec: ModelSpec, gate: GateSpec, wish: Wish, *, below: int) -> dict[str, str] | None:

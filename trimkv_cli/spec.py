@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import prod
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from trimkv_cli.errors import GateMismatch, InputError, ModelNotFound, UsageError
+from trimkv_cli.errors import GateMismatch, UsageError
 from trimkv_cli.families import (
     DEFAULTS,
     layer_windows,
@@ -24,7 +21,7 @@ GateVariant = Literal["rg", "rg10", "streaming", "none"]
 
 DTYPE_BYTES: Mapping[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
-_STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -53,7 +50,7 @@ class ModelSpec:
 
         Raises:
             UnsupportedModel: a family or form that trimkv does not run.
-            InputError: a key that is missing or is not a number where one is needed.
+            BrokenModel: a key that is missing or has a value that makes no sense.
         """
         model_type = supported_type(config)
         full = {**DEFAULTS[model_type], **config}
@@ -173,58 +170,6 @@ def full_gate() -> GateSpec:
     return GateSpec(variant="none", id="none")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json.
-
-    Raises:
-        ModelNotFound: no such folder, or no config.json in it.
-        InputError: not a JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ModelNotFound(f"{folder} {what}", hint="give a folder saved by transformers, a hub id or a profile")
-    return _json_object(path.read_bytes(), path)
-
-
-def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Read name → (dtype, shape) of all tensors of a folder's *.safetensors files, without reading a weight.
-
-    Raises:
-        InputError: a file whose header is cut off or not JSON.
-    """
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        header = _json_object(_header_bytes(path), path)
-        header.pop("__metadata__", None)
-        tensors.update({name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()})
-    return tensors
-
-
-def read_model_spec(folder: Path) -> ModelSpec:
-    """Read a model folder's spec; the stored tensors say what config.json leaves open."""
-    config = read_config(folder)
-    spec = ModelSpec.from_config(config)
-    tensors = read_safetensors_headers(folder)
-    skipped = ("lm_head.weight",) if spec.tied else ()
-    stored = sum(prod(shape) for name, (_, shape) in tensors.items() if name not in skipped and "inv_freq" not in name)
-    dtypes = {_STORED_DTYPES[dtype] for dtype, _ in tensors.values() if dtype in _STORED_DTYPES}
-    known = config.get("dtype") or config.get("torch_dtype") or len(dtypes) != 1
-    return replace(spec, weight_numel=max(spec.weight_numel, stored), dtype=spec.dtype if known else dtypes.pop())
-
-
-def read_gate_spec(folder: Path, *, id: str) -> GateSpec:
-    """Read what a gate folder of either format says of itself, without its tensors.
-
-    Raises:
-        ModelNotFound: neither gates.json nor config.json.
-        GateMismatch: gates that trimkv does not run.
-    """
-    own = folder / "gates.json"
-    config = _json_object(own.read_bytes(), own) if own.is_file() else read_config(folder)
-    return GateSpec.from_config(config, id=id)
-
-
 def parse_dtype(text: str, default: Dtype) -> Dtype:
     """Read a dtype flag; "auto" is the default given."""
     names: dict[str, Dtype] = {**_DTYPES, "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
@@ -240,23 +185,6 @@ def _whole(config: Mapping[str, Any], key: str, id: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int | float) or value != int(value) or value < 1:
-        raise GateMismatch(f"{id}: {key} = {value!r} is not a whole number above 0")
+        hint = "get the gates again, or --gates streaming"
+        raise GateMismatch(f"{id}: {key} = {value!r} is not a whole number above 0", hint=hint)
     return int(value)
-
-
-def _header_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise InputError(f"{path} is cut off or not a safetensors file", hint="download it again")
-        return file.read(length)
-
-
-def _json_object(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return value

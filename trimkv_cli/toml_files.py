@@ -23,7 +23,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        hint = 'text needs quotes: model = "Qwen/Qwen3-4B"'
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint=hint) from None
 
 
 def check_keys(values: Mapping[str, Any], known: Mapping[str, type], path: Path, *, table: str = "") -> None:

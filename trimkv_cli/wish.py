@@ -141,11 +141,17 @@ def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_byt
     asked = options.kv_budget
     if isinstance(asked, SequenceBytes):
         asked = _slots_of(spec, asked.amount, dtype_bytes)
+    if asked is not None and asked > spec.max_positions:
+        raise UsageError(
+            f"{asked} slots per head are more than the model's {spec.max_positions} positions",
+            hint=f"--kv-budget {spec.max_positions} keeps everything",
+        )
     if gate.variant == "none":
         return _full_budgets(spec, options, asked)
     if asked is not None:
         return (asked,)
-    return halvings(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, SMALLEST_KV_BUDGET)
+    wanted = options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET
+    return halvings(min(wanted, spec.max_positions), SMALLEST_KV_BUDGET)
 
 
 def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:
@@ -174,5 +180,8 @@ def _slots_of(spec: ModelSpec, sequence_bytes: int, dtype_bytes: int) -> int:
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         least = format_size(spec.kv_bytes_per_row(1, dtype_bytes))
-        raise UsageError(f"{format_size(sequence_bytes)} hold no slot: one of every head is {least}")
+        raise UsageError(
+            f"{format_size(sequence_bytes)} hold no slot: one of every head is {least}",
+            hint="--kv-budget 512 is slots per head; with a unit it is bytes per sequence: --kv-budget 256MiB",
+        )
     return low

@@ -107,6 +107,11 @@ def test_the_full_cache_of_a_context_is_named() -> None:
         (["mini", "--dtype", "fp8"], 2, "fp8"),
         (["mini", "--device", "tpu"], 2, "tpu"),
         (["mini", "--context", "100000"], 4, "positions"),
+        (["mini", "--kv-budget", "100000"], 2, "more than the model's 65536 positions"),
+        (["mini", "--kv-budget", "1.5"], 2, "hold no slot"),
+        (["mini", "--gates", "streaming:-1"], 2, "streaming:-1"),
+        (["mini", "--revision", "main"], 2, "no revisions"),
+        (["golden/qwen3_base", "--gates", "streaming", "--revision", "main"], 2, "no revisions"),
         (["no-such-model"], 6, "no-such-model"),
         (["golden"], 6, "config.json"),
         (["golden/qwen3_base"], 6, "no retention gates"),
@@ -120,7 +125,20 @@ def test_bad_input_is_one_error_line_and_a_hint(arguments: list[str], code: int,
     lines = done.stderr.splitlines()
     assert lines[0].startswith("error: ")
     assert message in lines[0]
-    assert all(line.startswith("hint: ") for line in lines[1:])
+    assert [line[:6] for line in lines[1:]] == ["hint: "]
+
+
+def test_a_broken_config_is_said_before_missing_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    done = trimkv("ask", "-m", str(tmp_path), "--gates", "streaming", "Hello")
+    assert (done.returncode, "not valid JSON" in done.stderr) == (6, True)
+
+
+def test_a_whole_prompt_in_one_chunk_can_be_had_with_a_shorter_context() -> None:
+    made = plan("qwen3-4b-math", "--dtype", "bf16", "--prefill-chunk", "0", "--budget", "16GiB")
+    assert not made["fits"]
+    assert any("--context" in offer for offer in made["offers"])
+    assert all(plan(*shlex.split(offer)[2:])["fits"] for offer in made["offers"])
 
 
 def test_an_environment_variable_is_a_default_that_a_flag_overrides() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from trimkv_cli.app import main
 from trimkv_cli.cache.gate_check import check_gates
 from trimkv_cli.cache.gate_files import read_gates
-from trimkv_cli.spec import read_model_spec
+from trimkv_cli.folders import read_model_spec
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import save_tiny_model, write_conversations

@@ -152,6 +152,15 @@ def test_gates_with_a_shared_budget_are_a_warning() -> None:
     assert codes(make_plan(SPEC, GATES[3], PlanOptions())) == ["budget_per_head"]
 
 
+def test_no_more_slots_than_positions() -> None:
+    short = replace(SPEC, max_positions=200)
+    plan = make_plan(short, GATE, PlanOptions())
+    assert plan.kv_budget == 200
+    assert "200 slots per head: as many as the model has positions" in plan.choices
+    with pytest.raises(UsageError, match="positions"):
+        make_plan(short, GATE, PlanOptions(kv_budget=201))
+
+
 def test_streaming_says_where_its_size_comes_from() -> None:
     plan = make_plan(SPEC, streaming_gate(), PlanOptions())
     assert plan.kv_budget == 1024

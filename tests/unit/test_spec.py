@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 
-from trimkv_cli.errors import GateMismatch, InputError, ModelNotFound, UnsupportedModel, UsageError
+from trimkv_cli.errors import BrokenModel, GateMismatch, ModelNotFound, UnsupportedModel, UsageError
 from trimkv_cli.families import SUPPORTED_MODEL_TYPES
+from trimkv_cli.folders import read_config, read_gate_spec, read_model_spec, read_safetensors_headers
 from trimkv_cli.spec import (
     GateSpec,
     ModelSpec,
     gate_bytes,
     parse_dtype,
-    read_config,
-    read_gate_spec,
-    read_model_spec,
-    read_safetensors_headers,
 )
 
 TINY = {
@@ -150,7 +147,7 @@ def test_models_that_trimkv_does_not_run_are_refused_by_name(config: dict[str, A
 
 @pytest.mark.parametrize("value", [0, -1, "64", 1.5, True])
 def test_a_size_that_is_no_number_is_named(value: object) -> None:
-    with pytest.raises(InputError, match="hidden_size"):
+    with pytest.raises(BrokenModel, match="hidden_size"):
         ModelSpec.from_config({**TINY, "hidden_size": value})
 
 
@@ -164,15 +161,46 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
 def test_a_config_that_is_no_json_object_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match=r"config\.json"):
+    with pytest.raises(BrokenModel, match=r"config\.json"):
         read_config(tmp_path)
 
 
 def test_a_cut_off_safetensors_file_is_named(golden: Path, tmp_path: Path) -> None:
     whole = (golden / "qwen3_base" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:100])
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(BrokenModel, match="cut off"):
         read_safetensors_headers(tmp_path)
+
+
+def test_a_safetensors_file_that_lacks_the_end_of_its_tensors_is_named(golden: Path, tmp_path: Path) -> None:
+    whole = (golden / "qwen3_base" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(BrokenModel, match="cut off"):
+        read_safetensors_headers(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"", b"[]", b'{"a": {}}', b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": 1}}'])
+def test_a_senseless_safetensors_header_is_named(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 100)
+    with pytest.raises(BrokenModel, match=r"model\.safetensors") as caught:
+        read_safetensors_headers(tmp_path)
+    assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": "longrope"},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": "full_attention"},
+        {"sliding_window": "8", "use_sliding_window": True},
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": None},
+    ],
+)
+def test_odd_values_of_a_config_are_errors_and_not_tracebacks(changes: dict[str, Any]) -> None:
+    with pytest.raises(BrokenModel, match=next(iter(changes)) if len(changes) == 1 else "window") as caught:
+        ModelSpec.from_config({**TINY, **changes})
+    assert caught.value.hint is not None
 
 
 def test_headers_give_names_dtypes_and_shapes(golden: Path) -> None:

@@ -46,7 +46,7 @@ def verify(gates: Gates, *, model: Model = None, revision: Revision = None, offl
     """
     from trimkv_cli.cache.gate_check import check_gates
     from trimkv_cli.cache.gate_files import read_gates
-    from trimkv_cli.spec import read_model_spec
+    from trimkv_cli.folders import read_model_spec
 
     place = gates_place(gates, revision)
     gate, tensors, _, warnings = read_gates(place.folder("gates", offline=offline), id=place.id)

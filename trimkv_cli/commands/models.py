@@ -11,9 +11,10 @@ import typer
 
 from trimkv_cli.commands.options import Json, Offline, Revision
 from trimkv_cli.engine.places import MINI, Place, gates_place, model_place, shown_id
+from trimkv_cli.folders import read_model_spec
 from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.profiles import find_profile, list_profiles
-from trimkv_cli.spec import DTYPE_BYTES, read_model_spec
+from trimkv_cli.spec import DTYPE_BYTES
 from trimkv_cli.ui.messages import print_note
 from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.ui.tables import columns

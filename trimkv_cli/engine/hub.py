@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trimkv_cli.engine.hub_faults import HUB_IDS, explain, no_such_model, pull_command
-from trimkv_cli.errors import ModelNotFound, OfflineError, TrimkvError, UnsupportedModel
+from trimkv_cli.errors import ModelNotFound, OfflineError, TrimkvError, UnsupportedModel, UsageError
+from trimkv_cli.folders import read_config
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo
@@ -37,6 +38,7 @@ def resolve(
 
     Raises:
         ModelNotFound: no such folder, repository or revision, or nothing of this kind in it.
+        UsageError: a revision of a folder.
         UnsupportedModel: GGUF files, or weights that are not safetensors.
         OfflineError: not in the cache, and the network is off (`offline`) or unreachable.
         ModelError: the repository's licence has to be accepted, or access is denied.
@@ -44,6 +46,8 @@ def resolve(
     path = _local_path(name)
     if path is not None and not path.is_dir():
         raise _no_folder(path)
+    if path is not None and revision is not None:
+        raise UsageError(f"{name} is a folder and has no revisions", hint="leave out --revision")
     if path is not None:
         return _checked(path, kind, name)
     if name.count("/") != 1:
@@ -139,6 +143,7 @@ def _no_model(folder: Path, name: str) -> TrimkvError:
         return _gguf(name)
     if not (folder / "config.json").is_file():
         return ModelNotFound(f"{name} has no config.json", hint="give the folder or hub id of a transformers model")
+    read_config(folder)  # a broken one is the first thing to say
     if any(folder.glob("*.safetensors")):
         return ModelNotFound(f"{name} lacks some of its weight files", hint=f"trimkv models pull {name}")
     hint = "take a repository with *.safetensors, or save the model again with transformers' save_pretrained"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimkv_cli.errors import GateMismatch
+from trimkv_cli.errors import GateMismatch, UsageError
 from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
 from trimkv_cli.profiles import BUILT_IN, find_profile
 
@@ -28,6 +28,8 @@ class Place:
         """Return the folder with the files; raises as `hub.resolve` does."""
         from trimkv_cli.engine.hub import resolve
 
+        if self.id == MINI and self.revision is not None:
+            raise UsageError("the built-in mini has no revisions", hint="leave out --revision")
         if self.id == MINI:
             return BUILT_IN_FOLDERS[kind]
         return resolve(self.id, kind=kind, revision=self.revision, offline=offline, refresh=refresh)

@@ -11,10 +11,11 @@ from typing import Any
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.places import MINI, Place, gates_place, model_place, shown_id
 from trimkv_cli.errors import GateMismatch, UnsupportedModel, UsageError
+from trimkv_cli.folders import read_gate_spec, read_model_spec
 from trimkv_cli.mini import GATES_FOLDER
 from trimkv_cli.plan import PlanOptions
 from trimkv_cli.profiles import BUILT_IN, Profile, find_profile, list_profiles, load_profile, profile_for
-from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, read_gate_spec, read_model_spec, streaming_gate
+from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, streaming_gate
 from trimkv_cli.units import parse_budget, parse_kv_budget
 
 _STREAMING = re.compile(r"streaming(?::(\d+))?")
@@ -131,6 +132,8 @@ def _gates(options: EngineOptions, profile: Profile | None, model: Place) -> tup
         return full_gate(), None
     if streaming is not None:
         return streaming_gate(int(streaming[1] or 4)), None
+    if options.gates.startswith("streaming:"):
+        raise UsageError(f"--gates {options.gates}: not a number of sinks", hint="--gates streaming:4")
     if options.gates == "auto":
         return _own_gates(options, profile, model)
     known = next((p for p in list_profiles() if options.gates in (p.name, p.gates)), None)
