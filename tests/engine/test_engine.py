@@ -189,7 +189,7 @@ def test_eos_ends_a_request_and_its_row_is_refilled(tiny_model: TinyModel) -> No
 
 def test_what_cannot_be_honoured_is_refused(tiny_model: TinyModel) -> None:
     """Catches clamping: an overlong, empty or foreign prompt must be an error with a reason."""
-    engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=600, rows=1))
+    engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=512, rows=1))
     engine.check(greedy("fits", [5] * 500, 13))
     with pytest.raises(ContextOverflow, match="512"):
         engine.check(greedy("long", [5] * 500, 14))

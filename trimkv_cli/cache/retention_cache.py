@@ -78,6 +78,22 @@ class RetentionCache:
             for tensor in layer.slots:
                 tensor[target].copy_(tensor[source])
 
+    def save_row(self, row: int) -> tuple[Slots, ...]:
+        """Copy the slots in use of `row` to host memory, `[1, Hkv, slots in use, …]` per layer."""
+        return tuple(
+            Slots(*(tensor.to("cpu", copy=True) for tensor in layer.slots.rows(row, 1).head(self._used(row, layer))))
+            for layer in self.layers
+        )
+
+    def load_row(self, row: int, layers: Sequence[Slots], *, seen: int) -> None:
+        """Make `row` what `save_row` copied when it had seen `seen` tokens."""
+        self.clear(row)
+        self.seen[row] = seen
+        for layer, saved in zip(self.layers, layers, strict=True):
+            target = layer.slots.rows(row, 1).head(saved.position.shape[2])
+            for old, new in zip(target, saved, strict=True):
+                old.copy_(new)
+
     def kept(self, row: int) -> list[list[list[int]]]:
         """Return the kept positions, `[layer][head][ascending]`."""
         return [
@@ -91,12 +107,15 @@ class RetentionCache:
 
     def kept_per_head(self, row: int) -> int:
         """Return the slots in use per head of the largest layer."""
-        return min(self.seen[row], max(layer.size for layer in self.layers))
+        return max(self._used(row, layer) for layer in self.layers)
 
     def evicted(self, row: int) -> int:
         """Count the tokens lost so far, over all layers and heads."""
         heads = self.layers[0].slots.position.shape[1]
-        return sum(max(0, self.seen[row] - layer.size) for layer in self.layers) * heads
+        return sum(self.seen[row] - self._used(row, layer) for layer in self.layers) * heads
+
+    def _used(self, row: int, layer: LayerCache) -> int:
+        return min(self.seen[row], layer.size)
 
 
 def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:

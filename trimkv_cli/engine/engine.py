@@ -14,6 +14,7 @@ from trimkv_cli.engine.memory import peak_bytes
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.request import Request
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
+from trimkv_cli.engine.session import RowState
 from trimkv_cli.engine.text import Detokenizer, Text
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, RequestStats, RunStats, TokenEvent
@@ -108,7 +109,8 @@ class Engine:
         bad = next((i for i in ids if not 0 <= i < facts.spec.vocab_size), None)
         if bad is not None:
             raise UsageError(f"token id {bad} is outside the vocabulary of {facts.spec.vocab_size}")
-        before = self._scheduler.parked[request.continues].seen if request.continues in self._scheduler.parked else 0
+        parked = self._scheduler.parked.get(request.continues or "")
+        before = parked.seen + len(parked.unread) if parked is not None else 0
         needed = before + len(ids) + request.params.max_tokens - 1
         asked = f"{before + len(ids)} prompt tokens + {request.params.max_tokens} to generate"
         if needed > facts.max_positions:
@@ -167,6 +169,28 @@ class Engine:
     def seen(self, request_id: str) -> int:
         """Return how many tokens the row of a finished request with `keep` has been fed."""
         return self._scheduler.parked[request_id].seen
+
+    def save(self, request_id: str) -> RowState:
+        """Copy what such a request left, so that what comes after it can be undone; its row stays as it is."""
+        row = self._scheduler.parked[request_id]
+        return RowState(
+            layers=self._runner.cache.save_row(row.index),
+            token_ids=row.token_ids,
+            unread=row.unread,
+            last_token=row.output[-1] if row.output else None,
+            long_rope=row.long_rope,
+        )
+
+    def restore(self, state: RowState, request_id: str) -> None:
+        """Put a saved state into a free row, as if `request_id` had left it there; a later request `continues` it.
+
+        Any number of rows may come from one state. At least one row must be free: neither running nor kept.
+        """
+        request = Request(id=request_id, prompt_token_ids=state.unread, keep=True)
+        row = self._scheduler.park(
+            request, history=state.token_ids, last_token=state.last_token, long_rope=state.long_rope
+        )
+        self._runner.cache.load_row(row.index, state.layers, seen=row.seen)
 
     def horizon(self, request_id: str) -> tuple[int, int]:
         """Return the median and the 95th percentile of the age, in tokens, of what such a request left in the cache."""

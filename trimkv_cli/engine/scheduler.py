@@ -34,6 +34,16 @@ class Row:
         return self.base + self.fed + max(0, len(self.output) - 1)
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens fed into the row so far."""
+        return (*self.history, *self.request.prompt_token_ids[: self.fed], *self.output[:-1])
+
+    @property
+    def unread(self) -> tuple[int, ...]:
+        """Prompt tokens not fed yet."""
+        return self.request.prompt_token_ids[self.fed :]
+
+    @property
     def prefilling(self) -> bool:
         return self.fed < len(self.request.prompt_token_ids)
 
@@ -132,6 +142,15 @@ class Scheduler:
         if row.request.keep:
             self.parked[row.request.id] = row
 
+    def park(self, request: Request, *, history: tuple[int, ...], last_token: int | None, long_rope: bool) -> Row:
+        """Give a request that has ended elsewhere a free row: `history` was fed, its prompt was not."""
+        index = self._free_index()
+        assert index is not None, "no row is free: release one first"
+        output = [] if last_token is None else [last_token]
+        row = Row(index=index, request=request, base=len(history), history=history, output=output, long_rope=long_rope)
+        self.parked[request.id] = row
+        return row
+
     def find(self, request_id: str) -> Row | None:
         """Return the row in which a request runs."""
         return next((row for row in self.running.values() if row.request.id == request_id), None)
@@ -171,14 +190,13 @@ class Scheduler:
     def _continue(self, request: Request) -> Row:
         assert request.continues is not None
         before = self.parked.pop(request.continues)
-        prompt = before.request.prompt_token_ids
         # What a stopped request had not read yet is read first.
-        whole = replace(request, prompt_token_ids=(*prompt[before.fed :], *request.prompt_token_ids))
+        whole = replace(request, prompt_token_ids=(*before.unread, *request.prompt_token_ids))
         return Row(
             index=before.index,
             request=whole,
             base=before.seen,
-            history=(*before.history, *prompt[: before.fed], *before.output[:-1]),
+            history=before.token_ids,
             long_rope=before.long_rope,
         )
 
