@@ -13,7 +13,8 @@ TrimkvError                  1  failure at run time
 │   ├── BrokenModel             its files are damaged or make no sense
 │   ├── OfflineError            would need the network
 │   ├── UnsupportedModel
-│   └── GateMismatch
+│   ├── GateMismatch
+│   └── CacheMismatch           a saved cache that another model, gates or sizes made
 ├── Stopped                 75  stopped on purpose, resumable
 └── ClosedPipe             141  the reader of stdout is gone; nothing is printed
 """
@@ -92,6 +93,10 @@ class UnsupportedModel(ModelError):
 
 class GateMismatch(ModelError):
     """Report gates whose tensors do not belong to the model."""
+
+
+class CacheMismatch(ModelError):
+    """Report a saved cache that another model, other gates or other sizes made."""
 
 
 class Stopped(TrimkvError):

@@ -22,6 +22,7 @@ from trimkv_cli.commands.options import (
     with_options,
 )
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
+from trimkv_cli.errors import UsageError
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
@@ -29,6 +30,12 @@ def ask(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; text piped into stdin is appended.")] = None,
     *,
     file: Annotated[list[str] | None, typer.Option("-f", "--file", help="Append a text file.", metavar="FILE")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache", help="Ask about what summarize --save-cache read, without reading again.", metavar="KV"
+        ),
+    ] = None,
     system: System = None,
     system_file: SystemFile = None,
     think: Think = None,
@@ -49,26 +56,36 @@ def ask(
     git diff | trimkv ask "Write a commit message for this change" | git commit -F -
 
     trimkv ask -f notes.txt "What is decided, and by whom?" --json
+
+    trimkv ask --cache report.kv "Which risks does it name?"
     """
+    if cache is not None and (raw or system is not None or system_file is not None):
+        raise UsageError("--cache goes on with a conversation that has begun", hint="leave out --raw and --system")
+
     from trimkv_cli.commands.prompts import gather, read_system
 
     user, system_text = gather(prompt, file or []), read_system(system, system_file)
 
     from trimkv_cli.commands.answers import answer, open_engine, print_stats, say_if_cut, to_completion
     from trimkv_cli.commands.prompts import draw_seed, open_answer, render
+    from trimkv_cli.commands.saved_reads import next_turn
     from trimkv_cli.engine.request import Request
     from trimkv_cli.ui.live import token_counter
 
     options = replace(engine, max_inflight=1)
     llm = open_engine(options, quiet=quiet)
-    rendered = render(llm.text, user, system=system_text, raw=raw, think=think)
-    request = Request(
-        id="ask",
-        prompt_token_ids=rendered.token_ids,
-        prefix_len=rendered.prefix_len,
-        params=draw_seed(sampling).resolve(llm.facts.sampling_defaults),
-        keep=True,
-    )
+    params = draw_seed(sampling).resolve(llm.facts.sampling_defaults)
+    if cache is not None:
+        request = next_turn(llm, cache, user, params=params, think=think)
+    else:
+        rendered = render(llm.text, user, system=system_text, raw=raw, think=think)
+        request = Request(
+            id="ask",
+            prompt_token_ids=rendered.token_ids,
+            prefix_len=rendered.prefix_len,
+            params=params,
+            keep=True,
+        )
     llm.check(request)
     with open_answer(output) as writer, token_counter(wanted=live) as count:
         streaming = not (json or no_stream)

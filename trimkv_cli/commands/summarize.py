@@ -11,7 +11,7 @@ import typer
 
 from trimkv_cli.commands.options import Json, NoStream, Output, Quiet, Stats, Think, with_options
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
-from trimkv_cli.errors import InputError, PartialFailure, TrimkvError
+from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
 from trimkv_cli.ui.messages import print_error
 from trimkv_cli.ui.plain import AnswerWriter
 
@@ -33,6 +33,7 @@ class _How:
     think: bool | None
     titled: bool
     several: bool
+    save_cache: str | None
     engine: EngineOptions
     sampling: SamplingOptions
 
@@ -41,6 +42,9 @@ class _How:
 def summarize(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help='Text files, or "-" for stdin.')],
     *,
+    save_cache: Annotated[
+        str | None, typer.Option("--save-cache", help="Keep what was read, for trimkv ask --cache.", metavar="KV")
+    ] = None,
     think: Think = None,
     json: Json = False,
     output: Output = None,
@@ -56,11 +60,18 @@ def summarize(
 
     trimkv summarize chapters/*.txt --json -o summaries.jsonl
 
+    trimkv summarize report.txt --save-cache report.kv
+
     Of several files each summary stands under its name; one that cannot be read does not stop the others (exit 3).
     """
     from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.commands.prompts import draw_seed, open_answer, read_text
+    from trimkv_cli.commands.saved_reads import check_place
 
+    if save_cache is not None:
+        if len(files) > 1:
+            raise UsageError("--save-cache keeps one file's reading", hint="run trimkv summarize once for each file")
+        check_place(save_cache)
     if len(files) == 1:
         read_text_once = read_text(files[0])  # fails before a model is loaded
         texts: Iterator[tuple[str, str | TrimkvError]] = iter([(files[0], read_text_once)])
@@ -74,6 +85,7 @@ def summarize(
         think=think,
         titled=len(files) > 1 and not json,
         several=len(files) > 1,
+        save_cache=save_cache,
         engine=replace(engine, max_inflight=1),
         sampling=draw_seed(sampling),
     )
@@ -108,6 +120,7 @@ def _summarize_all(
 def _summarize_one(llm: Engine, name: str, text: str, writer: AnswerWriter, how: _How) -> None:
     from trimkv_cli.commands.answers import answer, print_stats, say_if_cut
     from trimkv_cli.commands.prompts import render
+    from trimkv_cli.commands.saved_reads import save_read
     from trimkv_cli.engine.request import Request
 
     rendered = render(llm.text, f"{text}\n\n{_INSTRUCTION}", system=None, raw=False, think=how.think)
@@ -120,6 +133,8 @@ def _summarize_one(llm: Engine, name: str, text: str, writer: AnswerWriter, how:
     if not how.streaming:
         writer.push(_record(llm, name, finished, how) if how.json else finished.text)
     writer.close()
+    if how.save_cache is not None:
+        save_read(llm, name, how.save_cache)
     llm.release(name)
     if not how.quiet:
         say_if_cut(finished)

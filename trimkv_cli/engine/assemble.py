@@ -13,6 +13,7 @@ from trimkv_cli.cache.attention import install
 from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.fingerprint import make_fingerprint
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS
 from trimkv_cli.engine.sampler import Sampler
@@ -67,4 +68,12 @@ def assemble(
             long_rope_from=spec.original_max_positions,
         )
     )
-    return Engine(facts=facts, runner=runner, scheduler=scheduler, text=text, hooks=hooks, compact=not deterministic)
+    return Engine(
+        facts=facts,
+        runner=runner,
+        scheduler=scheduler,
+        text=text,
+        fingerprint=make_fingerprint(model, gates, plan),
+        hooks=hooks,
+        compact=not deterministic,
+    )

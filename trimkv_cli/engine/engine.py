@@ -59,11 +59,13 @@ class Engine:
         runner: ModelRunner,
         scheduler: Scheduler,
         text: Text | None,
+        fingerprint: Mapping[str, str],
         hooks: Sequence[RemovableHandle] = (),
         compact: bool = True,
     ) -> None:
         self.facts = facts
         self.text = text
+        self.fingerprint = fingerprint
         self._runner = runner
         self._scheduler = scheduler
         self._hooks = hooks

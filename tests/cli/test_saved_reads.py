@@ -1,0 +1,73 @@
+"""`summarize --save-cache` and `ask --cache` as a user would meet them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimkv_cli.commands.answers import answer
+from trimkv_cli.engine.loader import load_engine
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.request import Request, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import trimkv
+
+SIZES = ("--kv-budget", "40", "--threads", "1", "-n", "9", "--greedy")
+QUESTION = "When is the meeting?"
+TEXT = "The meeting is on Friday. " * 30
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "text.txt").write_text(TEXT)
+    done = trimkv("summarize", folder / "text.txt", "--save-cache", folder / "text.kv", *SIZES)
+    assert done.returncode == 0, done.stderr
+    return folder / "text.kv"
+
+
+def live_answer(summary_tokens: int) -> str:
+    """Summarize and ask in one process, by hand."""
+    from trimkv_cli.commands.summarize import _INSTRUCTION
+
+    llm: Any = load_engine(EngineOptions(kv_budget="40", threads=1, max_inflight=1))
+    params = SamplingParams(max_tokens=summary_tokens, temperature=0.0)
+    prompt = llm.text.render_chat([{"role": "user", "content": f"{TEXT}\n\n{_INSTRUCTION}"}])
+    first = answer(llm, Request(id="1", prompt_token_ids=prompt.token_ids, params=params, keep=True))
+    ids = llm.text.render_turn(QUESTION, last_token_id=first.token_ids[-1], eos_token_ids=llm.facts.eos_token_ids)
+    return answer(llm, Request(id="2", prompt_token_ids=tuple(ids), params=params, continues="1")).text
+
+
+def test_a_saved_read_answers_as_the_live_session(saved: Path) -> None:
+    """Catches a file that lacks part of the state, a text read again, and a file changed by asking."""
+    before = saved.read_bytes()
+    records = [json.loads(trimkv("ask", "--cache", saved, QUESTION, "--json", *SIZES).stdout) for _ in range(2)]
+    texts = [record["choices"][0]["message"]["content"] for record in records]
+    assert texts == [live_answer(9)] * 2
+    assert records[0]["usage"]["prompt_tokens"] < 40 < records[0]["trimkv"]["cache"]["seen_tokens"]
+    assert saved.read_bytes() == before
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(saved: Path, tmp_path: Path) -> None:
+    """Catches answers from a cache that other sizes or gates made, tracebacks, and flags that are ignored."""
+    other = trimkv("ask", "--cache", saved, QUESTION, "--kv-budget", "64", "--gates", "streaming")
+    assert other.returncode == 6
+    assert b"other gates" in other.stderr
+    assert b"another --kv-budget (40, here 64)" in other.stderr
+    assert other.stdout == b""
+    (tmp_path / "broken.kv").write_bytes(saved.read_bytes()[:100])
+    for arguments in (
+        ("--cache", tmp_path / "broken.kv"),
+        ("--cache", saved, "--system", "x"),
+        ("--cache", saved, "--raw"),
+    ):
+        done = trimkv("ask", *arguments, QUESTION, *SIZES)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count(b"error:") == 1
+    for wrong in (("a", "b", "--save-cache", "x.kv"), (saved, "--save-cache", tmp_path / "none" / "x.kv")):
+        assert trimkv("summarize", *wrong).returncode == 2

@@ -1,0 +1,119 @@
+"""Saved rows on disk: one safetensors file each, whose header says what made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from trimkv_cli.engine.session import RowState
+from trimkv_cli.errors import CacheMismatch, InputError, UsageError
+from trimkv_kernels import Slots
+
+FORMAT_VERSION = 1
+_SAYS = {
+    "trimkv": "another version of trimkv",
+    "weights": "another model",
+    "gates": "other gates",
+    "kv_budget": "another --kv-budget",
+    "prefill_chunk": "another --prefill-chunk",
+    "dtype": "another --dtype",
+    "kv_dtype": "another --kv-dtype",
+}
+
+
+def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mapping[str, str]) -> None:
+    """Write a file that only its owner may read; it appears whole or not at all.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    tensors = {"token_ids": torch.tensor(state.token_ids, dtype=torch.int64)}
+    for index, layer in enumerate(state.layers):
+        tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in layer._asdict().items()}
+    header = {
+        "format": FORMAT_VERSION,
+        "model": model_id,
+        "fingerprint": dict(fingerprint),
+        "token_ids_sha256": hash_ids(state.token_ids),
+        "unread": state.unread,
+        "last_token": state.last_token,
+        "long_rope": state.long_rope,
+    }
+    try:
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+        os.close(handle)
+        try:
+            save_file(tensors, partial, metadata={"trimkv": json.dumps(header)})
+            Path(partial).replace(path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot write {path}: {error}", hint="check the path") from error
+
+
+def read_row(path: Path, *, model_id: str, fingerprint: Mapping[str, str]) -> RowState:
+    """Read a file that `write_row` wrote for an engine with this fingerprint.
+
+    Raises:
+        InputError: no such file, or not a whole one of this kind.
+        CacheMismatch: another model, other gates, sizes or another version made it; all are named.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header(file.metadata())
+            _check(path, header, model_id, fingerprint)
+            layers = range(sum(name.endswith(".position") for name in file.keys()))  # noqa: SIM118 - not a dict
+            state = RowState(
+                layers=tuple(
+                    Slots(*(file.get_tensor(f"layers.{index}.{name}") for name in Slots._fields)) for index in layers
+                ),
+                token_ids=tuple(file.get_tensor("token_ids").tolist()),
+                unread=tuple(header["unread"]),
+                last_token=header["last_token"],
+                long_rope=header["long_rope"],
+            )
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint="give a file that --save-cache wrote") from error
+    if hash_ids(state.token_ids) != header["token_ids_sha256"]:
+        raise InputError(f"{path} is damaged: its token ids are not those that were written", hint="save it again")
+    return state
+
+
+def hash_ids(token_ids: Sequence[int]) -> str:
+    """Hash token ids, so that a transcript and a cache can be told to belong together."""
+    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
+
+
+def _header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    if metadata is None or "trimkv" not in metadata:
+        raise ValueError("it holds no saved cache")
+    header: dict[str, Any] = json.loads(metadata["trimkv"])
+    return header
+
+
+def _check(path: Path, header: Mapping[str, Any], model_id: str, fingerprint: Mapping[str, str]) -> None:
+    if header["format"] != FORMAT_VERSION:
+        raise CacheMismatch(f"{path} has format {header['format']}, this trimkv reads {FORMAT_VERSION}", hint=_AGAIN)
+    made = header["fingerprint"]
+    faults = [
+        f"{said} ({header['model']}, here {model_id})"
+        if name == "weights"
+        else f"{said} ({made.get(name)}, here {fingerprint[name]})"
+        for name, said in _SAYS.items()
+        if made.get(name) != fingerprint[name]
+    ]
+    if faults:
+        raise CacheMismatch(f"{path} was made with {', '.join(faults)}", hint=_AGAIN)
+
+
+_AGAIN = "give the options that made it, or read the text again"
