@@ -102,7 +102,7 @@ def make_plan(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Plan:
         fits=found is not None,
         offers=() if found else counter_offers(spec, gate, wish, command=options.command, flags=options.flags),
         choices=tuple(_choices(spec, gate, wish, shape, options)),
-        warnings=tuple(_warnings(gate, wish, shape, options)),
+        warnings=tuple(_warnings(spec, gate, wish, shape, options)),
     )
 
 
@@ -136,7 +136,7 @@ def _reason(gate: GateSpec, options: PlanOptions, slots: int, positions: int) ->
     return "as trained" if gate.memory_size else "the default without trained gates"
 
 
-def _warnings(gate: GateSpec, wish: Wish, shape: Shape, options: PlanOptions) -> Iterator[Warning]:
+def _warnings(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options: PlanOptions) -> Iterator[Warning]:
     trained, slots = gate.memory_size, shape.kv_budget
     if slots != wish.kv_budgets[0]:
         message = f"the budget forces {slots} slots per head instead of {wish.kv_budgets[0]}"
@@ -149,6 +149,9 @@ def _warnings(gate: GateSpec, wish: Wish, shape: Shape, options: PlanOptions) ->
     if trained is not None and slots > trained and slots != options.default_kv_budget:
         message = f"{gate.id} was trained for {trained} slots per head, not for {slots}"
         yield Warning(code="kv_budget_above_trained", message=message)
+    if slots > spec.max_positions:
+        message = f"{slots} slots per head are more than the model's {spec.max_positions} positions: some stay empty"
+        yield Warning(code="kv_budget_above_positions", message=message)
     if gate.trained_context and options.context and options.context > gate.trained_context:
         message = f"{gate.id} was trained on up to {gate.trained_context} tokens, not on {options.context}"
         yield Warning(code="context_above_trained", message=message)

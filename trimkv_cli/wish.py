@@ -141,11 +141,6 @@ def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_byt
     asked = options.kv_budget
     if isinstance(asked, SequenceBytes):
         asked = _slots_of(spec, asked.amount, dtype_bytes)
-    if asked is not None and asked > spec.max_positions:
-        raise UsageError(
-            f"{asked} slots per head are more than the model's {spec.max_positions} positions",
-            hint=f"--kv-budget {spec.max_positions} keeps everything",
-        )
     if gate.variant == "none":
         return _full_budgets(spec, options, asked)
     if asked is not None:

@@ -59,7 +59,7 @@ def draw_log_beta(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -
     return -np.exp(rng.normal(-2.0, 2.0, shape)).astype(np.float32)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(streams())
 def test_kept_sets_and_outputs_equal_brute_force(stream: dict) -> None:
     """Catches a wrong loser or tie, a token seen after its eviction, an unmasked empty slot, padding that counts."""
