@@ -47,12 +47,14 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
     """Count every part of a run's memory."""
     rows = max(shape.rows, around.padded_rows)
     row_bytes = spec.kv_bytes_per_row(shape.kv_budget, DTYPE_BYTES[shape.kv_dtype])
+    journal_bytes = spec.journal_bytes_per_row(DTYPE_BYTES[shape.kv_dtype])
     shares_prefix = shape.rows > 1 and shape.prefill_chunk > 0
     parts = [
         Part("weights", spec.weight_numel * DTYPE_BYTES[shape.dtype]),
         Part("gates", gate_bytes(spec, gate, shape.dtype)),
         Part("kv", rows * row_bytes),
         Part("shared_prefix", row_bytes if shares_prefix else 0),
+        Part("journal", (rows + shares_prefix) * journal_bytes),
         Part("workspace", workspace_bytes(spec, shape, around)),
     ]
     parts.append(Part("loading", _loading_bytes(spec, shape, around, later=sum(part.bytes for part in parts[1:]))))

@@ -21,6 +21,7 @@ GateVariant = Literal["rg", "rg10", "streaming", "none"]
 
 DTYPE_BYTES: Mapping[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
+_JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
 STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -95,6 +96,10 @@ class ModelSpec:
         """Count the bytes that one sequence's cache takes, whatever its length."""
         slots = sum(self.slots(layer, kv_budget) for layer in range(self.num_layers))
         return self.num_kv_heads * slots * (self.slot_numel * dtype_bytes + SLOT_STATE_BYTES)
+
+    def journal_bytes_per_row(self, dtype_bytes: int) -> int:
+        """Count the bytes that keep what one decode step displaced in one sequence."""
+        return self.num_layers * self.num_kv_heads * (self.slot_numel * dtype_bytes + _JOURNAL_STATE_BYTES)
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Count K and V of one token over all layers, as a full cache without windows stores them."""

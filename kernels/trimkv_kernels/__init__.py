@@ -1,6 +1,6 @@
 """Attention over a bounded set of slots, and the eviction that keeps it bounded."""
 
 from trimkv_kernels.operations import Operations, operations_for
-from trimkv_kernels.slots import Slots
+from trimkv_kernels.slots import Journal, Slots
 
-__all__ = ["Operations", "Slots", "operations_for"]
+__all__ = ["Journal", "Operations", "Slots", "operations_for"]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.launch import decode_launch, padded
-from trimkv_kernels.slots import Slots
+from trimkv_kernels.slots import Journal, Slots
 
 
 def decode(
@@ -18,6 +18,7 @@ def decode(
     log_beta: Tensor,
     position: Tensor,
     slots: Slots,
+    journal: Journal,
     *,
     fill: int,
     dense: bool,  # noqa: ARG001  # the mask costs nothing here
@@ -61,6 +62,7 @@ def decode(
         value,
         log_beta,
         *slots,
+        *journal,
         position,
         part_acc,
         part_stats,
@@ -161,6 +163,11 @@ def _merge(
     slot_value,
     slot_log_beta,
     slot_position,
+    journal_key,
+    journal_value,
+    journal_log_beta,
+    journal_position,
+    journal_slot,
     position,
     part_acc,
     part_stats,
@@ -176,7 +183,7 @@ def _merge(
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Join the splits with the new token of one (row, KV head), write the output, overwrite the loser's slot."""
+    """Join the splits with the new token of one (row, KV head), write the output, swap the loser's slot out."""
     program = tl.program_id(0).to(tl.int64)
     now = tl.load(position + program // HEADS)
     group, dim = tl.arange(0, TILE), tl.arange(0, WIDE)
@@ -209,8 +216,13 @@ def _merge(
     new_log_beta = tl.load(log_beta + program)
     enters = (now >= 0) & (2.0 * new_log_beta > lowest)
     slot = program * size + loser
+    wide = dim < DIM
+    tl.store(journal_slot + program, loser.to(tl.int64))
+    tl.store(journal_position + program, tl.load(slot_position + slot))
+    tl.store(journal_log_beta + program, tl.load(slot_log_beta + slot))
+    tl.store(journal_key + program * DIM + dim, tl.load(slot_key + slot * DIM + dim, mask=wide), mask=wide)
+    tl.store(journal_value + program * DIM + dim, tl.load(slot_value + slot * DIM + dim, mask=wide), mask=wide)
     tl.store(slot_position + slot, now, mask=enters)
     tl.store(slot_log_beta + slot, new_log_beta, mask=enters)
-    wide = enters & (dim < DIM)
-    tl.store(slot_key + slot * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=wide)
-    tl.store(slot_value + slot * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=wide)
+    tl.store(slot_key + slot * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=enters & wide)
+    tl.store(slot_value + slot * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=enters & wide)

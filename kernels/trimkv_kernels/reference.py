@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimkv_kernels.slots import Slots
+from trimkv_kernels.slots import Journal, Slots
 
 _NEVER = torch.iinfo(torch.int32).max
 
@@ -23,6 +23,7 @@ def decode(
     log_beta: Tensor,
     position: Tensor,
     slots: Slots,
+    journal: Journal,
     *,
     fill: int,
     dense: bool,
@@ -37,6 +38,7 @@ def decode(
         log_beta: `[B, Hkv]` float32.
         position: `[B]` int32; −1 marks a row without a token: its slots stay as they are, its output is unspecified.
         slots: changed in place: the loser's slot is overwritten.
+        journal: takes what that slot held, so that the step can be undone.
         fill: no row has a token beyond its first `fill` slots.
         dense: every row with a token has all of its first `fill` slots in use.
         window: length of a sliding window, the query itself counted.
@@ -44,9 +46,10 @@ def decode(
     Returns:
         `[B, Hq, D]`.
     """
-    rows = slots.rows(0, query.shape[0])
+    rows, undo = slots.rows(0, query.shape[0]), journal.rows(0, query.shape[0])
     output = _attend_one(query, key, value, position, rows.head(fill), dense=dense, scale=scale, window=window)
-    _evict_one(key, value, log_beta, position, rows.head(min(fill + 1, rows.position.shape[2])), window=window)
+    candidates = rows.head(min(fill + 1, rows.position.shape[2]))
+    _evict_one(key, value, log_beta, position, candidates, undo, window=window)
     return output
 
 
@@ -109,22 +112,33 @@ def _attend_one(
 
 
 def _evict_one(
-    key: Tensor, value: Tensor, log_beta: Tensor, position: Tensor, slots: Slots, *, window: int | None
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    position: Tensor,
+    slots: Slots,
+    journal: Journal,
+    *,
+    window: int | None,
 ) -> None:
     now = position[:, None, None]
     scores = _scores(slots.log_beta, slots.position, now, window)
     lowest = scores.amin(dim=-1, keepdim=True)
     loser = torch.where(scores == lowest, slots.position, -_NEVER).argmax(dim=-1, keepdim=True)  # ties: the newest goes
     enters = (now >= 0) & (2.0 * log_beta[..., None] > lowest)
-    _overwrite(slots.position, loser, now.expand_as(loser), enters)
-    _overwrite(slots.log_beta, loser, log_beta[..., None], enters)
+    journal.slot.copy_(loser[:, :, 0])
     wide = loser[..., None].expand(-1, -1, -1, key.shape[-1])
-    _overwrite(slots.key, wide, key[:, :, None], enters[..., None])
-    _overwrite(slots.value, wide, value[:, :, None], enters[..., None])
+    _displace(slots.key, wide, key, enters[..., None], journal.key)
+    _displace(slots.value, wide, value, enters[..., None], journal.value)
+    _displace(slots.log_beta, loser, log_beta, enters, journal.log_beta)
+    _displace(slots.position, loser, position[:, None].expand_as(log_beta), enters, journal.position)
 
 
-def _overwrite(target: Tensor, index: Tensor, new: Tensor, enters: Tensor) -> None:
-    target.scatter_(2, index, torch.where(enters, new.to(target.dtype), target.gather(2, index)))
+def _displace(target: Tensor, index: Tensor, new: Tensor, enters: Tensor, old: Tensor) -> None:
+    """Keep what `target` holds at `index` in `old`, and put `new` there where it `enters`."""
+    held = target.gather(2, index)
+    old.copy_(held[:, :, 0])
+    target.scatter_(2, index, torch.where(enters, new[:, :, None].to(target.dtype), held))
 
 
 def _attend_chunk(

@@ -1,4 +1,4 @@
-"""The memory that the operations work on: the slots of one layer."""
+"""The memory that the operations work on: the slots of one layer, and what its last decode displaced."""
 
 from __future__ import annotations
 
@@ -48,6 +48,50 @@ class Slots(NamedTuple):
     def head(self, count: int) -> Slots:
         """Return a view of the first `count` slots of every head."""
         return Slots(*(tensor.narrow(2, 0, count) for tensor in self))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self)
+
+
+class Journal(NamedTuple):
+    """Hold the one slot for each (row, KV head) that the last decode of one layer overwrote, as it was before.
+
+    A row or head where no token entered has some slot here, too: `undo` leaves it alone.
+    """
+
+    key: Tensor  # [R, Hkv, D] cache dtype
+    value: Tensor  # [R, Hkv, D] cache dtype
+    log_beta: Tensor  # [R, Hkv] float32
+    position: Tensor  # [R, Hkv] int32
+    slot: Tensor  # [R, Hkv] int64
+
+    @classmethod
+    def beside(cls, slots: Slots) -> Journal:
+        """Allocate a journal for decodes into `slots`; it grows as little as they do."""
+        key, value, log_beta, position = (torch.zeros_like(tensor[:, :, 0]) for tensor in slots)
+        slot = torch.zeros_like(position, dtype=torch.int64)
+        return cls(key=key, value=value, log_beta=log_beta, position=position, slot=slot)
+
+    def rows(self, first: int, count: int) -> Journal:
+        """Return a view of `count` rows from `first` on."""
+        return Journal(*(tensor.narrow(0, first, count) for tensor in self))
+
+    def undo(self, position: Tensor, slots: Slots) -> None:
+        """Take the token at `position` `[B]` int32 out of the first B rows again; −1 leaves a row as it is.
+
+        `slots` is changed in place, and only where the slot named here holds that position: heads that the token never
+        entered, or that a failed step never reached, stay as they are.
+        """
+        count = position.shape[0]
+        journal, held = self.rows(0, count), slots.rows(0, count)
+        index = journal.slot[..., None]
+        now = position[:, None, None]
+        entered = (now >= 0) & (held.position.gather(2, index) == now)
+        for target, old in zip(held, journal, strict=False):
+            wide = index[..., None].expand(-1, -1, -1, target.shape[3]) if target.dim() == 4 else index
+            here = entered[..., None] if target.dim() == 4 else entered
+            target.scatter_(2, wide, torch.where(here, old[:, :, None], target.gather(2, wide)))
 
     @property
     def nbytes(self) -> int:

@@ -25,7 +25,7 @@ INTEGERS = {"size": "i32", "span": "i32", "fill": "i32", "length": "i32", "scale
 FIXED = {
     "slot_log_beta": "*fp32", "log_beta": "*fp32", "slot_position": "*i32", "position": "*i32", "positions": "*i32",
     "part_acc": "*fp32", "part_stats": "*fp32", "part_score": "*fp32", "part_loser": "*i32", "rows": "*i64",
-    "target": "*i64",
+    "target": "*i64", "journal_log_beta": "*fp32", "journal_position": "*i32", "journal_slot": "*i64",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimkv_kernels import Slots, reference
+from trimkv_kernels import Journal, Slots, reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from oracle import Head
@@ -68,6 +68,7 @@ def test_kept_sets_and_outputs_equal_brute_force(stream: dict) -> None:
     size = stream["budget"] if window is None else min(stream["budget"], window)
     rows = len(stream["chunks"])
     slots = make_slots(rows=rows, heads=heads, slots=size, dim=dim)
+    journal = Journal.beside(slots)
     oracle = [[Head(budget=size, window=window) for _ in range(heads)] for _ in range(rows)]
     seen = [0] * rows
     for step in range(max(map(len, stream["chunks"]))):
@@ -89,7 +90,7 @@ def test_kept_sets_and_outputs_equal_brute_force(stream: dict) -> None:
             dense = all(min(s, size) == fill for s, n in zip(seen, lengths, strict=True) if n)
             q, k, v, b, p = tensors
             output = reference.decode(
-                q[:, :, 0], k[:, :, 0], v[:, :, 0], b[:, :, 0], p[:, 0], slots,
+                q[:, :, 0], k[:, :, 0], v[:, :, 0], b[:, :, 0], p[:, 0], slots, journal,
                 fill=fill, dense=dense, scale=SCALE, window=window,
             )[:, :, None]  # fmt: skip
         else:
@@ -130,6 +131,7 @@ def test_slots_fill_in_order_and_full_rows_touch_one_slot() -> None:
             -torch.rand(1, 2, generator=generator),
             torch.tensor([position], dtype=torch.int32),
             slots,
+            Journal.beside(slots),
             fill=min(position, 5),
             dense=True,
             scale=1.0,
@@ -174,6 +176,7 @@ def test_a_row_without_a_token_keeps_its_slots(window: int | None) -> None:
     reference.prefill(x, x, x, -torch.ones(2, 1, 2), positions, slots, rows=torch.arange(2), **everything)
     before = slots.position.clone()
     y, idle = torch.ones(2, 1, 4), torch.tensor([2, -1], dtype=torch.int32)
-    reference.decode(y, y, y, -torch.ones(2, 1), idle, slots, **{**everything, "fill": 2}, dense=True)
+    journal = Journal.beside(slots)
+    reference.decode(y, y, y, -torch.ones(2, 1), idle, slots, journal, **{**everything, "fill": 2}, dense=True)
     assert torch.equal(slots.position[1], before[1])
     assert not torch.equal(slots.position[0], before[0])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trimkv_kernels import Slots, reference
+from trimkv_kernels import Journal, Slots, reference
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from trimkv_kernels import decode as triton_decode
@@ -59,7 +59,7 @@ def make_slots(
     return slots
 
 
-def assert_same_slots(got: Slots, want: Slots) -> None:
+def assert_same(got: Slots | Journal, want: Slots | Journal) -> None:
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one.isnan(), other.isnan())
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
@@ -85,11 +85,16 @@ def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype,
     )  # fmt: skip
     log_beta = (0.0 if ties else -0.3) * torch.rand(rows, heads).to(device)
     settings: dict[str, Any] = {"fill": fill, "dense": False, "scale": dim**-0.5, "window": window}
-    want = reference.decode(query, key, value, log_beta, position, slots, **settings)
-    got = triton_decode.decode(query, key, value, log_beta, position, mine, **settings)
+    journal, other = Journal.beside(slots), Journal.beside(slots)
+    before = Slots(*(tensor.clone() for tensor in slots))
+    want = reference.decode(query, key, value, log_beta, position, slots, journal, **settings)
+    got = triton_decode.decode(query, key, value, log_beta, position, mine, other, **settings)
     fed = max(1, rows - 1)
     torch.testing.assert_close(got[:fed], want[:fed], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert_same_slots(mine, slots)
+    assert_same(mine, slots)
+    assert_same(other, journal)
+    other.undo(position, mine)
+    assert_same(mine, before)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
@@ -121,4 +126,4 @@ def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype
     want = reference.prefill(query, key, value, log_beta, positions, slots, **settings)
     got = triton_prefill.prefill(query, key, value, log_beta, positions, mine, **settings)
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert_same_slots(mine, slots)
+    assert_same(mine, slots)

@@ -82,6 +82,7 @@ def test_the_cache_is_what_is_allocated() -> None:
     )
     assert plan.part_bytes("kv") == cache.nbytes
     assert plan.part_bytes("shared_prefix") == cache.nbytes // 3
+    assert plan.part_bytes("journal") == cache.journal_nbytes // 3 * 4
 
 
 def test_one_sequence_shares_nothing() -> None:

@@ -172,7 +172,8 @@ def retention_attention(
     if step.rows is None:
         one = query[:, :, 0], key[:, :, 0], value[:, :, 0], log_beta[:, :, 0], step.positions[:, 0]
         dense = min(step.shortest, layer_cache.size) == fill
-        output = operations.decode(*one, slots, fill=fill, dense=dense, scale=scaling, window=window)
+        settings: dict[str, Any] = {"fill": fill, "dense": dense, "scale": scaling, "window": window}
+        output = operations.decode(*one, slots, layer_cache.journal, **settings)
         return output[:, None], None
     chunk = query, key, value, log_beta, step.positions
     output = operations.prefill(*chunk, slots, rows=step.rows, fill=fill, scale=scaling, window=window)

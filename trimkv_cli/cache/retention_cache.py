@@ -8,14 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
-from trimkv_kernels import Operations, Slots, operations_for
+from trimkv_kernels import Journal, Operations, Slots, operations_for
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """The slots of one layer, what works on them, and its window, the query itself counted (None = no window)."""
+    """The slots of one layer, what its last decode displaced, what works on them, and its window.
+
+    The query itself counts in the window; None = no window.
+    """
 
     slots: Slots
+    journal: Journal
     window: int | None
     operations: Operations
 
@@ -45,25 +49,37 @@ class RetentionCache:
     ) -> None:
         self.kv_budget = kv_budget
         self.seen = [0] * rows
-        self.layers = [
-            LayerCache(
-                Slots.empty(
-                    rows=rows,
-                    num_kv_heads=num_kv_heads,
-                    slots=kv_budget if window is None else min(kv_budget, window),
-                    head_dim=head_dim,
-                    dtype=dtype,
-                    device=device,
-                ),
-                window,
-                operations_for(device),
+        self.layers: list[LayerCache] = []
+        for window in windows:
+            slots = Slots.empty(
+                rows=rows,
+                num_kv_heads=num_kv_heads,
+                slots=kv_budget if window is None else min(kv_budget, window),
+                head_dim=head_dim,
+                dtype=dtype,
+                device=device,
             )
-            for window in windows
-        ]
+            self.layers.append(LayerCache(slots, Journal.beside(slots), window, operations_for(device)))
 
     @property
     def nbytes(self) -> int:
         return sum(layer.slots.nbytes for layer in self.layers)
+
+    @property
+    def journal_nbytes(self) -> int:
+        return sum(layer.journal.nbytes for layer in self.layers)
+
+    def undo_decode(self, positions: Sequence[int]) -> None:
+        """Take back a decode step, finished or not: row i was fed a token at `positions[i]`, or none (−1).
+
+        Only the last decode of a row can be taken back, and nothing else may have happened to the row since.
+        """
+        position = torch.tensor(positions, dtype=torch.int32).to(self.layers[0].slots.position.device)
+        for layer in self.layers:
+            layer.journal.undo(position, layer.slots)
+        for row, seen in enumerate(positions):
+            if seen >= 0:
+                self.seen[row] = seen
 
     def clear(self, row: int) -> None:
         """Forget everything in `row`."""
