@@ -31,6 +31,14 @@ class RequestStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """The log probability of a token, and the likeliest tokens of its step: (token id, log probability)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """New output of one request; the last event of a request has a `finish_reason` and `stats`."""
 
@@ -39,6 +47,7 @@ class TokenEvent:
     text: str = ""
     finish_reason: FinishReason | None = None
     stats: RequestStats | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token id, when the request asks for them
     error: str | None = None  # what went wrong when finish_reason is "error"
 
 

@@ -206,7 +206,7 @@ def test_counts_are_allocated_only_for_a_penalty_and_one_sort_serves_all(monkeyp
     sampler.set_row(0, SamplingParams(min_p=0.1), [1])
     sampler.set_row(1, SamplingParams(temperature=0.0, top_k=5, top_p=0.5), [1])
     sampler(random_logits(2), [0, 1])
-    assert sampler._counts is None
+    assert not sampler._penalties.allocated
     assert not sorts
     sampler.set_row(1, SamplingParams(top_k=5, top_p=0.5, top_h=0.5), [1])
     sampler(random_logits(2), [0, 1])

@@ -33,6 +33,9 @@ class FakeText:
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
     def render_chat(self, messages: Sequence[dict[str, str]], *, think: bool | None = None) -> FakePrompt:
         if messages[-1]["role"] == "assistant":
             raise UnsupportedModel("the template cannot end with the assistant")
@@ -66,6 +69,12 @@ class FakeEngine:
         self.queue.append(request)
         self.made[request.id] = 0
         self.most_queued = max(self.most_queued, len(self.queue))
+
+    def abort(self, request_id: str) -> None:
+        self.queue = [request for request in self.queue if request.id != request_id]
+
+    def running_s(self, request_id: str) -> float:
+        return float(self.made[request_id])
 
     def step(self) -> list[TokenEvent]:
         return [self._advance(request) for request in self.queue[: self.max_rows]]
@@ -219,7 +228,7 @@ def test_the_engine_is_kept_fed_but_never_holds_the_whole_input() -> None:
     engine = FakeEngine(max_rows=4, text=FakeText())
     records, _ = run(({"prompt": "a", "max_tokens": 1 + n % 7} for n in range(300)), engine=engine)
     assert len(records) == 300
-    assert 4 < engine.most_queued <= 6
+    assert 4 < engine.most_queued <= 20
 
 
 def test_an_input_that_waits_does_not_hold_results_back() -> None:

@@ -14,6 +14,7 @@ from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.fingerprint import make_fingerprint
+from trimkv_cli.engine.grammars import Grammars
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS
 from trimkv_cli.engine.sampler import Sampler
@@ -51,10 +52,11 @@ def assemble(
         device=model.device,
     )
     config: Any = model.config
+    grammars = None if text is None else Grammars(text.tokenizer, facts.eos_token_ids)
     runner = ModelRunner(
         model,
         cache,
-        Sampler(rows, spec.vocab_size, model.device),
+        Sampler(rows, spec.vocab_size, model.device, grammars),
         decode_rows=DETERMINISTIC_ROWS if deterministic else None,
         long_rope=LongRope(model) if LongRope.used_by(config) else None,
     )

@@ -111,6 +111,7 @@ class Engine:
         bad = next((i for i in ids if not 0 <= i < facts.spec.vocab_size), None)
         if bad is not None:
             raise UsageError(f"token id {bad} is outside the vocabulary of {facts.spec.vocab_size}")
+        self._runner.sampler.check(request.params)
         parked = self._scheduler.parked.get(request.continues or "")
         before = parked.seen + len(parked.unread) if parked is not None else 0
         needed = before + len(ids) + request.params.max_tokens - 1
@@ -138,6 +139,11 @@ class Engine:
         """Drop a request and free its row; no further event comes of it."""
         self._progress.pop(request_id, None)
         self._scheduler.drop(request_id)
+
+    def running_s(self, request_id: str) -> float:
+        """Return how long ago a request got its row, 0 when it waits for one."""
+        started = self._progress[request_id].started
+        return time.perf_counter() - started if started else 0.0
 
     def step(self) -> list[TokenEvent]:
         """Run one prefill batch and one decode batch, and return what they brought."""
@@ -242,6 +248,7 @@ class Engine:
         """Append a token to its sequence and say what came of it."""
         request, progress = row.request, self._progress[row.request.id]
         row.output.append(token)
+        logprobs = () if row.logprob is None else (row.logprob,)
         if progress.first_token is None:
             progress.first_token = time.perf_counter()
         ends = token in self.facts.eos_token_ids and not request.params.ignore_eos
@@ -253,12 +260,21 @@ class Engine:
             reason = "stop"
         elif len(row.output) == request.params.max_tokens:
             reason = "length"
+        error = self._runner.sampler.failure(row.index)
+        if reason is None and error is not None:
+            reason = "error"
         if reason is None:
-            return TokenEvent(request_id=request.id, token_ids=(token,), text=text)
+            return TokenEvent(request_id=request.id, token_ids=(token,), text=text, logprobs=logprobs)
         if detokenizer is not None and not stopped:
             text += detokenizer.finish()
         return TokenEvent(
-            request_id=request.id, token_ids=(token,), text=text, finish_reason=reason, stats=self._finish(row)
+            request_id=request.id,
+            token_ids=(token,),
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stats=self._finish(row),
+            error=error if reason == "error" else None,
         )
 
     def _finish(self, row: Row) -> RequestStats:

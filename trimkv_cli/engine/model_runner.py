@@ -14,7 +14,7 @@ from trimkv_cli.cache.attention import RetentionView, Step
 from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.sampler import Sampler
-from trimkv_cli.engine.scheduler import Decode, Prefill, Row
+from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 
 
 class ModelRunner:
@@ -82,7 +82,17 @@ class ModelRunner:
             chunk.row.fed += len(chunk.token_ids)
         for source, target in batch.copy_after:
             self.cache.copy(source, target)
-        return self._sample(logits, {i: chunk.row for i, chunk in enumerate(batch.chunks) if chunk.last})
+        for chunk in batch.chunks:
+            self._copy_to_twins(chunk)
+        return self._sample(
+            logits,
+            [(i, row) for i, chunk in enumerate(batch.chunks) if chunk.last for row in (chunk.row, *chunk.twins)],
+        )
+
+    def _copy_to_twins(self, chunk: Chunk) -> None:
+        for twin in chunk.twins:
+            self.cache.copy(chunk.row.index, twin.index)
+            twin.fed = twin.shared = chunk.row.fed
 
     def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
         count = self._decode_rows or batch.rows[-1].index + 1
@@ -99,7 +109,7 @@ class ModelRunner:
         logits = self._forward(self._tensor(ids, torch.int64)[:, None], step, long_rope=batch.rows[0].long_rope)
         for row in batch.rows:
             self.cache.seen[row.index] += 1
-        return self._sample(logits, {row.index: row for row in batch.rows})
+        return self._sample(logits, [(row.index, row) for row in batch.rows])
 
     def _forward(self, ids: Tensor, step: Step, *, long_rope: bool) -> Tensor:
         """Return the logits `[B, V]` of the last column."""
@@ -117,14 +127,20 @@ class ModelRunner:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _sample(self, logits: Tensor, rows: dict[int, Row]) -> list[tuple[Row, int]]:
-        """Sample the rows of the batch that have a next token, keyed by their place in `logits`."""
-        if not rows:
+    def _sample(self, logits: Tensor, places: Sequence[tuple[int, Row]]) -> list[tuple[Row, int]]:
+        """Sample the rows of the batch that have a next token, each from its place in `logits`."""
+        if not places:
             return []
-        if len(rows) < len(logits):
-            logits = logits[self._tensor(list(rows), torch.int64)]
-        tokens = self.sampler(logits, [row.index for row in rows.values()])
-        return list(zip(rows.values(), tokens.tolist(), strict=True))
+        if [place for place, _ in places] != list(range(len(logits))):
+            logits = logits[self._tensor([place for place, _ in places], torch.int64)]
+        rows = [row for _, row in places]
+        tokens = self.sampler(logits, [row.index for row in rows])
+        logprobs = self.sampler.logprobs(logits, [row.index for row in rows], tokens)
+        chosen: list[int] = tokens.tolist()
+        for row, token in zip(rows, chosen, strict=True):
+            self.sampler.advance(row.index, token)
+            row.logprob = logprobs.get(row.index)
+        return list(zip(rows, chosen, strict=True))
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)

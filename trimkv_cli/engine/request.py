@@ -21,10 +21,15 @@ class SamplingParams:
     top_k: int = 0  # 0 = off
     min_p: float = 0.0
     top_h: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # of tokens in prompt and output
+    presence_penalty: float = 0.0  # of tokens in the output
+    frequency_penalty: float = 0.0  # of tokens in the output, times how often
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    grammar: str | None = None  # in llguidance's form; the answer follows it
+    logprobs: int | None = None  # report each token's log probability, and this many of the likeliest ones
 
     def __post_init__(self) -> None:
         checks = {
@@ -35,6 +40,10 @@ class SamplingParams:
             "min_p": 0.0 <= self.min_p <= 1.0,
             "top_h": self.top_h is None or 0.0 < self.top_h <= 1.0,
             "repetition_penalty": 0.0 < self.repetition_penalty < float("inf"),
+            "presence_penalty": -2.0 <= self.presence_penalty <= 2.0,
+            "frequency_penalty": -2.0 <= self.frequency_penalty <= 2.0,
+            "logit_bias": all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
+            "logprobs": self.logprobs is None or 0 <= self.logprobs <= 20,
             "seed": 0 <= self.seed < 2**63,
             "stop": all(self.stop),
         }
@@ -46,6 +55,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def in_step(self) -> bool:
+        """Say whether the host has to see each token before the next one is chosen."""
+        return bool(self.stop) or self.grammar is not None
+
 
 _RANGES = {
     "max_tokens": "1 or more",
@@ -55,6 +69,10 @@ _RANGES = {
     "min_p": "between 0 and 1",
     "top_h": "above 0, at most 1",
     "repetition_penalty": "above 0 (1 = off)",
+    "presence_penalty": "between -2 and 2 (0 = off)",
+    "frequency_penalty": "between -2 and 2 (0 = off)",
+    "logit_bias": "between -100 and 100 for each token",
+    "logprobs": "0 to 20 of the likeliest tokens",
     "seed": "0 to 2^63 − 1",
     "stop": "strings that are not empty",
 }
@@ -67,6 +85,7 @@ class Request:
     `prefix_len` is where the system message ends in `prompt_token_ids` (0 = no such boundary): a chunk ends there, and
     requests with the same prefix share its prefill. With `keep` the row stays after the last token, for a later request
     that names this one in `continues`: that one feeds only what is new, beginning with this one's last output token.
+    Requests of one `same_prompt` group have the same prompt: those that get their rows in time share its whole prefill.
     `context` is how long the sequence may become over all its turns (0 = this request alone).
     """
 
@@ -74,6 +93,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     prefix_len: int = 0
+    same_prompt: str | None = None
     keep: bool = False
     continues: str | None = None
     context: int = 0

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trimkv_cli.engine.grammars import Grammars, Matchers
+from trimkv_cli.engine.penalties import Penalties, RowCounts, to_device
 from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.errors import UsageError
+from trimkv_cli.events import TokenLogprob
 
 _WEIGHT_ONE = 2**36  # the weight of a row's likeliest token; 2^27 tokens of it still fit in an int64
 _FRACTION_ONE = 2**32
@@ -32,6 +37,8 @@ class RowParams:
 
     greedy: Tensor  # bool
     penalty: Tensor  # float32
+    frequency: Tensor  # float32
+    presence: Tensor  # float32
     temperature: Tensor  # float32, 1 for greedy rows
     top_h: Tensor  # fraction; 0 = off
     top_k: Tensor  # int64; the vocabulary's size = off
@@ -42,7 +49,8 @@ class RowParams:
     @classmethod
     def empty(cls, max_rows: int, device: torch.device) -> RowParams:
         """Allocate parameters for `max_rows` rows, uninitialised."""
-        dtypes = {"greedy": torch.bool} | dict.fromkeys(("penalty", "temperature", "min_p"), torch.float32)
+        floats = ("penalty", "frequency", "presence", "temperature", "min_p")
+        dtypes = {"greedy": torch.bool} | dict.fromkeys(floats, torch.float32)
         tensors = {
             field.name: torch.empty(max_rows, dtype=dtypes.get(field.name, torch.int64), device=device)
             for field in fields(cls)
@@ -53,6 +61,8 @@ class RowParams:
         """Change one row in place."""
         self.greedy[row] = params.greedy
         self.penalty[row] = params.repetition_penalty
+        self.frequency[row] = params.frequency_penalty
+        self.presence[row] = params.presence_penalty
         self.temperature[row] = 1.0 if params.greedy else params.temperature
         self.top_h[row] = round((params.top_h or 0.0) * _FRACTION_ONE)
         self.top_k[row] = min(params.top_k or vocab_size, vocab_size)
@@ -71,7 +81,8 @@ class SamplerRow:
 
     params: SamplingParams
     step: Tensor  # int64 scalar on the device
-    counts: Tensor | None  # int32 [V], only with a repetition penalty
+    counts: RowCounts
+    matcher: Any | None  # where its grammar stands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,48 +96,71 @@ class _Selection:
 
 
 class Sampler:
-    """Own the sampling state of up to `max_rows` rows: parameters, step, token counts.
+    """Own the sampling state of up to `max_rows` rows: parameters, step, token counts, grammars.
 
     A row that was never set, or was cleared, is greedy. The id chosen from logits that hold NaN is some valid id.
+    Rows with a grammar run in step: their next token has to be told by `advance` before the next call.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self, max_rows: int, vocab_size: int, device: torch.device | str, grammars: Grammars | None = None
+    ) -> None:
         self.max_rows = max_rows
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._host = [_IDLE] * max_rows
         self._params = RowParams.empty(max_rows, self.device)
         self._step = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
-        self._counts: Tensor | None = None
+        self._penalties = Penalties(max_rows, vocab_size, self.device)
+        self._grammars = grammars
+        self._matchers = Matchers()
         self._selection: _Selection | None = None
         for row in range(max_rows):
             self.clear_row(row)
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise when parameters can never be honoured with this vocabulary and tokenizer.
+
+        Raises:
+            UsageError: a bias for a token that is not there, or a grammar that cannot be followed.
+        """
+        bad = next((i for i, _ in params.logit_bias if not 0 <= i < self.vocab_size), None)
+        if bad is not None:
+            raise UsageError(f"logit_bias: token id {bad} is outside the vocabulary of {self.vocab_size}")
+        if params.grammar is None:
+            return
+        if self._grammars is None:
+            raise UsageError("a format needs a tokenizer, and the model has none")
+        if params.ignore_eos:
+            raise UsageError("a format ends where it is complete: it cannot go with ignore_eos")
+        self._grammars.check(params.grammar)
 
     def set_row(self, row: int, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         """Start a request in `row` at step 0; the prompt counts for the repetition penalty."""
         self._write(row, params)
         self._step[row] = 0
-        if params.repetition_penalty != 1.0:
-            ids = _to_device(prompt_token_ids, self.device)
-            ones = torch.ones(len(ids), dtype=torch.int32, device=self.device)
-            self._counts_of(row).zero_().index_add_(0, ids, ones)
+        self._penalties.start(row, params, prompt_token_ids)
+        if params.grammar is not None:
+            assert self._grammars is not None, "check comes first"
+            self._matchers.put(row, self._grammars.matcher(params.grammar))
 
     def clear_row(self, row: int) -> None:
         """Make `row` idle: greedy, without a penalty."""
         self._write(row, _IDLE)
+        self._penalties.write_bias(row, _IDLE)
 
     def row_state(self, row: int) -> SamplerRow:
         """Copy what decides the row's next tokens."""
         params = self._host[row]
-        counts = self._counts_of(row).clone() if params.repetition_penalty != 1.0 else None
-        return SamplerRow(params=params, step=self._step[row].clone(), counts=counts)
+        counts = self._penalties.save(row, params)
+        return SamplerRow(params=params, step=self._step[row].clone(), counts=counts, matcher=self._matchers.copy(row))
 
     def restore_row(self, row: int, state: SamplerRow) -> None:
         """Put a state taken by `row_state` into `row`, which may be another row than it came from."""
         self._write(row, state.params)
         self._step[row].copy_(state.step)
-        if state.counts is not None:
-            self._counts_of(row).copy_(state.counts)
+        self._penalties.restore(row, state.params, state.counts)
+        self._matchers.put(row, state.matcher)
 
     def move_row(self, src: int, dst: int) -> None:
         """Let the request in `src` go on in `dst`; `src` is idle afterwards."""
@@ -137,31 +171,56 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Choose one token id per row, int64 [B], from `logits` [B, V] of these distinct rows; advances their steps."""
         chosen = self._select(rows)
-        scores = self._penalized(logits, chosen)
+        scores = self._adjusted(logits, chosen)
         tokens = scores.argmax(-1)
         if not all(params.greedy for params in chosen.host):
             uniform = random_fraction(chosen.params.seed, self._step[chosen.index])
             tokens = torch.where(chosen.params.greedy, tokens, draw(_warped(scores, chosen), uniform))
             self._step[chosen.index] += 1
-        if _any_penalty(chosen):
-            assert self._counts is not None
-            self._counts[chosen.index, tokens] += 1
+        self._penalties.count(chosen.index, chosen.host, tokens)
         return tokens
+
+    def advance(self, row: int, token: int) -> None:
+        """Tell `row`, on the host, which token came; only one with a grammar needs to know."""
+        self._matchers.advance(row, token)
+
+    def failure(self, row: int) -> str | None:
+        """Say why `row` cannot go on; None while it can."""
+        return self._matchers.failure(row)
+
+    def logprobs(self, logits: Tensor, rows: Sequence[int], tokens: Tensor) -> dict[int, TokenLogprob]:
+        """Return the log probability of each row's token and of the likeliest ones, for the rows that ask for them.
+
+        They are the model's own, before any parameter changes them. Reads the device when there is such a row.
+        """
+        wanted = {place: self._host[row].logprobs for place, row in enumerate(rows)}
+        wanted = {place: count for place, count in wanted.items() if count is not None}
+        if not wanted:
+            return {}
+        places = to_device(list(wanted), self.device)
+        scores = logits[places].float().log_softmax(-1)  # [B', V]
+        own = scores.gather(-1, tokens[places, None]).squeeze(-1).tolist()
+        top = scores.topk(min(self.vocab_size, max(count or 0 for count in wanted.values())), dim=-1)
+        values, ids = top.values.tolist(), top.indices.tolist()
+        return {
+            rows[place]: TokenLogprob(logprob=own[i], top=tuple(zip(ids[i], values[i], strict=True))[:count])
+            for i, (place, count) in enumerate(wanted.items())
+        }
 
     def filtered(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the scores [B, V] that the next call would draw from: float32, −inf where a filter cut."""
         chosen = self._select(rows)
-        return _warped(self._penalized(logits, chosen), chosen)
+        return _warped(self._adjusted(logits, chosen), chosen)
 
-    def _penalized(self, logits: Tensor, chosen: _Selection) -> Tensor:
-        if not _any_penalty(chosen):
-            return logits.float()
-        assert self._counts is not None
-        return penalize(logits.float(), self._counts[chosen.index], chosen.params.penalty)
+    def _adjusted(self, logits: Tensor, chosen: _Selection) -> Tensor:
+        params = chosen.params
+        factors = (params.penalty, params.frequency, params.presence)
+        scores = self._penalties.apply(logits.float(), chosen.index, chosen.host, factors)
+        return self._matchers.mask(scores, chosen.rows)
 
     def _select(self, rows: Sequence[int]) -> _Selection:
         if self._selection is None or self._selection.rows != tuple(rows):
-            index = _to_device(rows, self.device)
+            index = to_device(rows, self.device)
             self._selection = _Selection(
                 rows=tuple(rows),
                 index=index,
@@ -173,22 +232,8 @@ class Sampler:
     def _write(self, row: int, params: SamplingParams) -> None:
         self._host[row] = params
         self._params.write(row, params, self.vocab_size)
+        self._matchers.put(row, None)
         self._selection = None
-
-    def _counts_of(self, row: int) -> Tensor:
-        if self._counts is None:
-            self._counts = torch.zeros(self.max_rows, self.vocab_size, dtype=torch.int32, device=self.device)
-        return self._counts[row]
-
-
-def _to_device(ids: Sequence[int], device: torch.device) -> Tensor:
-    """Copy without waiting: only pinned memory is copied to a GPU asynchronously."""
-    host = torch.tensor(ids, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def _any_penalty(chosen: _Selection) -> bool:
-    return any(params.repetition_penalty != 1.0 for params in chosen.host)
 
 
 def _warped(scores: Tensor, chosen: _Selection) -> Tensor:
@@ -201,12 +246,6 @@ def _warped(scores: Tensor, chosen: _Selection) -> Tensor:
     if any(host.min_p > 0.0 for host in sampled):
         scores = keep_min_p(scores, params.min_p)
     return scores
-
-
-def penalize(logits: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:
-    """Make every token with a count in `counts` [B, V] less likely, by the factor `penalty` [B]."""
-    factor = penalty[:, None]
-    return torch.where(counts > 0, torch.where(logits < 0, logits * factor, logits / factor), logits)
 
 
 def keep_likeliest(scores: Tensor, params: RowParams) -> Tensor:

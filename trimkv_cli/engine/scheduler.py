@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from trimkv_cli.engine.request import Request
+from trimkv_cli.events import TokenLogprob
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Row:
     fed: int = 0
     shared: int = 0
     output: list[int] = field(default_factory=list)
+    logprob: TokenLogprob | None = None  # of the newest token, when the request asks for it
     long_rope: bool = False
 
     @property
@@ -50,11 +52,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Feed `token_ids` to a row that is still in its prompt; `last` when the first output token follows."""
+    """Feed `token_ids` to a row that is still in its prompt; `last` when the first output token follows.
+
+    `twins` are rows with the same prompt that become copies of `row` then.
+    """
 
     row: Row
     token_ids: tuple[int, ...]
     last: bool
+    twins: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +214,10 @@ class Scheduler:
         chunks: list[Chunk] = []
         reused: list[tuple[int, int]] = []
         computing: set[tuple[int, ...]] = set()
+        twins = self._twins()
         for row in (r for r in self.running.values() if r.prefilling and r.long_rope is long_rope):
+            if any(row is twin for group in twins.values() for twin in group):
+                continue  # the first row of its group reads the prompt for it
             reuse = row.fed == 0 and row.prefix != () and row.prefix == self._stored_prefix
             if row.prefix in computing and not reuse:
                 continue  # a row ahead computes the prefix: this one will copy it
@@ -216,6 +225,8 @@ class Scheduler:
                 computing.add(row.prefix)
             start = len(row.prefix) if reuse else row.fed
             chunk = self._cut(row, start)
+            if chunk.last:
+                chunk = replace(chunk, twins=twins.get(row.index, ()))
             if not self._has_room(chunks, chunk):
                 continue
             if reuse:
@@ -226,6 +237,15 @@ class Scheduler:
         if not chunks:
             return None
         return Prefill(chunks=tuple(chunks), copy_before=tuple(reused), copy_after=self._store_prefix(chunks))
+
+    def _twins(self) -> dict[int, tuple[Row, ...]]:
+        """Find, by the index of the row that reads for them, rows that wait for a whole prompt."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.running.values():
+            if row.prefilling and row.request.same_prompt is not None:
+                groups.setdefault(row.request.same_prompt, []).append(row)
+        ordered = (sorted(rows, key=lambda row: row.fed == 0) for rows in groups.values())  # one that has begun leads
+        return {rows[0].index: tuple(row for row in rows[1:] if row.fed == 0) for rows in ordered}
 
     def _cut(self, row: Row, start: int) -> Chunk:
         """Cut the chunk that begins at prompt token `start`, to the next multiple of C, the prefix's end or the end."""

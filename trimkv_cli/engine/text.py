@@ -101,6 +101,10 @@ class Text:
         before, after = self._wrapping()
         return [*before, *self._encode(first), *self._encode_inside(rest), *after]
 
+    def token_text(self, token_id: int) -> str:
+        """Return what one token says by itself; U+FFFD stands for bytes that are no whole character."""
+        return str(self.tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def render_chat(self, messages: Sequence[Message], *, think: bool | None = None) -> Prompt:
         """Render a conversation up to where the answer begins.
 

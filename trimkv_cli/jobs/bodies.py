@@ -8,8 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-_TAGS = ("text", "token_ids")
-_SAMPLING_KEYS = ("temperature", "top_p", "min_p", "top_h", "repetition_penalty", "ignore_eos")
+_UNIONS = {"prompt": ("text", "token_ids"), "logprobs": ("bool", "int", "constrained")}
+_SAMPLING_KEYS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "top_h",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "ignore_eos",
+)
+MOST_CHOICES = 128
 
 
 def _one_or_more_texts(value: object) -> object:
@@ -83,6 +93,26 @@ class TemplateOptions(BaseModel):
     enable_thinking: bool | None = None
 
 
+class JsonSchema(Strict):
+    """A schema that the answer follows, as OpenAI's structured outputs name it."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What the answer has to be; text may be anything."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+TokenId = Annotated[str, Field(pattern=r"^\d{1,18}$")]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
 class Body(Strict):
     """One request: a prompt in one of three forms, and how to continue it; null means not given."""
 
@@ -98,6 +128,13 @@ class Body(Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_h: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None  # a number only for /v1/completions
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more_texts)] = None
     ignore_eos: bool | None = None
@@ -117,6 +154,7 @@ class Body(Strict):
         said["max_tokens"] = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
         said["stop"] = None if self.stop is None else tuple(self.stop)
+        said["logit_bias"] = tuple((int(key), value) for key, value in (self.logit_bias or {}).items()) or None
         said["seed"] = None if self.seed is None else self.seed % 2**63
         return {name: value for name, value in said.items() if value is not None}
 
@@ -137,17 +175,17 @@ class SimpleLine(Body):
     custom_id: Any = None
 
 
-def explain(error: ValidationError) -> tuple[str, str]:
-    """Return the path of the first thing wrong, as `messages[0].content`, and a sentence about it."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    param = _path(first["loc"])
-    return param, f"{param}: {_lower(first)}"
+def explain(error: ValidationError) -> list[tuple[str, str]]:
+    """Return, for everything that is wrong, its path as `messages[0].content` and a sentence about it."""
+    problems = error.errors(include_url=False, include_context=False)
+    return [(param := _path(problem["loc"]), f"{param}: {_lower(problem)}") for problem in problems]
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    """Join a location; the tag after `prompt`, which names the member of a union, is not a key and is left out."""
-    keys = loc[:1] + loc[2:] if loc[0] == "prompt" and loc[1:2] != () and loc[1] in _TAGS else loc
-    joined = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    """Join a location; the names of a union's members, which pydantic puts among them, are no keys and are left out."""
+    members = _UNIONS.get(str(loc[0]), ())
+    keys = loc[:1] + loc[2:] if len(loc) > 1 and str(loc[1]).startswith(members) and members else loc
+    joined = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys if key != "[key]")
     return joined.removeprefix(".")
 
 

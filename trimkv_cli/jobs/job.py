@@ -7,33 +7,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from trimkv_cli.engine.request import Request
-from trimkv_cli.errors import ContextOverflow, TrimkvError
-from trimkv_cli.events import TokenEvent
+from trimkv_cli.errors import TrimkvError
+from trimkv_cli.events import RequestStats, TokenEvent, TokenLogprob
 from trimkv_cli.jobs.feed import Feed
 from trimkv_cli.jobs.lines import BadLine, Item
+from trimkv_cli.jobs.logprobs import name_tokens
 from trimkv_cli.jobs.records import Answer, Record, Recorder, encode
+from trimkv_cli.jobs.requests import Text, make_requests, refused
+from trimkv_cli.jobs.stopping import Limits, Stop
 from trimkv_cli.jobs.summary import Summary
-from trimkv_cli.jobs.writing import Writer
 
 _MOST_HELD = 4096  # records that wait for their turn before no more lines are taken
 _BATCH = 64  # lines taken between two steps, so that a run of bad ones cannot starve the requests in flight
+_FEWEST_WAITING = 16  # requests among which the engine finds those that share a prefix
 _IDLE_S = 0.5
-
-
-class RenderedPrompt(Protocol):
-    """Token ids, and where their system message ends."""
-
-    @property
-    def token_ids(self) -> Sequence[int]: ...
-    @property
-    def prefix_len(self) -> int: ...
-
-
-class Text(Protocol):
-    """The part of the engine's tokenizer that a job needs."""
-
-    def encode(self, text: str) -> Sequence[int]: ...
-    def render_chat(self, messages: Sequence[dict[str, str]], *, think: bool | None = None) -> RenderedPrompt: ...
 
 
 class Engine(Protocol):
@@ -47,30 +34,59 @@ class Engine(Protocol):
     def has_work(self) -> bool: ...
     def check(self, request: Request) -> None: ...
     def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def running_s(self, request_id: str) -> float: ...
     def step(self) -> Sequence[TokenEvent]: ...
+
+
+class Sink(Protocol):
+    """Where encoded records go."""
+
+    @property
+    def held(self) -> int: ...
+    def write(self, index: int, data: bytes) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class _Choice:
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stats: RequestStats | None = None
+
+    def take(self, event: TokenEvent) -> None:
+        self.token_ids.extend(event.token_ids)
+        self.pieces.append(event.text)
+        self.logprobs.extend(event.logprobs)
+        self.finish_reason, self.stats = event.finish_reason, event.stats
 
 
 @dataclass(slots=True, kw_only=True)
 class _Running:
     index: int
     item: Item
-    token_ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    choices: dict[str, _Choice]  # by request id
 
 
 def run_job(
     engine: Engine,
     lines: Iterable[Item | BadLine],
-    writer: Writer,
+    writer: Sink,
     recorder: Recorder,
     *,
     summary: Summary | None = None,
     progress: Callable[[Summary], None] = lambda _: None,
+    limits: Limits | None = None,
+    stop: Stop | None = None,
 ) -> Summary:
-    """Answer every line and write its record; `progress` is called after every step and while waiting for input."""
+    """Answer every line and write its record; `progress` is called after every step and while waiting for input.
+
+    A job that is stopped says so in `summary.stopped`; what it had not finished by then is not written.
+    """
     summary = Summary() if summary is None else summary
     with Feed(lines) as feed:
-        job = _Job(engine, feed, writer, recorder, summary)
+        job = _Job(engine, feed, writer, recorder, summary, limits or Limits(), stop or Stop())
         while job.advance():
             progress(summary)
     return summary
@@ -78,25 +94,50 @@ def run_job(
 
 class _Job:
     def __init__(
-        self, engine: Engine, feed: Feed[Item | BadLine], writer: Writer, recorder: Recorder, summary: Summary
+        self,
+        engine: Engine,
+        feed: Feed[Item | BadLine],
+        writer: Sink,
+        recorder: Recorder,
+        summary: Summary,
+        limits: Limits,
+        stop: Stop,
     ) -> None:
         self.engine = engine
         self.feed = feed
         self.writer = writer
         self.recorder = recorder
         self.summary = summary
-        self.running: dict[str, _Running] = {}
-        self.capacity = engine.max_rows + max(2, engine.max_rows // 4)
+        self.limits = limits
+        self.stop = stop
+        self.running: dict[str, _Running] = {}  # by request id: an item with several choices stands here several times
+        self.capacity = engine.max_rows + max(_FEWEST_WAITING, engine.max_rows)
         self.taken = 0
 
     def advance(self) -> bool:
-        """Take new lines and make one step; False when all is done."""
-        self._admit()
+        """Take new lines and make one step; False when all is done, or dropped."""
+        if self.stop.reason is None:
+            self._admit()
         if self.engine.has_work:
             for event in self.engine.step():
                 self._take(event)
-        self.summary.running = len(self.running)
+        self._end_late_ones()
+        self._watch_limits()
+        self.summary.running = len({running.index for running in self.running.values()})
+        if self.stop.reason is not None:
+            return self._wind_up()
         return self.engine.has_work or not self.feed.exhausted
+
+    def _wind_up(self) -> bool:
+        """Let rows in flight end; when their time is over, or none is left, drop the rest."""
+        grace_s = 0.0 if self.limits.fail_fast and self.stop.reason == "errors" else self.limits.grace_s
+        if self.running and not self.stop.over(grace_s):
+            return True
+        if self.running or not self.feed.exhausted:
+            self.summary.stopped = self.stop.reason
+        for request_id in self.running:
+            self.engine.abort(request_id)
+        return False
 
     def _admit(self) -> None:
         for _ in range(_BATCH):
@@ -118,67 +159,78 @@ class _Job:
     def _add(self, item: Item, index: int) -> Item | BadLine:
         """Hand the item to the engine; return what is wrong with it if it cannot be run."""
         self.summary.count_warnings(item)
-        request = make_request(item, self.engine.text)
-        if isinstance(request, BadLine):
-            return request
+        requests = make_requests(item, self.engine.text)
+        if isinstance(requests, BadLine):
+            return requests
         try:
-            self.engine.check(request)
+            self.engine.check(requests[0])  # the others differ in their seeds
         except TrimkvError as error:
-            return _refused(item, error)
-        self.running[request.id] = _Running(index=index, item=item)
-        self.engine.add(request)
+            return refused(item, error)
+        running = _Running(index=index, item=item, choices={request.id: _Choice() for request in requests})
+        for request in requests:
+            self.running[request.id] = running
+            self.engine.add(request)
         return item
 
     def _take(self, event: TokenEvent) -> None:
-        running = self.running[event.request_id]
-        running.token_ids.extend(event.token_ids)
-        running.pieces.append(event.text)
-        if event.finish_reason is not None:
-            del self.running[event.request_id]
-            self._write(running.index, self._finish(running, event))
-
-    def _finish(self, running: _Running, event: TokenEvent) -> Record:
+        running = self.running.get(event.request_id)
+        if running is None:
+            return  # another choice of the item failed in this step
+        running.choices[event.request_id].take(event)
+        if event.finish_reason is None:
+            return
+        del self.running[event.request_id]
         if event.finish_reason not in ("stop", "length"):
-            self.summary.failed += 1
             message = event.error or "the engine gave this request up"
-            return self.recorder.failure(running.item, code=f"engine_{event.finish_reason}", message=message)
-        assert event.stats is not None, "a request's last event carries its stats"
+            self._fail(running, f"engine_{event.finish_reason}", message)
+        elif all(choice.finish_reason is not None for choice in running.choices.values()):
+            self._succeed(running)
+
+    def _succeed(self, running: _Running) -> None:
+        answers = [self._answer(running.item, choice) for choice in running.choices.values()]
         self.summary.done += 1
-        self.summary.count_tokens(event.stats)
-        text = None if self.engine.text is None else "".join(running.pieces)
-        answer = Answer(text=text, token_ids=running.token_ids, finish_reason=event.finish_reason, stats=event.stats)
-        return self.recorder.success(running.item, answer)
+        self.summary.count_tokens([answer.stats for answer in answers])
+        self._write(running.index, self.recorder.success(running.item, answers))
+
+    def _answer(self, item: Item, choice: _Choice) -> Answer:
+        assert choice.stats is not None, "a request's last event carries its stats"
+        text, named = self.engine.text, None
+        if item.params.logprobs is not None:
+            text_of = _nameless if text is None else text.token_text
+            named = name_tokens(choice.token_ids, choice.logprobs, text_of)
+        return Answer(
+            text=None if text is None else "".join(choice.pieces),
+            token_ids=choice.token_ids,
+            finish_reason=choice.finish_reason or "",
+            stats=choice.stats,
+            logprobs=named,
+        )
+
+    def _fail(self, running: _Running, code: str, message: str) -> None:
+        """Write that an item failed, and drop what is left of its choices."""
+        for request_id in running.choices:
+            if self.running.pop(request_id, None) is not None:
+                self.engine.abort(request_id)
+        self.summary.failed += 1
+        self._write(running.index, self.recorder.failure(running.item, code=code, message=message))
+
+    def _end_late_ones(self) -> None:
+        limit_s = self.limits.timeout_s
+        if limit_s is None:
+            return
+        for request_id, running in list(self.running.items()):
+            if request_id in self.running and self.engine.running_s(request_id) > limit_s:
+                self._fail(running, "timeout", f"no complete answer within {limit_s:g} s")
+
+    def _watch_limits(self) -> None:
+        if self.limits.max_time_s is not None and self.summary.elapsed_s > self.limits.max_time_s:
+            self.stop.ask("time")
+        if self.limits.errors.exceeded(self.summary) or (self.limits.fail_fast and self.summary.errors):
+            self.stop.ask("errors")
 
     def _write(self, index: int, record: Record) -> None:
         self.writer.write(index, encode(record))
 
 
-def make_request(item: Item, text: Text | None) -> Request | BadLine:
-    """Turn an item into token ids, or say why it cannot be."""
-    if item.prompt_token_ids is not None:
-        return _request(item, item.prompt_token_ids, 0)
-    if text is None:
-        return _bad(item, "the model has no tokenizer: give prompt_token_ids", code="no_tokenizer")
-    try:
-        if item.messages is None:
-            token_ids, prefix_len = text.encode(item.prompt or ""), 0
-        else:
-            rendered = text.render_chat(item.messages, think=item.think)
-            token_ids, prefix_len = rendered.token_ids, rendered.prefix_len
-    except TrimkvError as error:
-        return _refused(item, error)
-    if not token_ids:
-        return _bad(item, "the prompt holds no tokens")
-    return _request(item, token_ids, prefix_len)
-
-
-def _request(item: Item, token_ids: Sequence[int], prefix_len: int) -> Request:
-    return Request(id=f"line-{item.line}", prompt_token_ids=tuple(token_ids), params=item.params, prefix_len=prefix_len)
-
-
-def _refused(item: Item, error: TrimkvError) -> BadLine:
-    return _bad(item, error.message, code="context_length_exceeded" if isinstance(error, ContextOverflow) else None)
-
-
-def _bad(item: Item, message: str, *, code: str | None = None) -> BadLine:
-    return BadLine(line=item.line, custom_id=item.custom_id, status=400, message=message, param=item.source, code=code)
+def _nameless(token_id: int) -> str:
+    return f"token_id:{token_id}"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.bodies import BatchLine, Body, SimpleLine, Strict, explain
+from trimkv_cli.jobs.formats import make_grammar
 from trimkv_cli.jobs.parameters import HARMLESS, IDLE, is_harmless
 from trimkv_cli.jobs.reading import Line
 
@@ -46,6 +47,7 @@ class Item:
     prompt_token_ids: tuple[int, ...] | None = None
     think: bool | None = None
     return_token_ids: bool = False
+    choices: int = 1
     warnings: tuple[Notice, ...] = ()
 
     @property
@@ -67,6 +69,7 @@ class BadLine:
     type: str = "invalid_request_error"
     param: str | None = None
     code: str | None = None
+    further: tuple[str, ...] = ()  # what else is wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +142,9 @@ def _parse_object(number: int, data: dict[str, Any], rules: Rules) -> Item | Bad
         body = SimpleLine.model_validate(data)
         return _item(number, custom_id, body, kind="simple", sources=_SIMPLE, rules=rules)
     except ValidationError as error:
-        param, message = explain(error)
-        return BadLine(line=number, custom_id=custom_id, status=400, message=message, param=param)
+        (param, message), *others = explain(error)
+        further = tuple(message for _, message in others)
+        return BadLine(line=number, custom_id=custom_id, status=400, message=message, param=param, further=further)
     except Refused as refused:
         return BadLine(
             line=number,
@@ -166,7 +170,7 @@ def _batch_item(number: int, custom_id: str, data: dict[str, Any], rules: Rules)
 def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple[str, ...], rules: Rules) -> Item:
     source = _source(body, sources)
     warnings = _notices(body, body.model, rules)
-    params = _params(body, custom_id, rules.defaults)
+    params = _params(body, custom_id, kind, rules.defaults)
     think = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
     item = Item(
         line=number,
@@ -175,6 +179,7 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
         params=params,
         think=rules.think if think is None else think,
         return_token_ids=bool(body.return_token_ids),
+        choices=body.n or 1,
         warnings=warnings,
     )
     if source == "messages":
@@ -206,13 +211,36 @@ def _source(body: Body, sources: tuple[str, ...]) -> str:
     return given[0]
 
 
-def _params(body: Body, custom_id: str, defaults: SamplingParams) -> SamplingParams:
-    said = body.sampling()
+def _params(body: Body, custom_id: str, kind: Kind, defaults: SamplingParams) -> SamplingParams:
+    said = {**body.sampling(), "logprobs": _logprobs(body, kind), "grammar": _grammar(body)}
     said.setdefault("seed", derive_seed(defaults.seed, custom_id))
     try:
         return replace(defaults, **said)
     except UsageError as error:
         raise Refused(error.message) from error
+
+
+def _logprobs(body: Body, kind: Kind) -> int | None:
+    """Return how many of the likeliest tokens to report; None = no log probabilities at all."""
+    said = body.logprobs
+    if kind == "completion":
+        if isinstance(said, bool):
+            raise Refused("logprobs: this url takes a number", param="logprobs")
+        if body.top_logprobs is not None:
+            raise Refused("top_logprobs: this url takes logprobs, a number", param="top_logprobs")
+        return said
+    if said is not None and not isinstance(said, bool):
+        raise Refused("logprobs: should be true or false; top_logprobs is a number", param="logprobs")
+    if body.top_logprobs and not said:
+        raise Refused("top_logprobs: needs logprobs to be true", param="top_logprobs")
+    return body.top_logprobs or 0 if said else None
+
+
+def _grammar(body: Body) -> str | None:
+    try:
+        return make_grammar(body.response_format)
+    except UsageError as error:
+        raise Refused(f"response_format.{error.message}", param="response_format", code="invalid_schema") from error
 
 
 def _notices(model: Strict, name: str | None, rules: Rules) -> tuple[Notice, ...]:

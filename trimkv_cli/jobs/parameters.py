@@ -7,18 +7,11 @@ from typing import Any
 
 # Known parameters that would change the answer, with the values at which they do not.
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "stream": (None, False),
     "stream_options": (None,),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "prompt_logprobs": (None,),
-    "presence_penalty": (None, 0, 0.0),
-    "frequency_penalty": (None, 0, 0.0),
     "length_penalty": (None, 1, 1.0),
-    "logit_bias": (None, {}),
-    "response_format": (None, {"type": "text"}),
     "structured_outputs": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),

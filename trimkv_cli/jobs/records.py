@@ -13,6 +13,7 @@ import orjson
 
 from trimkv_cli.events import RequestStats
 from trimkv_cli.jobs.lines import BadLine, Item
+from trimkv_cli.jobs.logprobs import NamedLogprob, chat_logprobs, completion_logprobs
 
 # Characters that JSON may carry raw, but that move a terminal's cursor or that str.splitlines() takes for a line's end.
 _UNSAFE = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
@@ -22,12 +23,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the engine made of one item; `text` is None without a tokenizer."""
+    """One choice that the engine made for an item; `text` is None without a tokenizer."""
 
     text: str | None
     token_ids: Sequence[int]
     finish_reason: str
     stats: RequestStats
+    logprobs: Sequence[NamedLogprob] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +42,9 @@ class Recorder:
     prefill_chunk: int
     reproducible: bool = False
 
-    def success(self, item: Item, answer: Answer) -> Record:
-        """Return the record of an answered item."""
-        return self._record(self._key(item.custom_id), item.custom_id, status=200, body=self._body(item, answer))
+    def success(self, item: Item, answers: Sequence[Answer]) -> Record:
+        """Return the record of an answered item, with all its choices."""
+        return self._record(self._key(item.custom_id), item.custom_id, status=200, body=self._body(item, answers))
 
     def bad_line(self, bad: BadLine) -> Record:
         """Return the record of a line that was refused."""
@@ -69,39 +71,44 @@ class Recorder:
         record: Record = {"id": f"batch_req_{key}", "custom_id": custom_id, "response": None, "error": error}
         return {**record, "trimkv": {"line": line}}
 
-    def _body(self, item: Item, answer: Answer) -> Record:
+    def _body(self, item: Item, answers: Sequence[Answer]) -> Record:
         completion = item.kind == "completion"
         return {
             "id": f"{'cmpl' if completion else 'chatcmpl'}-{self._key(item.custom_id)}",
             "object": "text_completion" if completion else "chat.completion",
             "created": 0 if self.reproducible else int(time.time()),
             "model": self.model,
-            "choices": [_choice(item, answer)],
-            "usage": self._usage(answer.stats),
-            "trimkv": self._trimkv(item, answer.stats),
+            "choices": [_choice(item, index, answer) for index, answer in enumerate(answers)],
+            "usage": self._usage([answer.stats for answer in answers]),
+            "trimkv": self._trimkv(item, [answer.stats for answer in answers]),
         }
 
-    def _usage(self, stats: RequestStats) -> Record:
+    def _usage(self, stats: Sequence[RequestStats]) -> Record:
+        prompt, completion = stats[0].prompt_tokens, sum(each.completion_tokens for each in stats)
         usage: Record = {
-            "prompt_tokens": stats.prompt_tokens,
-            "completion_tokens": stats.completion_tokens,
-            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
         }
         if not self.reproducible:
-            usage["prompt_tokens_details"] = {"cached_tokens": stats.shared_prefix_tokens}
+            usage["prompt_tokens_details"] = {"cached_tokens": min(each.shared_prefix_tokens for each in stats)}
         return usage
 
-    def _trimkv(self, item: Item, stats: RequestStats) -> Record:
+    def _trimkv(self, item: Item, stats: Sequence[RequestStats]) -> Record:
         extra: Record = {
             "line": item.line,
             "seed": item.params.seed,
             "kv_budget": self.kv_budget,
             "prefill_chunk": self.prefill_chunk,
-            "cache": asdict(stats.cache),
+            "cache": asdict(stats[0].cache),
             "warnings": [asdict(warning) for warning in item.warnings],
         }
         if not self.reproducible:
-            extra["timing"] = {"queue_s": stats.queue_s, "ttft_s": stats.ttft_s, "total_s": stats.total_s}
+            extra["timing"] = {
+                "queue_s": stats[0].queue_s,
+                "ttft_s": stats[0].ttft_s,
+                "total_s": max(each.total_s for each in stats),
+            }
         return extra
 
 
@@ -110,13 +117,17 @@ def encode(record: Record) -> bytes:
     return _UNSAFE.sub(_escape, orjson.dumps(record)) + b"\n"
 
 
-def _choice(item: Item, answer: Answer) -> Record:
-    choice: Record = {"index": 0}
-    if item.kind == "completion":
+def _choice(item: Item, index: int, answer: Answer) -> Record:
+    choice: Record = {"index": index}
+    completion = item.kind == "completion"
+    if completion:
         choice["text"] = answer.text or ""
     else:
         choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
-    choice |= {"finish_reason": answer.finish_reason, "logprobs": None}
+    logprobs = None
+    if answer.logprobs is not None:
+        logprobs = completion_logprobs(answer.logprobs) if completion else chat_logprobs(answer.logprobs)
+    choice |= {"finish_reason": answer.finish_reason, "logprobs": logprobs}
     if item.return_token_ids:
         choice["token_ids"] = list(answer.token_ids)
     return choice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trimkv_cli.events import RequestStats
@@ -19,15 +20,22 @@ class Summary:
     done: int = 0
     failed: int = 0  # our fault
     bad: int = 0  # the line's fault
+    skipped: int = 0  # answered by an earlier run
     running: int = 0
+    stopped: str | None = None  # why the job ended before its input did
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    shared_tokens: int = 0  # prompt tokens that were copied instead of read
     warnings: Counter[str] = field(default_factory=Counter)
     started_at: float = field(default_factory=time.perf_counter)
 
     @property
     def lines(self) -> int:
         return self.done + self.failed + self.bad
+
+    @property
+    def errors(self) -> int:
+        return self.failed + self.bad
 
     @property
     def elapsed_s(self) -> float:
@@ -37,10 +45,11 @@ class Summary:
     def decode_tps(self) -> float:
         return self.completion_tokens / max(self.elapsed_s, 1e-9)
 
-    def count_tokens(self, stats: RequestStats) -> None:
-        """Add one request's tokens."""
-        self.prompt_tokens += stats.prompt_tokens
-        self.completion_tokens += stats.completion_tokens
+    def count_tokens(self, choices: Sequence[RequestStats]) -> None:
+        """Add the tokens of one item's choices, which share their prompt."""
+        self.prompt_tokens += choices[0].prompt_tokens
+        self.completion_tokens += sum(stats.completion_tokens for stats in choices)
+        self.shared_tokens += sum(stats.shared_prefix_tokens for stats in choices)
 
     def count_warnings(self, item: Item) -> None:
         """Add what was passed over in one line."""

@@ -1,0 +1,74 @@
+"""Turns an item into what the engine runs: token ids, one request per choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from trimkv_cli.engine.request import Request
+from trimkv_cli.errors import ContextOverflow, TrimkvError
+from trimkv_cli.jobs.lines import BadLine, Item, derive_seed
+
+
+class RenderedPrompt(Protocol):
+    """Token ids, and where their system message ends."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def prefix_len(self) -> int: ...
+
+
+class Text(Protocol):
+    """The part of the engine's tokenizer that a job needs."""
+
+    def encode(self, text: str) -> Sequence[int]: ...
+    def token_text(self, token_id: int) -> str: ...
+    def render_chat(self, messages: Sequence[dict[str, str]], *, think: bool | None = None) -> RenderedPrompt: ...
+
+
+def make_requests(item: Item, text: Text | None) -> list[Request] | BadLine:
+    """Return a request for each choice of an item, or say why there is none."""
+    if item.prompt_token_ids is not None:
+        return _choices(item, item.prompt_token_ids, 0)
+    if text is None:
+        return _bad(item, "the model has no tokenizer: give prompt_token_ids", code="no_tokenizer")
+    try:
+        if item.messages is None:
+            token_ids, prefix_len = text.encode(item.prompt or ""), 0
+        else:
+            rendered = text.render_chat(item.messages, think=item.think)
+            token_ids, prefix_len = rendered.token_ids, rendered.prefix_len
+    except TrimkvError as error:
+        return refused(item, error)
+    if not token_ids:
+        return _bad(item, "the prompt holds no tokens")
+    return _choices(item, token_ids, prefix_len)
+
+
+def refused(item: Item, error: TrimkvError) -> BadLine:
+    """Say that the engine cannot take an item."""
+    return _bad(item, error.message, code="context_length_exceeded" if isinstance(error, ContextOverflow) else None)
+
+
+def _choices(item: Item, token_ids: Sequence[int], prefix_len: int) -> list[Request]:
+    """The first choice has the line's seed; each further one has a seed made from it."""
+    name, seed = f"line-{item.line}", item.params.seed
+    first = Request(
+        id=name,
+        prompt_token_ids=tuple(token_ids),
+        params=item.params,
+        prefix_len=prefix_len,
+        same_prompt=name if item.choices > 1 else None,
+    )
+    seeds = (derive_seed(seed, f"choice-{choice}") for choice in range(1, item.choices))
+    others = (
+        replace(first, id=f"{name}/{choice}", params=replace(item.params, seed=seed))
+        for choice, seed in enumerate(seeds, 1)
+    )
+    return [first, *others]
+
+
+def _bad(item: Item, message: str, *, code: str | None = None) -> BadLine:
+    return BadLine(line=item.line, custom_id=item.custom_id, status=400, message=message, param=item.source, code=code)
