@@ -25,6 +25,7 @@ KEYS: Mapping[str, type] = {
     "kv_budget": str,
     "prefill_chunk": int,
     "context": int,
+    "on_overflow": str,
     "max_inflight": int,
     "deterministic": bool,
     "threads": int,

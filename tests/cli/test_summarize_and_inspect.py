@@ -33,6 +33,20 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path: Path) -> None:
     assert [record["trimkv"]["input"] for record in records] == [str(good), str(other)]
 
 
+def test_forty_files_of_which_three_are_broken(tmp_path: Path) -> None:
+    """Catches summaries out of order or lost, a broken file that is not named, and a wrong exit code."""
+    names = [tmp_path / f"{index:02}.txt" for index in range(40)]
+    for index, name in enumerate(names):
+        name.write_bytes(b"\x89PNG\0\0" if index in (3, 17, 39) else f"Note 1: the box is in room {index}.".encode())
+    done = trimkv("summarize", f"{tmp_path}/*.txt", "-n", "3", "--greedy", "-q", "--threads", "1")
+    titles = [line for line in done.stdout.decode().splitlines() if line.startswith("## ")]
+    assert titles == [f"## {name}" for index, name in enumerate(names) if index not in (3, 17, 39)]
+    assert done.returncode == 3
+    errors = [line for line in done.stderr.decode().splitlines() if line.startswith("error: ")]
+    assert [line.split(" is ")[0] for line in errors[:-1]] == [f"error: {names[index]}" for index in (3, 17, 39)]
+    assert errors[-1] == "error: 3 of 40 files failed"
+
+
 def test_a_file_past_the_positions_is_refused_not_cut(tmp_path: Path) -> None:
     """Catches silent truncation."""
     long = tmp_path / "long.txt"

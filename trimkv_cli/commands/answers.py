@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.engine.request import Request
+from trimkv_cli.errors import UsageError
 from trimkv_cli.events import FinishReason, RequestStats
 from trimkv_cli.ui.messages import print_note, print_warning
 
@@ -48,11 +49,25 @@ def answer(engine: Engine, request: Request, on_text: Callable[[str], None] = la
     raise AssertionError("a request ended without a last event")
 
 
+def within_room(engine: Engine, request: Request, *, said: bool, quiet: bool) -> Request:
+    """Let an answer whose length nobody gave be as long as there are positions left; it is said when they are few."""
+    left = engine.room(request)
+    if said or not 1 <= left < request.params.max_tokens:
+        return request
+    if not quiet:
+        print_note(f"{left} positions are left for the answer, of {engine.facts.max_positions}")
+    return replace(request, params=replace(request.params, max_tokens=left))
+
+
 def open_engine(options: EngineOptions, *, quiet: bool) -> Engine:
     """Load the engine and say on stderr what the user should know before the answer.
 
     The model is found before torch is imported, so that a wrong name is said at once.
     """
+    if options.on_overflow == "map-reduce":
+        raise UsageError("--on-overflow map-reduce is for trimkv summarize", hint="--on-overflow error")
+    if options.on_overflow == "rebase":
+        raise UsageError("--on-overflow rebase is not there yet", hint="trimkv summarize --on-overflow map-reduce")
     from trimkv_cli.engine.sources import find_source
 
     source = find_source(options, weights=True)

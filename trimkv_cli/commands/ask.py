@@ -66,7 +66,7 @@ def ask(
 
     user, system_text = gather(prompt, file or []), read_system(system, system_file)
 
-    from trimkv_cli.commands.answers import answer, open_engine, print_stats, say_if_cut, to_completion
+    from trimkv_cli.commands.answers import answer, open_engine, print_stats, say_if_cut, to_completion, within_room
     from trimkv_cli.commands.prompts import draw_seed, open_answer, render
     from trimkv_cli.commands.saved_reads import next_turn
     from trimkv_cli.engine.request import Request
@@ -86,6 +86,7 @@ def ask(
             params=params,
             keep=True,
         )
+    request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=quiet)
     llm.check(request)
     with open_answer(output) as writer, token_counter(wanted=live) as count:
         streaming = not (json or no_stream)

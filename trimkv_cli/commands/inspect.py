@@ -81,7 +81,7 @@ def inspect(
         raise UsageError("both a prompt and --prompt-token-ids are given", hint="give one of them")
     _check_places(html, png, svg)
 
-    from trimkv_cli.commands.answers import answer, open_engine
+    from trimkv_cli.commands.answers import answer, open_engine, within_room
     from trimkv_cli.commands.prompts import gather, read_system, render
     from trimkv_cli.engine.request import Request
 
@@ -92,6 +92,7 @@ def inspect(
         ids = render(llm.text, user, system=read_system(system, system_file), raw=raw, think=think).token_ids
     params = sampling.resolve(llm.facts.sampling_defaults)
     request = Request(id="inspect", prompt_token_ids=ids, params=params, keep=True)
+    request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=quiet)
     llm.check(request)
     llm.start_trace()
     finished = answer(llm, request)

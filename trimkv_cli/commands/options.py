@@ -53,6 +53,12 @@ FLAGS = {
     "context": _Flag(
         ("-c", "--context"), "Longest sequence to allow, in tokens; default: the model's own.", _MEMORY, "N"
     ),
+    "on_overflow": _Flag(
+        ("--on-overflow",),
+        "Past the model's positions: error, rebase (new positions for what is kept) or map-reduce (summarize only).",
+        _MEMORY,
+        "HOW",
+    ),
     "max_inflight": _Flag(
         ("--max-inflight", "--rows"), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"
     ),

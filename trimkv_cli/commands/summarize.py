@@ -1,47 +1,56 @@
-"""`trimkv summarize`: read files of any length through the bounded cache, once, and say what is in them."""
+"""`trimkv summarize`: read documents of any length through the bounded cache, and say what is in them."""
 
 from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimkv_cli.commands.options import Json, NoStream, Output, Quiet, Stats, Think, with_options
+from trimkv_cli.commands.summary_texts import Format, Wish, as_json, joined
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
-from trimkv_cli.ui.messages import print_error
+from trimkv_cli.ui.messages import print_error, print_note
 from trimkv_cli.ui.plain import AnswerWriter
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.answers import Answer
+    from trimkv_cli.commands.documents import Document
+    from trimkv_cli.commands.summary_work import Chain, Summed, Task
     from trimkv_cli.engine.engine import Engine
-
-_INSTRUCTION = "Summarize the text above. Keep to what it says; list its main points."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _How:
     """What the flags said about the output."""
 
+    wish: Wish
+    combine: bool
     json: bool
-    streaming: bool
+    no_stream: bool
     stats: bool
     quiet: bool
     think: bool | None
-    titled: bool
-    several: bool
     save_cache: str | None
     engine: EngineOptions
-    sampling: SamplingOptions
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
 def summarize(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help='Text files, or "-" for stdin.')],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help='Text, Markdown, source, HTML or PDF; globs; "-" for stdin.'),
+    ],
     *,
+    focus: Annotated[str | None, typer.Option("--focus", help="Tell only what concerns this.", metavar="TEXT")] = None,
+    length: Annotated[
+        str | None, typer.Option("--length", help="short, medium, long, or about so many words.", metavar="LENGTH")
+    ] = None,
+    format: Annotated[Format | None, typer.Option("--format", help="json: one object a file, {input, points}.")] = None,
+    combine: Annotated[bool, typer.Option("--combine", help="One summary of all files together.")] = False,
     save_cache: Annotated[
         str | None, typer.Option("--save-cache", help="Keep what was read, for trimkv ask --cache.", metavar="KV")
     ] = None,
@@ -54,109 +63,236 @@ def summarize(
     engine: EngineOptions,
     sampling: SamplingOptions,
 ) -> None:
-    """Summarize text files in one pass each; memory stays the same however long they are.
+    """Summarize documents in one pass each; memory stays the same however long they are.
 
-    trimkv summarize report.txt
+    trimkv summarize report.pdf
+
+    trimkv summarize 'chapters/*.md' --format bullets --length short
+
+    trimkv summarize minutes/*.txt --combine --focus "what was decided"
 
     trimkv summarize chapters/*.txt --json -o summaries.jsonl
 
     trimkv summarize report.txt --save-cache report.kv
 
-    Of several files each summary stands under its name; one that cannot be read does not stop the others (exit 3).
+    Several files are read side by side; each summary stands under its name, in the order given. A file that cannot be
+    read does not stop the others (exit 3). A text with more tokens than the model has positions is refused (exit 4)
+    unless --on-overflow says what to do: map-reduce summarizes it part by part and then the summaries, rebase reads
+    it in one pass and gives what is kept new positions. Nothing is ever cut off.
     """
-    from trimkv_cli.commands.answers import open_engine
-    from trimkv_cli.commands.prompts import draw_seed, open_answer, read_text
-    from trimkv_cli.commands.saved_reads import check_place
+    from trimkv_cli.commands.documents import expand
 
-    if save_cache is not None:
-        if len(files) > 1:
-            raise UsageError("--save-cache keeps one file's reading", hint="run trimkv summarize once for each file")
-        check_place(save_cache)
-    if len(files) == 1:
-        read_text_once = read_text(files[0])  # fails before a model is loaded
-        texts: Iterator[tuple[str, str | TrimkvError]] = iter([(files[0], read_text_once)])
-    else:
-        texts = ((name, _try_to_read(name)) for name in files)
     how = _How(
+        wish=Wish(format=format, length=length, focus=focus),
+        combine=combine,
         json=json,
-        streaming=not (json or no_stream),
+        no_stream=no_stream,
         stats=stats,
         quiet=quiet,
         think=think,
-        titled=len(files) > 1 and not json,
-        several=len(files) > 1,
         save_cache=save_cache,
-        engine=replace(engine, max_inflight=1),
-        sampling=draw_seed(sampling),
+        engine=engine,
     )
-    llm = open_engine(how.engine, quiet=quiet)
+    names = expand(files)
+    _check(names, how)
+    if combine:
+        _run(_combined(names, quiet), how, sampling, output)
+    else:
+        _run(_Inputs.of(names, quiet), how, sampling, output)
+
+
+def _check(names: Sequence[str], how: _How) -> None:
+    from trimkv_cli.commands.saved_reads import check_place
+
+    if how.json and how.wish.format == "json":
+        raise UsageError("--json and --format json are both given", hint="--format json prints the points alone")
+    if how.save_cache is None:
+        return
+    if len(names) > 1 and not how.combine:
+        raise UsageError(
+            "--save-cache keeps one reading", hint="run trimkv summarize once for each file, or --combine them"
+        )
+    if how.engine.on_overflow != "error":
+        raise UsageError(
+            f"--save-cache keeps one reading in its own positions, not one of --on-overflow {how.engine.on_overflow}",
+            hint="leave out one of them",
+        )
+    check_place(how.save_cache)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Inputs:
+    """What there is to summarize: documents, read when their turn comes, and faults met before."""
+
+    names: list[str]
+    total: int
+    quiet: bool
+    ready: dict[int, Document] = field(default_factory=dict)
+    faults: list[TrimkvError] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, names: list[str], quiet: bool) -> _Inputs:
+        """Take files one by one; a single one is read now, before a model is loaded for it."""
+        inputs = cls(names=names, total=len(names), quiet=quiet)
+        if len(names) == 1:
+            inputs.ready[0] = _read(names[0], quiet=quiet)
+        return inputs
+
+    def text(self, index: int) -> str:
+        """Return one document's text; raises as `read_document` does."""
+        return (self.ready.pop(index, None) or _read(self.names[index], quiet=self.quiet)).text
+
+
+def _combined(names: Sequence[str], quiet: bool) -> _Inputs:
+    """Read all files and put them into one document; what cannot be read is said and counted.
+
+    Raises:
+        InputError: none could be read.
+    """
+    from trimkv_cli.commands.documents import Document
+
+    documents, faults = [], []
+    for name in names:
+        try:
+            documents.append(_read(name, quiet=quiet))
+        except TrimkvError as error:
+            faults.append(error)
+            if len(names) > 1:
+                print_error(_named(name, error), error.hint)
+    if not documents:
+        raise faults[0]
+    text = joined([(document.name, document.text) for document in documents])
+    whole = Document(name=", ".join(document.name for document in documents), text=text)
+    return _Inputs(names=[whole.name], total=len(names), quiet=quiet, ready={0: whole}, faults=faults)
+
+
+def _read(name: str, *, quiet: bool) -> Document:
+    from trimkv_cli.commands.documents import read_document
+
+    document = read_document(name)
+    if not document.text.strip():
+        raise InputError(f"{document.name} is empty", hint="there is nothing in it to summarize")
+    if document.note is not None and not quiet:
+        print_note(document.note)
+    return document
+
+
+def _run(inputs: _Inputs, how: _How, sampling: SamplingOptions, output: str | None) -> None:
+    from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.commands.prompts import draw_seed, open_answer
+    from trimkv_cli.commands.summary_work import Task
+
+    map_reduce = how.engine.on_overflow == "map-reduce"
+    options = replace(how.engine, on_overflow="error") if map_reduce else how.engine
+    if len(inputs.names) == 1 and not map_reduce:
+        options = replace(options, max_inflight=1)
+    llm = open_engine(options, quiet=how.quiet)
+    task = Task(
+        instruction=how.wish.instruction(),
+        params=draw_seed(sampling).resolve(llm.facts.sampling_defaults),
+        max_tokens_said=sampling.max_tokens is not None,
+        think=how.think,
+        map_reduce=map_reduce,
+    )
     with open_answer(output) as writer:
-        failed = _summarize_all(llm, texts, writer, how)
-    if failed and len(files) == 1:
+        failed = _Summaries(llm, inputs, writer, how).write(task)
+    if failed and inputs.total == 1:
         raise failed[0]
     if failed:
-        raise PartialFailure(f"{len(failed)} of {len(files)} files failed")
+        raise PartialFailure(f"{len(failed)} of {inputs.total} files failed")
 
 
-def _summarize_all(
-    llm: Engine, texts: Iterator[tuple[str, str | TrimkvError]], writer: AnswerWriter, how: _How
-) -> Sequence[TrimkvError]:
-    failed: list[TrimkvError] = []
-    for name, text in texts:
-        try:
-            if isinstance(text, TrimkvError):
-                raise text
-            if not text.strip():
-                raise InputError(f"{name} is empty", hint="there is nothing in it to summarize")
-            _summarize_one(llm, name, text, writer, how)
-        except TrimkvError as error:
-            failed.append(error)
-            if how.several:
-                named = error.message if name in error.message else f"{name}: {error.message}"
-                print_error(named, error.hint)
-    return failed
+class _Summaries:
+    """Write every summary in the order of the inputs, as soon as it and all before it are done."""
+
+    def __init__(self, llm: Engine, inputs: _Inputs, writer: AnswerWriter, how: _How) -> None:
+        self._llm = llm
+        self._inputs = inputs
+        self._writer = writer
+        self._how = how
+        self._alone = len(inputs.names) == 1
+        self._streams = self._alone and not (how.json or how.no_stream or how.wish.format == "json")
+        self._records: dict[int, dict[str, Any]] = {}
+        self._done: dict[int, Summed | TrimkvError] = {}
+        self._next = 0
+        self._failed = list(inputs.faults)
+
+    def write(self, task: Task) -> list[TrimkvError]:
+        """Summarize all inputs; return what failed."""
+        from trimkv_cli.commands.summary_work import Pool
+
+        pool = Pool(self._llm, on_text=self._stream, on_answer=self._keep)
+        for index, outcome in pool.run(self._chains(task), lambda: None):
+            self._done[index] = outcome
+            while self._next in self._done:
+                self._finish(self._next, self._done.pop(self._next))
+                self._next += 1
+        return self._failed
+
+    def _chains(self, task: Task) -> Iterator[Chain]:
+        return (self._chain(index, name, task) for index, name in enumerate(self._inputs.names))
+
+    def _chain(self, index: int, name: str, task: Task) -> Chain:
+        from trimkv_cli.commands.summary_work import summarize_text
+
+        return (yield from summarize_text(self._llm, f"{index}:{name}", self._inputs.text(index), task))
+
+    def _stream(self, _: int, piece: str) -> None:
+        if self._streams:
+            self._writer.push(piece)
+
+    def _keep(self, index: int, answer: Answer) -> None:
+        """Take what only the row of a finished request can tell."""
+        from trimkv_cli.commands.answers import to_completion
+        from trimkv_cli.commands.saved_reads import save_read
+
+        if self._how.json:
+            self._records[index] = to_completion(self._llm, answer, self._how.engine)
+        if self._how.save_cache is not None:
+            save_read(self._llm, answer.request.id, self._how.save_cache)
+
+    def _finish(self, index: int, outcome: Summed | TrimkvError) -> None:
+        name = self._inputs.names[index]
+        if isinstance(outcome, TrimkvError):
+            self._failed.append(outcome)
+            if self._inputs.total > 1:
+                print_error(_named(name, outcome), outcome.hint)
+            return
+        if not self._streams:
+            self._print(index, name, outcome)
+        self._writer.close()
+        self._say(outcome)
+
+    def _print(self, index: int, name: str, summed: Summed) -> None:
+        if self._how.json:
+            self._writer.push(json_module.dumps(_record(self._records.pop(index), name, summed)))
+        elif self._how.wish.format == "json":
+            self._writer.push(as_json(name, summed.answer.text))
+        else:
+            title = "" if self._alone else f"## {name}\n\n"
+            self._writer.push(f"{title}{summed.answer.text}")
+
+    def _say(self, summed: Summed) -> None:
+        from trimkv_cli.commands.answers import print_stats, say_if_cut
+
+        if not self._how.quiet:
+            say_if_cut(summed.answer)
+            if summed.parts > 1:
+                print_note(f"summarized in {summed.parts} parts, {summed.rounds} rounds")
+        if self._how.stats:
+            print_stats(self._llm, summed.answer)
 
 
-def _summarize_one(llm: Engine, name: str, text: str, writer: AnswerWriter, how: _How) -> None:
-    from trimkv_cli.commands.answers import answer, print_stats, say_if_cut
-    from trimkv_cli.commands.prompts import render
-    from trimkv_cli.commands.saved_reads import save_read
-    from trimkv_cli.engine.request import Request
-
-    rendered = render(llm.text, f"{text}\n\n{_INSTRUCTION}", system=None, raw=False, think=how.think)
-    params = how.sampling.resolve(llm.facts.sampling_defaults)
-    request = Request(id=name, prompt_token_ids=rendered.token_ids, params=params, keep=True)
-    llm.check(request)
-    if how.titled:
-        writer.push(f"## {name}\n\n")
-    finished = answer(llm, request, writer.push if how.streaming else _ignore)
-    if not how.streaming:
-        writer.push(_record(llm, name, finished, how) if how.json else finished.text)
-    writer.close()
-    if how.save_cache is not None:
-        save_read(llm, name, how.save_cache)
-    llm.release(name)
-    if not how.quiet:
-        say_if_cut(finished)
-    if how.stats:
-        print_stats(llm, finished)
+def _record(record: dict[str, Any], name: str, summed: Summed) -> dict[str, Any]:
+    """Add to a completion where it comes from; its usage counts all that was sent for it."""
+    usage = {
+        "prompt_tokens": summed.prompt_tokens,
+        "completion_tokens": summed.completion_tokens,
+        "total_tokens": summed.prompt_tokens + summed.completion_tokens,
+    }
+    ours = {**record["trimkv"], "input": name, "parts": summed.parts, "rounds": summed.rounds}
+    return {**record, "usage": usage, "trimkv": ours}
 
 
-def _record(llm: Engine, name: str, finished: Answer, how: _How) -> str:
-    from trimkv_cli.commands.answers import to_completion
-
-    record: dict[str, Any] = to_completion(llm, finished, how.engine)
-    return json_module.dumps({**record, "trimkv": {**record["trimkv"], "input": name}})
-
-
-def _try_to_read(name: str) -> str | TrimkvError:
-    from trimkv_cli.commands.prompts import read_text
-
-    try:
-        return read_text(name)
-    except TrimkvError as error:
-        return error
-
-
-def _ignore(piece: str) -> None:
-    """Show nothing before the answer is complete."""
+def _named(name: str, error: TrimkvError) -> str:
+    return error.message if name in error.message else f"{name}: {error.message}"

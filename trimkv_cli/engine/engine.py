@@ -110,22 +110,36 @@ class Engine:
             raise UsageError("the prompt is empty", hint="give at least one token")
         bad = next((i for i in ids if not 0 <= i < facts.spec.vocab_size), None)
         if bad is not None:
-            raise UsageError(f"token id {bad} is outside the vocabulary of {facts.spec.vocab_size}")
+            size = facts.spec.vocab_size
+            raise UsageError(f"token id {bad} is outside the vocabulary of {size}", hint=f"ids go from 0 to {size - 1}")
         self._runner.sampler.check(request.params)
-        parked = self._scheduler.parked.get(request.continues or "")
-        before = parked.seen + len(parked.unread) if parked is not None else 0
+        before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
         asked = f"{before + len(ids)} prompt tokens + {request.params.max_tokens} to generate"
         if needed > facts.max_positions:
+            own = facts.spec.max_positions
+            allowed = "" if facts.max_positions >= own else f" (its own: {own})"
             raise ContextOverflow(
-                f"{asked} need {needed} positions, and {facts.model_id} has {facts.max_positions}",
-                hint="shorten the prompt, lower --max-tokens, or raise --context where the model has more positions",
+                f"{asked} need {needed} positions, and {facts.model_id} has {facts.max_positions}{allowed}",
+                hint="shorten the prompt or lower --max-tokens"
+                if not allowed
+                else "shorten the prompt, lower --max-tokens, or raise --context",
             )
         if facts.gate.variant == "none" and needed > facts.plan.kv_budget:
             raise ContextOverflow(
                 f"{asked} do not fit the {facts.plan.kv_budget} slots of a cache that may evict nothing",
                 hint=f"--kv-budget {needed}, or gates: --gates streaming",
             )
+
+    def room(self, request: Request) -> int:
+        """Return how many tokens may follow the request's prompt; below 1 when the prompt alone is too long."""
+        facts = self.facts
+        limit = min(facts.max_positions, facts.plan.kv_budget) if facts.gate.variant == "none" else facts.max_positions
+        return limit - self._tokens_before(request) - len(request.prompt_token_ids) + 1
+
+    def _tokens_before(self, request: Request) -> int:
+        parked = self._scheduler.parked.get(request.continues or "")
+        return parked.seen + len(parked.unread) if parked is not None else 0
 
     def add(self, request: Request) -> None:
         """Queue a request; its id must not be in use."""

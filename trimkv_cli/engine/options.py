@@ -10,6 +10,7 @@ from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 
 _FILTERS = {"top_p", "top_k", "min_p", "top_h"}
+_OVERFLOW = ("error", "rebase", "map-reduce")
 DETERMINISTIC_ROWS = 8  # every deterministic decode has this many rows, so that no matrix product changes its shape
 
 
@@ -30,6 +31,7 @@ class EngineOptions:
     kv_budget: str | None = None
     prefill_chunk: int | None = None
     context: int | None = None
+    on_overflow: str = "error"
     max_inflight: int | None = None
     deterministic: bool = False
     threads: int | None = None
@@ -37,6 +39,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is too small", hint="--threads needs 1 or more")
+        if self.on_overflow not in _OVERFLOW:
+            raise UsageError(f"--on-overflow {self.on_overflow} is unknown", hint=f"one of {', '.join(_OVERFLOW)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,128 @@
+"""Mistakes in summarizing many documents over shared rows: mixed answers, texts cut off, one fault that stops all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from trimkv_cli.commands.answers import Answer
+from trimkv_cli.commands.summary_work import Chain, Pool, Summed, Task, summarize_text
+from trimkv_cli.engine.loader import load_engine
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.errors import ContextOverflow, InputError, TrimkvError
+from trimkv_cli.events import CacheStats, RequestStats
+
+TEXTS = [f"Note {i}: the box {i} is in room {i * 7}. We walked along the river.\n" * 4 for i in range(5)]
+
+
+def make_llm(rows: int, context: int | None = None) -> Any:
+    return load_engine(EngineOptions(kv_budget="32", threads=1, max_inflight=rows, context=context, deterministic=True))
+
+
+def make_task(*, map_reduce: bool = False, said: bool = True, max_tokens: int = 8) -> Task:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return Task(instruction="Go.", params=params, max_tokens_said=said, think=None, map_reduce=map_reduce)
+
+
+def summarize(llm: Any, texts: list[str | None], task: Task) -> tuple[dict[int, Summed | TrimkvError], list[int]]:
+    """Run texts, None being one that cannot be read; return outcomes and whose rows were seen before they went."""
+    seen: list[int] = []
+
+    def chain(index: int, text: str | None) -> Chain:
+        if text is None:
+            raise InputError("cannot read it", hint="check")
+        return (yield from summarize_text(llm, str(index), text, task))
+
+    def keep(index: int, answer: Answer) -> None:
+        assert llm.seen(answer.request.id) > 0
+        seen.append(index)
+
+    def chains() -> Iterator[Chain]:
+        return (chain(index, text) for index, text in enumerate(texts))
+
+    pool = Pool(llm, on_text=lambda *_: None, on_answer=keep)
+    outcomes = dict(pool.run(chains(), lambda: None))
+    assert pool.num_open == 0
+    assert not llm.has_work
+    return outcomes, seen
+
+
+def text_of(outcome: Summed | TrimkvError) -> str:
+    assert isinstance(outcome, Summed)
+    return outcome.answer.text
+
+
+def test_documents_share_rows_and_a_fault_stops_none() -> None:
+    """Catches answers given to another document, a fault that ends the run, and rows that are never freed."""
+    llm = make_llm(rows=2)
+    texts = [*TEXTS[:2], None, *TEXTS[2:], None]
+    outcomes, seen = summarize(llm, texts, make_task())
+    assert [index for index, outcome in sorted(outcomes.items()) if isinstance(outcome, TrimkvError)] == [2, 6]
+    assert sorted(seen) == [0, 1, 3, 4, 5]
+    alone = [text_of(summarize(llm, [text], make_task())[0][0]) for text in TEXTS]
+    assert [text_of(outcomes[index]) for index in (0, 1, 3, 4, 5)] == alone
+
+
+def test_a_long_text_is_refused_or_reduced_never_cut() -> None:
+    """Catches silent truncation, parts that are left out, and a hint that names one way only."""
+    llm, text = make_llm(rows=2, context=200), "".join(TEXTS)
+    refused = summarize(llm, [text], make_task())[0][0]
+    assert isinstance(refused, ContextOverflow)
+    assert refused.hint is not None
+    assert "map-reduce" in refused.hint
+    assert "rebase" in refused.hint
+    reduced = summarize(llm, [text], make_task(map_reduce=True))[0][0]
+    assert isinstance(reduced, Summed)
+    assert reduced.parts > 2
+    assert reduced.rounds >= 2
+    assert reduced.prompt_tokens > len(llm.text.encode(text))
+
+
+def test_a_length_that_nobody_gave_is_what_is_left() -> None:
+    """Catches a refusal of 512 tokens that the user never asked for, and a length given that is changed."""
+    llm = make_llm(rows=1, context=260)
+    task = make_task(said=False, max_tokens=512)
+    outcome = summarize(llm, [TEXTS[0]], task)[0][0]
+    assert isinstance(outcome, Summed)
+    asked = outcome.answer.request
+    assert asked.params.max_tokens == 260 - len(asked.prompt_token_ids) + 1
+    refused = summarize(llm, [TEXTS[0]], make_task(said=True, max_tokens=512))[0][0]
+    assert isinstance(refused, ContextOverflow)
+
+
+def test_summaries_that_do_not_shorten_end_in_an_error() -> None:
+    """Catches a loop without an end."""
+    llm = make_llm(rows=2, context=200)
+    text = "".join(TEXTS)
+    chain = summarize_text(llm, "0", text, make_task(map_reduce=True))
+    stage = next(chain)
+    assert not stage.last
+    long = Answer(
+        request=stage.requests[0],
+        text=text,
+        token_ids=(),
+        finish_reason="length",
+        stats=RequestStats(
+            prompt_tokens=1,
+            completion_tokens=1,
+            shared_prefix_tokens=0,
+            queue_s=0.0,
+            ttft_s=0.0,
+            total_s=0.0,
+            cache=CacheStats(seen_tokens=1, kept_per_head=1, evicted=0),
+        ),
+    )
+    with pytest.raises(ContextOverflow, match="no shorter"):
+        chain.send([long] * len(stage.requests))
+
+
+@pytest.mark.parametrize("max_tokens", [140, 199])
+def test_no_room_for_a_part_is_said(max_tokens: int) -> None:
+    """Catches parts of no tokens."""
+    llm = make_llm(rows=1, context=200)
+    outcome = summarize(llm, ["".join(TEXTS)], make_task(map_reduce=True, max_tokens=max_tokens))[0][0]
+    assert isinstance(outcome, ContextOverflow)
+    assert "leave no room" in outcome.message
