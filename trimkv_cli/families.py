@@ -142,6 +142,14 @@ def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | Non
     return tuple(window if slides else None for slides in sliding)
 
 
+def layer_matrices(model_type: str, *, hidden: int, intermediate: int, q: int, kv: int) -> tuple[tuple[int, int], ...]:
+    """List the linear layers (outputs, inputs) of one decoder layer as transformers makes them."""
+    if model_type == "phi3":
+        return (q + 2 * kv, hidden), (hidden, q), (2 * intermediate, hidden), (hidden, intermediate)
+    attention = (q, hidden), (kv, hidden), (kv, hidden), (hidden, q)
+    return *attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+
+
 def weight_numel(
     model_type: str,
     config: Mapping[str, Any],

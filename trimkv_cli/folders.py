@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _json_object(path.read_bytes(), path)
 
 
-def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Read name → (dtype, shape) of all tensors of a folder's *.safetensors files, without reading a weight.
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in a file, and what it is; `dtype` as safetensors names it."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Read name → place of all tensors of a folder's *.safetensors files, without reading a weight.
 
     Raises:
         BrokenModel: a file that is cut off, or whose header makes no sense.
     """
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors.update(_header(path))
     return tensors
+
+
+def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read name → (dtype, shape) of the same tensors; raises as `stored_tensors` does."""
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in stored_tensors(folder).items()}
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
@@ -68,13 +83,18 @@ def read_gate_spec(folder: Path, *, id: str) -> GateSpec:
     return GateSpec.from_config(config, id=id)
 
 
-def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _header(path: Path) -> dict[str, StoredTensor]:
     header, data_bytes = _header_bytes(path)
     entries = _json_object(header, path)
     entries.pop("__metadata__", None)
     try:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        tensors = {name: (entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        tensors = {
+            name: StoredTensor(
+                path, 8 + len(header) + entry["data_offsets"][0], entry["dtype"], tuple(map(int, entry["shape"]))
+            )
+            for name, entry in entries.items()
+        }
     except (LookupError, TypeError, ValueError):
         raise BrokenModel(f"{path}: the header does not describe tensors", hint=_AGAIN) from None
     if end != data_bytes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, ModelSpec, gate_bytes
+from trimkv_cli.machine import Machine
+from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation, gate_bytes
+from trimkv_cli.weights import weight_bytes
 
-MIB = 1024 * 1024
-# What a process holds before a weight is read: on a CPU torch and transformers, on a GPU its context and workspaces.
-RUNTIME_BYTES = {"cpu": 448 * MIB, "cuda": 768 * MIB}
 _SAMPLER_BYTES = 72  # per logit: float32 scores, 64-bit weights, sorted copies with indices, sums, counts
 _EVICTION_BYTES = 64  # per candidate: score, rank, order and their intermediates
 _SCORE_BYTES = 16  # per query and key: mask, logits, probabilities in float32
@@ -22,7 +21,8 @@ class Shape:
     prefill_chunk: int
     rows: int
     dtype: Dtype
-    kv_dtype: Dtype
+    kv_dtype: KvDtype
+    quantize: Quantisation = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,14 @@ class Surroundings:
     padded_rows: int
     device: str
     counts_runtime: bool
+    snapshots: int = 0
+    copies: int = 0
+    machine: Machine = field(default_factory=Machine)
+
+    @property
+    def packs_nf4(self) -> bool:
+        """Whether nf4 matrices are laid out anew for this machine's CPU."""
+        return self.device == "cpu" and self.machine.packs_nf4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
     journal_bytes = spec.journal_bytes_per_row(DTYPE_BYTES[shape.kv_dtype])
     shares_prefix = shape.rows > 1 and shape.prefill_chunk > 0
     parts = [
-        Part("weights", spec.weight_numel * DTYPE_BYTES[shape.dtype]),
+        Part("weights", weight_bytes(spec, shape.dtype, shape.quantize, packs_nf4=around.packs_nf4)),
         Part("gates", gate_bytes(spec, gate, shape.dtype)),
         Part("kv", rows * row_bytes),
         Part("shared_prefix", row_bytes if shares_prefix else 0),
@@ -59,7 +67,7 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
     ]
     parts.append(Part("loading", _loading_bytes(spec, shape, around, later=sum(part.bytes for part in parts[1:]))))
     if around.counts_runtime:
-        parts.append(Part("runtime", RUNTIME_BYTES.get(around.device, RUNTIME_BYTES["cpu"])))
+        parts.append(Part("runtime", around.machine.runtime_bytes(around.device)))
     return tuple(parts)
 
 

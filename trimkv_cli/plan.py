@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from trimkv_cli.errors import DoesNotFit
-from trimkv_cli.footprint import Part, Shape, footprint
+from trimkv_cli.footprint import Part, Shape, Surroundings, footprint
 from trimkv_cli.solve import counter_offers, solve
-from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, ModelSpec
+from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation
 from trimkv_cli.units import SequenceBytes, format_size
-from trimkv_cli.wish import PlanOptions, Wish, make_wish
+from trimkv_cli.wish import PlanOptions, Precision, Wish, make_wish
 
 __all__ = ["Part", "Plan", "PlanOptions", "Warning", "make_plan"]
 
@@ -33,8 +33,10 @@ class Plan:
     rows: int
     prefill_chunk: int
     dtype: Dtype
-    kv_dtype: Dtype
+    quantize: Quantisation
+    kv_dtype: KvDtype
     device: str
+    around: Surroundings
     parts: tuple[Part, ...]
     budget_bytes: int | None
     fits: bool
@@ -95,8 +97,10 @@ def make_plan(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Plan:
         rows=shape.rows,
         prefill_chunk=shape.prefill_chunk,
         dtype=shape.dtype,
+        quantize=shape.quantize,
         kv_dtype=shape.kv_dtype,
         device=options.device,
+        around=wish.around,
         parts=footprint(spec, gate, shape, wish.around),
         budget_bytes=wish.budget_bytes,
         fits=found is not None,
@@ -109,8 +113,11 @@ def make_plan(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Plan:
 def _choices(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options: PlanOptions) -> Iterator[str]:
     if options.dtype == "auto" and shape.dtype != spec.dtype:
         yield f"{shape.dtype}: the default on a CPU; the model's own is {spec.dtype}"
-    if shape.dtype != wish.dtypes[0]:
-        yield f"{shape.dtype}: the model's own, as {wish.dtypes[0]} does not fit"
+    best, taken = wish.precisions[0], Precision(shape.dtype, shape.quantize)
+    if taken != best and taken.quantize == "none":
+        yield f"{taken}: the model's own, as {best} does not fit"
+    elif taken != best:
+        yield f"{taken} weights: the highest precision that fits, and {best} does not"
     if shape.kv_budget != wish.kv_budgets[0]:
         yield f"{shape.kv_budget} slots per head: the budget holds no {wish.kv_budgets[0]}"
     else:
@@ -144,8 +151,15 @@ def _warnings(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options
     if shape.prefill_chunk != wish.chunks[0]:
         message = f"the budget forces chunks of {shape.prefill_chunk} prompt tokens instead of {wish.chunks[0]}"
         yield Warning(code="prefill_chunk_reduced", message=message)
-    if shape.dtype != wish.dtypes[0]:
-        yield Warning(code="dtype_reduced", message=f"the budget forces {shape.dtype} instead of {wish.dtypes[0]}")
+    best = wish.precisions[0]
+    if shape.dtype != best.dtype:
+        yield Warning(code="dtype_reduced", message=f"the budget forces {shape.dtype} instead of {best.dtype}")
+    if shape.quantize != best.quantize:
+        message = f"the budget forces {shape.quantize} weights instead of {best.dtype}"
+        yield Warning(code="weights_quantised", message=message)
+    if slots < wish.trained and slots != wish.kv_budgets[0] and gate.trained:
+        message = f"{gate.id} was trained for {trained} slots per head, and the budget leaves {slots}"
+        yield Warning(code="kv_budget_below_trained", message=message)
     if trained is not None and slots > trained and slots != options.default_kv_budget:
         message = f"{gate.id} was trained for {trained} slots per head, not for {slots}"
         yield Warning(code="kv_budget_above_trained", message=message)

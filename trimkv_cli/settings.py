@@ -17,6 +17,7 @@ KEYS: Mapping[str, type] = {
     "revision": str,
     "gates": str,
     "dtype": str,
+    "quantize": str,
     "kv_dtype": str,
     "device": str,
     "offline": bool,

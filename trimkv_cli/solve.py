@@ -5,11 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import product
 
 from trimkv_cli.footprint import Shape, Surroundings, footprint
-from trimkv_cli.spec import Dtype, GateSpec, ModelSpec
-from trimkv_cli.wish import SMALLEST_CHUNK, SMALLEST_KV_BUDGET, Wish, halvings
+from trimkv_cli.spec import GateSpec, ModelSpec
+from trimkv_cli.wish import QUANTISES, SMALLEST_CHUNK, SMALLEST_KV_BUDGET, Precision, Wish, halvings
 
 
 def total_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> int:
@@ -18,12 +17,25 @@ def total_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundi
 
 
 def solve(spec: ModelSpec, gate: GateSpec, wish: Wish) -> Shape | None:
-    """Find the best shape within the budget: rows go first, then the chunk, the dtype, and last the KV budget."""
-    for kv_budget, dtype, chunk in product(wish.kv_budgets, wish.dtypes, wish.chunks):
-        shapes = [wish.shape(kv_budget, dtype, chunk, rows) for rows in wish.rows]
+    """Find the best shape within the budget.
+
+    What costs least is given up first: rows, then slots beyond what the gate was trained for, then precision, then the
+    chunk (which changes results), and last slots that the gate was trained for.
+    """
+    for kv_budget, precision, chunk in _by_worth(wish):
+        shapes = [wish.shape(kv_budget, precision, chunk, rows) for rows in wish.rows]
         if _fits(spec, gate, shapes[-1], wish):
             return next(shape for shape in shapes if _fits(spec, gate, shape, wish))
     return None
+
+
+def _by_worth(wish: Wish) -> Iterator[tuple[int, Precision, int]]:
+    """Yield KV budget, precision and chunk, the best first."""
+    willing = [size for size in wish.kv_budgets if size >= wish.trained]
+    for sizes in (willing, *([size] for size in wish.kv_budgets if size < wish.trained)):
+        for chunk in wish.chunks:
+            for precision in wish.precisions:
+                yield from ((size, precision, chunk) for size in sizes)
 
 
 def _fits(spec: ModelSpec, gate: GateSpec, shape: Shape, wish: Wish) -> bool:
@@ -54,8 +66,12 @@ def _sacrifices(wish: Wish) -> Iterator[Iterator[Step]]:
     yield ((replace(wish, rows=(n,)), {"--max-inflight": str(n)}) for n in halvings(wish.rows[-1], 1)[1:])
     if wish.chunks[-1] == 0 or wish.chunks[-1] > SMALLEST_CHUNK:
         yield iter([(replace(wish, chunks=(SMALLEST_CHUNK,)), {"--prefill-chunk": str(SMALLEST_CHUNK)})])
-    if wish.dtypes[-1] == "fp32" and wish.dtype_is_free:
-        yield iter([(replace(wish, dtypes=("bf16",)), {"--dtype": "bf16"})])
+    if wish.precisions[-1].dtype == "fp32" and wish.dtype_is_free:
+        halved = tuple(Precision("bf16", precision.quantize) for precision in wish.precisions[-1:])
+        yield iter([(replace(wish, precisions=halved), {"--dtype": "bf16"})])
+    if wish.precisions[-1].quantize != "nf4" and wish.can_quantise and wish.around.device in QUANTISES:
+        smallest = Precision(wish.precisions[-1].dtype, "nf4")
+        yield iter([(replace(wish, precisions=(smallest,)), {"--quantize": "nf4"})])
     if wish.chunks[-1] == 0 and wish.kv_flag != "--context":
         lengths = halvings(wish.around.longest_prompt, SMALLEST_CHUNK)[1:]
         yield ((_with_context(wish, n), {"--context": str(n)}) for n in lengths)
@@ -78,10 +94,12 @@ def _smallest(spec: ModelSpec, gate: GateSpec, wish: Wish, *, below: int) -> dic
     """Shrink everything at once, and say which budget that takes; None when it saves nothing."""
     chunk = min(wish.chunks[-1] or SMALLEST_CHUNK, SMALLEST_CHUNK)
     kv_budget = min(wish.kv_budgets[-1], SMALLEST_KV_BUDGET) if wish.kv_flag else wish.kv_budgets[-1]
-    dtype: Dtype = "bf16" if wish.dtypes[-1] == "fp32" and wish.dtype_is_free else wish.dtypes[-1]
-    shape = wish.shape(kv_budget, dtype, chunk, 1)
+    last = wish.precisions[-1]
+    precision = Precision("bf16", last.quantize) if last.dtype == "fp32" and wish.dtype_is_free else last
+    shape = wish.shape(kv_budget, precision, chunk, 1)
     needed = total_bytes(spec, gate, shape, wish.around)
-    sizes = {"--max-inflight": "1", "--prefill-chunk": str(chunk), "--dtype": dtype}
+    sizes = {"--max-inflight": "1", "--prefill-chunk": str(chunk), "--dtype": precision.dtype}
+    sizes |= {"--quantize": precision.quantize} if precision.quantize != "none" else {}
     if wish.kv_flag:
         sizes[wish.kv_flag] = str(kv_budget)
     return {"--budget": str(max(needed, wish.budget_bytes or 0)), **sizes} if needed < below else None

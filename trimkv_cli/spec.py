@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from trimkv_cli.errors import GateMismatch, UsageError
 from trimkv_cli.families import (
     DEFAULTS,
+    layer_matrices,
     layer_windows,
     original_max_positions,
     positive,
@@ -17,9 +18,12 @@ from trimkv_cli.families import (
 )
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
+Quantisation = Literal["none", "int8", "nf4"]
 GateVariant = Literal["rg", "rg10", "streaming", "none"]
 
-DTYPE_BYTES: Mapping[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "nf4")
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
 _JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
 STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -86,6 +90,17 @@ class ModelSpec:
     def weight_bytes(self) -> int:
         """Bytes of the weights in the model's own dtype."""
         return self.weight_numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """The linear layers (outputs, inputs) of one decoder layer, which quantisation makes smaller."""
+        return layer_matrices(
+            self.model_type,
+            hidden=self.hidden_size,
+            intermediate=self.intermediate_size,
+            q=self.num_heads * self.head_dim,
+            kv=self.num_kv_heads * self.head_dim,
+        )
 
     def slots(self, layer: int, kv_budget: int) -> int:
         """Count the slots per KV head of a layer: a window needs no more than itself."""
@@ -183,6 +198,21 @@ def parse_dtype(text: str, default: Dtype) -> Dtype:
     if text not in names:
         raise UsageError(f"{text!r} is not a dtype", hint="one of auto, bf16, fp16, fp32")
     return names[text]
+
+
+def parse_kv_dtype(text: str) -> KvDtype | None:
+    """Read the dtype of cached keys and values; "auto" is None, that of the weights."""
+    if text in ("fp8", "float8_e4m3fn"):
+        return "fp8"
+    return None if text == "auto" else parse_dtype(text, "fp32")
+
+
+def parse_quantisation(text: str) -> Quantisation | None:
+    """Read `--quantize`; "auto" is None, the plan's choice."""
+    found = next((known for known in QUANTISATIONS if known == text), None)
+    if found is None and text != "auto":
+        raise UsageError(f"{text!r} is not a quantisation", hint="one of auto, none, int8, nf4")
+    return found
 
 
 def _whole(config: Mapping[str, Any], key: str, id: str) -> int | None:

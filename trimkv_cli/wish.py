@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.footprint import Shape, Surroundings
-from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, ModelSpec, parse_dtype
+from trimkv_cli.machine import Machine
+from trimkv_cli.spec import (
+    DTYPE_BYTES,
+    QUANTISATIONS,
+    Dtype,
+    GateSpec,
+    KvDtype,
+    ModelSpec,
+    Quantisation,
+    parse_dtype,
+    parse_kv_dtype,
+    parse_quantisation,
+)
 from trimkv_cli.units import SequenceBytes, format_size
 
 DEFAULT_CHUNK = 512
@@ -15,6 +27,7 @@ UNTRAINED_KV_BUDGET = 1024
 SMALLEST_KV_BUDGET = 32
 FULL_CACHE_CONTEXT = 4096
 MOST_ROWS = {"cpu": 8, "cuda": 64}
+QUANTISES = ("cpu", "cuda")  # devices that bitsandbytes serves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +44,13 @@ class PlanOptions:
     max_inflight: int | None = None
     context: int | None = None
     dtype: str = "auto"
+    quantize: str = "auto"
     kv_dtype: str = "auto"
     device: str = "cpu"  # cpu, cuda or mps
+    can_quantise: bool = True  # bitsandbytes is there
+    snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
+    copies: int = 0  # more rows that keep a prefix for others
+    machine: Machine = field(default_factory=Machine)
     padded_rows: int = 0  # rows that every decode has, whatever runs
     command: str = "trimkv plan"
 
@@ -57,9 +75,21 @@ class PlanOptions:
             "--prefill-chunk": self.prefill_chunk,
             "--context": self.context,
             "--dtype": None if self.dtype == "auto" else self.dtype,
+            "--quantize": None if self.quantize == "auto" else self.quantize,
             "--kv-dtype": None if self.kv_dtype == "auto" else self.kv_dtype,
         }
         return {flag: str(value) for flag, value in said.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How weights are kept: what they compute in, and whether the matrices are quantised."""
+
+    dtype: Dtype
+    quantize: Quantisation
+
+    def __str__(self) -> str:
+        return self.dtype if self.quantize == "none" else self.quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,22 +97,31 @@ class Wish:
     """The sizes allowed, each with the preferred one first; what a user fixed has one entry."""
 
     kv_budgets: tuple[int, ...]
-    dtypes: tuple[Dtype, ...]
-    kv_dtype: Dtype | None  # None = as the weights
+    trained: int  # what the gate was trained for; fewer slots are the last thing to accept
+    precisions: tuple[Precision, ...]
+    kv_dtype: KvDtype | None  # None = as the weights
     chunks: tuple[int, ...]
     rows: tuple[int, ...]
     around: Surroundings
     budget_bytes: int | None
     kv_flag: str | None = "--kv-budget"  # what makes the KV budget smaller
     dtype_is_free: bool = True
+    can_quantise: bool = True
 
     @property
     def preferred(self) -> Shape:
         """The smallest shape that gives up nothing which changes quality much: KV budget and chunk stay."""
-        return self.shape(self.kv_budgets[0], self.dtypes[-1], self.chunks[0], self.rows[-1])
+        return self.shape(self.kv_budgets[0], self.precisions[-1], self.chunks[0], self.rows[-1])
 
-    def shape(self, kv_budget: int, dtype: Dtype, chunk: int, rows: int) -> Shape:
-        return Shape(kv_budget=kv_budget, prefill_chunk=chunk, rows=rows, dtype=dtype, kv_dtype=self.kv_dtype or dtype)
+    def shape(self, kv_budget: int, precision: Precision, chunk: int, rows: int) -> Shape:
+        return Shape(
+            kv_budget=kv_budget,
+            prefill_chunk=chunk,
+            rows=rows,
+            dtype=precision.dtype,
+            quantize=precision.quantize,
+            kv_dtype=self.kv_dtype or precision.dtype,
+        )
 
 
 def halvings(first: int, smallest: int) -> tuple[int, ...]:
@@ -105,12 +144,16 @@ def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
             f"a context of {options.context} is past the model's {spec.max_positions} positions",
             hint=f"--context {spec.max_positions}",
         )
-    dtypes = _dtypes(spec, options)
-    kv_dtype = None if options.kv_dtype == "auto" else parse_dtype(options.kv_dtype, dtypes[0])
+    precisions = _precisions(spec, options)
+    kv_dtype = parse_kv_dtype(options.kv_dtype)
+    if kv_dtype == "fp8" and options.device != "cuda":
+        raise UsageError(f"fp8 keys and values need a GPU, not {options.device}", hint="--kv-dtype bf16")
+    kv_budgets = _kv_budgets(spec, gate, options, DTYPE_BYTES[kv_dtype or precisions[0].dtype])
     chunk = options.prefill_chunk
     return Wish(
-        kv_budgets=_kv_budgets(spec, gate, options, DTYPE_BYTES[kv_dtype or dtypes[0]]),
-        dtypes=dtypes,
+        kv_budgets=kv_budgets,
+        trained=min(gate.memory_size or kv_budgets[0], kv_budgets[0]),
+        precisions=precisions,
         kv_dtype=kv_dtype,
         chunks=halvings(DEFAULT_CHUNK, SMALLEST_CHUNK) if chunk is None else (chunk,),
         rows=(options.max_inflight,) if options.max_inflight else tuple(range(_most_rows(options), 0, -1)),
@@ -119,15 +162,27 @@ def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
             padded_rows=options.padded_rows,
             device=options.device,
             counts_runtime=options.budget is not None,
+            snapshots=options.snapshots,
+            copies=options.copies,
+            machine=options.machine,
         ),
         budget_bytes=options.budget,
         kv_flag=_kv_flag(gate, options),
         dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
+        can_quantise=options.can_quantise,
     )
 
 
 def _most_rows(options: PlanOptions) -> int:
     return options.padded_rows or MOST_ROWS.get(options.device, MOST_ROWS["cpu"])
+
+
+def _precisions(spec: ModelSpec, options: PlanOptions) -> tuple[Precision, ...]:
+    """List the precisions allowed, the highest first; what a budget does not force is never quantised."""
+    asked = parse_quantisation(options.quantize)
+    possible = options.can_quantise and options.device in QUANTISES and options.budget is not None
+    levels = (asked,) if asked is not None else QUANTISATIONS if possible else QUANTISATIONS[:1]
+    return tuple(Precision(dtype, level) for level in levels for dtype in _dtypes(spec, options))
 
 
 def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:
@@ -145,8 +200,9 @@ def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_byt
         return _full_budgets(spec, options, asked)
     if asked is not None:
         return (asked,)
-    wanted = options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET
-    return halvings(min(wanted, spec.max_positions), SMALLEST_KV_BUDGET)
+    wanted = min(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, spec.max_positions)
+    between = [gate.memory_size] if gate.memory_size and gate.memory_size < wanted else []
+    return tuple(sorted({*halvings(wanted, SMALLEST_KV_BUDGET), *between}, reverse=True))
 
 
 def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def test_a_profile_plans_offline_with_exact_weights() -> None:
 
 
 def test_a_budget_smaller_than_the_weights_is_exit_4_with_offers_that_fit() -> None:
-    made = plan("qwen3-8b-math", "--budget", "8GiB", "--device", "cuda")
+    made = plan("qwen3-8b-math", "--budget", "5GiB", "--device", "cuda")
     assert not made["fits"]
     assert len(made["offers"]) >= 2
     for offer in made["offers"]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 from trimkv_cli.plan import Plan, PlanOptions, make_plan
 from trimkv_cli.profiles import load_profile
-from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.spec import QUANTISATIONS, GateSpec, ModelSpec, full_gate, streaming_gate
 from trimkv_cli.units import SequenceBytes, parse_kv_budget, parse_size
 
 MIB = 2**20
@@ -44,7 +44,7 @@ def read_command(command: str, device: str = "cpu") -> PlanOptions:
     values: dict[str, Any] = {"device": device}
     for flag, value in zip(words[::2], words[1::2], strict=True):
         name = flag.removeprefix("--").replace("-", "_")
-        readers = {"budget": parse_size, "kv_budget": parse_kv_budget, "dtype": str, "kv_dtype": str}
+        readers = {"budget": parse_size, "kv_budget": parse_kv_budget, "dtype": str, "kv_dtype": str, "quantize": str}
         values[name] = readers.get(name, int)(value)
     return PlanOptions(**values)
 
@@ -186,19 +186,24 @@ def test_a_profiles_default_gives_way_to_the_budget_and_a_flag_does_not() -> Non
     assert not make_plan(SPEC, GATE, asked).fits
 
 
-def test_a_tight_budget_costs_rows_then_chunk_then_dtype_then_slots_and_says_so() -> None:
+def test_a_tight_budget_costs_rows_then_precision_then_chunk_then_trained_slots_and_says_so() -> None:
+    """Catches another order than the documented one, and a loss that is not said."""
     seen = []
     for budget in range(1200 * MIB, 440 * MIB, -MIB // 2):
         plan = make_plan(SPEC, GATE, PlanOptions(budget=budget))
         if not plan.fits:
             break
         assert plan.total_bytes <= budget
-        seen.append((plan.kv_budget, plan.dtype == "fp32", plan.prefill_chunk, plan.rows))
+        precision = (QUANTISATIONS[::-1].index(plan.quantize), plan.dtype == "fp32")
+        seen.append((plan.kv_budget, plan.prefill_chunk, precision, plan.rows))
+        assert ("weights_quantised" in codes(plan)) == (plan.quantize != "none")
+        assert ("kv_budget_below_trained" in codes(plan)) == (plan.kv_budget < 512)
         assert ("kv_budget_reduced" in codes(plan)) == (plan.kv_budget < 512)
         assert ("prefill_chunk_reduced" in codes(plan)) == (plan.prefill_chunk < 512)
         assert ("dtype_reduced" in codes(plan)) == (plan.dtype != "fp32")
     assert seen == sorted(seen, reverse=True)
     assert {slots for slots, _, _, _ in seen} > {512}
+    assert {level for _, _, (level, _), _ in seen} == {0, 1, 2}
 
 
 def test_a_refusal_names_the_budget_that_would_do() -> None:
@@ -220,6 +225,8 @@ OPTIONS = st.builds(
     context=st.none() | st.integers(1, 8192),
     dtype=st.sampled_from(["auto", "fp32", "bf16"]),
     kv_dtype=st.sampled_from(["auto", "fp32", "bf16"]),
+    quantize=st.sampled_from(["auto", "none", "int8", "nf4"]),
+    can_quantise=st.booleans(),
     device=st.sampled_from(["cpu", "cuda"]),
 )
 
@@ -235,6 +242,23 @@ def test_every_offer_fits_when_it_is_tried(options: PlanOptions, gate: GateSpec,
     assert plan.fits == (plan.total_bytes <= (options.budget or 0))
     assert plan.fits or len(set(plan.offers)) >= 2
     for offer in plan.offers:
-        retried = make_plan(spec, gate, read_command(offer, options.device))
+        retried = make_plan(spec, gate, replace(read_command(offer, options.device), can_quantise=options.can_quantise))
         assert retried.fits, offer
         assert retried.total_bytes <= (retried.budget_bytes or 0)
+
+
+def test_above_what_the_gate_was_trained_for_slots_go_before_precision() -> None:
+    """Catches a profile's generous default that costs quality of the weights."""
+    asked = PlanOptions(default_kv_budget=2048, max_inflight=1, budget=2**40)
+    whole = make_plan(SPEC, GATE, asked)
+    assert (whole.kv_budget, whole.quantize) == (2048, "none")
+    tight = make_plan(SPEC, GATE, replace(asked, budget=whole.total_bytes - 1))
+    assert (tight.kv_budget, tight.quantize, tight.dtype) == (1024, "none", "fp32")
+
+
+def test_fp8_needs_a_gpu() -> None:
+    """Catches a dtype that a CPU would fail on in the first step."""
+    with pytest.raises(UsageError, match="fp8"):
+        make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8"))
+    halved = make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8", device="cuda"))
+    assert halved.kv_bytes_per_row == SPEC.kv_bytes_per_row(512, 1)

@@ -89,6 +89,7 @@ def _as_json(plan: Plan, model: str, context: int) -> str:
             "gates": {"id": plan.gate.id, "trained_memory_size": plan.gate.memory_size},
             "device": plan.device,
             "dtype": plan.dtype,
+            "quantize": plan.quantize,
             "kv_dtype": plan.kv_dtype,
             "kv_budget": plan.kv_budget,
             "rows": plan.rows,

@@ -26,6 +26,7 @@ def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan) -
         "kv_budget": str(plan.kv_budget),
         "prefill_chunk": str(plan.prefill_chunk),
         "dtype": plan.dtype,
+        "quantize": plan.quantize,
         "kv_dtype": plan.kv_dtype,
     }
 
@@ -34,7 +35,8 @@ def _hash(config: Mapping[str, Any], modules: Iterable[nn.Module]) -> str:
     """Hash a configuration, and of each parameter its name, shape and some values spread over it."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for module in modules:
-        for name, tensor in module.state_dict().items():
+        # Not state_dict(): bitsandbytes turns packed weights back for it.
+        for name, tensor in module.named_parameters(remove_duplicate=False):
             flat = tensor.reshape(-1)
             some = flat[:: max(1, len(flat) // _SAMPLED)].contiguous().view(torch.uint8)
             digest.update(f"{name}{list(tensor.shape)}".encode())

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from trimkv_cli.cache.gate_check import check_gates
@@ -18,15 +25,23 @@ from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.devices import device_bytes, free_bytes, pick_device
 from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.memory import module_bytes
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS, EngineOptions
+from trimkv_cli.engine.quantise import quantisation_config
 from trimkv_cli.engine.sources import Source, find_source
+from trimkv_cli.engine.tensor_files import lazy_tensors
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import DoesNotFit, ModelError, UnsupportedModel, UsageError
 from trimkv_cli.plan import Plan, Warning, make_plan
-from trimkv_cli.spec import Dtype
+from trimkv_cli.spec import KvDtype, Quantisation
 from trimkv_cli.units import format_size
 
-_DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES: dict[KvDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "repetition_penalty")
 
 
@@ -74,7 +89,13 @@ def load_parts(source: Source, options: EngineOptions) -> Parts:
     _check_deterministic(options, device)
     plan = plan_for(source, options, device)
     torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
-    model = load_model(source, _DTYPES[plan.dtype], device, trust_remote_code=options.trust_remote_code)
+    model = load_model(
+        source,
+        _DTYPES[plan.dtype],
+        device,
+        quantize=plan.quantize,
+        trust_remote_code=options.trust_remote_code,
+    )
     gates, warnings = _load_gates(source, plan, device, offline=options.offline)
     text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
     facts = EngineFacts(
@@ -87,8 +108,8 @@ def load_parts(source: Source, options: EngineOptions) -> Parts:
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
         notes=source.notes,
         warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings)),
-        weight_bytes=_bytes(model),
-        gate_bytes=_bytes(gates),
+        weight_bytes=module_bytes(model),
+        gate_bytes=module_bytes(gates),
         load_s=time.perf_counter() - started,
     )
     return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=_DTYPES[plan.kv_dtype])
@@ -137,22 +158,24 @@ def _check_deterministic(options: EngineOptions, device: torch.device) -> None:
 
 
 def load_model(
-    source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantize: Quantisation = "none",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a model's weights, frozen, without gates.
+    """Load a model's weights, frozen, without gates; what is quantised computes in `dtype`.
 
     Raises:
-        ModelError: weights that cannot be read, that are missing, or a form that trimkv does not run.
+        ModelError: weights that cannot be read, that are missing, or a form that trimkv does not run; or no
+            bitsandbytes for weights that are to be quantised.
     """
     disable_progress_bar()  # it would write cursor codes into pipes
+    quantisation = quantisation_config(quantize, dtype, device)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(source.folder),
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        model, report = _read_model(
+            source.folder, trust_remote_code=trust_remote_code, dtype=dtype, quantization_config=quantisation
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(
@@ -168,6 +191,22 @@ def load_model(
     _refuse_dynamic_rope(model)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def _read_model(folder: Path, *, trust_remote_code: bool, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Read the weights tensor by tensor; only a model that brings its own code is left to transformers."""
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    options |= {"output_loading_info": True, "use_safetensors": True, "local_files_only": True}
+    if known is None:
+        found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, **options
+        )
+        return found
+    model, report = known.from_pretrained(None, config=config, state_dict=lazy_tensors(folder), **options)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return model, report
 
 
 def _refuse_dynamic_rope(model: Any) -> None:
@@ -207,9 +246,3 @@ def _sampling_defaults(model: PreTrainedModel) -> dict[str, Any]:
         return {"temperature": 0.0} | ({"repetition_penalty": penalty} if penalty is not None else {})
     said = {name: getattr(config, name, None) for name in _SAMPLING}
     return {name: value for name, value in said.items() if value is not None}
-
-
-def _bytes(module: nn.Module) -> int:
-    """Count the bytes of parameters and buffers, shared ones once."""
-    tensors = {t.data_ptr(): t for t in (*module.parameters(), *module.buffers()) if t.numel()}
-    return sum(t.nbytes for t in tensors.values())

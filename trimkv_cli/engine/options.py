@@ -23,6 +23,7 @@ class EngineOptions:
     revision: str | None = None
     gates: str = "auto"
     dtype: str = "auto"
+    quantize: str = "auto"
     kv_dtype: str = "auto"
     device: str = "auto"
     offline: bool = False

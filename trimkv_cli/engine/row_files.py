@@ -26,6 +26,7 @@ _SAYS = {
     "kv_budget": "another --kv-budget",
     "prefill_chunk": "another --prefill-chunk",
     "dtype": "another --dtype",
+    "quantize": "another --quantize",
     "kv_dtype": "another --kv-dtype",
 }
 

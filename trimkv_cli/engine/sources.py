@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.places import MINI, Place, gates_place, model_place, shown_id
 from trimkv_cli.errors import GateMismatch, UnsupportedModel, UsageError
 from trimkv_cli.folders import read_gate_spec, read_model_spec
+from trimkv_cli.machine import Machine
 from trimkv_cli.mini import GATES_FOLDER
 from trimkv_cli.plan import PlanOptions
 from trimkv_cli.profiles import BUILT_IN, Profile, find_profile, list_profiles, load_profile, profile_for
@@ -52,7 +54,13 @@ class Source:
         return self.profile.sampling if self.profile is not None else {}
 
     def plan_options(
-        self, options: EngineOptions, *, device: str, memory_bytes: tuple[int | None, int | None], padded_rows: int = 0
+        self,
+        options: EngineOptions,
+        *,
+        device: str,
+        memory_bytes: tuple[int | None, int | None],
+        padded_rows: int = 0,
+        snapshots: int = 0,
     ) -> PlanOptions:
         """Fill in what the profile says where the user said nothing; `memory_bytes` is the device's, all and free.
 
@@ -70,7 +78,11 @@ class Source:
             max_inflight=options.max_inflight,
             context=options.context,
             dtype=options.dtype,
+            quantize=options.quantize,
             kv_dtype=options.kv_dtype,
+            can_quantise=find_spec("bitsandbytes") is not None,
+            snapshots=snapshots,
+            machine=Machine.here(),
             device=device,
             padded_rows=padded_rows,
             command=f"trimkv plan {self.name or self.model_id}",

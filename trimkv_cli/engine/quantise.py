@@ -1,0 +1,128 @@
+"""Weights in int8 or nf4 through bitsandbytes: the matrices of the decoder layers, each quantised as it is read."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trimkv_cli.errors import ModelError
+from trimkv_cli.spec import Quantisation
+from trimkv_cli.weights import packable, quantisable
+
+_METHOD = "trimkv"
+
+
+class QuantisationConfig(QuantizationConfigMixin):
+    """Carry the choice through `from_pretrained`; embeddings and output head stay as they are."""
+
+    def __init__(self, quantize: Quantisation, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(quant_method=_METHOD)
+        self.quantize = quantize
+        self.dtype = dtype
+        self.device = device
+
+
+def quantisation_config(quantize: Quantisation, dtype: torch.dtype, device: torch.device) -> QuantisationConfig | None:
+    """Return what to give to `from_pretrained` as `quantization_config`.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    if quantize == "none":
+        return None
+    _bitsandbytes()
+    if _METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(_METHOD)(_Quantizer)
+    return QuantisationConfig(quantize, dtype, device)
+
+
+def _bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn of casts and of kernels to download
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ModelError(
+            f"quantised weights need bitsandbytes, which cannot be imported: {str(error).splitlines()[0]}",
+            hint="pip install bitsandbytes, or --quantize none",
+        ) from error
+    return bitsandbytes
+
+
+class _Quantizer(HfQuantizer):
+    def update_device_map(self, device_map: Any) -> Any:
+        return device_map or {"": self.quantization_config.device}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        module, name = param_name.rsplit(".", 1)
+        return name == "weight" and isinstance(model.get_submodule(module), _quantised_types())
+
+    def get_quantize_ops(self) -> _Quantise:
+        return _Quantise()
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        layers: Any = model.get_decoder().layers
+        for name, module in list(layers.named_modules()):
+            if type(module) is nn.Linear and quantisable(module.in_features, self.quantization_config.quantize):
+                layers.set_submodule(name, _empty(module, self.quantization_config))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, _quantised_types()):
+                _settle(module, self.quantization_config)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _Quantise(ConversionOps):
+    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **_: Any) -> dict[str, Tensor]:
+        made = {}
+        for name, value in input_dict.items():
+            full = value[0] if isinstance(value, list) else value
+            module: Any = model.get_submodule(name.rpartition(".")[0])
+            old = module.weight
+            options: dict[str, Any] = {"has_fp16_weights": False}
+            if isinstance(module, _bitsandbytes().nn.Linear4bit):
+                options = {"quant_type": "nf4", "compress_statistics": old.compress_statistics, "module": module}
+            made[name] = type(old)(full, requires_grad=False, **options).to(full.device)
+        return made
+
+
+def _quantised_types() -> tuple[type, ...]:
+    layers = _bitsandbytes().nn
+    return layers.Linear4bit, layers.Linear8bitLt
+
+
+def _empty(module: nn.Linear, config: QuantisationConfig) -> nn.Module:
+    """Return a layer of the same shape that holds nothing yet."""
+    layers, shape = _bitsandbytes().nn, (module.in_features, module.out_features)
+    options: dict[str, Any] = {"bias": module.bias is not None, "device": "meta"}
+    if config.quantize == "int8":
+        # With a threshold above 0 the columns kept in 16 bits would depend on the whole batch.
+        made: nn.Module = layers.Linear8bitLt(*shape, has_fp16_weights=False, threshold=0.0, **options)
+    else:
+        made = layers.Linear4bit(*shape, compute_dtype=config.dtype, quant_type="nf4", **options)
+    return made.requires_grad_(requires_grad=False)
+
+
+def _settle(module: Any, config: QuantisationConfig) -> None:
+    """Bring a layer into the form that its forwards use: a CPU with bf16 instructions repacks nf4 at the first one."""
+    if config.quantize != "nf4" or config.device.type != "cpu":
+        return
+    if not packable(module.out_features):
+        module.support_avx512bf16_for_cpu = False
+    else:
+        module.eval()(torch.zeros(1, module.in_features, dtype=config.dtype))

@@ -1,0 +1,91 @@
+"""What a plan knows of the machine: the size of a process without a model, and what its CPU can do. Plain Python."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+MIB = 1024 * 1024
+# What a process holds before a weight is read: on a CPU torch and transformers, on a GPU its context and workspaces.
+# Guesses until `trimkv doctor --measure` has put this machine's own numbers into the state folder.
+RUNTIME_BYTES: Mapping[str, int] = {"cpu": 448 * MIB, "cuda": 768 * MIB, "mps": 768 * MIB}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Say what was measured here; None where nothing was.
+
+    `cpu_runtime_bytes` is the resident memory of a process with everything imported and no model,
+    `cuda_context_bytes` what a GPU lost to a process beyond what its allocator holds.
+    """
+
+    cpu_runtime_bytes: int | None = None
+    cuda_context_bytes: int | None = None
+    packs_nf4: bool = False  # bf16 instructions: bitsandbytes lays nf4 matrices out anew
+
+    @classmethod
+    def here(cls) -> Self:
+        """Describe this machine, with what was measured on it before."""
+        measured = {key: size for key, size in _measured().items() if isinstance(size, int) and size > 0}
+        return cls(
+            cpu_runtime_bytes=measured.get("cpu_runtime_bytes"),
+            cuda_context_bytes=measured.get("cuda_context_bytes"),
+            packs_nf4=_has_bf16_instructions(),
+        )
+
+    def runtime_bytes(self, device: str) -> int:
+        """Return what a process holds on a device before a weight is read."""
+        measured = {"cpu": self.cpu_runtime_bytes, "cuda": self.cuda_context_bytes}.get(device)
+        return measured or RUNTIME_BYTES.get(device, RUNTIME_BYTES["cpu"])
+
+    def calibrated(self, device: str) -> bool:
+        """Say whether that number was measured here."""
+        return {"cpu": self.cpu_runtime_bytes, "cuda": self.cuda_context_bytes}.get(device) is not None
+
+
+def store(machine: Machine) -> Path:
+    """Write what was measured for later plans, and return the file."""
+    path = _file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {key: size for key, size in asdict(machine).items() if key.endswith("_bytes") and size is not None}
+    path.write_text(json.dumps({**_measured(), **kept, "versions": _versions()}, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _measured() -> dict[str, object]:
+    """Read the stored numbers; those of other versions of torch or transformers do not count."""
+    try:
+        kept = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) and kept.get("versions") == _versions() else {}
+
+
+def _file() -> Path:
+    from platformdirs import user_state_path
+
+    return user_state_path("trimkv") / "machine.json"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _has_bf16_instructions() -> bool:
+    if not os.path.exists("/proc/cpuinfo"):  # noqa: PTH110 - elsewhere bitsandbytes has no such layout either
+        return False
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+        flags = next((line for line in file if line.startswith("flags")), "")
+    return "avx512_bf16" in flags.split()
