@@ -75,3 +75,14 @@ class MemoryUse:
     budget_bytes: int | None
     seen_tokens: int
     full_cache_bytes: int  # for the tokens seen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glance:
+    """What one sequence's cache holds while it grows; of large caches an estimate from some slots of each head."""
+
+    seen_tokens: int
+    kept_per_head: int  # slots in use per KV head
+    slots: int  # per KV head
+    shares: tuple[float, ...]  # of heads that hold each of up to 64 equal parts of the sequence
+    horizons: tuple[tuple[int, ...], ...]  # [layer][head], median age of what is held, in tokens

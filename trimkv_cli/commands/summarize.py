@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import Json, NoStream, Output, Quiet, Stats, Think, with_options
+from trimkv_cli.commands.options import Ascii, Json, Live, NoStream, Output, Quiet, Stats, Think, with_options
 from trimkv_cli.commands.summary_texts import Format, Wish, as_json, joined
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
+from trimkv_cli.ui.live import Watch
 from trimkv_cli.ui.messages import print_error, print_note
 from trimkv_cli.ui.plain import AnswerWriter
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.answers import Answer
     from trimkv_cli.commands.documents import Document
-    from trimkv_cli.commands.summary_work import Chain, Summed, Task
+    from trimkv_cli.commands.summary_work import Chain, Pool, Summed, Task
     from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.ui.panel import Jobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class _How:
     quiet: bool
     think: bool | None
     save_cache: str | None
+    live: bool | None
+    ascii_only: bool
     engine: EngineOptions
 
 
@@ -60,6 +65,8 @@ def summarize(
     no_stream: NoStream = False,
     quiet: Quiet = False,
     stats: Stats = False,
+    live: Live = None,
+    ascii_only: Ascii = False,
     engine: EngineOptions,
     sampling: SamplingOptions,
 ) -> None:
@@ -91,6 +98,8 @@ def summarize(
         quiet=quiet,
         think=think,
         save_cache=save_cache,
+        live=live,
+        ascii_only=ascii_only,
         engine=engine,
     )
     names = expand(files)
@@ -138,9 +147,9 @@ class _Inputs:
             inputs.ready[0] = _read(names[0], quiet=quiet)
         return inputs
 
-    def text(self, index: int) -> str:
-        """Return one document's text; raises as `read_document` does."""
-        return (self.ready.pop(index, None) or _read(self.names[index], quiet=self.quiet)).text
+    def take(self, index: int) -> Document:
+        """Return one document; raises as `read_document` does."""
+        return self.ready.pop(index, None) or _read(self.names[index], quiet=self.quiet)
 
 
 def _combined(names: Sequence[str], quiet: bool) -> _Inputs:
@@ -216,18 +225,31 @@ class _Summaries:
         self._done: dict[int, Summed | TrimkvError] = {}
         self._next = 0
         self._failed = list(inputs.faults)
+        self._watch = Watch()
 
     def write(self, task: Task) -> list[TrimkvError]:
         """Summarize all inputs; return what failed."""
         from trimkv_cli.commands.summary_work import Pool
+        from trimkv_cli.commands.watch import watch
 
         pool = Pool(self._llm, on_text=self._stream, on_answer=self._keep)
-        for index, outcome in pool.run(self._chains(task), lambda: None):
-            self._done[index] = outcome
-            while self._next in self._done:
-                self._finish(self._next, self._done.pop(self._next))
-                self._next += 1
+        how, jobs = self._how, None if self._alone else lambda: self._jobs(pool)
+        with watch(self._llm, live=how.live, quiet=how.quiet, ascii_only=how.ascii_only, jobs=jobs) as self._watch:
+            for index, outcome in pool.run(self._chains(task), self._watch.tick):
+                self._done[index] = outcome
+                while self._next in self._done:
+                    with self._watch.aside():
+                        self._finish(self._next, self._done.pop(self._next))
+                    self._next += 1
         return self._failed
+
+    def _jobs(self, pool: Pool) -> Jobs:
+        from trimkv_cli.ui.panel import Jobs
+
+        failed = len(self._failed) + sum(isinstance(outcome, TrimkvError) for outcome in self._done.values())
+        ended = self._next + len(self._done)
+        left = len(self._inputs.names) - ended - pool.num_open
+        return Jobs(done=ended - failed, failed=failed, running=pool.num_open, queued=max(0, left))
 
     def _chains(self, task: Task) -> Iterator[Chain]:
         return (self._chain(index, name, task) for index, name in enumerate(self._inputs.names))
@@ -235,10 +257,14 @@ class _Summaries:
     def _chain(self, index: int, name: str, task: Task) -> Chain:
         from trimkv_cli.commands.summary_work import summarize_text
 
-        return (yield from summarize_text(self._llm, f"{index}:{name}", self._inputs.text(index), task))
+        with self._watch.aside():  # a note about the file may be printed
+            document = self._inputs.take(index)
+        return (yield from summarize_text(self._llm, f"{index}:{name}", document.text, task))
 
     def _stream(self, _: int, piece: str) -> None:
         if self._streams:
+            if sys.stdout.isatty():
+                self._watch.end()  # the answer is its own progress
             self._writer.push(piece)
 
     def _keep(self, index: int, answer: Answer) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from trimkv_cli.engine.glance import Glancer
 from trimkv_cli.engine.memory import peak_bytes
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.request import Request
@@ -17,7 +18,7 @@ from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.engine.session import RowState
 from trimkv_cli.engine.text import Detokenizer, Text
 from trimkv_cli.errors import ContextOverflow, UsageError
-from trimkv_cli.events import CacheStats, FinishReason, RequestStats, RunStats, TokenEvent
+from trimkv_cli.events import CacheStats, FinishReason, Glance, RequestStats, RunStats, TokenEvent
 from trimkv_cli.plan import Plan
 from trimkv_cli.retained import Retained
 from trimkv_cli.spec import GateSpec, ModelSpec
@@ -70,6 +71,8 @@ class Engine:
         self._scheduler = scheduler
         self._hooks = hooks
         self._compact = compact
+        self._glancer = Glancer(runner.cache)
+        self._evicted = 0
         self._progress: dict[str, _Progress] = {}
         self._counts = {"prefill_tokens": 0, "decode_tokens": 0, "shared_prefix_tokens": 0, "steps": 0}
         self._seconds = {Prefill: 0.0, Decode: 0.0}
@@ -97,6 +100,34 @@ class Engine:
     @property
     def stats(self) -> RunStats:
         return RunStats(prefill_s=self._seconds[Prefill], decode_s=self._seconds[Decode], **self._counts)
+
+    @property
+    def evicted(self) -> int:
+        """Count the (layer, head) slots lost so far, by requests that run and that have ended."""
+        running = self._scheduler.running.values()
+        return self._evicted + sum(self._runner.cache.evicted(row.index) for row in running)
+
+    @property
+    def reading(self) -> tuple[int, int]:
+        """Count the prompt tokens that were read, and all there are, of the requests that still read theirs."""
+        rows = [row for row in self._scheduler.running.values() if row.prefilling]
+        waiting = sum(len(request.prompt_token_ids) for request in self._scheduler.waiting)
+        whole = sum(len(row.request.prompt_token_ids) for row in rows)
+        return sum(row.fed for row in rows), whole + waiting
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Return how long the oldest running request waited for its first token; None while it still does."""
+        row = next(iter(self._scheduler.running.values()), None)
+        progress = None if row is None else self._progress[row.request.id]
+        if progress is None or progress.first_token is None:
+            return None
+        return progress.first_token - progress.added
+
+    def glance(self) -> Glance | None:
+        """Look at what the oldest running request's row holds; cheap, and never waits for the device."""
+        row = next(iter(self._scheduler.running.values()), None)
+        return None if row is None else self._glancer.take(row.index)
 
     def check(self, request: Request) -> None:
         """Raise when a request can never be honoured.
@@ -295,6 +326,7 @@ class Engine:
         self._scheduler.finish(row)
         self._counts["shared_prefix_tokens"] += row.shared
         progress, now, cache = self._progress.pop(row.request.id), time.perf_counter(), self._runner.cache
+        self._evicted += cache.evicted(row.index)
         return RequestStats(
             prompt_tokens=len(row.request.prompt_token_ids),
             completion_tokens=len(row.output),

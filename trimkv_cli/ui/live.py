@@ -1,20 +1,141 @@
-"""What moves while a model works: only on a terminal, never where the answer itself is shown."""
+"""What moves while a model works: a panel on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 
+from trimkv_cli.ui.frame import Frame
+from trimkv_cli.ui.look import Look
+from trimkv_cli.ui.panel import Progress, draw_panel, progress_line
+
+_PANEL_EVERY_S = 1.0
+_LINE_EVERY_S = 10.0
+
 
 def may_move() -> bool:
     """Say whether stderr is a terminal that may be redrawn."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
+
+
+class Watch:
+    """Show how work goes; this one shows nothing.
+
+    Call `tick` after every step: unless something is due it only reads a clock. What is written to the terminal
+    meanwhile goes inside `aside`.
+    """
+
+    def tick(self) -> None:
+        """Show the present state if it is time to."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Make room for other output, which ends its line."""
+        yield
+
+    def end(self) -> None:
+        """Show nothing more: what follows does not end its lines."""
+
+
+class Lines(Watch):
+    """Print a plain line every ten seconds: nothing that needs a terminal."""
+
+    def __init__(self, stream: TextIO, ask: Callable[[], Progress], *, every_s: float = _LINE_EVERY_S) -> None:
+        self._stream = stream
+        self._ask = ask
+        self._every_s = every_s
+        self._due = time.monotonic() + every_s
+
+    def tick(self) -> None:
+        """Print when a line is due."""
+        if (now := time.monotonic()) >= self._due:
+            self._due = now + self._every_s
+            print(progress_line(self._ask()), file=self._stream, flush=True)
+
+
+class Panel(Watch):
+    """Redraw a panel once a second at the end of the terminal."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        ask: Callable[[], Progress],
+        *,
+        ascii_only: bool = False,
+        every_s: float = _PANEL_EVERY_S,
+    ) -> None:
+        self._stream = stream
+        self._ask = ask
+        self._ascii = ascii_only
+        self._every_s = every_s
+        self._due = 0.0
+        self._before: Progress | None = None
+        self._ended = False
+        self._frame = Frame(stream)
+
+    def tick(self) -> None:
+        """Redraw when it is time to."""
+        if self._ended or (now := time.monotonic()) < self._due:
+            return
+        self._due = now + self._every_s
+        progress = self._ask()
+        look = Look.of(self._stream, ascii_only=self._ascii, width=self._frame.size.columns)
+        self._frame.show(draw_panel(progress, self._before, look))
+        self._before = progress
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the panel away while something else is written; the next tick draws it again."""
+        self._frame.clear()
+        try:
+            yield
+        finally:
+            self._due = 0.0
+
+    def stop_and_go_on(self, number: int, _: FrameType | None) -> None:
+        """Leave a clean terminal to the shell on Ctrl-Z, and draw anew after `fg`."""
+        self._frame.clear()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # stopped here, until SIGCONT
+        signal.signal(number, self.stop_and_go_on)
+        self._frame.forget()
+        self._due = 0.0
+
+    def end(self) -> None:
+        """Take the panel away for good."""
+        self._ended = True
+        self._frame.clear()
+
+
+@contextmanager
+def open_watch(
+    ask: Callable[[], Progress], *, wanted: bool | None, quiet: bool, ascii_only: bool = False
+) -> Iterator[Watch]:
+    """Watch work on stderr: a panel on a terminal unless `wanted` is False, else lines unless `quiet`."""
+    if quiet and not wanted:
+        yield Watch()
+        return
+    if wanted is False or not may_move():
+        yield Lines(sys.stderr, ask)
+        return
+    panel, suspends = Panel(sys.stderr, ask, ascii_only=ascii_only), getattr(signal, "SIGTSTP", None)
+    before = signal.signal(suspends, panel.stop_and_go_on) if suspends is not None else None
+    try:
+        yield panel
+    finally:
+        if suspends is not None:
+            signal.signal(suspends, before)
+        panel.end()
 
 
 @contextmanager

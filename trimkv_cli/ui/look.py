@@ -30,13 +30,15 @@ class Look:
     colour: bool = False
 
     @classmethod
-    def of(cls, stream: TextIO, *, colour: ColourChoice = "auto", ascii_only: bool = False) -> Look:
+    def of(
+        cls, stream: TextIO, *, colour: ColourChoice = "auto", ascii_only: bool = False, width: int | None = None
+    ) -> Look:
         """Choose for a stream: colour only on a terminal, plain characters where the encoding has no others."""
         terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         encoding = (stream.encoding or "ascii").lower().replace("-", "")
         wanted = {"always": True, "never": False, "auto": terminal and not os.environ.get("NO_COLOR")}[colour]
-        width = shutil.get_terminal_size().columns
-        return cls(width=width, ascii=ascii_only or not encoding.startswith("utf"), colour=wanted)
+        columns = shutil.get_terminal_size().columns if width is None else width
+        return cls(width=columns, ascii=ascii_only or not encoding.startswith("utf"), colour=wanted)
 
     def bar(self, share: float) -> str:
         """Return the character whose height or density says `share` (0 to 1); only nothing at all is blank."""
