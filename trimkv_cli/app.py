@@ -26,6 +26,7 @@ from trimkv_cli.commands import (
     plan,
     profiles,
     run,
+    sessions,
     summarize,
 )
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError
@@ -51,6 +52,7 @@ app.command("eval")(eval.evaluate)
 app.add_typer(gates.gates_app, name="gates")
 app.add_typer(models.models_app, name="models")
 app.add_typer(profiles.profiles_app, name="profiles")
+app.add_typer(sessions.sessions_app, name="sessions")
 app.command()(doctor.doctor)
 
 

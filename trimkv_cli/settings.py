@@ -41,6 +41,9 @@ KEYS: Mapping[str, type] = {
     "quiet": bool,
     "stats": bool,
     "live": bool,
+    "no_save_cache": bool,
+    "no_history": bool,
+    "undo_depth": int,
 }
 LOADS_CODE = ("trust_remote_code",)
 _PREFIX = "TRIMKV_"

@@ -116,6 +116,11 @@ class RetentionCache:
             [sorted(p for p in head if p >= 0) for head in layer.slots.position[row].tolist()] for layer in self.layers
         ]
 
+    def ages(self, row: int) -> torch.Tensor:
+        """Return the ages in tokens of all that `row` keeps, in ascending order, in host memory."""
+        positions = torch.cat([layer.slots.position[row].flatten() for layer in self.layers]).cpu()
+        return (self.seen[row] - positions[positions >= 0]).sort().values
+
     def retained(self, row: int) -> Retained:
         """Return what every layer and head holds of `row`, with the lowest score of each head that is full."""
         layers = (_remembered(layer, row, self.seen[row]) for layer in self.layers)

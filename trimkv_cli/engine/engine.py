@@ -223,6 +223,14 @@ class Engine:
         """Return how many tokens the row of a finished request with `keep` has been fed."""
         return self._scheduler.parked[request_id].seen
 
+    def token_ids(self, request_id: str) -> tuple[int, ...]:
+        """Return the tokens that such a row has been fed."""
+        return self._scheduler.parked[request_id].token_ids
+
+    def unread(self, request_id: str) -> tuple[int, ...]:
+        """Return the prompt tokens that such a request had not read when it was stopped."""
+        return self._scheduler.parked[request_id].unread
+
     def save(self, request_id: str) -> RowState:
         """Copy what such a request left, so that what comes after it can be undone; its row stays as it is."""
         row = self._scheduler.parked[request_id]
@@ -247,9 +255,8 @@ class Engine:
 
     def horizon(self, request_id: str) -> tuple[int, int]:
         """Return the median and the 95th percentile of the age, in tokens, of what such a request left in the cache."""
-        seen = self.seen(request_id)
-        ages = sorted(seen - p for layer in self.kept(request_id) for head in layer for p in head)
-        return (ages[len(ages) // 2], ages[len(ages) * 95 // 100]) if ages else (0, 0)
+        ages = self._runner.cache.ages(self._scheduler.parked[request_id].index)
+        return (int(ages[len(ages) // 2]), int(ages[len(ages) * 95 // 100])) if len(ages) else (0, 0)
 
     def release(self, request_id: str) -> None:
         """Free the row of a finished request with `keep`."""

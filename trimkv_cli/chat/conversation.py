@@ -1,0 +1,289 @@
+"""A conversation: what has been said lives in one row of the cache, and only what is new is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from trimkv_cli.chat.snapshots import Snapshots
+from trimkv_cli.chat.turns import Turn, seed_of, to_messages
+from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.errors import CacheMismatch, InputError, TrimkvError, UnsupportedModel, UsageError
+from trimkv_cli.events import FinishReason, RequestStats, TokenEvent
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.engine.session import RowState
+    from trimkv_cli.engine.text import Detokenizer, Text
+
+Steps = Iterator[Sequence[TokenEvent]]
+Asked = Callable[[], bool]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """An answer on its way; `before` is the part of it that an earlier request made, `fed` what the row had seen."""
+
+    user: str
+    attempt: int
+    first: int
+    fed: int
+    before: Turn | None = None
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason = "abort"
+    stats: RequestStats | None = None
+
+    def take(self, event: TokenEvent) -> None:
+        """Add what an event brings."""
+        self.text += event.text
+        self.token_ids += event.token_ids
+        if event.finish_reason is not None:
+            self.finish_reason, self.stats = event.finish_reason, event.stats
+
+
+class Conversation:
+    """Own the turns, the row that holds them, and the states to which it can go back.
+
+    The row is None before the first message, and where turns have to be read again because no state of theirs is left.
+    """
+
+    def __init__(
+        self, llm: Engine, *, system: str | None, think: bool | None, params: SamplingParams, undo_depth: int
+    ) -> None:
+        self.llm = llm
+        self.system = system
+        self.think = think
+        self.params = params
+        self.turns: list[Turn] = []
+        self.snapshots = Snapshots(undo_depth, model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
+        self.last_stats: RequestStats | None = None
+        self.tokens_to_read = 0
+        self._row: str | None = None
+        self._last_token: int | None = None
+        self._ids = 0
+
+    @property
+    def row(self) -> str | None:
+        """Name what the engine keeps of this conversation: `llm.retained(row)` and its like."""
+        return self._row
+
+    @property
+    def must_reread(self) -> bool:
+        """Say whether the next message makes the model read the earlier turns again."""
+        return self._row is None and bool(self.turns)
+
+    @property
+    def seen(self) -> int:
+        """Count the tokens that the row has seen."""
+        return self.llm.seen(self._row) if self._row is not None else 0
+
+    @property
+    def starts_in_thought(self) -> bool:
+        """Say whether the template opens `<think>` itself, so that answers begin inside of it."""
+        text = self.llm.text
+        if text is None or not text.supports_chat:
+            return False
+        prompt = text.render_chat([{"role": "user", "content": "a"}], think=self.think).token_ids
+        return str(text.tokenizer.decode(list(prompt[-8:]))).rstrip().endswith("<think>")
+
+    def say(self, user: str, stopped: Asked, *, attempt: int = 0) -> Steps:
+        """Run one turn, step by step; it ends early, with what there is of an answer, once `stopped()` is true.
+
+        Raises:
+            ContextOverflow: the positions end; nothing has changed.
+        """
+        ids, prefix_len = self._render(user)
+        params = replace(self.params, seed=seed_of(self.params.seed, len(self.turns) + 1, attempt))
+        request = self._request(ids, params, prefix_len=prefix_len)
+        self.llm.check(request)
+        return self._run(request, _Answer(user=user, attempt=attempt, first=self.seen, fed=self.seen), stopped)
+
+    def go_on(self, stopped: Asked) -> Steps:
+        """Go on with the last answer where it was cut; raises UsageError where it ended by itself."""
+        if not self.turns or self._row is None:
+            raise UsageError("there is no answer to go on with", hint="send a message first, or /regen")
+        turn = self.turns[-1]
+        if turn.finish_reason == "stop":
+            raise UsageError("the answer had come to its end", hint="/regen asks for another one")
+        unread, last = self.llm.unread(self._row), self._last_token
+        if unread:
+            self._put_back(replace(self.llm.save(self._row), unread=()))
+        ids = (*unread, *(() if last is None else (last,)))
+        seed = seed_of(self.params.seed, len(self.turns), turn.attempt) + len(turn.token_ids)
+        request = self._request(ids, replace(self.params, seed=seed % 2**63))
+        self.llm.check(request)
+        answer = _Answer(
+            user=turn.user, attempt=turn.attempt, first=turn.first, fed=self.seen, before=turn, text=turn.answer,
+            token_ids=turn.token_ids,
+        )  # fmt: skip
+        self.turns = self.turns[:-1]
+        return self._run(request, answer, stopped)
+
+    def undo(self, count: int = 1) -> list[Turn]:
+        """Take back the last turns and return them; where no state is left the next message reads what remains again.
+
+        Raises:
+            UsageError: there are not that many.
+        """
+        if not 1 <= count <= len(self.turns):
+            have = f"there are {len(self.turns)} turns" if self.turns else "nothing has been said yet"
+            raise UsageError(f"cannot take back {count}: {have}")
+        kept = len(self.turns) - count
+        gone, self.turns = self.turns[kept:], self.turns[:kept]
+        self.go_to_state()
+        return gone
+
+    def redo(self, turns: Sequence[Turn]) -> None:
+        """Put back what `undo` returned, as long as nothing was said since."""
+        self.turns += turns
+        self.go_to_state()
+
+    def clear(self) -> None:
+        """Begin anew, with the same system message."""
+        self._let_go()
+        self.snapshots.clear()
+        self.turns, self.last_stats = [], None
+
+    def load(self, turns: Sequence[Turn]) -> None:
+        """Take over other turns, whose states `snapshots` holds already; raises as `go_to_state` does."""
+        self.turns = list(turns)
+        self.last_stats = None
+        self.go_to_state()
+
+    def go_to_state(self) -> None:
+        """Put the state after the last turn into the row; without one the next message reads the turns again.
+
+        Raises:
+            CacheMismatch, InputError: its file is another engine's or damaged; the turns will be read again.
+        """
+        self._let_go()
+        if self.turns:
+            try:
+                state = self.snapshots.get(len(self.turns))
+            except (CacheMismatch, InputError):
+                self.snapshots.clear()
+                raise
+            if state is not None:
+                self._put_back(state)
+
+    def read_again(self) -> None:
+        """Let the next message read all turns again, under the system message as it is then."""
+        self._let_go()
+        self.snapshots.clear()
+
+    def save_state(self) -> None:
+        """Keep the state after the last turn."""
+        if self._row is not None:
+            self.snapshots.put(len(self.turns), self.llm.save(self._row))
+
+    def _render(self, user: str) -> tuple[tuple[int, ...], int]:
+        text = need_chat(self.llm.text)
+        if self._row is None:
+            prompt = text.render_chat(
+                [*to_messages(self.system, self.turns), {"role": "user", "content": user}], think=self.think
+            )
+            return prompt.token_ids, prompt.prefix_len
+        ids = text.render_turn(
+            user, last_token_id=self._last_token, eos_token_ids=self.llm.facts.eos_token_ids, think=self.think
+        )
+        return tuple(ids), 0
+
+    def _request(self, ids: tuple[int, ...], params: SamplingParams, *, prefix_len: int = 0) -> Request:
+        self._ids += 1
+        return Request(
+            id=f"turn-{self._ids}",
+            prompt_token_ids=ids,
+            prefix_len=prefix_len,
+            params=params,
+            keep=True,
+            continues=self._row,
+            context=self.llm.facts.max_positions,
+        )
+
+    def _run(self, request: Request, answer: _Answer, stopped: Asked) -> Steps:
+        decoder = self._decoder_after(answer, request)
+        self.tokens_to_read = len(request.prompt_token_ids)
+        read_again = self.must_reread
+        self.llm.add(request)
+        self._row = request.id
+        try:
+            while self.llm.has_work:
+                ended = self.llm.stop(request.id) if stopped() else None
+                events = [ended] if ended is not None else self.llm.step()
+                if decoder is not None:
+                    events = [_decoded(event, decoder) for event in events]
+                for event in events:
+                    answer.take(event)
+                yield events
+        except TrimkvError:
+            self.llm.abort(request.id)
+            if answer.before is not None:
+                self.turns.append(answer.before)
+            self.go_to_state()
+            raise
+        if read_again:  # the earlier turns stand in this one's prompt now
+            self.turns = [replace(turn, first=0, prompt_tokens=0, seen=0) for turn in self.turns]
+        self._end(answer)
+
+    def _decoder_after(self, answer: _Answer, request: Request) -> Detokenizer | None:
+        """Go on decoding where an answer was cut: some tokenizers drop the space before a text's first word."""
+        if answer.before is None:
+            return None
+        decoder = need_chat(self.llm.text).detokenizer(request.params.stop)
+        for token_id in answer.before.token_ids:
+            decoder.push(token_id)
+        return decoder
+
+    def _end(self, answer: _Answer) -> None:
+        stats, before = answer.stats, answer.before
+        assert stats is not None, "the last event carries stats"
+        if len(answer.token_ids) > (len(before.token_ids) if before is not None else 0):
+            self._last_token = answer.token_ids[-1]
+        else:
+            self._last_token = None
+        self.last_stats = stats
+        continued = before is not None and before.token_ids
+        read = stats.prompt_tokens + answer.fed - answer.first
+        self.turns.append(
+            Turn(
+                user=answer.user,
+                answer=answer.text,
+                token_ids=answer.token_ids,
+                finish_reason=answer.finish_reason,
+                attempt=answer.attempt,
+                first=answer.first,
+                prompt_tokens=before.prompt_tokens if before is not None and continued else read,
+                seen=stats.cache.seen_tokens,
+            )
+        )
+
+    def _put_back(self, state: RowState) -> None:
+        self._let_go()
+        self._ids += 1
+        self._row = f"state-{self._ids}"
+        self.llm.restore(state, self._row)
+        self._last_token = state.last_token
+
+    def _let_go(self) -> None:
+        if self._row is not None:
+            self.llm.release(self._row)
+        self._row, self._last_token = None, None
+
+
+def need_chat(text: Text | None) -> Text:
+    """Return the tokenizer of a model that can chat.
+
+    Raises:
+        UnsupportedModel: it has none, or no chat template.
+    """
+    if text is None or not text.supports_chat:
+        what = "tokenizer" if text is None else "chat template"
+        raise UnsupportedModel(f"the model has no {what}, so it cannot chat", hint="trimkv ask --raw")
+    return text
+
+
+def _decoded(event: TokenEvent, decoder: Detokenizer) -> TokenEvent:
+    text = "".join(map(decoder.push, event.token_ids))
+    return replace(event, text=text + decoder.finish() if event.finish_reason is not None else text)

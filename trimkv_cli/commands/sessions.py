@@ -1,0 +1,100 @@
+"""`trimkv sessions`: stored conversations, without loading a model."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimkv_cli.commands.options import Json, Output
+from trimkv_cli.errors import UsageError
+
+sessions_app = typer.Typer(help="Look at stored conversations, export, copy and delete them.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a session.")]
+
+
+@sessions_app.command(name="list")
+def list_(*, json: Json = False) -> None:
+    """List the sessions, the last one used first."""
+    from trimkv_cli.chat.store import SessionStore
+    from trimkv_cli.commands.session_table import session_table
+
+    store = SessionStore.default()
+    if json:
+        print(jsonlib.dumps({"sessions": [_facts(store.read(name)) for name in store.names()]}, indent=2))
+        return
+    for line in session_table(store):
+        print(line)
+
+
+@sessions_app.command()
+def show(name: Name, *, json: Json = False) -> None:
+    """Show what was said in a session."""
+    from trimkv_cli.chat.export import export
+    from trimkv_cli.chat.store import SessionStore
+
+    session = SessionStore.default().read(name)
+    _print(export(session, "json" if json else "md"), None)
+
+
+@sessions_app.command(name="export")
+def export_(
+    name: Name,
+    *,
+    form: Annotated[
+        str | None, typer.Option("--format", help="md, json, jsonl or html; default: by the file's name, or md.")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Write a session as Markdown, JSON, a line of JSONL or a page of HTML.
+
+    trimkv sessions export my-talk -o talk.html
+    """
+    from trimkv_cli.chat.export import export, form_of
+    from trimkv_cli.chat.store import SessionStore
+
+    chosen = form or (form_of(output) if output is not None else "md")
+    _print(export(SessionStore.default().read(name), chosen), output)
+
+
+@sessions_app.command()
+def rm(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of sessions.")]) -> None:
+    """Delete sessions, with their saved caches."""
+    from trimkv_cli.chat.store import SessionStore
+
+    store = SessionStore.default()
+    missing = [name for name in names if not store.path(name).is_dir()]
+    if missing:
+        raise UsageError(f"there is no session {missing[0]}; nothing was deleted", hint="trimkv sessions list")
+    for name in names:
+        store.remove(name)
+
+
+@sessions_app.command()
+def fork(
+    name: Name, copy: Annotated[str | None, typer.Argument(metavar="[COPY]", help="Name of the copy.")] = None
+) -> None:
+    """Copy a session, so that both can go on; prints the copy's name."""
+    from trimkv_cli.chat.store import SessionStore
+
+    store = SessionStore.default()
+    print(store.copy(name, copy or store.free_name(name)))
+
+
+def _facts(session: Any) -> dict[str, Any]:
+    values: dict[str, Any] = asdict(session)
+    return {key: values[key] for key in ("name", "model", "created", "updated")} | {"turns": len(session.turns)}
+
+
+def _print(text: str, output: str | None) -> None:
+    from trimkv_cli.commands.prompts import open_answer
+
+    if output is not None and Path(output).exists():
+        raise UsageError(f"{output} exists", hint="take another name")
+    with open_answer(output) as writer:
+        writer.push(text)
+        writer.close()

@@ -1,0 +1,1 @@
+"""The commands inside a conversation: one file per group, all listed in `table`."""

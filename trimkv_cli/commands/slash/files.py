@@ -1,0 +1,110 @@
+"""Text in and out: /file, /export, /copy."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from trimkv_cli.chat.store import Transcript
+from trimkv_cli.chat.turns import split_thought
+from trimkv_cli.commands.slash.command import Chat, SlashCommand
+from trimkv_cli.errors import UsageError
+
+
+def _file(chat: Chat, argument: str) -> None:
+    from trimkv_cli.commands.prompts import read_text
+
+    if not argument:
+        names = ", ".join(name for name, _ in chat.attached)
+        chat.display.note(f"attached: {names}" if names else "nothing is attached; /file PATH attaches a file")
+        return
+    if argument == "none":
+        chat.attached.clear()
+        chat.display.note("nothing is attached any more")
+        return
+    text = read_text(str(Path(argument).expanduser()))
+    chat.attached.append((argument, text.strip("\n")))
+    chat.display.note(f"{argument}: {len(text):,} characters go with your next message")
+
+
+def _export(chat: Chat, argument: str) -> None:
+    from trimkv_cli.chat.export import export, form_of
+
+    if not argument:
+        raise UsageError("/export needs a file", hint="/export talk.md, or .json, .jsonl, .html")
+    form, path = form_of(argument), Path(argument).expanduser()
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(export(_transcript(chat), form))
+    except FileExistsError:
+        raise UsageError(f"{path} exists", hint="take another name") from None
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint="check the path") from error
+    chat.display.note(f"wrote {path}")
+
+
+def _transcript(chat: Chat) -> Transcript:
+    conversation = chat.conversation
+    now = time.time()
+    return Transcript(
+        name=chat.autosave.name or "conversation",
+        model=conversation.llm.facts.model_id,
+        fingerprint=conversation.llm.fingerprint,
+        system=conversation.system,
+        think=conversation.think,
+        sampling=asdict(conversation.params),
+        turns=tuple(conversation.turns),
+        created=now,
+        updated=now,
+    )
+
+
+def _copy(chat: Chat, argument: str) -> None:
+    if not chat.conversation.turns:
+        raise UsageError("there is no answer to copy", hint="send a message first")
+    answer = split_thought(chat.conversation.turns[-1].answer)[1]
+    text = _last_code(answer) if argument == "code" else answer
+    if argument not in ("", "code"):
+        raise UsageError(f"cannot copy {argument!r}", hint="/copy, or /copy code for the last block of code")
+    if not chat.display.copy(text):
+        raise UsageError("this terminal takes no clipboard codes", hint="/export talk.md writes a file")
+    chat.display.note(f"{len(text):,} characters handed to the terminal's clipboard")
+
+
+def _last_code(answer: str) -> str:
+    parts = answer.split("```")
+    if len(parts) < 3:
+        raise UsageError("the last answer has no block of code", hint="/copy copies all of it")
+    return parts[len(parts) // 2 * 2 - 1 if len(parts) % 2 else len(parts) - 3].partition("\n")[2]
+
+
+def _complete_path(_: Chat, argument: str) -> Iterable[str]:
+    home = os.path.expanduser("~")  # noqa: PTH111 - the prefix is text
+    pattern = home + argument[1:] if argument.startswith("~") else argument
+    for found in sorted(glob.glob(glob.escape(pattern) + "*")):  # noqa: PTH207 - the user's own form of a path
+        shown = "~" + found[len(home) :] if argument.startswith("~") else found
+        yield shown + (os.sep if Path(found).is_dir() else "")
+
+
+def _complete_copy(_: Chat, __: str) -> Iterable[str]:
+    return ("code",)
+
+
+FILES = (
+    SlashCommand(
+        name="file", arguments="[PATH|none]", help="Attach a text file to the next message.", handler=_file,
+        complete=_complete_path,
+    ),
+    SlashCommand(
+        name="export", arguments="FILE", help="Write the conversation as .md, .json, .jsonl or .html.",
+        handler=_export, complete=_complete_path,
+    ),
+    SlashCommand(
+        name="copy", arguments="[code]", help="Copy the last answer, or its last block of code.", handler=_copy,
+        complete=_complete_copy,
+    ),
+)  # fmt: skip

@@ -1,0 +1,122 @@
+"""What the cache holds: /stats, /cache, /map, /why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+from trimkv_cli.commands.memory import memory_use, pieces_of
+from trimkv_cli.commands.slash.command import Chat, SlashCommand
+from trimkv_cli.errors import UsageError
+from trimkv_cli.retained import Retained
+from trimkv_cli.ui.cache_panel import cache_panel
+from trimkv_cli.ui.heads import head_strip
+from trimkv_cli.ui.inspection import headline
+from trimkv_cli.ui.memory_map import memory_map
+from trimkv_cli.ui.tokens import next_out_line, survival_table, token_view
+from trimkv_cli.ui.turns import Span, turn_map
+
+_CONTEXT = 40  # tokens shown around what was asked about
+_MOST_ROWS = 60
+
+
+def _stats(chat: Chat, _: str) -> None:
+    conversation, stats = chat.conversation, chat.conversation.last_stats
+    if stats is None:
+        raise UsageError("nothing has been generated yet", hint="send a message first")
+    run, cache = conversation.llm.stats, stats.cache
+    decode_s = stats.total_s - (stats.ttft_s if stats.ttft_s is not None else stats.total_s)
+    speed = f"{(stats.completion_tokens - 1) / decode_s:.1f} tok/s" if decode_s > 0 else "no speed yet"
+    ttft = f"{stats.ttft_s:.2f} s" if stats.ttft_s is not None else "never"
+    print_line = chat.display.print
+    print_line(f"last turn  {stats.prompt_tokens} tokens read, {stats.completion_tokens} generated at {speed}")
+    print_line(f"           first token after {ttft}")
+    print_line(
+        f"cache      {cache.kept_per_head} of {cache.seen_tokens} tokens kept per head, {cache.evicted:,} evictions"
+    )
+    read = f"{run.prefill_tokens:,} tokens read in {run.prefill_s:.1f} s"
+    print_line(f"all turns  {read}, {run.decode_tokens:,} generated in {run.decode_s:.1f} s")
+
+
+def _cache(chat: Chat, _: str) -> None:
+    retained, look = _retained(chat), chat.display.look
+    pieces = _pieces(chat)
+    chat.display.print(headline(retained, look))
+    chat.display.print(look.paint(cache_panel(memory_use(chat.conversation.llm, seen=retained.seen), look)))
+    chat.display.print(look.paint(head_strip(retained, look)))
+    chat.display.print(next_out_line(retained, pieces, look))
+
+
+def _map(chat: Chat, _: str) -> None:
+    retained, look = _retained(chat), chat.display.look
+    chat.display.print(headline(retained, look))
+    chat.display.print(look.paint(memory_map(retained, look)))
+    chat.display.print(look.paint(turn_map(retained, list(_spans(chat)), look)))
+    chat.display.print(next_out_line(retained, _pieces(chat), look))
+
+
+def _why(chat: Chat, argument: str) -> None:
+    retained, look, pieces = _retained(chat), chat.display.look, _pieces(chat)
+    start, stop = find_text(pieces, argument) if argument else _last_turn(chat, retained)
+    first, last = max(0, start - _CONTEXT), min(retained.seen, stop + _CONTEXT)
+    chat.display.print(look.paint(token_view(retained, pieces, look, start=first, stop=last)))
+    shown = min(stop, start + _MOST_ROWS)
+    chat.display.print(look.paint(survival_table(retained, pieces, look, start=start, stop=shown)))
+    if shown < stop:
+        chat.display.note(f"{stop - shown} more tokens are not listed; name a shorter text")
+
+
+def find_text(pieces: list[str], text: str) -> tuple[int, int]:
+    """Return the tokens, from first to behind the last, of the last place where a text stands.
+
+    Raises:
+        UsageError: it stands nowhere.
+    """
+    whole = "".join(pieces)
+    at = whole.rfind(text)
+    if at < 0:
+        at = whole.lower().rfind(text.lower())
+    if at < 0:
+        raise UsageError(f"{text!r} does not stand in what the model has read", hint="/why with words of a message")
+    ends = list(accumulate(map(len, pieces)))
+    first = next(index for index, end in enumerate(ends) if end > at)
+    last = next(index for index, end in enumerate(ends) if end >= at + len(text))
+    return first, last + 1
+
+
+def _last_turn(chat: Chat, retained: Retained) -> tuple[int, int]:
+    turn = chat.conversation.turns[-1]
+    return turn.first, min(retained.seen, turn.first + turn.prompt_tokens)
+
+
+def _spans(chat: Chat) -> Iterator[Span]:
+    """Yield message and answer of each turn; turns that were read again stand together in a later one's message."""
+    for number, turn in enumerate(chat.conversation.turns, start=1):
+        if turn.seen:
+            middle = min(turn.seen, turn.first + turn.prompt_tokens)
+            yield Span(f"{number:4} you", turn.user, turn.first, middle)
+            yield Span("model", turn.answer, middle, turn.seen)
+
+
+def _retained(chat: Chat) -> Retained:
+    row = chat.conversation.row
+    if row is None:
+        raise UsageError("the cache is empty", hint="send a message first")
+    return chat.conversation.llm.retained(row)
+
+
+def _pieces(chat: Chat) -> list[str]:
+    row = chat.conversation.row
+    assert row is not None, "_retained comes first"
+    return pieces_of(chat.conversation.llm, chat.conversation.llm.token_ids(row))
+
+
+MEMORY = (
+    SlashCommand(name="stats", help="Counts and speed of the last turn and of all.", handler=_stats),
+    SlashCommand(name="cache", help="Bytes of each part, how full each head is, what goes next.", handler=_cache),
+    SlashCommand(name="map", help="Which parts of the conversation are remembered.", handler=_map),
+    SlashCommand(
+        name="why", arguments="[TEXT]", help="Which heads keep the tokens of a text, and for how much longer.",
+        handler=_why,
+    ),
+)  # fmt: skip

@@ -1,0 +1,141 @@
+"""What can be changed while talking: /system, /set, /show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any, get_type_hints
+
+from trimkv_cli.commands.slash.command import Chat, SlashCommand
+from trimkv_cli.commands.slash.turns import say_if_reread
+from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.errors import UsageError
+from trimkv_cli.ui.plain import neutralise
+
+_SWITCHES = {"on": True, "off": False}
+_VIEWS = {"markdown": ("on", "off"), "thoughts": ("show", "fold"), "think": ("on", "off", "auto")}
+
+
+def _system(chat: Chat, argument: str) -> None:
+    conversation = chat.conversation
+    if not argument:
+        chat.display.print(_line("system", conversation.system if conversation.system is not None else "none"))
+        return
+    conversation.system = None if argument == '""' else argument
+    if conversation.turns:
+        conversation.read_again()
+        say_if_reread(chat)
+    chat.autosave.write(conversation)
+
+
+def _set(chat: Chat, argument: str) -> None:
+    name, _, value = argument.partition(" ")
+    name, value = name.replace("-", "_"), value.strip()
+    if not name:
+        _show(chat, "settings")
+    elif name in _VIEWS:
+        _set_view(chat, name, value)
+    elif name in _sampling_names():
+        chat.conversation.params = replace(chat.conversation.params, **{name: _parse(name, value)})
+        chat.autosave.write(chat.conversation)
+        chat.display.note(_line(name, getattr(chat.conversation.params, name)))
+    else:
+        raise UsageError(f"there is no setting {name}", hint=f"one of {', '.join((*_sampling_names(), *_VIEWS))}")
+
+
+def _set_view(chat: Chat, name: str, value: str) -> None:
+    if value not in _VIEWS[name]:
+        raise UsageError(f"{name} cannot be {value!r}", hint=f"/set {name} {'|'.join(_VIEWS[name])}")
+    if name == "markdown":
+        chat.shown.markdown = _SWITCHES[value]
+    elif name == "thoughts":
+        chat.shown.thoughts = value
+    else:
+        chat.conversation.think = _SWITCHES.get(value)
+        chat.autosave.write(chat.conversation)
+    chat.display.note(_line(name, value))
+
+
+def _show(chat: Chat, argument: str) -> None:
+    parts = {"settings": _show_settings, "system": _system_lines, "session": _session_lines, "model": _model_lines}
+    if argument and argument not in parts:
+        raise UsageError(f"cannot show {argument!r}", hint=f"/show {'|'.join(parts)}")
+    for name, part in parts.items():
+        for line in part(chat) if argument in ("", name) else ():
+            chat.display.print(line)
+
+
+def _show_settings(chat: Chat) -> Iterable[str]:
+    params = chat.conversation.params
+    yield from (_line(name, getattr(params, name)) for name in _sampling_names())
+    yield _line("think", {True: "on", False: "off", None: "auto"}[chat.conversation.think])
+    yield _line("markdown", "on" if chat.shown.markdown else "off")
+    yield _line("thoughts", chat.shown.thoughts)
+
+
+def _system_lines(chat: Chat) -> Iterable[str]:
+    yield _line("system", chat.conversation.system if chat.conversation.system is not None else "none")
+
+
+def _session_lines(chat: Chat) -> Iterable[str]:
+    yield _line("session", chat.autosave.name or "not stored")
+    yield _line("turns", len(chat.conversation.turns))
+    yield _line("undo", f"{max(0, len(chat.conversation.snapshots.counts) - 1)} states before the last one")
+
+
+def _model_lines(chat: Chat) -> Iterable[str]:
+    facts = chat.conversation.llm.facts
+    yield _line("model", facts.model_id)
+    yield _line("gates", facts.gate.id)
+    yield _line("kv_budget", f"{facts.plan.kv_budget} slots per head")
+    yield _line("positions", f"{facts.max_positions:,}")
+
+
+def _line(name: str, value: object) -> str:
+    return neutralise(f"{name:18} {value}")
+
+
+def _sampling_names() -> list[str]:
+    return [field.name for field in fields(SamplingParams)]
+
+
+def _parse(name: str, value: str) -> Any:
+    """Read a value of a sampling parameter; `off` is the value that does nothing."""
+    kind = get_type_hints(SamplingParams)[name]
+    if value == "off":
+        return next(field.default for field in fields(SamplingParams) if field.name == name)
+    try:
+        if kind is bool:
+            return _SWITCHES[value]
+        if kind is int:
+            return int(value)
+        return (value,) if name == "stop" else float(value)
+    except (ValueError, KeyError):
+        wanted = {bool: "on or off", int: "a whole number"}.get(kind, "a number")
+        raise UsageError(f"{name} cannot be {value!r}", hint=f"/set {name} takes {wanted}, or off") from None
+
+
+def _complete_set(_: Chat, argument: str) -> Iterable[str]:
+    name, gap, __ = argument.partition(" ")
+    if not gap:
+        return [*_sampling_names(), *_VIEWS]
+    return [f"{name} {value}" for value in _VIEWS.get(name, ())]
+
+
+def _complete_show(_: Chat, __: str) -> Iterable[str]:
+    return ("settings", "system", "session", "model")
+
+
+SETTINGS = (
+    SlashCommand(
+        name="system", arguments="[TEXT]", help='Show or change the system message; "" for none.', handler=_system
+    ),
+    SlashCommand(
+        name="set", arguments="NAME VALUE", help="Change a setting, as /set temperature 0.7 or /set thoughts fold.",
+        handler=_set, complete=_complete_set,
+    ),
+    SlashCommand(
+        name="show", arguments="[PART]", help="Show settings, system, session or model.", handler=_show,
+        complete=_complete_show,
+    ),
+)  # fmt: skip

@@ -1,0 +1,159 @@
+"""What a user types: the input line, with its keys, history and completion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.output import ColorDepth, Output
+from prompt_toolkit.shortcuts import CompleteStyle
+
+from trimkv_cli.ui.look import Look
+
+_QUOTES = '"""'
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """A message or command; what was pasted into an empty line is literal, whatever it begins with."""
+
+    text: str
+    literal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A completion of the last `replaces` characters."""
+
+    text: str
+    replaces: int
+    shown: str = ""
+
+
+Complete = Callable[[str], Iterable[Candidate]]
+
+
+class ChatPrompt:
+    """Ask for one input after the other: Enter sends, Alt-Enter and Ctrl-J begin a new line, as does `\"\"\"`."""
+
+    def __init__(
+        self,
+        *,
+        history: Path | None,
+        complete: Complete,
+        look: Look,
+        input: Input | None = None,
+        output: Output | None = None,
+    ) -> None:
+        self._pasted = False
+        self._session: PromptSession[str] = PromptSession(
+            history=_open_history(history),
+            completer=_Adapter(complete),
+            complete_style=CompleteStyle.READLINE_LIKE,
+            complete_while_typing=False,
+            enable_open_in_editor=False,
+            enable_suspend=True,
+            multiline=True,
+            key_bindings=self._bindings(),
+            prompt_continuation="  ",
+            color_depth=None if look.colour else ColorDepth.DEPTH_1_BIT,
+            reserve_space_for_menu=0,
+            tempfile_suffix=".md",
+            input=input,
+            output=output,
+        )
+        # A terminal that does not say where its cursor is shows no toolbar; that is no reason for a warning.
+        self._session.app.renderer.cpr_not_supported_callback = lambda: None
+        self._session.default_buffer.on_text_changed += self._forget_paste
+
+    def ask(self, draft: str, toolbar: Callable[[], str]) -> Typed:
+        """Return what was sent; `draft` stands in the line to begin with, `toolbar()` below it.
+
+        Raises:
+            EOFError: Ctrl-D in an empty line.
+            KeyboardInterrupt: Ctrl-C in an empty line; in another one it empties it.
+        """
+        self._pasted = False
+        text = self._session.prompt("> ", default=draft, bottom_toolbar=toolbar)
+        quoted = text.startswith(_QUOTES)
+        return Typed(_unquoted(text) if quoted else text, literal=self._pasted or quoted)
+
+    def _forget_paste(self, buffer: Buffer) -> None:
+        if not buffer.text:
+            self._pasted = False
+
+    def _bindings(self) -> KeyBindings:
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def send(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            if _is_open(buffer.text):
+                buffer.newline(copy_margin=False)
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("escape", "enter")
+        @keys.add("c-j")
+        def begin_line(event: KeyPressEvent) -> None:
+            event.current_buffer.newline(copy_margin=False)
+
+        @keys.add(Keys.BracketedPaste)
+        def paste(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            into_nothing = not buffer.text
+            buffer.insert_text(event.data.replace("\r\n", "\n").replace("\r", "\n"))
+            self._pasted = self._pasted or (into_nothing and bool(buffer.text))
+
+        @keys.add("c-c")
+        def give_up(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=KeyboardInterrupt)
+
+        @keys.add("c-x", "c-e")
+        def edit(event: KeyPressEvent) -> None:
+            event.current_buffer.open_in_editor(validate_and_handle=False)
+
+        return keys
+
+
+class _Adapter(Completer):
+    """Hand our candidates to prompt_toolkit."""
+
+    def __init__(self, complete: Complete) -> None:
+        self._complete = complete
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:  # noqa: ARG002
+        for candidate in self._complete(document.text_before_cursor):
+            yield Completion(candidate.text, start_position=-candidate.replaces, display=candidate.shown or None)
+
+
+def _is_open(text: str) -> bool:
+    """Say whether a text begins with three quotes that are not closed yet."""
+    return text.startswith(_QUOTES) and (len(text) < 2 * len(_QUOTES) or not text.rstrip().endswith(_QUOTES))
+
+
+def _unquoted(text: str) -> str:
+    return text.strip().removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
+
+
+def _open_history(path: Path | None) -> History:
+    """Open the history file, which only its owner may read."""
+    if path is None:
+        return InMemoryHistory()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_CREAT | os.O_APPEND, 0o600))
+    path.chmod(0o600)
+    return FileHistory(path)

@@ -1,0 +1,101 @@
+"""The part of the terminal below the scrollback: one line that comes and goes; what stands above it never changes."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from shutil import get_terminal_size
+from typing import BinaryIO
+
+from rich.cells import cell_len, set_cell_size
+
+from trimkv_cli.ui.look import Look
+from trimkv_cli.ui.messages import print_error, print_note
+
+
+class Screen:
+    """Print downwards, with one passing line at the bottom; without `moves` there is no such line."""
+
+    def __init__(self, look_now: Callable[[], Look], *, moves: bool, stream: BinaryIO | None = None) -> None:
+        self._look_now = look_now
+        self._stream = sys.stdout.buffer if stream is None else stream
+        self._passing = ""
+        self.moves = moves
+
+    @property
+    def look(self) -> Look:
+        """Return how to draw now: the terminal may have changed its size."""
+        return self._look_now()
+
+    def print(self, text: str = "", *, end: str = "\n") -> None:
+        """Print text that has been neutralised already."""
+        self._write(self._erased() + text + end)
+
+    def note(self, message: str) -> None:
+        """Say something beside the conversation."""
+        self._write(self._erased())
+        print_note(message)
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        """Say what went wrong and what to try."""
+        self._write(self._erased())
+        print_error(message, hint)
+
+    def passing(self, line: str) -> None:
+        """Show a line until something is printed or another one comes."""
+        if self.moves:
+            line = set_cell_size(line, min(cell_len(line), max(1, get_terminal_size().columns - 1)))
+            self._write(self._erased() + line)
+            self._passing = line
+
+    def copy(self, text: str) -> bool:
+        """Hand text to the terminal's clipboard (OSC 52); False where stdout is no terminal that obeys codes."""
+        if not sys.stdout.isatty() or os.environ.get("TERM") in {"dumb", None}:
+            return False
+        import base64
+
+        self._write(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07")
+        return True
+
+    def _erased(self) -> str:
+        """Return what erases the passing line, which may have been wrapped since by a narrower terminal."""
+        if not self._passing:
+            return ""
+        above = math.ceil(cell_len(self._passing) / max(1, get_terminal_size().columns)) - 1
+        self._passing = ""
+        return "\r" + (f"\x1b[{above}A" if above > 0 else "") + "\x1b[J"
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._stream.write(text.encode("utf-8", "replace"))
+            self._stream.flush()
+
+
+def may_move() -> bool:
+    """Say whether stdout is a terminal on which a line may come and go."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def keys_held_back() -> Iterator[None]:
+    """Let keys pressed meanwhile neither show nor count: they wait, as they are, for the next prompt. Ctrl-C works."""
+    try:
+        import termios
+    except ImportError:  # not a Unix: keys show
+        yield
+        return
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = termios.tcgetattr(sys.stdin)
+    quiet[0] &= ~termios.ICRNL  # Enter stays Enter: a newline would be Ctrl-J
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
