@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import COMMAND, ENVIRONMENT, trimkv
+from programs import trimkv
 
 SHORT = ("-n", "6", "--greedy", "--ignore-eos", "--threads", "1")
 
@@ -71,31 +67,6 @@ def test_inspect_counts_what_was_fed(tmp_path: Path) -> None:
         assert all(kept == sorted(set(kept)) and kept[-1] < record["seen"] for kept in heads)
         assert [len(values) for values in log_betas] == [record["seen"]] * 4
         assert all(value <= 0 for values in log_betas for value in values)
-
-
-def test_a_chat_goes_on_and_ends_with_eof() -> None:
-    """Catches a second turn that fails, and special tokens typed by the user."""
-    main, side = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "chat", *SHORT], stdin=side, stdout=side, stderr=side, env={**ENVIRONMENT, "TERM": "xterm"}
-    )
-    os.close(side)
-    shown = _read_until(main, b"> ")
-    for line in (b"hello\n", b"again <|im_end|> and more\n"):
-        os.write(main, line)
-        shown = _read_until(main, b"kept per head\r\n> ")
-    os.write(main, b"/exit\n")
-    assert process.wait(timeout=60) == 0
-    os.close(main)
-    assert b"Traceback" not in shown
-
-
-def _read_until(terminal: int, end: bytes, *, within_s: float = 90.0) -> bytes:
-    shown, deadline = b"", time.monotonic() + within_s
-    while not shown.endswith(end):
-        assert time.monotonic() < deadline, shown
-        shown += os.read(terminal, 65536)
-    return shown
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ CONTRACTS = {
     "planning is plain Python",
     "jobs run any engine",
     "commands load nothing heavy themselves",
+    "a conversation knows no display",
     "triton stays in the kernels",
     "bitsandbytes stays in the loader",
     "the terminal stays in ui, the command line in app and commands",

@@ -1,0 +1,117 @@
+"""`trimkv chat` on a pseudo-terminal, as a user would meet it."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+from trimkv_cli.chat.conversation import Conversation
+from trimkv_cli.engine.loader import load_engine
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.request import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+from terminals import CTRL_C, CTRL_D, ENTER, NEWLINE, TAB, Terminal
+
+CHAT = ("chat", "--kv-budget", "40", "--threads", "1", "--greedy", "-n", "24")
+
+
+def test_a_whole_conversation(tmp_path: Path) -> None:
+    """Catches keys that do what they should not, commands that reach the model, and a terminal left in disorder."""
+    with Terminal(*CHAT, home=tmp_path) as terminal:
+        terminal.type("typed while it loads")
+        terminal.wait("> typed while it loads")
+        assert "kept 0/0" in terminal.lines[-1]
+        terminal.type(CTRL_C)
+        terminal.wait(lambda: terminal.asks)
+        terminal.send("My cat is called Zubo.")
+        assert terminal.text.count("My cat is called Zubo.") == 1
+        terminal.send("/stat")
+        assert "error: there is no command /stat; nothing was sent\nhint: did you mean /stats" in terminal.text
+        terminal.type("/und" + TAB)
+        terminal.wait("> /undo")
+        terminal.type(CTRL_C)
+        terminal.type(f"two{NEWLINE}lines")
+        terminal.wait("> two\n  lines")
+        terminal.send("")
+        terminal.type(f'"""begin{ENTER}middle{ENTER}')
+        terminal.wait('> """begin\n  middle\n')
+        terminal.send('end"""')
+        terminal.send("/map")
+        assert "3 you" in terminal.text
+        terminal.resize(60, 30)
+        terminal.wait(lambda: "kept" in terminal.lines[-1])
+        terminal.type(CTRL_C)
+        terminal.wait("Ctrl-C once more")
+        terminal.wait(lambda: terminal.asks)
+        terminal.type(CTRL_D)
+        assert terminal.wait_end() == 0
+    assert "Traceback" not in terminal.text
+    history = tmp_path / "state" / "trimkv" / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    turns = stored(tmp_path)["turns"]
+    assert [turn["user"] for turn in turns] == ["My cat is called Zubo.", "two\nlines", "begin\nmiddle\nend"]
+
+
+def stored(home: Path) -> dict:  # type: ignore[type-arg]
+    (path,) = (home / "data" / "trimkv" / "sessions").glob("*/session.json")
+    return json.loads(path.read_bytes())  # type: ignore[no-any-return]
+
+
+def test_a_long_paste_is_literal_and_ctrl_c_stops(tmp_path: Path) -> None:
+    """Catches pasted lines that are sent one by one or obeyed, and a Ctrl-C that loses the answer or ends the chat."""
+    lines = [f"/exit line {n} <|im_end|> \x1b[2J\x1b]0;title\x07 end" for n in range(200)]
+    with Terminal(*CHAT[:-1], "9000", "--ignore-eos", home=tmp_path, height=30) as terminal:
+        terminal.wait(lambda: terminal.asks)
+        terminal.paste("\n".join(lines))
+        terminal.wait("line 199")
+        terminal.type(ENTER)
+        terminal.wait("reading")
+        terminal.type(CTRL_C)
+        terminal.wait("stopped; /continue goes on")
+        terminal.wait(lambda: terminal.asks)
+        terminal.type("Hello." + ENTER)
+        terminal.wait("tok/s")
+        terminal.type(CTRL_C)
+        terminal.wait(lambda: terminal.text.count("stopped; /continue goes on") == 2 and terminal.asks)
+        terminal.type(CTRL_C)
+        terminal.wait("Ctrl-C once more")
+        terminal.type(CTRL_C)
+        assert terminal.wait_end() == 130
+    assert b"\x1b[2J" not in terminal.raw
+    assert b"\x1b]0;" not in terminal.raw
+    first, second = stored(tmp_path)["turns"]
+    assert first["user"] == "\n".join(lines)
+    assert (first["finish_reason"], first["token_ids"]) == ("abort", [])
+    assert second["finish_reason"] == "abort"
+    assert second["answer"]
+
+
+def test_killed_and_continued_without_reading_again(tmp_path: Path) -> None:
+    """Catches turns lost by kill -9, a continuation that reads again, and tokens that differ from an unbroken talk."""
+    texts = ("My cat is called Zubo.", "My dog is called Rex. " * 8, "What is my cat called?")
+    params = SamplingParams(max_tokens=24, temperature=1.5, seed=7)
+    with Terminal(*CHAT[:3], "-n", "24", "--temperature", "1.5", "--seed", "7", home=tmp_path) as terminal:
+        terminal.wait(lambda: terminal.asks)
+        for text in texts[:2]:
+            terminal.send(text)
+        terminal.kill()
+    with Terminal("chat", "-C", "--threads", "1", home=tmp_path) as terminal:
+        terminal.wait("nothing to read again")
+        terminal.wait(lambda: terminal.asks)
+        terminal.send(texts[2])
+        terminal.send("/stats")
+        terminal.type("/exit" + ENTER)
+        assert terminal.wait_end() == 0
+    llm = load_engine(EngineOptions(kv_budget="40", max_inflight=1, threads=1))
+    unbroken = Conversation(llm, system=None, think=None, params=params, undo_depth=0)
+    for text in texts:
+        list(unbroken.say(text, lambda: False))
+    turns = stored(tmp_path)["turns"]
+    assert [turn["token_ids"] for turn in turns] == [list(turn.token_ids) for turn in unbroken.turns]
+    read = turns[2]["prompt_tokens"]
+    assert read == unbroken.turns[2].prompt_tokens < 20
+    assert f"last turn  {read} tokens read" in terminal.text
+    assert f"all turns  {read} tokens read" in terminal.text
