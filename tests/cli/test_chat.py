@@ -41,7 +41,7 @@ def test_a_whole_conversation(tmp_path: Path) -> None:
         terminal.send('end"""')
         terminal.send("/map")
         assert "3 you" in terminal.text
-        terminal.resize(60, 30)
+        terminal.resize(60, 40)
         terminal.wait(lambda: "kept" in terminal.lines[-1])
         terminal.type(CTRL_C)
         terminal.wait("Ctrl-C once more")
