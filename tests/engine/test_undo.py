@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engines import Shape, greedy, make_engine
 
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_kernels import SlotPool
 
 TinyModel = Callable[..., Any]
 PROMPTS = (range(3, 12), range(20, 60), range(5, 95))  # below the budget, past a window, past the budget
@@ -23,7 +24,7 @@ class Fault(Exception):
     pass
 
 
-def fail(*_: Any) -> None:
+def fail(*_: Any, **__: Any) -> None:
     raise Fault
 
 
@@ -56,6 +57,25 @@ def test_a_decode_that_failed_at_any_layer_can_be_undone(
     cache.undo_decode(positions)
     assert all(torch.equal(now, then) for now, then in zip(copied(cache), before, strict=True))
     assert cache.seen[: len(PROMPTS)] == positions
+
+
+@pytest.mark.parametrize("failing_call", ["begin", "attend", "evict"])
+def test_a_decode_over_pools_that_failed_can_be_undone(
+    failing_call: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches the same where all layers evict together, with an earlier step's journal still there."""
+    engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=24, gate="random"))
+    for index, prompt in enumerate(PROMPTS):
+        engine.add(greedy(str(index), prompt, 40))
+    for _ in range(9):
+        engine.step()
+    cache = engine._runner.cache
+    before, positions = copied(cache), list(cache.seen)[: len(PROMPTS)]
+    monkeypatch.setattr(SlotPool, failing_call, fail)
+    with pytest.raises(Fault):
+        engine.step()
+    cache.undo_decode(positions)
+    assert all(torch.equal(now, then) for now, then in zip(copied(cache), before, strict=True))
 
 
 def test_a_finished_decode_can_be_undone_for_some_rows(tiny_model: TinyModel) -> None:

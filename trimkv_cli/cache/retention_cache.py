@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
-from trimkv_kernels import Journal, Operations, Slots, operations_for
+from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class LayerCache:
     journal: Journal
     window: int | None
     operations: Operations
+    pool: tuple[SlotPool, int] | None = None  # whose layer this is, on a CPU
 
     @property
     def size(self) -> int:
@@ -49,17 +51,19 @@ class RetentionCache:
     ) -> None:
         self.kv_budget = kv_budget
         self.seen = [0] * rows
+        shape: dict[str, Any] = {"rows": rows, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
+        sizes = [kv_budget if window is None else min(kv_budget, window) for window in windows]
+        operations = operations_for(device)
+        self.pools = _make_pools(windows, sizes, shape) if device.type == "cpu" else {}
         self.layers: list[LayerCache] = []
-        for window in windows:
-            slots = Slots.empty(
-                rows=rows,
-                num_kv_heads=num_kv_heads,
-                slots=kv_budget if window is None else min(kv_budget, window),
-                head_dim=head_dim,
-                dtype=dtype,
-                device=device,
-            )
-            self.layers.append(LayerCache(slots, Journal.beside(slots), window, operations_for(device)))
+        for index, (window, size) in enumerate(zip(windows, sizes, strict=True)):
+            if window in self.pools:
+                pool, place = self.pools[window], windows[:index].count(window)
+                layer = LayerCache(pool.slots(place), pool.journal(place), window, operations, (pool, place))
+            else:
+                slots = Slots.empty(slots=size, device=device, **shape)
+                layer = LayerCache(slots, Journal.beside(slots), window, operations)
+            self.layers.append(layer)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +88,9 @@ class RetentionCache:
     def clear(self, row: int) -> None:
         """Forget everything in `row`."""
         self.seen[row] = 0
-        for layer in self.layers:
+        for pool in self.pools.values():
+            pool.clear(row)
+        for layer in (layer for layer in self.layers if layer.pool is None):
             layer.slots.rows(row, 1).clear()
 
     def copy(self, source: int, target: int) -> None:
@@ -137,6 +143,16 @@ class RetentionCache:
 
     def _used(self, row: int, layer: LayerCache) -> int:
         return min(self.seen[row], layer.size)
+
+
+def _make_pools(
+    windows: Sequence[int | None], sizes: Sequence[int], shape: Mapping[str, Any]
+) -> dict[int | None, SlotPool]:
+    """Allocate the layers of each window together."""
+    return {
+        window: SlotPool(layers=windows.count(window), slots=size, window=window, **shape)
+        for window, size in dict(zip(windows, sizes, strict=True)).items()
+    }
 
 
 def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.attention import install
 from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.decoder import Decoder
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.fingerprint import make_fingerprint
 from trimkv_cli.engine.grammars import Grammars
@@ -59,6 +60,7 @@ def assemble(
         Sampler(rows, spec.vocab_size, model.device, grammars),
         decode_rows=DETERMINISTIC_ROWS if deterministic else None,
         long_rope=LongRope(model) if LongRope.used_by(config) else None,
+        decoder=None if deterministic else Decoder.of(model, gates, cache),
     )
     scheduler = Scheduler(
         SchedulerOptions(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.attention import RetentionView, Step
 from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.decoder import Decoder
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 
@@ -32,6 +33,7 @@ class ModelRunner:
         *,
         decode_rows: int | None = None,
         long_rope: LongRope | None = None,
+        decoder: Decoder | None = None,
         trace: Sequence[list[Tensor]] | None = None,
     ) -> None:
         self.cache = cache
@@ -40,6 +42,7 @@ class ModelRunner:
         self.device = model.device
         self._decode_rows = decode_rows
         self._long_rope = long_rope
+        self._decoder = decoder
         self.trace = trace
 
     def start(self, row: Row) -> None:
@@ -100,21 +103,24 @@ class ModelRunner:
         for row in batch.rows:
             ids[row.index], positions[row.index] = row.output[-1], row.seen
         seen = [row.seen for row in batch.rows]
-        step = Step(
-            positions=self._tensor(positions, torch.int32)[:, None],
-            rows=None,
-            longest=sys.maxsize if self._decode_rows else max(seen),
-            shortest=min(seen),
-        )
-        logits = self._forward(self._tensor(ids, torch.int64)[:, None], step, long_rope=batch.rows[0].long_rope)
+        position = self._tensor(positions, torch.int32)
+        if self._decoder is not None:
+            self._rotate(long=batch.rows[0].long_rope)
+            dense = min(seen) >= self.cache.kv_budget
+            logits, log_beta = self._decoder.step(self._tensor(ids, torch.int64), position, dense=dense)
+            for layer, traced in enumerate(self.trace or ()):
+                traced.append(log_beta[layer, :, :, None])
+        else:
+            longest = sys.maxsize if self._decode_rows else max(seen)
+            step = Step(positions=position[:, None], rows=None, longest=longest, shortest=min(seen))
+            logits = self._forward(self._tensor(ids, torch.int64)[:, None], step, long_rope=batch.rows[0].long_rope)
         for row in batch.rows:
             self.cache.seen[row.index] += 1
         return self._sample(logits, [(row.index, row) for row in batch.rows])
 
     def _forward(self, ids: Tensor, step: Step, *, long_rope: bool) -> Tensor:
         """Return the logits `[B, V]` of the last column."""
-        if self._long_rope is not None:
-            self._long_rope.use(long=long_rope)
+        self._rotate(long=long_rope)
         positions = step.positions
         output = self._model(
             input_ids=ids,
@@ -126,6 +132,10 @@ class ModelRunner:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _rotate(self, *, long: bool) -> None:
+        if self._long_rope is not None:
+            self._long_rope.use(long=long)
 
     def _sample(self, logits: Tensor, places: Sequence[tuple[int, Row]]) -> list[tuple[Row, int]]:
         """Sample the rows of the batch that have a next token, each from its place in `logits`."""

@@ -1,0 +1,125 @@
+"""Decode on a CPU for all layers of one size together: what a step costs there is the number of its operations.
+
+The slots of these layers lie in one allocation, with one place more per head. A token enters that place, attention
+reads all places as they lie, and after the last layer one eviction for all layers swaps the place with the loser's
+slot. So the place holds what the step displaced: it is the journal. `reference.decode` says what comes out of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trimkv_kernels.slots import Journal, Slots
+
+_NEVER = torch.iinfo(torch.int32).min
+
+
+class SlotPool:
+    """Own the slots of `layers` layers that have the same number of them and the same window."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        rows: int,
+        num_kv_heads: int,
+        slots: int,
+        head_dim: int,
+        window: int | None,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (layers, rows, num_kv_heads, slots + 1)
+        self.window = window
+        self.size = slots
+        self.key = torch.zeros(*shape, head_dim, dtype=dtype)
+        self.value = torch.zeros(*shape, head_dim, dtype=dtype)
+        self.log_beta = torch.zeros(shape, dtype=torch.float32)
+        self.position = torch.zeros(shape, dtype=torch.int32)
+        self.slot = torch.zeros(shape[:3], dtype=torch.int64)
+        heads = layers * rows * num_kv_heads
+        self._first = torch.arange(heads).view(shape[:3]) * (slots + 1)  # where a head's slots begin
+        self.clear(slice(None))
+
+    def clear(self, row: int | slice) -> None:
+        """Forget everything in a row, in place; what its slots held is gone, as a NaN there would poison every sum."""
+        for tensor in (self.key, self.value):
+            tensor[:, row].zero_()
+        self.log_beta[:, row].fill_(-torch.inf)
+        self.position[:, row].copy_(-1 - torch.arange(self.size + 1, dtype=torch.int32))
+
+    def slots(self, layer: int) -> Slots:
+        """Return the slots of one layer, as a view."""
+        return Slots(*(tensor[layer, :, :, : self.size] for tensor in self._tensors))
+
+    def journal(self, layer: int) -> Journal:
+        """Return the places behind the slots of one layer, as a view."""
+        key, value, log_beta, position = (tensor[layer, :, :, self.size] for tensor in self._tensors)
+        return Journal(key, value, log_beta, position, self.slot[layer])
+
+    def begin(self, position: Tensor, *, dense: bool) -> Tensor | None:
+        """Say at which `position` `[B]` int32 the tokens of a step enter, −1 for none.
+
+        Returns:
+            What `attend` adds to logits, `[L, B, Hkv, M + 1]`: −inf for places that hold nothing to see. None when
+            `dense`: every row with a token has all its slots in use.
+        """
+        held = self.position[:, : len(position)]
+        held[..., self.size] = position.clamp(min=0)[None, :, None]
+        if dense and self.window is None:
+            return None
+        dead = held < 0
+        if self.window is not None:
+            dead = dead | (held <= (position - self.window)[None, :, None, None])
+        return torch.zeros(dead.shape, dtype=self.key.dtype).masked_fill_(dead, -torch.inf)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float
+    ) -> Tensor:
+        """Feed a token per row to one layer, and attend from it: query `[B, Hq, D]`, key and value `[B, Hkv, D]`.
+
+        Returns:
+            `[B, Hq, D]`.
+        """
+        rows, heads, head_dim = key.shape
+        keys, values = self.key[layer, :rows], self.value[layer, :rows]
+        keys[:, :, self.size] = key
+        values[:, :, self.size] = value
+        keys, values = (tensor.view(rows * heads, self.size + 1, head_dim) for tensor in (keys, values))
+        grouped = query.reshape(rows * heads, -1, head_dim)
+        if bias is None:
+            logits = torch.bmm(grouped * scale, keys.transpose(1, 2))
+        else:
+            added = bias[layer].view(rows * heads, 1, self.size + 1)
+            logits = torch.baddbmm(added, grouped, keys.transpose(1, 2), alpha=scale)
+        return torch.bmm(logits.softmax(-1), values).view(rows, -1, head_dim)
+
+    def evict(self, log_beta: Tensor, position: Tensor) -> None:
+        """Keep the best M of the M + 1 tokens of every head, in place; `log_beta` `[L, B, Hkv]` of the new ones."""
+        rows = len(position)
+        held, scores = self.position[:, :rows], self.log_beta[:, :rows]
+        # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
+        scores[..., self.size] = log_beta.masked_fill((position < 0)[None, :, None], -torch.inf)
+        now = position[None, :, None, None]
+        scores = scores * (now + 2 - held)
+        if self.window is not None:
+            scores.masked_fill_(held <= now - self.window, -torch.inf)
+        lowest = scores.amin(dim=-1, keepdim=True)
+        loser = held.masked_fill(scores > lowest, _NEVER).argmax(dim=-1)  # ties: the newest goes
+        # What loses at once stays where it is: no slot then holds its position, and an undo finds nothing to do.
+        self.slot[:, :rows] = loser.clamp(max=self.size - 1)
+        at = (self._first[:, :rows] + loser).flatten()
+        for tensor in self._tensors:
+            _swap(tensor, tensor[:, :rows, :, self.size], at)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.key, self.value, self.log_beta, self.position
+
+
+def _swap(tensor: Tensor, place: Tensor, at: Tensor) -> None:
+    """Exchange `place` `[L, B, Hkv, …]` with what lies `at` these slots of all slots `[L · R · Hkv · (M + 1), …]`."""
+    flat = tensor.view(-1, *tensor.shape[4:])
+    old = flat.index_select(0, at)
+    flat.index_copy_(0, at, place.flatten(0, 2))
+    place.copy_(old.view(place.shape))

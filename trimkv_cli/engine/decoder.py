@@ -1,0 +1,91 @@
+"""One token per row through a decoder, with little between its operations: what the runner decodes with on a CPU.
+
+The forward of transformers serves any model and any number of tokens, and its modules cost more Python than a small
+model costs arithmetic. Here the same numbers come out of the same weights, of the families whose layers are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trimkv_cli.cache.gates_together import GatesTogether
+from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.blocks import Block, Norm, Projection, make_blocks
+
+
+class Decoder:
+    """Own the blocks of a model, for decode steps over one cache."""
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[Block], gates: Sequence[nn.Module], cache: RetentionCache
+    ) -> None:
+        decoder: Any = model.get_decoder()
+        self._blocks = blocks
+        self._gates = GatesTogether(gates)
+        self._pools = list(cache.pools.values())
+        self._places = [
+            (self._pools.index(pool), place) for pool, place in (layer.pool for layer in cache.layers if layer.pool)
+        ]
+        self._layers = [
+            [i for i, (pool, _) in enumerate(self._places) if pool == owner] for owner in range(len(self._pools))
+        ]
+        self._embed = decoder.embed_tokens.weight.detach()
+        self._rotary = decoder.rotary_emb
+        self._norm = Norm(decoder.norm.weight.detach(), decoder.norm.variance_epsilon)
+        self._head = Projection([model.get_output_embeddings()], threads=torch.get_num_threads())
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, gates: Sequence[nn.Module], cache: RetentionCache) -> Decoder | None:
+        """Return a decoder for the model, or None when its form, or the cache's, is not one known here."""
+        stored = cache.layers[0].slots.key.dtype
+        if model.device.type != "cpu" or not model.dtype == stored == torch.float32:
+            return None
+        blocks = make_blocks(model)
+        return None if blocks is None else cls(model, blocks, gates, cache)
+
+    def step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
+        """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
+
+        A row at −1 has no token: its slots stay as they are. `dense`: every row with a token has all its slots in use.
+
+        Returns:
+            The logits `[B, V]`, and log_beta `[L, B, Hkv]` of the tokens.
+        """
+        biases = [pool.begin(position, dense=dense) for pool in self._pools]
+        cos, sin = self._rotation(position)
+        x, entering = self._embed[ids], []
+        for block, (pool, place) in zip(self._blocks, self._places, strict=True):
+            hidden = block.attention_norm(x)
+            entering.append(hidden)
+            query, key, value = _project(block, hidden, cos, sin, self._pools[pool].key.shape[2])
+            attended = self._pools[pool].attend(place, query, key, value, biases[pool], scale=block.scale)
+            x = x + block.out(attended.view(len(ids), -1))
+            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
+            x = x + block.down(block.activation(gate) * up)
+        log_beta = self._gates(torch.stack(entering), position)
+        for owner, layers in enumerate(self._layers):
+            self._pools[owner].evict(log_beta if len(self._pools) == 1 else log_beta[layers], position)
+        return self._head(self._norm(x)), log_beta
+
+    def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin, `[B, 1, D]`: x · cos + roll(x, D / 2) · sin rotates x."""
+        angles = position.clamp(min=0)[:, None, None].float() * self._rotary.inv_freq
+        cos, sin = angles.cos() * self._rotary.attention_scaling, angles.sin() * self._rotary.attention_scaling
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def _project(
+    block: Block, hidden: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query `[B, Hq, D]` and key, rotated, and value, `[B, Hkv, D]`."""
+    heads = block.qkv(hidden).view(len(hidden), -1, cos.shape[-1])
+    rotated, value = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    if block.head_norm is not None:
+        rotated = block.head_norm(rotated)
+    rotated = rotated * cos + rotated.roll(cos.shape[-1] // 2, dims=-1) * sin
+    return rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:], value
