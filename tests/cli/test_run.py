@@ -108,22 +108,33 @@ def test_results_stream_while_the_input_is_still_open() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_an_interrupt_ends_the_run_at_once_and_leaves_whole_lines() -> None:
-    process = start("-", "--ignore-eos", *SMALL)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        process.stdin.write(b'{"prompt":"a","max_tokens":2}\n{"prompt":"b","max_tokens":8000}\n')
-        process.stdin.flush()
-        first = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 130
-        assert json.loads(first)["custom_id"] == "line-1"
-        assert process.stdout.read() == b""
-        assert b"Traceback" not in process.stderr.read()
-    finally:
-        finish(process)
+def test_a_signal_lets_rows_in_flight_end_within_the_grace_and_the_same_command_resumes(tmp_path: Path) -> None:
+    """Catches torn or lost lines, an exit code that hides what happened, and a second signal that is not obeyed."""
+    lines = [{"id": "short", "prompt": "a", "max_tokens": 2}, {"id": "long", "prompt": "b", "max_tokens": 60_000}]
+    source, output = write_lines(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
+    arguments = [str(source), "-o", str(output), "--ignore-eos", *SMALL]
+    for signals, code in (([signal.SIGINT], 75), ([signal.SIGTERM] * 2, 143)):
+        began = time.time()
+        process = start(*arguments, "--grace", "0.3s" if code == 75 else "600s")
+        try:
+            sidecar = output.with_name("out.jsonl.trimkv.json")
+            while not (sidecar.exists() and sidecar.stat().st_mtime > began and output.stat().st_size):
+                time.sleep(0.05)
+            time.sleep(0.2)
+            for number in signals:
+                process.send_signal(number)
+                time.sleep(0.2)
+            assert process.wait(120) == code
+            assert process.stderr is not None
+            said = process.stderr.read()
+            assert b"Traceback" not in said
+            assert code != 75 or b"hint: the same command resumes" in said
+        finally:
+            finish(process)
+        assert [json.loads(line)["custom_id"] for line in output.read_text().splitlines()] == ["short"]
+    done = trimkv_run(source, "-o", output, "--ignore-eos", "--timeout", "0.2s", *SMALL)
+    assert done.returncode == 3
+    assert [json.loads(line)["error"] is None for line in output.read_text().splitlines()] == [True, False]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
@@ -195,7 +206,10 @@ def test_a_text_file_is_one_prompt_per_line(tmp_path: Path) -> None:
         (["absent.jsonl"], "error: cannot read absent.jsonl: No such file or directory"),
         (["."], "error: cannot read .: Is a directory"),
         (["in.jsonl", "-o", "in.jsonl", "--overwrite"], "error: in.jsonl is the input file"),
-        (["in.jsonl", "-o", "old.jsonl"], "error: old.jsonl exists"),
+        (["in.jsonl", "-o", "old.jsonl"], "error: old.jsonl exists, and no old.jsonl.trimkv.json beside it"),
+        (["in.jsonl", "--shard", "5/4"], "error: --shard 5/4 is no part of a whole"),
+        (["in.jsonl", "--max-errors", "lots"], "error: --max-errors lots is no count and no share"),
+        (["in.csv"], "error: in.csv is a table: which column holds the prompts?"),
         (["in.jsonl", "-o", "nowhere/out.jsonl"], "error: no folder nowhere to write out.jsonl into"),
         (["in.jsonl", "--temperature", "-1"], "error: temperature = -1.0 is out of range"),
         (["in.jsonl", "--max-line", "5 apples"], "error: '5 apples' is not a size"),
@@ -207,7 +221,8 @@ def test_a_command_that_cannot_work_is_exit_2_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "in.jsonl", {"prompt": "a"})
-    (tmp_path / "old.jsonl").touch()
+    (tmp_path / "old.jsonl").write_text("{}\n")
+    (tmp_path / "in.csv").touch()
     done = trimkv_run(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""

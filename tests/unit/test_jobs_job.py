@@ -14,9 +14,10 @@ from trimkv_cli.engine.request import Request
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, RequestStats, TokenEvent
 from trimkv_cli.jobs.job import run_job
-from trimkv_cli.jobs.lines import BadLine, Item, Rules, parse_lines
+from trimkv_cli.jobs.lines import BadLine, Item, Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.records import Recorder, encode
+from trimkv_cli.jobs.selection import parse_lines
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Order, Writer
 
@@ -235,8 +236,9 @@ def test_an_input_that_waits_does_not_hold_results_back() -> None:
     written = threading.Event()
 
     class Stream(io.BytesIO):
-        def flush(self) -> None:
+        def write(self, data: Any) -> int:
             written.set()
+            return super().write(data)
 
     def lines() -> Iterator[Item | BadLine]:
         yield from parse_lines(LineReader(io.BytesIO(b'{"prompt":"a","max_tokens":3}')), Rules())

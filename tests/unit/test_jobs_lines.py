@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimkv_cli.engine.request import SamplingParams
-from trimkv_cli.jobs.lines import BadLine, Item, Rules, derive_seed, parse_line, parse_lines
+from trimkv_cli.jobs.lines import BadLine, Item, Rules, derive_seed, id_of, parse_line
 from trimkv_cli.jobs.parameters import HARMLESS
 from trimkv_cli.jobs.reading import Line
+from trimkv_cli.jobs.selection import parse_lines
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -275,5 +276,7 @@ def test_no_json_raises(data: dict[str, Any], shape: str) -> None:
     line: Any = {"simple": data, "chat": {"url": "/v1/chat/completions", "body": data}, "raw": list(data.values())}[
         shape
     ]
-    parsed = parse_line(Line(number=1, text=orjson.dumps(line).decode()), Rules())
+    text = Line(number=1, text=orjson.dumps(line).decode())
+    parsed = parse_line(text, Rules())
     assert isinstance(parsed, Item | BadLine)
+    assert id_of(text, Rules()) == parsed.custom_id

@@ -2,72 +2,140 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trimkv_cli.commands.options import Output, Quiet, Think, with_options
+from trimkv_cli.commands.run_settings import (
+    Choices,
+    ClusterChoices,
+    EngineName,
+    InputFormat,
+    LimitFlags,
+    LineOrder,
+    ProgressMode,
+    check_together,
+    read_format,
+    read_limits,
+    read_line_bytes,
+)
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
-from trimkv_cli.errors import PartialFailure, UsageError
-from trimkv_cli.ui.messages import print_note
-from trimkv_cli.ui.plain import neutralise
-from trimkv_cli.units import parse_size
+from trimkv_cli.errors import PartialFailure, Stopped
 
 if TYPE_CHECKING:
-    from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.jobs.lines import BadLine, Item, Rules
-    from trimkv_cli.jobs.reading import LineReader
-    from trimkv_cli.jobs.records import Recorder
     from trimkv_cli.jobs.summary import Summary
 
-
-InputFormat = Literal["auto", "jsonl", "text"]
-LineOrder = Literal["completion", "input"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choices:
-    """What the command's own flags said."""
-
-    source: str
-    output: str
-    text: bool
-    order: LineOrder
-    strict: bool
-    overwrite: bool
-    limit: int | None
-    max_line_bytes: int
-    quiet: bool
-    think: bool | None
+_INPUT, _ENDS, _CLUSTER = "Input and output", "When to stop", "Cluster"
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
 def run(
-    source: Annotated[str, typer.Argument(metavar="INPUT", help='JSONL or text file, or "-" for stdin.')],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help='JSONL, text, CSV or Parquet; "-" for stdin.')],
     *,
     output: Output = None,
     input_format: Annotated[
-        InputFormat, typer.Option("--input-format", help="auto reads *.txt as one prompt per line.")
+        InputFormat,
+        typer.Option(
+            "--input-format", help="auto goes by the name; text is a prompt per line.", rich_help_panel=_INPUT
+        ),
     ] = "auto",
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-column", metavar="NAME", help="Column of a CSV or Parquet file.", rich_help_panel=_INPUT
+        ),
+    ] = None,
     order: Annotated[
-        LineOrder, typer.Option("--order", help="Write results as they come, or in the input's order.")
+        LineOrder,
+        typer.Option("--order", help="Write results as they come, or in the input's order.", rich_help_panel=_INPUT),
     ] = "completion",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse lines with unknown keys or another model's name.")
+        bool,
+        typer.Option(
+            "--strict", help="Refuse lines with unknown keys or another model's name.", rich_help_panel=_INPUT
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Try lines again that failed before.", rich_help_panel=_INPUT)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew instead of resuming an output.", rich_help_panel=_INPUT)
+    ] = False,
+    adopt: Annotated[
+        bool,
+        typer.Option("--adopt", help="Resume an output although nothing says what made it.", rich_help_panel=_INPUT),
+    ] = False,
+    shard: Annotated[
+        str,
+        typer.Option("--shard", metavar="I/N", help="Only every N-th line, from line I on.", rich_help_panel=_INPUT),
+    ] = "1/1",
     limit: Annotated[
-        int | None, typer.Option("--limit", min=0, metavar="N", help="Stop after the first N lines.")
+        int | None,
+        typer.Option("--limit", min=0, metavar="N", help="Stop after the first N lines.", rich_help_panel=_INPUT),
     ] = None,
     max_line: Annotated[
-        str, typer.Option("--max-line", metavar="SIZE", help="Refuse lines longer than this.")
+        str,
+        typer.Option("--max-line", metavar="SIZE", help="Refuse lines longer than this.", rich_help_panel=_INPUT),
     ] = "16MiB",
-    validate: Annotated[bool, typer.Option("--validate", help="Only check the input; load no model.")] = False,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Only check the input; load no model.", rich_help_panel=_INPUT),
+    ] = False,
+    timeout: Annotated[
+        str | None,
+        typer.Option("--timeout", metavar="TIME", help="Give up an item after this time.", rich_help_panel=_ENDS),
+    ] = None,
+    max_time: Annotated[
+        str | None,
+        typer.Option("--max-time", metavar="TIME", help="Stop after this time; exit 75.", rich_help_panel=_ENDS),
+    ] = None,
+    max_errors: Annotated[
+        str | None,
+        typer.Option(
+            "--max-errors",
+            metavar="N|P%",
+            help="Stop when more lines fail; a share counts from 100 lines on.",
+            rich_help_panel=_ENDS,
+        ),
+    ] = None,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop at the first line that fails.", rich_help_panel=_ENDS)
+    ] = False,
+    grace: Annotated[
+        str,
+        typer.Option("--grace", metavar="TIME", help="For rows in flight when the job stops.", rich_help_panel=_ENDS),
+    ] = "10s",
+    engine_name: Annotated[
+        EngineName, typer.Option("--engine", help="This process, or a Ray cluster.", rich_help_panel=_CLUSTER)
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="Cluster to join, or auto; default: one on this machine.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None,
+        typer.Option(
+            "--cpus-per-worker",
+            min=1,
+            metavar="N",
+            help="Where there are no GPUs: cores per engine.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    progress: Annotated[
+        ProgressMode,
+        typer.Option("--progress", help="On stderr; auto draws on a terminal only.", rich_help_panel="Output"),
+    ] = "auto",
+    summary_json: Annotated[
+        str | None,
+        typer.Option("--summary-json", metavar="FILE", help="Write the final counts there.", rich_help_panel="Output"),
+    ] = None,
     think: Think = None,
     quiet: Quiet = False,
     engine: EngineOptions,
@@ -82,113 +150,60 @@ def run(
     A line is a request in the OpenAI batch format, or simply {"prompt": ...}, {"messages": [...]} or
     {"prompt_token_ids": [...]}, with an optional "id" and with sampling keys, which beat the flags.
     A prompt is continued as it is; messages go through the model's chat template.
+
+    The same command resumes a job that was interrupted: lines that are answered in the output are not run again.
     """
-    choices = _Choices(
+    from trimkv_cli.commands.run_work import answer_lines, check_lines
+    from trimkv_cli.jobs.selection import parse_shard
+
+    limits = LimitFlags(timeout=timeout, max_time=max_time, grace=grace, max_errors=max_errors, fail_fast=fail_fast)
+    choices = Choices(
         source=source,
         output=output or "-",
-        text=input_format == "text" or (input_format == "auto" and Path(source).suffix == ".txt"),
+        format=read_format(source, input_format, prompt_column),
+        prompt_column=prompt_column,
         order=order,
         strict=strict,
         overwrite=overwrite,
+        adopt=adopt,
+        retry_errors=retry_errors,
         limit=limit,
-        max_line_bytes=_line_bytes(max_line),
+        max_line_bytes=read_line_bytes(max_line),
         quiet=quiet,
         think=think,
+        progress=progress,
+        summary_json=summary_json,
+        limits=read_limits(limits),
+        shard=parse_shard(shard),
+        engine=engine_name,
+        cluster=ClusterChoices(address=address, cpus_per_worker=cpus_per_worker),
     )
-    summary = _validate(choices, engine, sampling) if validate else _answer(choices, engine, sampling)
-    if summary.bad + summary.failed:
+    check_together(choices)
+    if validate:
+        _judge(check_lines(choices, engine, sampling), validated=True)
+    else:
+        summary = answer_lines(choices, engine, sampling)
+        _raise_when_stopped(summary, choices)
+        _judge(summary, validated=False)
+
+
+def _raise_when_stopped(summary: Summary, choices: Choices) -> None:
+    if summary.stopped in ("signal", "time"):
+        why = "by a signal" if summary.stopped == "signal" else "by --max-time"
+        resumes = "the same command resumes" if choices.output != "-" else "stdout cannot be resumed: -o FILE can"
+        raise Stopped(f"stopped {why} after {summary.lines:,} lines", hint=resumes)
+    if summary.stopped == "errors":
         raise PartialFailure(
-            f"{summary.bad + summary.failed:,} of {summary.lines:,} lines failed",
-            hint="trimkv run --validate lists bad lines" if summary.bad and not validate else None,
+            f"stopped: {summary.errors:,} of {summary.lines:,} lines failed, more than allowed",
+            hint="the same command goes on with the lines that are left",
         )
 
 
-def _answer(choices: _Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
-    """Run the job; what does not need the model is checked before it is loaded."""
-    from trimkv_cli.commands.answers import open_engine
-    from trimkv_cli.jobs.job import run_job
-    from trimkv_cli.jobs.progress import PlainProgress
-    from trimkv_cli.jobs.reading import LineReader, open_input
-    from trimkv_cli.jobs.summary import Summary
-    from trimkv_cli.jobs.writing import Writer, check_output, open_output
-
-    stream = open_input(choices.source)
-    check_output(choices.output, stream, overwrite=choices.overwrite)
-    reader = LineReader(stream, max_line_bytes=choices.max_line_bytes)
-    engine = open_engine(options, quiet=choices.quiet)
-    rules = _rules(choices, options, sampling, engine)
-    summary, recorder = Summary(), _recorder(engine, options, rules)
-    progress = _silent if choices.quiet else PlainProgress(sys.stderr)
-    with open_output(choices.output, overwrite=choices.overwrite) as out:
-        writer = Writer(out, order=choices.order)
-        try:
-            run_job(engine, _parsed(reader, choices, rules), writer, recorder, summary=summary, progress=progress)
-        finally:
-            if not choices.quiet:
-                print_note(summary.report(blank_lines=reader.blank_lines))
-    return summary
-
-
-def _validate(choices: _Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
-    """Print every problem as `INPUT:LINE: what`, like a compiler."""
-    from trimkv_cli.jobs.lines import BadLine
-    from trimkv_cli.jobs.reading import LineReader, open_input
-    from trimkv_cli.jobs.summary import Summary
-
-    summary = Summary()
-    reader = LineReader(open_input(choices.source), max_line_bytes=choices.max_line_bytes)
-    for parsed in _parsed(reader, choices, _rules(choices, options, sampling, None)):
-        if isinstance(parsed, BadLine):
-            summary.bad += 1
-            message = " ".join(parsed.message.splitlines())  # it may quote a key
-            print(neutralise(f"{choices.source}:{parsed.line}: {message}"))
-        else:
-            summary.done += 1
-            summary.count_warnings(parsed)
-    if not choices.quiet:
-        print_note(summary.verdict(blank_lines=reader.blank_lines))
-    return summary
-
-
-def _parsed(reader: LineReader, choices: _Choices, rules: Rules) -> Iterable[Item | BadLine]:
-    from trimkv_cli.jobs.lines import parse_lines
-
-    return parse_lines(islice(reader, choices.limit), rules)
-
-
-def _rules(choices: _Choices, options: EngineOptions, sampling: SamplingOptions, engine: Engine | None) -> Rules:
-    from trimkv_cli.jobs.lines import Rules
-
-    names = {options.model, options.profile}
-    if engine is not None:
-        names |= {engine.facts.model_id, engine.facts.gate.id, engine.facts.gate.base_model}
-    return Rules(
-        defaults=sampling.resolve({} if engine is None else engine.facts.sampling_defaults),
-        think=choices.think,
-        strict=choices.strict,
-        text=choices.text,
-        model_names=frozenset(name for name in names if name),
-    )
-
-
-def _recorder(engine: Engine, options: EngineOptions, rules: Rules) -> Recorder:
-    from trimkv_cli.jobs.records import Recorder
-
-    return Recorder(
-        model=engine.facts.model_id,
-        run_seed=rules.defaults.seed,
-        kv_budget=engine.facts.plan.kv_budget,
-        prefill_chunk=engine.facts.plan.prefill_chunk,
-        reproducible=options.deterministic,
-    )
-
-
-def _silent(summary: Summary) -> None:
-    """Show nothing."""
-
-
-def _line_bytes(text: str) -> int:
-    size = parse_size(text)
-    if size < 1:
-        raise UsageError(f"--max-line {text} leaves no room for a line", hint="--max-line 16MiB")
-    return size
+def _judge(summary: Summary, *, validated: bool) -> None:
+    if summary.errors:
+        raise PartialFailure(
+            f"{summary.errors:,} of {summary.lines:,} lines failed",
+            hint="trimkv run --validate lists bad lines" if summary.bad and not validated else None,
+        )
+    if summary.failed_before:
+        raise PartialFailure(f"{summary.failed_before:,} lines failed before", hint="--retry-errors tries them again")

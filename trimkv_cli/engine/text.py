@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ class Text:
     def supports_thinking(self) -> bool:
         """Say whether the template knows `enable_thinking`; where it does not, `think` has no effect."""
         return "enable_thinking" in (self._template or "")
+
+    @property
+    def template_hash(self) -> str:
+        """Return a short hash of the chat template, "" without one."""
+        return "" if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()[:16]
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Start decoding one answer."""

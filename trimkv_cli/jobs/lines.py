@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -95,19 +94,6 @@ class Refused(Exception):
         self.status = status
 
 
-def parse_lines(lines: Iterable[Line], rules: Rules) -> Iterator[Item | BadLine]:
-    """Parse every line; the second line with an id is a bad one."""
-    seen: set[bytes] = set()  # about 100 bytes per line in memory; an index on disk has to replace it for huge inputs
-    for line in lines:
-        parsed = parse_line(line, rules)
-        if parsed.custom_id is None:
-            yield parsed
-            continue
-        digest = hashlib.blake2b(parsed.custom_id.encode(), digest_size=16).digest()
-        yield _duplicate(parsed.line, parsed.custom_id) if digest in seen else parsed
-        seen.add(digest)
-
-
 def parse_line(line: Line, rules: Rules) -> Item | BadLine:
     """Parse one line; seeds come from `rules.defaults.seed` and the id where the line has none."""
     if line.problem is not None:
@@ -125,6 +111,22 @@ def parse_line(line: Line, rules: Rules) -> Item | BadLine:
     if not isinstance(data, dict):
         return _unreadable(line.number, f"a line is a JSON object, not {_JSON_NAMES[type(data)]}")
     return _parse_object(line.number, data, rules)
+
+
+def id_of(line: Line, rules: Rules) -> str | None:
+    """Return the id that `parse_line` would give a line, without reading the rest of it."""
+    if line.problem is not None:
+        return None
+    implied = f"line-{line.number}"
+    if rules.text:
+        return implied
+    try:
+        data = orjson.loads(line.text)
+        return _custom_id(data) or implied if isinstance(data, dict) else None
+    except orjson.JSONDecodeError:
+        return None
+    except Refused:
+        return implied
 
 
 def derive_seed(run_seed: int, custom_id: str) -> int:
@@ -268,7 +270,8 @@ def _unreadable(number: int, message: str) -> BadLine:
     return BadLine(line=number, custom_id=None, status=None, message=message, code="invalid_line")
 
 
-def _duplicate(number: int, custom_id: str) -> BadLine:
+def duplicate(number: int, custom_id: str) -> BadLine:
+    """Refuse a line whose id an earlier line had."""
     message = f"custom_id {custom_id[:64]!r} was used by an earlier line"
     return BadLine(
         line=number, custom_id=custom_id, status=400, message=message, param="custom_id", code="duplicate_custom_id"

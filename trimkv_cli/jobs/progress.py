@@ -1,7 +1,8 @@
-"""Tells a log how a job is going: a plain line now and then, no cursor codes."""
+"""Tells a log how a job is going: a line now and then, no cursor codes."""
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TextIO
 
@@ -20,4 +21,16 @@ class PlainProgress:
         """Print when a line is due."""
         if (now := time.monotonic()) >= self._due:
             self._due = now + self._every_s
-            print(summary.progress(), file=self._stream, flush=True)
+            print(self.line(summary), file=self._stream, flush=True)
+
+    def line(self, summary: Summary) -> str:
+        """Return what is printed."""
+        return summary.progress()
+
+
+class JsonProgress(PlainProgress):
+    """Print one JSON object instead, for programs."""
+
+    def line(self, summary: Summary) -> str:
+        """Return all counts as JSON."""
+        return json.dumps(summary.as_json())

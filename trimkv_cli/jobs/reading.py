@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from trimkv_cli.errors import InputError
+from trimkv_cli.jobs.packing import Unpacked, packing_of
 
 MAX_LINE_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 _SLACK = len(_BOM) + len("\r\n") + 1  # read so much past the limit to know that a line is too long
 _DRAIN_BYTES = 1 << 20
-_UNPACKERS = {".gz": "gunzip -c", ".zst": "zstd -dc"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class Line:
 
 
 def open_input(source: str) -> BinaryIO:
-    """Open a file, or stdin for "-", for reading bytes.
+    """Open a file, or stdin for "-", for reading bytes; `.gz` and `.zst` are unpacked.
 
     Raises:
         InputError: the file cannot be read.
@@ -35,15 +36,16 @@ def open_input(source: str) -> BinaryIO:
     if source == "-":
         # A reader of our own: sys.stdin's lock, held by a blocked thread, would abort the interpreter at exit.
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    path = Path(source)
-    if unpacker := _UNPACKERS.get(path.suffix):
-        raise InputError(f"{source} is compressed", hint=f"{unpacker} {source} | trimkv run -")
     try:
-        return path.open("rb")
+        stream = Path(source).open("rb")  # noqa: SIM115  whoever iterates closes it
     except OSError as error:
         raise InputError(
             f"cannot read {source}: {error.strerror}", hint='give a JSONL file, or "-" for stdin'
         ) from error
+    packing = packing_of(source)
+    if packing is None:
+        return stream
+    return cast(BinaryIO, io.BufferedReader(Unpacked(stream, packing, source)))
 
 
 class LineReader:

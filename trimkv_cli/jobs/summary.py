@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trimkv_cli.events import RequestStats
 from trimkv_cli.jobs.lines import Item
@@ -21,6 +22,7 @@ class Summary:
     failed: int = 0  # our fault
     bad: int = 0  # the line's fault
     skipped: int = 0  # answered by an earlier run
+    failed_before: int = 0  # failed in an earlier run, and not tried again
     running: int = 0
     stopped: str | None = None  # why the job ended before its input did
     prompt_tokens: int = 0
@@ -64,10 +66,27 @@ class Summary:
 
     def report(self, *, blank_lines: int = 0) -> str:
         """Return the block that ends a job."""
-        told = _counts(answered=self.done, bad=self.bad, failed=self.failed, blank=blank_lines)
+        told = _counts(
+            answered=self.done,
+            bad=self.bad,
+            failed=self.failed,
+            blank=blank_lines,
+            **{"answered before": self.skipped, "failed before": self.failed_before},
+        )
         tokens = f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} completion"
         took = f"{self.elapsed_s:.1f} s, {self.decode_tps:.1f} tokens/s"
         return "\n".join([f"lines    {told}", f"tokens   {tokens}", f"time     {took}", *self._warnings()])
+
+    def as_json(self, *, blank_lines: int = 0) -> dict[str, Any]:
+        """Return all counts, under the names of `--summary-json`."""
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "started_at"}
+        return {
+            **counts,
+            "warnings": dict(self.warnings),
+            "blank": blank_lines,
+            "elapsed_s": self.elapsed_s,
+            "tokens_per_s": self.decode_tps,
+        }
 
     def verdict(self, *, blank_lines: int = 0) -> str:
         """Return the block that ends a check of the input; `done` counts the good lines."""

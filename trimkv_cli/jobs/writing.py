@@ -8,18 +8,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol
 
 from trimkv_cli.errors import TrimkvError, UsageError
+from trimkv_cli.jobs.packing import Frame, Packing, packing_of
 
 Order = Literal["completion", "input"]
 
+_FRAME_BYTES = 1 << 20  # of records: what is packed again when the last frame was cut off
 
-def check_output(output: str, source: BinaryIO, *, overwrite: bool) -> None:
-    """Refuse an output that would destroy the input or an earlier result ("-" = stdout).
+
+def check_output(output: str, source: BinaryIO) -> None:
+    """Refuse an output that would destroy the input ("-" = stdout), or that no file can be.
 
     Raises:
-        UsageError: it is the input, exists already, or lies in no folder.
+        UsageError: it is the input, or lies in no folder.
     """
     if output == "-":
         if _same_file(os.fstat(sys.stdout.fileno()), source):
@@ -32,28 +35,69 @@ def check_output(output: str, source: BinaryIO, *, overwrite: bool) -> None:
         raise UsageError(f"{output} is a folder", hint=f"-o {path / 'out.jsonl'}")
     if path.exists() and _same_file(path.stat(), source):
         raise UsageError(f"{output} is the input file", hint="give another name to -o")
-    if path.is_file() and not overwrite:
-        raise UsageError(f"{output} exists", hint="--overwrite starts anew (resuming an output is not there yet)")
+
+
+def is_resumable(output: str) -> bool:
+    """Tell whether an output is, or will be, a file that can be read again."""
+    return output != "-" and (Path(output).is_file() or not Path(output).exists())
+
+
+class Output(Protocol):
+    """Takes records one by one; each is handed to the system before `write` returns."""
+
+    def write(self, data: bytes) -> None: ...
+
+
+class _Plain:
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, data: bytes) -> None:
+        _write_all(self._stream, data)
+
+
+class _Packed:
+    def __init__(self, stream: BinaryIO, packing: Packing) -> None:
+        self._stream = stream
+        self._packing = packing
+        self._frame: Frame | None = None
+
+    def write(self, data: bytes) -> None:
+        self._frame = self._frame or Frame(self._packing)
+        _write_all(self._stream, self._frame.pack(data))
+        if self._frame.packed_bytes >= _FRAME_BYTES:
+            self.end()
+
+    def end(self) -> None:
+        if self._frame is not None:
+            frame, self._frame = self._frame, None
+            _write_all(self._stream, frame.finish())
 
 
 @contextmanager
-def open_output(output: str, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """Open the output that `check_output` let pass.
+def open_output(output: str) -> Iterator[Output]:
+    """Open an output to append to; `.gz` and `.zst` are packed.
 
     Raises:
         UsageError: it cannot be opened.
     """
     if output == "-":
-        yield sys.stdout.buffer
+        yield _Plain(sys.stdout.buffer)
         return
-    path = Path(output)
     try:
-        is_device = path.exists() and not path.is_file()
-        stream = path.open("wb" if overwrite or is_device else "xb")
+        stream = Path(output).open("ab", buffering=0)  # noqa: SIM115  closed below
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}", hint="give another file to -o") from error
+    packing = packing_of(output)
     with stream:
-        yield stream
+        if packing is None:
+            yield _Plain(stream)
+            return
+        packed = _Packed(stream, packing)
+        try:
+            yield packed
+        finally:
+            packed.end()
 
 
 class Writer:
@@ -64,8 +108,8 @@ class Writer:
         BrokenPipeError: nobody reads the output any more.
     """
 
-    def __init__(self, stream: BinaryIO, *, order: Order = "completion") -> None:
-        self._stream = stream
+    def __init__(self, output: Output, *, order: Order = "completion") -> None:
+        self._output = output
         self._in_order = order == "input"
         self._held: dict[int, bytes] = {}
         self._next = 0
@@ -78,22 +122,26 @@ class Writer:
     def write(self, index: int, data: bytes) -> None:
         """Write the record of the `index`-th line (from 0, without gaps) now or when its turn comes."""
         if not self._in_order:
-            self._emit(data)
+            self._output.write(data)
             return
         self._held[index] = data
         while (ready := self._held.pop(self._next, None)) is not None:
             self._next += 1
-            self._emit(ready)
+            self._output.write(ready)
 
-    def _emit(self, data: bytes) -> None:
-        try:
-            self._stream.write(data)
-            self._stream.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            hint = "the records written so far are whole, except perhaps the last"
-            raise TrimkvError(f"cannot write the output: {error.strerror}", hint=hint) from error
+
+def _write_all(stream: BinaryIO, data: bytes) -> None:
+    """Hand all bytes to the system; an unbuffered stream may take them in several bites."""
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[stream.write(rest) :]
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        hint = "the records written so far are whole, except perhaps the last; make room, and the same command resumes"
+        raise TrimkvError(f"cannot write the output: {error.strerror}", hint=hint) from error
 
 
 def _same_file(status: os.stat_result, source: BinaryIO) -> bool:

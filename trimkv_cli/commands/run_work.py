@@ -1,0 +1,258 @@
+"""Puts a batch job together: input, earlier output, backend, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trimkv_cli.commands.run_settings import Choices
+from trimkv_cli.engine.options import EngineOptions, SamplingOptions
+from trimkv_cli.errors import UsageError
+from trimkv_cli.jobs.backend import Backend, BackendFacts, Job, LocalBackend
+from trimkv_cli.jobs.earlier import Earlier
+from trimkv_cli.jobs.lines import BadLine, Rules
+from trimkv_cli.jobs.progress import JsonProgress, PlainProgress
+from trimkv_cli.jobs.reading import LineReader, open_input
+from trimkv_cli.jobs.records import Recorder
+from trimkv_cli.jobs.reread import check_beginning, hash_all, remembering
+from trimkv_cli.jobs.resuming import check_provenance, drop_failures, locked, read_earlier, start_anew
+from trimkv_cli.jobs.selection import Selection, parse_lines
+from trimkv_cli.jobs.sidecar import (
+    Sidecar,
+    check_fingerprint,
+    job_fingerprint,
+    path_beside,
+    read_sidecar,
+    write_sidecar,
+)
+from trimkv_cli.jobs.stopping import Stop, stopped_by_signals
+from trimkv_cli.jobs.summary import Summary
+from trimkv_cli.jobs.tables import TableReader
+from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output
+from trimkv_cli.ui.messages import print_note
+from trimkv_cli.ui.plain import neutralise
+
+# What a plan may decide by itself, and a resumed job takes as it was decided before.
+_SOLVED: dict[str, Callable[[str], Any]] = {
+    "kv_budget": str,
+    "prefill_chunk": int,
+    "dtype": str,
+    "kv_dtype": str,
+    "quantize": str,
+}
+
+
+def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
+    """Run the job; what does not need the model is checked before it is loaded."""
+    stream = open_input(choices.source)
+    check_output(choices.output, stream)
+    if not is_resumable(choices.output):
+        return _Run(choices, options, sampling).go(stream)
+    output = Path(choices.output)
+    with locked(output):
+        if choices.overwrite:
+            return _Run(choices, options, sampling, output=output).go(stream)
+        before = read_sidecar(path_beside(output))
+        check_provenance(output, has_sidecar=before is not None, adopt=choices.adopt)
+        earlier = read_earlier(output)
+        if before is not None and earlier.records:
+            stream = check_beginning(stream, before.input_bytes, before.input_sha256)
+            options = _as_before(options, before)
+        else:
+            before = None  # nothing was answered: a fresh start
+        return _Run(choices, options, sampling, output=output, before=before, earlier=earlier).go(stream)
+
+
+def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
+    """Print every problem as `INPUT:LINE: what`, like a compiler."""
+    summary = Summary()
+    reader = _reader(choices, open_input(choices.source))
+    rules = _rules(choices, options, sampling, None)
+    selection = Selection(limit=choices.limit, shard=choices.shard)
+    for parsed in parse_lines(reader, rules, selection):
+        if isinstance(parsed, BadLine):
+            summary.bad += 1
+            for problem in (parsed.message, *parsed.further):
+                message = " ".join(problem.splitlines())  # it may quote a key
+                print(neutralise(f"{choices.source}:{parsed.line}: {message}"))
+        else:
+            summary.done += 1
+            summary.count_warnings(parsed)
+    if not choices.quiet:
+        print_note(summary.verdict(blank_lines=reader.blank_lines))
+    _write_summary(choices, summary, reader.blank_lines)
+    return summary
+
+
+class _Run:
+    """One run: with an `output` file it leaves a sidecar, with `before` it goes on with an earlier one."""
+
+    def __init__(
+        self,
+        choices: Choices,
+        options: EngineOptions,
+        sampling: SamplingOptions,
+        *,
+        output: Path | None = None,
+        before: Sidecar | None = None,
+        earlier: Earlier | None = None,
+    ) -> None:
+        self.choices = choices
+        self.options = options
+        self.sampling = sampling
+        self.output = output
+        self.before = before
+        self.earlier = earlier or Earlier()
+
+    def go(self, stream: BinaryIO) -> Summary:
+        """Load what answers, prepare the output, and run."""
+        with closing(_backend(self.choices, self.options)) as backend:
+            rules = _rules(self.choices, self.options, self.sampling, backend.facts)
+            if self.output is not None:
+                stream = self._prepare(self.output, stream, backend.facts, rules)
+            with open_output(self.choices.output) as output:
+                return self._work(backend, rules, stream, Writer(output, order=self.choices.order))
+
+    def _prepare(self, output: Path, stream: BinaryIO, facts: BackendFacts, rules: Rules) -> BinaryIO:
+        """Make sure that the output may be gone on with, and write what it will be known by."""
+        fingerprint = job_fingerprint(
+            facts.fingerprint,
+            rules,
+            template=facts.template,
+            deterministic=self.options.deterministic,
+            prompt_column=self.choices.prompt_column,
+        )
+        sidecar, path = self.before, path_beside(output)
+        if sidecar is not None:
+            check_fingerprint(output, sidecar.fingerprint, fingerprint)
+        if self.choices.overwrite:
+            start_anew(output)
+        if self.choices.retry_errors and self.earlier.failures:
+            drop_failures(output)
+        sidecar = replace(sidecar or Sidecar(fingerprint=fingerprint), fingerprint=fingerprint)
+        write_sidecar(path, sidecar)
+
+        def covered(count: int, sha256: str) -> None:
+            if count > sidecar.input_bytes:
+                write_sidecar(path, replace(sidecar, input_bytes=count, input_sha256=sha256))
+
+        if self.choices.format == "parquet":
+            return hash_all(stream, covered)
+        return remembering(stream, covered)
+
+    def _work(self, backend: Backend, rules: Rules, stream: BinaryIO, writer: Writer) -> Summary:
+        choices, summary, stop = self.choices, Summary(), Stop()
+        reader = _reader(choices, stream)
+        selection = Selection(
+            limit=choices.limit,
+            shard=choices.shard,
+            earlier=self.earlier,
+            retry_errors=choices.retry_errors,
+            in_order=choices.order == "input" and self.earlier.records > 0,
+        )
+        job = Job(
+            lines=parse_lines(reader, rules, selection, summary),
+            sink=writer,
+            recorder=_recorder(backend.facts, self.options, rules),
+            summary=summary,
+            limits=choices.limits,
+            stop=stop,
+            progress=_progress(choices),
+        )
+        try:
+            with stopped_by_signals(stop):
+                backend.run(job)
+        finally:
+            if not choices.quiet:
+                print_note(summary.report(blank_lines=reader.blank_lines))
+            _write_summary(choices, summary, reader.blank_lines)
+        return summary
+
+
+def _as_before(options: EngineOptions, sidecar: Sidecar) -> EngineOptions:
+    """Fill in the sizes that an earlier run's plan chose, where the user leaves them open."""
+    known = {name: read for name, read in _SOLVED.items() if hasattr(options, name) and name in sidecar.fingerprint}
+    chosen = {
+        name: read(sidecar.fingerprint[name])
+        for name, read in known.items()
+        if getattr(options, name) in (None, "auto")
+    }
+    return replace(options, **chosen)
+
+
+def _backend(choices: Choices, options: EngineOptions) -> Backend:
+    from trimkv_cli.commands.answers import open_engine
+
+    if choices.engine == "ray":
+        raise UsageError("--engine ray is not there yet")
+    engine = open_engine(options, quiet=choices.quiet)
+    return LocalBackend(engine, facts_of(engine))
+
+
+def facts_of(engine: Any) -> BackendFacts:
+    """Say what a job needs to know of an engine."""
+    facts = engine.facts
+    names = {facts.model_id, facts.gate.id, facts.gate.base_model}
+    return BackendFacts(
+        model_id=facts.model_id,
+        model_names=frozenset(name for name in names if name),
+        fingerprint=dict(engine.fingerprint),
+        template="" if engine.text is None else engine.text.template_hash,
+        sampling_defaults=dict(facts.sampling_defaults),
+        kv_budget=facts.plan.kv_budget,
+        prefill_chunk=facts.plan.prefill_chunk,
+    )
+
+
+def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
+    if choices.format in ("csv", "parquet"):
+        assert choices.prompt_column is not None
+        table, column = choices.format, choices.prompt_column
+        return TableReader(stream, table, column, max_line_bytes=choices.max_line_bytes)
+    return LineReader(stream, max_line_bytes=choices.max_line_bytes)
+
+
+def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, facts: BackendFacts | None) -> Rules:
+    names = {options.model, options.profile} | (facts.model_names if facts is not None else frozenset())
+    return Rules(
+        defaults=sampling.resolve({} if facts is None else facts.sampling_defaults),
+        think=choices.think,
+        strict=choices.strict,
+        text=choices.is_text,
+        model_names=frozenset(name for name in names if name),
+    )
+
+
+def _recorder(facts: BackendFacts, options: EngineOptions, rules: Rules) -> Recorder:
+    return Recorder(
+        model=facts.model_id,
+        run_seed=rules.defaults.seed,
+        kv_budget=facts.kv_budget,
+        prefill_chunk=facts.prefill_chunk,
+        reproducible=options.deterministic,
+    )
+
+
+def _progress(choices: Choices) -> Callable[[Summary], None]:
+    if choices.progress == "none" or (choices.quiet and choices.progress == "auto"):
+        return _silent
+    return JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
+
+
+def _silent(summary: Summary) -> None:
+    """Show nothing."""
+
+
+def _write_summary(choices: Choices, summary: Summary, blank_lines: int) -> None:
+    if choices.summary_json is None:
+        return
+    text = json.dumps(summary.as_json(blank_lines=blank_lines), indent=2) + "\n"
+    try:
+        Path(choices.summary_json).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {choices.summary_json}: {error.strerror}", hint="check the path") from error
