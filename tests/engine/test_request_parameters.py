@@ -97,6 +97,27 @@ def test_several_answers_read_their_prompt_once_and_are_as_if_alone(
         assert len({tuple(tokens) for tokens in got.values()}) == 3
 
 
+def test_prefixes_that_take_turns_are_read_once_each(tiny_model: Callable[..., Any]) -> None:
+    """Catches a store of one prefix that two system prompts throw out again and again."""
+    prefixes = [tuple(range(3, 43)), tuple(range(50, 90))]
+    requests = [
+        Request(
+            id=str(i),
+            prompt_token_ids=(*prefixes[i % 2], 100 + i),
+            prefix_len=40,
+            params=SamplingParams(max_tokens=1 + i % 3, temperature=0.0),
+        )
+        for i in range(16)
+    ]
+    engine = make_engine(tiny_model("qwen3"), Shape(rows=2, prefill_chunk=16))
+    for request in requests:
+        engine.add(request)
+    got = run(engine, [])
+    assert engine.stats.prefill_tokens == 2 * 40 + len(requests)
+    alone = make_engine(tiny_model("qwen3"), Shape(rows=1, prefill_chunk=16))
+    assert got == run(alone, requests)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 5}, "big": {"type": "boolean"}},

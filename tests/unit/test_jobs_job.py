@@ -47,7 +47,10 @@ class FakeText:
 class FakeEngine:
     """Answer each request with its own prompt, one token per step; a prompt that begins with "!" fails half-way."""
 
-    def __init__(self, *, max_rows: int = 2, text: FakeText | None = None, max_positions: int = 100) -> None:
+    def __init__(
+        self, *, max_rows: int = 2, text: FakeText | None = None, max_positions: int = 100, starts_at: int = 0
+    ) -> None:
+        self.starts_at = starts_at  # requests that have to be there before it begins
         self.text = text
         self.max_rows = max_rows
         self.max_positions = max_positions
@@ -57,7 +60,7 @@ class FakeEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.queue)
+        return bool(self.queue) and len(self.made) >= self.starts_at
 
     def check(self, request: Request) -> None:
         if max(request.prompt_token_ids) > 0x10FFFF:
@@ -219,7 +222,7 @@ def test_every_kind_of_bad_line_gets_one_record_and_stops_nobody() -> None:
 
 def test_results_come_as_they_are_done_or_in_the_order_of_the_input() -> None:
     lines = [{"prompt": "a", "max_tokens": n} for n in (9, 1, 5, 1)]
-    came, _ = run(lines)
+    came, _ = run(lines, engine=FakeEngine(text=FakeText(), starts_at=4))
     assert [record["custom_id"] for record in came] == ["line-2", "line-3", "line-4", "line-1"]
     sorted_, _ = run(lines, order="input")
     assert [record["custom_id"] for record in sorted_] == ["line-1", "line-2", "line-3", "line-4"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +62,7 @@ def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpt
         earlier = read_earlier(output)
         if before is not None and earlier.records:
             stream = check_beginning(stream, before.input_bytes, before.input_sha256)
-            options = _as_before(options, before)
+            options = as_before(options, before.fingerprint)
         else:
             before = None  # nothing was answered: a fresh start
         return _Run(choices, options, sampling, output=output, before=before, earlier=earlier).go(stream)
@@ -111,7 +111,7 @@ class _Run:
 
     def go(self, stream: BinaryIO) -> Summary:
         """Load what answers, prepare the output, and run."""
-        with closing(_backend(self.choices, self.options)) as backend:
+        with closing(open_backend(self.choices, self.options)) as backend:
             rules = _rules(self.choices, self.options, self.sampling, backend.facts)
             if self.output is not None:
                 stream = self._prepare(self.output, stream, backend.facts, rules)
@@ -174,22 +174,25 @@ class _Run:
         return summary
 
 
-def _as_before(options: EngineOptions, sidecar: Sidecar) -> EngineOptions:
-    """Fill in the sizes that an earlier run's plan chose, where the user leaves them open."""
-    known = {name: read for name, read in _SOLVED.items() if hasattr(options, name) and name in sidecar.fingerprint}
-    chosen = {
-        name: read(sidecar.fingerprint[name])
-        for name, read in known.items()
-        if getattr(options, name) in (None, "auto")
-    }
+def as_before(options: EngineOptions, fingerprint: Mapping[str, str]) -> EngineOptions:
+    """Fill in the sizes that an earlier plan chose, where the user leaves them open."""
+    known = {name: read for name, read in _SOLVED.items() if hasattr(options, name) and name in fingerprint}
+    chosen = {name: read(fingerprint[name]) for name, read in known.items() if getattr(options, name) in (None, "auto")}
     return replace(options, **chosen)
 
 
-def _backend(choices: Choices, options: EngineOptions) -> Backend:
+def open_backend(choices: Choices, options: EngineOptions) -> Backend:
+    """Load what answers the lines: an engine here, or workers on a cluster.
+
+    Raises:
+        TrimkvError: as `load_engine` does, or there is no cluster.
+    """
+    if choices.engine == "ray":
+        from trimkv_cli.commands.run_cluster import open_cluster
+
+        return open_cluster(choices.cluster, options)
     from trimkv_cli.commands.answers import open_engine
 
-    if choices.engine == "ray":
-        raise UsageError("--engine ray is not there yet")
     engine = open_engine(options, quiet=choices.quiet)
     return LocalBackend(engine, facts_of(engine))
 
@@ -206,6 +209,7 @@ def facts_of(engine: Any) -> BackendFacts:
         sampling_defaults=dict(facts.sampling_defaults),
         kv_budget=facts.plan.kv_budget,
         prefill_chunk=facts.plan.prefill_chunk,
+        rows=engine.max_rows,
     )
 
 

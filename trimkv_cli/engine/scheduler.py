@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from trimkv_cli.engine.request import Request
 from trimkv_cli.events import TokenLogprob
+
+_WINDOW = 64  # waiting requests among which those with the same prefix are found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,7 +100,7 @@ class SchedulerOptions:
 
 
 class Scheduler:
-    """Give rows to waiting requests, first come first served, and cut the work into batches.
+    """Give rows to waiting requests, first come first served but for shared prefixes, and cut the work into batches.
 
     A step is at most one prefill batch and one decode batch per RoPE factor set: a long prompt stalls the others for no
     longer than a chunk.
@@ -109,6 +112,7 @@ class Scheduler:
         self.running: dict[int, Row] = {}
         self.parked: dict[str, Row] = {}  # kept for a continuation, by request id
         self._stored_prefix: tuple[int, ...] = ()
+        self._passed_over = 0  # how often the first waiting request was
 
     @property
     def has_work(self) -> bool:
@@ -121,14 +125,34 @@ class Scheduler:
         """Move waiting requests into rows while there are any, and return those rows."""
         admitted = []
         while self.waiting:
-            request = self.waiting[0]
+            place = self._choose()
+            request = self.waiting[place]
             row = self._continue(request) if request.continues is not None else self._start(request)
             if row is None:
                 break
-            self.waiting.popleft()
+            del self.waiting[place]
+            self._passed_over = self._passed_over + 1 if place else 0
             self.running[row.index] = row
             admitted.append(row)
         return admitted
+
+    def _choose(self) -> int:
+        """Choose the waiting request that comes next: one that shares a prefix that is there, else the first.
+
+        The first one is passed over at most as often as the window is long.
+        """
+        first = self.waiting[0]
+        if first.continues is not None or self._passed_over >= _WINDOW:
+            return 0
+        ready = {row.prefix for row in self.running.values() if row.prefilling} | {self._stored_prefix}
+        window = itertools.islice(self.waiting, _WINDOW)
+        shares = (place for place, r in enumerate(window) if r.continues is None and self._prefix(r) in ready - {()})
+        return next(shares, 0)
+
+    def _prefix(self, request: Request) -> tuple[int, ...]:
+        """Return what a request may share with others."""
+        shares = self.options.prefix_row is not None and self.options.prefill_chunk > 0
+        return request.prompt_token_ids[: request.prefix_len] if shares else ()
 
     def schedule(self) -> Iterator[Prefill | Decode]:
         """Yield the batches of one step; each must have been run before the next is taken."""
@@ -185,11 +209,10 @@ class Scheduler:
             return None
         length = request.context or len(request.prompt_token_ids) + request.params.max_tokens
         limit = self.options.long_rope_from
-        shares = self.options.prefix_row is not None and self.options.prefill_chunk > 0
         return Row(
             index=index,
             request=request,
-            prefix=request.prompt_token_ids[: request.prefix_len] if shares else (),
+            prefix=self._prefix(request),
             long_rope=limit is not None and length > limit,
         )
 

@@ -24,6 +24,7 @@ class BackendFacts:
     sampling_defaults: Mapping[str, Any]
     kv_budget: int
     prefill_chunk: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

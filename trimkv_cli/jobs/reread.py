@@ -84,6 +84,8 @@ def check_beginning(stream: BinaryIO, count: int, sha256: str) -> BinaryIO:
         digest.update(b"\n")  # as ReadInput counts the end
         left = 0
     if left or digest.hexdigest() != sha256:
+        if kept is not None:
+            kept.close()
         raise UsageError(
             "the input does not begin as the one that the output answers",
             hint="give the same input (more lines may follow), another -o, or --overwrite to start anew",

@@ -53,6 +53,20 @@ class Summary:
         self.completion_tokens += sum(stats.completion_tokens for stats in choices)
         self.shared_tokens += sum(stats.shared_prefix_tokens for stats in choices)
 
+    def count_record(self, record: dict[str, Any]) -> None:
+        """Add what an answered or refused item's record says."""
+        response = record["response"]
+        if response is None:
+            self.failed += 1
+        elif response["status_code"] != 200:
+            self.bad += 1
+        else:
+            self.done += 1
+            usage = response["body"]["usage"]
+            self.prompt_tokens += usage["prompt_tokens"]
+            self.completion_tokens += usage["completion_tokens"]
+            self.shared_tokens += usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+
     def count_warnings(self, item: Item) -> None:
         """Add what was passed over in one line."""
         for warning in item.warnings:
