@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +34,9 @@ from trimkv_cli.jobs.stopping import Stop, stopped_by_signals
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.tables import TableReader
 from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output
-from trimkv_cli.ui.messages import print_note
+from trimkv_cli.ui.batch_progress import drawn_line
+from trimkv_cli.ui.live import may_move
+from trimkv_cli.ui.messages import print_note, print_warning
 from trimkv_cli.ui.plain import neutralise
 
 # What a plan may decide by itself, and a resumed job takes as it was decided before.
@@ -112,6 +114,8 @@ class _Run:
     def go(self, stream: BinaryIO) -> Summary:
         """Load what answers, prepare the output, and run."""
         with closing(open_backend(self.choices, self.options)) as backend:
+            for message in backend.facts.warnings:
+                print_warning(message)
             rules = _rules(self.choices, self.options, self.sampling, backend.facts)
             if self.output is not None:
                 stream = self._prepare(self.output, stream, backend.facts, rules)
@@ -162,11 +166,10 @@ class _Run:
             summary=summary,
             limits=choices.limits,
             stop=stop,
-            progress=_progress(choices),
         )
         try:
-            with stopped_by_signals(stop):
-                backend.run(job)
+            with stopped_by_signals(stop), _progress(choices) as progress:
+                backend.run(replace(job, progress=progress))
         finally:
             if not choices.quiet:
                 print_note(summary.report(blank_lines=reader.blank_lines))
@@ -194,7 +197,7 @@ def open_backend(choices: Choices, options: EngineOptions) -> Backend:
     from trimkv_cli.commands.answers import open_engine
 
     engine = open_engine(options, quiet=choices.quiet)
-    return LocalBackend(engine, facts_of(engine))
+    return LocalBackend(engine, replace(facts_of(engine), warnings=()))  # open_engine has said them
 
 
 def facts_of(engine: Any) -> BackendFacts:
@@ -210,6 +213,7 @@ def facts_of(engine: Any) -> BackendFacts:
         kv_budget=facts.plan.kv_budget,
         prefill_chunk=facts.plan.prefill_chunk,
         rows=engine.max_rows,
+        warnings=tuple(message for _, message in facts.warnings),
     )
 
 
@@ -242,10 +246,16 @@ def _recorder(facts: BackendFacts, options: EngineOptions, rules: Rules) -> Reco
     )
 
 
-def _progress(choices: Choices) -> Callable[[Summary], None]:
+@contextmanager
+def _progress(choices: Choices) -> Iterator[Callable[[Summary], None]]:
+    """Yield what shows a summary: drawn on a terminal, else a line now and then, or nothing."""
     if choices.progress == "none" or (choices.quiet and choices.progress == "auto"):
-        return _silent
-    return JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
+        yield _silent
+    elif choices.progress == "auto" and may_move():
+        with drawn_line() as draw:
+            yield lambda summary: draw(summary.progress)
+    else:
+        yield JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
 
 
 def _silent(summary: Summary) -> None:

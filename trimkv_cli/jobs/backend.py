@@ -25,6 +25,7 @@ class BackendFacts:
     kv_budget: int
     prefill_chunk: int
     rows: int
+    warnings: tuple[str, ...] = ()  # to be said before the job begins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,11 +142,14 @@ class Body(Strict):
     chat_template_kwargs: TemplateOptions | None = None
 
     def extras(self) -> Iterator[tuple[str, Any]]:
-        """Yield those of messages and parts too; empty values there say nothing."""
+        """Yield those of messages, parts and formats too; empty values in messages say nothing."""
         yield from super().extras()
         for message in self.messages or ():
             for model in (message, *message.content):
                 yield from ((key, value) for key, value in model.extras() if value)
+        if self.response_format is not None:
+            for part in (self.response_format, self.response_format.json_schema):
+                yield from () if part is None else part.extras()
 
     def sampling(self) -> dict[str, Any]:
         """Return what this body says about sampling, under the names of SamplingParams."""

@@ -1,0 +1,159 @@
+"""Mistakes that a user of the openai package would meet: bodies that we refuse, answers that it cannot read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
+from openai.types.shared_params import ResponseFormatJSONSchema
+
+from trimkv_cli.events import TokenEvent, TokenLogprob
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_jobs_job import FakeEngine, FakeText, run
+
+
+class ScoringEngine(FakeEngine):
+    """Report log probabilities as an engine does."""
+
+    def step(self) -> list[TokenEvent]:
+        from dataclasses import replace
+
+        said = TokenLogprob(logprob=-0.5, top=((97, -0.5), (0x20AC, -float("inf"))))
+        return [replace(event, logprobs=(said,) * len(event.token_ids)) for event in super().step()]
+
+
+def answer(url: str, body: Any) -> dict[str, Any]:
+    line = {"custom_id": "a", "method": "POST", "url": url, "body": body}
+    [record], summary = run([line], engine=ScoringEngine(text=FakeText(), max_rows=4), strict=True)
+    assert record["response"]["status_code"] == 200, record
+    assert summary.warnings == {}
+    found: dict[str, Any] = record["response"]["body"]
+    return found
+
+
+def test_a_chat_body_of_the_client_is_accepted_and_its_answer_is_read_by_it() -> None:
+    """Every parameter that is honoured, and every one that changes nothing here, none of them a warning."""
+    body: CompletionCreateParamsNonStreaming = {
+        "model": "any",
+        "messages": [
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "c", "refusal": None},
+            {"role": "user", "content": "d"},
+        ],
+        "frequency_penalty": 0.5,
+        "logit_bias": {"97": 3},
+        "logprobs": True,
+        "max_completion_tokens": 3,
+        "metadata": {"a": "b"},
+        "n": 2,
+        "parallel_tool_calls": False,
+        "presence_penalty": -0.5,
+        "response_format": {"type": "text"},
+        "seed": 4,
+        "service_tier": "auto",
+        "stop": ["x", "y"],
+        "store": False,
+        "stream": False,
+        "temperature": 0.5,
+        "top_logprobs": 2,
+        "top_p": 0.9,
+        "user": "someone",
+    }
+    ours = answer("/v1/chat/completions", body)
+    parsed = ChatCompletion.model_validate(ours, strict=True)
+    assert [choice.index for choice in parsed.choices] == [0, 1]
+    assert parsed.usage is not None
+    assert parsed.usage.total_tokens == parsed.usage.prompt_tokens + 6
+    logprobs = parsed.choices[1].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [(top.token, top.logprob, top.bytes) for top in logprobs.content[0].top_logprobs] == [
+        ("a", -0.5, [97]),
+        ("€", -9999.0, list("€".encode())),
+    ]
+    assert json.loads(parsed.to_json()).keys() == ours.keys()
+
+
+def test_a_format_of_the_client_is_accepted() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    response_format: ResponseFormatJSONSchema = {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": schema, "strict": True, "description": "a number"},
+    }
+    body = {"messages": [{"role": "user", "content": "d"}], "response_format": response_format}
+    ChatCompletion.model_validate(answer("/v1/chat/completions", body), strict=True)
+
+
+def test_a_text_body_of_the_client_is_accepted_and_its_answer_is_read_by_it() -> None:
+    body: TextParams = {
+        "model": "any",
+        "prompt": "ab",
+        "best_of": 1,
+        "echo": False,
+        "frequency_penalty": 0,
+        "logit_bias": None,
+        "logprobs": 2,
+        "max_tokens": 2,
+        "n": 1,
+        "presence_penalty": 0,
+        "seed": None,
+        "stop": None,
+        "stream": False,
+        "suffix": None,
+        "temperature": 1,
+        "top_p": 1,
+        "user": "someone",
+    }
+    parsed = Completion.model_validate(answer("/v1/completions", body), strict=True)
+    assert parsed.choices[0].text == "ab"
+    logprobs = parsed.choices[0].logprobs
+    assert logprobs is not None
+    assert (logprobs.tokens, logprobs.text_offset) == (["a", "b"], [0, 1])
+    assert logprobs.top_logprobs == [{"a": -0.5, "€": -9999.0}] * 2
+
+
+# The lines of vLLM's documentation of `run-batch`, as they stand there.
+VLLM = r"""
+{"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "meta-llama/Meta-Llama-3-8B-Instruct", "messages": [{"role": "system", "content": "You are a helpful assistant."},{"role": "user", "content": "Hello world!"}],"max_completion_tokens": 1000}}
+{"custom_id": "request-2", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "meta-llama/Meta-Llama-3-8B-Instruct", "messages": [{"role": "system", "content": "You are an unhelpful assistant."},{"role": "user", "content": "Hello world!"}],"max_completion_tokens": 1000}}
+"""  # noqa: E501
+
+
+def test_the_examples_of_vllm_run_unchanged() -> None:
+    lines = VLLM.strip().splitlines()
+    records, summary = run(lines, engine=FakeEngine(text=FakeText(), max_positions=5000), order="input")
+    assert [record["custom_id"] for record in records] == ["request-1", "request-2"]
+    assert (summary.done, summary.errors, dict(summary.warnings)) == (2, 0, {})
+    for record in records:
+        ChatCompletion.model_validate(record["response"]["body"], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stream": True}, "stream"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+            "response_format",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param: str) -> None:
+    line = {"url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "a"}], **body}}
+    [record], _ = run([line])
+    error = record["response"]["body"]["error"]
+    assert (record["response"]["status_code"], error["param"], record["error"]) == (400, param, None)
