@@ -94,6 +94,15 @@ def test_a_stopped_job_lets_rows_end_and_takes_no_more() -> None:
     assert (records, summary.stopped) == ([], "signal")
 
 
+def test_only_rows_in_flight_get_the_grace() -> None:
+    """Catches requests that wait in the engine and are begun after the signal."""
+    stop, out = Stop(), io.BytesIO()
+    engine = FakeEngine(max_rows=2, text=FakeText(), starts_at=6)
+    items = parse_lines(LineReader(io.BytesIO("\n".join(map(json.dumps, prompts(6))).encode())), Rules())
+    run_job(engine, items, Writer(out), RECORDER, progress=lambda _: stop.ask("signal"), stop=stop)
+    assert [json.loads(line)["custom_id"] for line in out.getvalue().splitlines()] == ["line-1", "line-2"]
+
+
 def test_time_is_up_for_rows_in_flight_after_the_grace() -> None:
     records, summary = run(*prompts(500), limits=Limits(max_time_s=1e-9, grace_s=0.0))
     assert summary.stopped == "time"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trimkv_cli.commands.run_settings import Choices
+from trimkv_cli.commands.watch import watch
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.backend import Backend, BackendFacts, Job, LocalBackend
@@ -37,6 +38,7 @@ from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_out
 from trimkv_cli.ui.batch_progress import drawn_line
 from trimkv_cli.ui.live import may_move
 from trimkv_cli.ui.messages import print_note, print_warning
+from trimkv_cli.ui.panel import Jobs
 from trimkv_cli.ui.plain import neutralise
 
 # What a plan may decide by itself, and a resumed job takes as it was decided before.
@@ -168,7 +170,7 @@ class _Run:
             stop=stop,
         )
         try:
-            with stopped_by_signals(stop), _progress(choices) as progress:
+            with stopped_by_signals(stop), _progress(choices, backend, summary) as progress:
                 backend.run(replace(job, progress=progress))
         finally:
             if not choices.quiet:
@@ -247,15 +249,23 @@ def _recorder(facts: BackendFacts, options: EngineOptions, rules: Rules) -> Reco
 
 
 @contextmanager
-def _progress(choices: Choices) -> Iterator[Callable[[Summary], None]]:
-    """Yield what shows a summary: drawn on a terminal, else a line now and then, or nothing."""
+def _progress(choices: Choices, backend: Backend, summary: Summary) -> Iterator[Callable[[Summary], None]]:
+    """Yield what shows how the job goes: on a terminal the live panel, else a line now and then, or nothing."""
+    mixed = choices.output == "-" and sys.stdout.isatty()  # records would be drawn over
     if choices.progress == "none" or (choices.quiet and choices.progress == "auto"):
         yield _silent
-    elif choices.progress == "auto" and may_move():
+    elif choices.progress != "auto" or mixed or not may_move():
+        yield JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
+    elif isinstance(backend, LocalBackend):
+        with watch(backend.engine, live=None, quiet=False, jobs=lambda: _jobs(summary)) as shown:
+            yield lambda _: shown.tick()
+    else:
         with drawn_line() as draw:
             yield lambda summary: draw(summary.progress)
-    else:
-        yield JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
+
+
+def _jobs(summary: Summary) -> Jobs:
+    return Jobs(done=summary.done, failed=summary.errors, running=summary.running)
 
 
 def _silent(summary: Summary) -> None:

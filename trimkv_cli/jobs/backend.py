@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trimkv_cli.jobs.job import Engine, Sink, run_job
+from trimkv_cli.jobs.job import Sink, run_job
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.records import Recorder
 from trimkv_cli.jobs.stopping import Limits, Stop
@@ -53,14 +53,14 @@ class Backend(Protocol):
 class LocalBackend:
     """Answer lines with one engine in this process."""
 
-    def __init__(self, engine: Engine, facts: BackendFacts) -> None:
+    def __init__(self, engine: Any, facts: BackendFacts) -> None:
         self.facts = facts
-        self._engine = engine
+        self.engine = engine  # an `Engine` of jobs.job, and whatever more it can show of itself
 
     def run(self, job: Job) -> None:
         """Run a job to its end, or until it is stopped."""
         run_job(
-            self._engine,
+            self.engine,
             job.lines,
             job.sink,
             job.recorder,

@@ -113,6 +113,7 @@ class _Job:
         self.running: dict[str, _Running] = {}  # by request id: an item with several choices stands here several times
         self.capacity = engine.max_rows + max(_FEWEST_WAITING, engine.max_rows)
         self.taken = 0
+        self.winding_up = self.dropped = False
 
     def advance(self) -> bool:
         """Take new lines and make one step; False when all is done, or dropped."""
@@ -130,14 +131,30 @@ class _Job:
 
     def _wind_up(self) -> bool:
         """Let rows in flight end; when their time is over, or none is left, drop the rest."""
+        if not self.winding_up:
+            self.winding_up = True
+            self._drop(running for running in self.running.values() if self._waits(running))
         grace_s = 0.0 if self.limits.fail_fast and self.stop.reason == "errors" else self.limits.grace_s
         if self.running and not self.stop.over(grace_s):
             return True
-        if self.running or not self.feed.exhausted:
+        self._drop(self.running.values())
+        if self.dropped or not self.feed.exhausted:
             self.summary.stopped = self.stop.reason
-        for request_id in self.running:
-            self.engine.abort(request_id)
         return False
+
+    def _waits(self, running: _Running) -> bool:
+        """Tell whether no choice of an item has a row yet, nor had one."""
+        return all(
+            request_id in self.running and self.engine.running_s(request_id) == 0.0 for request_id in running.choices
+        )
+
+    def _drop(self, items: Iterable[_Running]) -> None:
+        """Forget items without a record, so that a later run takes them."""
+        for running in list(items):
+            for request_id in running.choices:
+                if self.running.pop(request_id, None) is not None:
+                    self.engine.abort(request_id)
+                    self.dropped = True
 
     def _admit(self) -> None:
         for _ in range(_BATCH):
