@@ -24,10 +24,11 @@ _SENTENCE = "The garden behind the old house is quiet. "
 
 
 def make_requests(engine: Engine, count: int, *, system_tokens: int) -> list[Request]:
-    """Render `count` questions below one system message of about `system_tokens` tokens."""
+    """Render `count` questions below one system message of at least `system_tokens` tokens."""
     text = engine.text
     assert text is not None, "the model needs a chat template"
-    repeats = 1 + system_tokens // len(text.encode(_SENTENCE))
+    per_sentence = len(text.encode(_SENTENCE * 2)) - len(text.encode(_SENTENCE))
+    repeats = 1 + system_tokens // per_sentence
     system = {"role": "system", "content": _SENTENCE * repeats}
     requests = []
     for i in range(count):
