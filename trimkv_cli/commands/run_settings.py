@@ -127,6 +127,8 @@ def check_together(choices: Choices) -> None:
     """
     if choices.overwrite and (choices.adopt or choices.retry_errors):
         raise UsageError("--overwrite leaves nothing to go on with", hint="leave out --adopt and --retry-errors")
+    if choices.output == "-" and (choices.adopt or choices.retry_errors):
+        raise UsageError("stdout holds nothing to go on with", hint="-o FILE")
     if choices.order == "input" and choices.retry_errors:
         raise UsageError("what is tried again comes last, out of the input's order", hint="--order completion")
     if choices.engine == "local" and (choices.cluster.address or choices.cluster.cpus_per_worker):

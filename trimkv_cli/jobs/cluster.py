@@ -55,7 +55,11 @@ class Worker:
     """One engine that runs all the time; blocks come and go, and its rows never wait for a block to end."""
 
     def __init__(self, load: Load, threads: int | None, sizes: Mapping[str, str] | None) -> None:
-        self._engine, self._facts = load(threads, sizes)
+        self._fault: TrimkvError | None = None
+        try:
+            self._engine, self._facts = load(threads, sizes)
+        except TrimkvError as error:
+            self._fault = error  # raised by `facts`: what an actor's constructor raises reaches nobody as it is
         self._lines: queue.SimpleQueue[Item | BadLine] = queue.SimpleQueue()
         self._places: dict[int, tuple[_Ticket, int]] = {}  # by the order in which the loop takes them
         self._taken = 0
@@ -63,7 +67,9 @@ class Worker:
         self._loop: threading.Thread | None = None
 
     def facts(self) -> BackendFacts:
-        """Say what this worker runs."""
+        """Say what this worker runs; raises what kept it from loading."""
+        if self._fault is not None:
+            raise self._fault
         return self._facts
 
     def pid(self) -> int:
@@ -74,7 +80,7 @@ class Worker:
         self, block: Sequence[Item], recorder: Recorder, limits: Limits, fingerprint: Mapping[str, str]
     ) -> list[bytes | None]:
         """Return one encoded record per item."""
-        if self._facts.fingerprint != fingerprint:
+        if self.facts().fingerprint != fingerprint:
             raise ValueError("this worker runs another model, or other sizes, than the first one")
         ticket = _Ticket([None] * len(block), len(block))
         with self._lock:
@@ -276,6 +282,7 @@ def _join(options: ClusterOptions) -> Any:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         import ray
     except ImportError as error:
@@ -309,9 +316,7 @@ def _layout(resources: Mapping[str, float], options: ClusterOptions) -> tuple[in
 
 def _load_error(error: Exception) -> TrimkvError:
     """Return the error of a worker that could not load its engine, as it would have been raised here."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, TrimkvError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
+    cause = getattr(error, "cause", None)
     if isinstance(cause, TrimkvError):
         return cause
     return TrimkvError(f"no worker could start: {str(error).strip().splitlines()[-1]}")
