@@ -26,7 +26,7 @@ CONFIG = {
     "num_key_value_heads": 1,
 }  # fmt: skip
 SHORT = Schedule(
-    seed=1, tokens=20 * 512, minutes=60, lengths=(32, 64), tokens_per_step=512, warmup_steps=2, log_steps=1,
+    seed=1, tokens=20 * 512, cpu_minutes=60, lengths=(32, 64), tokens_per_step=512, warmup_steps=2, log_steps=1,
     checkpoint_s=0, max_positions=MAX_POSITIONS,
 )  # fmt: skip
 
@@ -164,7 +164,7 @@ def test_the_rate_warms_up_and_cools_down(tokenizer: PreTrainedTokenizerFast, en
     assert trainer._warmth() == pytest.approx(0.5)
     trainer.progress.step, trainer.progress.tokens = 10, SHORT.tokens // 2
     assert trainer._warmth() == 1.0
-    trainer.progress.tokens = int(SHORT.tokens * 0.9)
+    trainer.progress.tokens = round(SHORT.tokens * (1 - SHORT.cooldown / 2))
     assert trainer._warmth() == pytest.approx(0.5, abs=0.01)
     trainer.progress.tokens = SHORT.tokens
     assert trainer._warmth() == pytest.approx(0.01)
@@ -185,3 +185,14 @@ def test_toy_recipe_learns_and_writes_a_folder_that_loads(tmp_path: Path) -> Non
     marks, tokens = answers_right(model, Encoder(tokenizer), make_recall(Random(1), facts=3, length=60))
     assert len(marks) == 3
     assert tokens > 60
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Catch gradients that are not shared, or counts that let two processes drift apart."""
+    schedule = replace(SHORT, tokens=3 * 512)
+    for workers in (1, 2):
+        recipe.build(tmp_path / str(workers), schedule, config=CONFIG, workers=workers)
+    one, two = (torch.load(tmp_path / f"{workers}/checkpoint.pt", weights_only=True) for workers in (1, 2))
+    assert one["progress"]["tokens"] == two["progress"]["tokens"] == schedule.tokens
+    for name, tensor in one["model"].items():
+        assert torch.allclose(tensor, two["model"][name], atol=1e-4), name

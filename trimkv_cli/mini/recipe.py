@@ -1,7 +1,7 @@
 """Build the built-in model from nothing: tokenizer, training, evaluation, folder.
 
-`python -m trimkv_cli.mini.recipe OUT` needs at most an hour on two CPU cores and goes on from `OUT/checkpoint.pt` when
-it was stopped; the folder to ship is `OUT/model`.
+`python -m trimkv_cli.mini.recipe OUT` takes at most an hour on two CPU cores (two hours of CPU time in all) and goes on
+from `OUT/checkpoint.pt` when it was stopped; the folder to ship is `OUT/model`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trimkv_cli.mini import blocks
 from trimkv_cli.mini.card import write_card
 from trimkv_cli.mini.exam import examine
 from trimkv_cli.mini.rows import Encoder
+from trimkv_cli.mini.team import Team, work_together
 from trimkv_cli.mini.tokenizer import END_OF_TEXT, TURN_END, VOCAB_SIZE, build_tokenizer
 from trimkv_cli.mini.training import Progress, Schedule, Trainer
 
@@ -35,7 +37,9 @@ CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 TOY_CONFIG: dict[str, Any] = {**CONFIG, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-TOY = Schedule(tokens=400_000, minutes=3.0, lengths=(64, 128), tokens_per_step=2048, warmup_steps=20)
+TOY = Schedule(
+    tokens=400_000, cpu_minutes=3.0, lengths=(64, 128), tokens_per_step=2048, rows_per_step=16, warmup_steps=20
+)
 
 
 def build_model(
@@ -59,23 +63,27 @@ def build_model(
     return model.float()
 
 
-def build(out: Path, schedule: Schedule, *, config: dict[str, Any] | None = None) -> None:
+def build(out: Path, schedule: Schedule, *, config: dict[str, Any] | None = None, workers: int = 1) -> None:
     """Train a model as `schedule` says, from `out`'s checkpoint where there is one, and write it to `out/model`.
 
     Each report is a line of `out/log.jsonl`.
     """
     out.mkdir(parents=True, exist_ok=True)
+    work_together(workers, partial(_build, out, schedule, config or CONFIG))
+
+
+def _build(out: Path, schedule: Schedule, config: dict[str, Any], team: Team) -> None:
     tokenizer = build_tokenizer(seed=schedule.seed, max_length=schedule.max_positions)
-    model = build_model(tokenizer, config=config or CONFIG, max_positions=schedule.max_positions, seed=schedule.seed)
+    model = build_model(tokenizer, config=config, max_positions=schedule.max_positions, seed=schedule.seed)
 
     def report(line: dict[str, Any]) -> None:
         with (out / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
-    trainer = Trainer(model, Encoder(tokenizer), schedule, report=report)
-    trainer.run(out / "checkpoint.pt")
-    model.to(torch.bfloat16).save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
+    Trainer(model, Encoder(tokenizer), schedule, report=report, team=team).run(out / "checkpoint.pt")
+    if team.rank == 0:
+        model.to(torch.bfloat16).save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
 
 
 def describe(out: Path, schedule: Schedule) -> None:
@@ -85,8 +93,7 @@ def describe(out: Path, schedule: Schedule) -> None:
     facts = {
         "parameters": sum(t.numel() for name, t in state["model"].items() if name != "lm_head.weight") / 1e6,
         "tokens": progress.tokens / 1e6,
-        "minutes": progress.elapsed_s / 60,
-        "threads": torch.get_num_threads(),
+        "cpu_minutes": progress.cpu_s / 60,
         "lengths": ", ".join(f"{length:,}" for length in schedule.lengths),
         "reached": f"{schedule.lengths[progress.stage]:,}",
         "longest": schedule.lengths[progress.stage],
@@ -104,17 +111,17 @@ def main() -> None:
     """Build the model that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, help="stop after this time at the latest")
+    parser.add_argument("--cpu-minutes", type=float, help="stop after this much CPU time, of all processes")
     parser.add_argument("--tokens", type=int, help="train on this many tokens")
-    parser.add_argument("--threads", type=int, default=1, help="more than one seldom pays at this size")
+    parser.add_argument("--workers", type=int, default=2, choices=(1, 2), help="processes of one thread each")
     parser.add_argument("--toy", action="store_true", help="a much smaller model, within minutes")
     parser.add_argument("--exam", action="store_true", help="only examine the model that is there")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    given = {name: value for name in ("minutes", "tokens") if (value := getattr(args, name)) is not None}
+    torch.set_num_threads(1)
+    given = {name: value for name in ("cpu_minutes", "tokens") if (value := getattr(args, name)) is not None}
     schedule = replace(TOY if args.toy else Schedule(), **given)
     if not args.exam:
-        build(args.out, schedule, config=TOY_CONFIG if args.toy else None)
+        build(args.out, schedule, config=TOY_CONFIG if args.toy else None, workers=args.workers)
     describe(args.out, schedule)
 
 

@@ -39,7 +39,7 @@ class Mixture:
     fresh: float
 
 
-EARLY = Mixture(summaries=0.2, notes=0.15, tasks=0.4, facts=12, fresh=0.0)
+EARLY = Mixture(summaries=0.25, notes=0.1, tasks=0.35, facts=12, fresh=0.3)
 LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.25, facts=20, fresh=0.7)
 
 
@@ -87,7 +87,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
     talk = Talk(rng, facts=facts, fresh=mixture.fresh)
     draw = rng.random()
     if draw < mixture.summaries + mixture.notes:
-        points = rng.randint(1, max(2, min(12, length // 20)))
+        points = rng.randint(1, max(2, min(16, length // 16)))
         notes = readings.make_notes(rng, points=points, length=int(length * rng.uniform(0.3, 0.75)))
         ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
         talk.messages += ask(rng, notes).messages
@@ -103,14 +103,14 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
 def draw_positions(
     rng: Random, ids: list[int], scored: list[bool], breaks: tuple[int, int], max_positions: int
 ) -> list[int]:
-    """Draw increasing positions below `max_positions`, with jumps between lines or turns in half of all rows."""
+    """Draw increasing positions below `max_positions`, with jumps between lines or turns in six rows of ten."""
     turn_start, newline = breaks
     spare = max_positions - len(ids)
     jumps = {}
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         places = [i for i in range(1, len(ids)) if ids[i] == turn_start or (ids[i - 1] == newline and not scored[i])]
-        chosen = rng.sample(places, k=min(len(places), rng.choice((1, 2, 4, 8, 16))))
-        total = math.exp(rng.uniform(math.log(8), math.log(spare)))
+        chosen = rng.sample(places, k=min(len(places), rng.choice((1, 2, 4, 8, 16, 64))))
+        total = math.exp(rng.uniform(math.log(64), math.log(spare)))
         shares = [rng.random() for _ in chosen]
         jumps = {place: int(total * share / sum(shares)) for place, share in zip(chosen, shares, strict=True)}
         spare -= sum(jumps.values())

@@ -16,24 +16,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Batch, Encoder, make_batch
+from trimkv_cli.mini.team import Team
+
+PARTS = 2  # of a step, each with rows of its own, so that one process and two see the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What the recipe trains with; the run ends when `tokens` or `minutes` are used up."""
+    """What the recipe trains with; the run ends when `tokens` or `cpu_minutes`, of all processes, are used up.
+
+    Until the learning rate cools down, in the last `cooldown` of it, a run does not depend on how long it will be.
+    """
 
     seed: int = 2512
-    tokens: int = 26_000_000
-    minutes: float = 55.0
+    tokens: int = 16_000_000
+    cpu_minutes: float = 110.0
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     tokens_per_step: int = 4096
-    rows_per_step: int = 16
+    rows_per_step: int = 32
     pass_accuracy: float = 0.975
+    stage_tokens: int = 2_500_000
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 4e-3
     weight_decay: float = 0.01
     warmup_steps: int = 60
-    cooldown: float = 0.2
+    cooldown: float = 0.35
     max_positions: int = 65_536
     checkpoint_s: float = 120.0
     log_steps: int = 25
@@ -45,15 +52,16 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    elapsed_s: float = 0.0
+    cpu_s: float = 0.0
     stage: int = 0
     stage_steps: int = 0
+    stage_tokens: int = 0
     accuracy: float = 0.0
     loss: float = 0.0
 
     def done(self, schedule: Schedule) -> float:
         """Return the share of the run that lies behind, 0 to 1."""
-        return max(self.tokens / schedule.tokens, self.elapsed_s / (60 * schedule.minutes))
+        return max(self.tokens / schedule.tokens, self.cpu_s / (60 * schedule.cpu_minutes))
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -65,8 +73,17 @@ class Trainer:
     Muon turns the matrices inside the layers; AdamW does the embedding and the norms.
     """
 
-    def __init__(self, model: torch.nn.Module, encoder: Encoder, schedule: Schedule, *, report: Report) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        encoder: Encoder,
+        schedule: Schedule,
+        *,
+        report: Report,
+        team: Team | None = None,
+    ) -> None:
         self.model, self.encoder, self.schedule, self.report = model, encoder, schedule, report
+        self.team = team or Team()
         self.progress = Progress()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
@@ -80,57 +97,74 @@ class Trainer:
         """Train to the end of the schedule, from `checkpoint` where it exists."""
         if checkpoint.exists():
             self._load(checkpoint)
-        saved_s = self.progress.elapsed_s
+        saved_s = time.monotonic()
         self.model.train()
         while self.progress.done(self.schedule) < 1:
-            started = time.monotonic()
             self._step()
-            self.progress.elapsed_s += time.monotonic() - started
             if self.progress.step % self.schedule.log_steps == 0:
-                self.report(self._line())
-            if self.progress.elapsed_s - saved_s > self.schedule.checkpoint_s:
-                saved_s = self.progress.elapsed_s
+                self._report(self._line())
+            if time.monotonic() - saved_s > self.schedule.checkpoint_s:
+                saved_s = time.monotonic()
                 self._save(checkpoint)
         self._save(checkpoint)
 
     def _step(self) -> None:
         progress, schedule = self.progress, self.schedule
-        rng = Random(f"{schedule.seed} {progress.step}")
-        length = self._length(rng)
-        rows = max(1, min(schedule.rows_per_step, schedule.tokens_per_step // length))
+        started_s = time.process_time()
+        length = self._length(Random(f"{schedule.seed} {progress.step}"))
+        rows = max(PARTS, min(schedule.rows_per_step, schedule.tokens_per_step // length))
+        sums = torch.zeros(5, dtype=torch.float64)
+        for part in range(self.team.rank, PARTS, self.team.size):
+            sums[:3] += self._learn(Random(f"{schedule.seed} {progress.step} {part}"), rows // PARTS, length)
+            sums[3] += rows // PARTS * length
+        self._update(sums, started_s)
+        loss, right, answers, tokens, cpu_s = sums.tolist()
+        progress.step += 1
+        progress.tokens += int(tokens)
+        progress.cpu_s += cpu_s
+        progress.stage_tokens += int(tokens)
+        progress.loss = loss / PARTS
+        if length == schedule.lengths[progress.stage]:
+            self._grade(right / max(1, answers))
+
+    def _learn(self, rng: Random, rows: int, length: int) -> Tensor:
+        """Add a part's share of the gradient; return its loss, its right answer tokens and all of them."""
         batch = make_batch(
             self.encoder,
             rng,
             rows=rows,
             length=length,
-            max_positions=schedule.max_positions,
+            max_positions=self.schedule.max_positions,
             mixture=LATE if self._last_stage else EARLY,
         )
         loss, right, answers = weighted_loss(self.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss / PARTS).backward()  # type: ignore[no-untyped-call]
+        return torch.tensor([loss.item(), right, answers])
+
+    def _update(self, sums: Tensor, started_s: float) -> None:
+        """Turn the parameters by what all processes found, and add up what they counted."""
+        self.team.add(p.grad for p in self.model.parameters() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rates = (schedule.matrix_learning_rate, schedule.learning_rate)
+        rates = (self.schedule.matrix_learning_rate, self.schedule.learning_rate)
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * self._warmth()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.tokens += batch.ids.numel()
-        progress.loss = loss.item()
-        if length == schedule.lengths[progress.stage]:
-            self._grade(right / max(1, answers))
+        sums[4] = time.process_time() - started_s
+        self.team.add([sums])
 
     def _grade(self, accuracy: float) -> None:
-        """Move on to the next length once the present one is mastered."""
+        """Move on to the next length once the present one is mastered, or has had its share."""
         progress, schedule = self.progress, self.schedule
         progress.stage_steps += 1
         weight = max(0.05, 1 / progress.stage_steps)
         progress.accuracy += weight * (accuracy - progress.accuracy)
         mastered = progress.stage_steps >= 20 and progress.accuracy >= schedule.pass_accuracy
-        if mastered and progress.stage + 1 < len(schedule.lengths):
-            self.report({**self._line(), "mastered": schedule.lengths[progress.stage]})
-            progress.stage, progress.stage_steps, progress.accuracy = progress.stage + 1, 0, 0.0
+        if (mastered or progress.stage_tokens >= schedule.stage_tokens) and not self._last_stage:
+            self._report({**self._line(), "mastered": schedule.lengths[progress.stage] if mastered else None})
+            progress.stage += 1
+            progress.stage_steps, progress.stage_tokens, progress.accuracy = 0, 0, 0.0
 
     def _length(self, rng: Random) -> int:
         """Draw the length of a step: mostly the present one, sometimes an earlier one; in the end more of all."""
@@ -147,19 +181,25 @@ class Trainer:
         cooled = 1.0 if left > self.schedule.cooldown else 0.5 - 0.5 * math.cos(math.pi * left / self.schedule.cooldown)
         return min(1.0, (self.progress.step + 1) / self.schedule.warmup_steps) * max(0.01, cooled)
 
+    def _report(self, line: dict[str, Any]) -> None:
+        if self.team.rank == 0:
+            self.report(line)
+
     def _line(self) -> dict[str, Any]:
         progress = self.progress
         return {
             "step": progress.step,
             "tokens": progress.tokens,
-            "elapsed_s": round(progress.elapsed_s, 1),
+            "cpu_s": round(progress.cpu_s, 1),
             "length": self.schedule.lengths[progress.stage],
             "accuracy": round(progress.accuracy, 4),
             "loss": round(progress.loss, 4),
-            "tokens_per_s": round(progress.tokens / max(progress.elapsed_s, 1e-9)),
+            "tokens_per_cpu_s": round(progress.tokens / max(progress.cpu_s, 1e-9)),
         }
 
     def _save(self, path: Path) -> None:
+        if self.team.rank != 0:
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],

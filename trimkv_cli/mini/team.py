@@ -1,0 +1,53 @@
+"""Processes that train one model together: each takes its part of a step, all take the sum."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """One process's place among `size`; alone it needs nobody."""
+
+    rank: int = 0
+    size: int = 1
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over all processes."""
+        if self.size == 1:
+            return
+        together = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in together])
+        distributed.all_reduce(flat)
+        for tensor, part in zip(together, torch.split(flat, [tensor.numel() for tensor in together]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+Work = Callable[[Team], None]
+
+
+def work_together(size: int, work: Work) -> None:
+    """Run `work` in `size` processes of one thread each; `work` must be picklable."""
+    if size == 1:
+        torch.set_num_threads(1)
+        work(Team())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = (Path(folder) / "meeting").as_uri()
+        spawn(_join, args=(size, meeting, work), nprocs=size)  # type: ignore[no-untyped-call]
+
+
+def _join(rank: int, size: int, meeting: str, work: Work) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    try:
+        work(Team(rank=rank, size=size))
+    finally:
+        distributed.destroy_process_group()
