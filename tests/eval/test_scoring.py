@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimkv_cli.eval.scoring import is_right, wilson
+from trimkv_cli.eval.scoring import count_points, is_right, wilson
 
 
 @pytest.mark.parametrize("output", ["Boro.", " boro", "BORO .", "Boro\n"])
@@ -39,3 +39,22 @@ def test_lines_count_in_their_order() -> None:
 def test_wilson_intervals(right: int, count: int, expected: tuple[float, float]) -> None:
     """Catches an interval of the normal approximation, which is empty at 0 % and 100 %."""
     assert wilson(right, count) == pytest.approx(expected, abs=5e-5)
+
+
+POINTS = ("The door code is 123.", "My cat is called Zubo.", "The exam is on 3 May.")
+
+
+@pytest.mark.parametrize(
+    ("output", "counts"),
+    [
+        ("- 1: The door code is 123.\n- 2: my cat is called Zubo\n- 3: The exam is on 3 May.", (3, 0)),
+        ("* The door code is 123.\n\n1. My cat is called Zubo.", (2, 0)),
+        ("- 1: The door code is 123.\n- 2: The door code is 123.", (1, 0)),
+        ("- 1: The door code is 124.\n- 3: The exam is on 3 May.", (1, 1)),
+        ("The points are these:\n- 3: 3 May", (0, 2)),
+        ("", (0, 0)),
+    ],
+)
+def test_points_count_singly(output: str, counts: tuple[int, int]) -> None:
+    """Catches a list that is judged as a whole, a point counted twice, and a slip that passes as a point."""
+    assert count_points(output, POINTS) == counts

@@ -77,9 +77,10 @@ def evaluate(
 
     trimkv eval qwen3-4b-instruct-2507 --data questions.jsonl --match contains --kv-budget 512,1024 --json
 
-    Answers are greedy. Every question is a prompt of its own: in multi-turn and procedure the earlier questions stand
-    in it with their right answers. --context is the length of the conversations that are made. --prefill-chunk is 32
-    here unless it is given: a chunk longer than M sees more than M.
+    Answers are greedy; log p is the mean log probability of a token of the expected answers. Every question is a
+    prompt of its own: in multi-turn and procedure the earlier questions stand in it with their right answers. --context
+    is the length of the conversations that are made. --prefill-chunk is 32 here unless it is given: a chunk longer than
+    M sees more than M.
     """
     from trimkv_cli.engine.sources import find_source
 

@@ -46,10 +46,11 @@ class EvalOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A request and the answer that counts as right."""
+    """A request, the answer that counts as right, and the tokens of the expected text as encoded on its own."""
 
     request: Request
     answer: str
+    answer_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,10 @@ class Exam:
     @property
     def positions(self) -> int:
         """How long the longest sequence may become."""
-        return max(len(q.request.prompt_token_ids) + q.request.params.max_tokens for q in self.questions)
+        return max(
+            len(q.request.prompt_token_ids) + max(q.request.params.max_tokens, len(q.answer_ids))
+            for q in self.questions
+        )
 
 
 def make_exams(options: EvalOptions, text: Text) -> Iterator[Exam]:
@@ -93,15 +97,16 @@ def _questions(task: str, cases: list[Case], text: Text, options: EvalOptions) -
 
 def _question(id: str, case: Case, text: Text, options: EvalOptions) -> Question:
     prompt = _encode(case, text)
-    needed = len(text.tokenizer.encode(case.answer, add_special_tokens=False))
+    answer_ids = tuple(text.tokenizer.encode(case.answer, add_special_tokens=False))
     params = SamplingParams(
-        max_tokens=options.max_tokens or needed + _SPARE_TOKENS[options.match],
+        max_tokens=options.max_tokens or len(answer_ids) + _SPARE_TOKENS[options.match],
         temperature=0.0,
+        logprobs=0,
         stop=("\n",) if case.prompt is not None and "\n" not in case.answer else (),
     )
     request = Request(id=id, prompt_token_ids=prompt.token_ids, prefix_len=prompt.prefix_len, params=params)
     expected = case.value if options.match == "contains" and case.value else case.answer
-    return Question(request=request, answer=expected)
+    return Question(request=request, answer=expected, answer_ids=answer_ids)
 
 
 def _encode(case: Case, text: Text) -> Prompt:

@@ -22,6 +22,7 @@ class Row:
     accuracy: float
     n: int
     ci95: tuple[float, float]
+    answer_logprob: float | None  # mean per token of the expected answers, in nats; None where none can be forced
     decode_tps: float
     peak_bytes: int
     kv_bytes: int  # of one sequence's cache, as planned

@@ -16,6 +16,7 @@ from trimkv_cli.engine.sources import Source
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import UnsupportedModel, UsageError
 from trimkv_cli.eval.exam import EvalOptions, Exam, Question, make_exams
+from trimkv_cli.eval.likelihood import Said, mean_logprob
 from trimkv_cli.eval.policies import gate_spec, policy_gates
 from trimkv_cli.eval.results import Policy, Row
 from trimkv_cli.eval.scoring import is_right, wilson
@@ -129,9 +130,10 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
     before = engine.stats
     name = _name(setup, exam)
     answers = dict(_ask(engine, exam.questions, lambda done: say(f"{name}: {done} of {len(exam.questions)} answered")))
-    right = sum(is_right(answers[q.request.id], q.answer, asked.match) for q in exam.questions)
+    right = sum(is_right(answers[q.request.id].text, q.answer, asked.match) for q in exam.questions)
     count, seconds = len(exam.questions), engine.stats.decode_s - before.decode_s
     tokens = engine.stats.decode_tokens - before.decode_tokens
+    peak_bytes = engine.peak_bytes
     say(f"{name}: {right} of {count} right")
     return Row(
         task=exam.task,
@@ -140,8 +142,9 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
         accuracy=right / count,
         n=count,
         ci95=wilson(right, count),
+        answer_logprob=_answer_logprob(engine, exam.questions, answers, say),
         decode_tps=tokens / seconds if seconds else 0.0,
-        peak_bytes=engine.peak_bytes,
+        peak_bytes=peak_bytes,
         kv_bytes=setup.plan.kv_bytes_per_row,
         prefill_chunk=asked.prefill_chunk,
         context=exam.context,
@@ -150,20 +153,33 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
     )
 
 
+def _answer_logprob(engine: Engine, questions: tuple[Question, ...], said: dict[str, Said], say: Say) -> float | None:
+    try:
+        return mean_logprob(engine, questions, said)
+    except UsageError as error:
+        say(f"warning: no log-likelihood of the answers: {error.message}")
+        return None
+
+
 def _name(setup: _Setup, exam: Exam) -> str:
     budget = "" if setup.policy == "full" else f" M={setup.plan.kv_budget}"
     return f"{exam.task} {setup.policy}{budget}"
 
 
-def _ask(engine: Engine, questions: tuple[Question, ...], progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+def _ask(
+    engine: Engine, questions: tuple[Question, ...], progress: Callable[[int], None]
+) -> Iterator[tuple[str, Said]]:
     """Yield (request id, answer) as answers are done; `progress` gets their number now and then."""
-    pieces: dict[str, list[str]] = {}
+    answers: dict[str, Said] = {}
     said, done = time.monotonic(), 0
     for event in engine.generate(question.request for question in questions):
-        pieces.setdefault(event.request_id, []).append(event.text)
+        said_here = answers.setdefault(event.request_id, Said())
+        said_here.text += event.text
+        said_here.token_ids += event.token_ids
+        said_here.logprobs += tuple(one.logprob for one in event.logprobs)
         if event.finish_reason is not None:
             done += 1
-            yield event.request_id, "".join(pieces.pop(event.request_id))
+            yield event.request_id, answers.pop(event.request_id)
         if time.monotonic() - said >= _SAY_EVERY_S:
             said = time.monotonic()
             progress(done)

@@ -29,7 +29,7 @@ def _table(rows: Sequence[Row]) -> str:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for heading in ("M", "accuracy", "95 %", "n", "tok/s", "cache", "peak"):
+    for heading in ("M", "accuracy", "95 %", "n", "log p", "tok/s", "cache", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
@@ -47,6 +47,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.accuracy:.1%}",
         f"{low * 100:.1f}–{high * 100:.1f}",
         str(row.n),
+        "–" if row.answer_logprob is None else f"{row.answer_logprob:.3f}",
         f"{row.decode_tps:.0f}",
         format_size(row.kv_bytes),
         format_size(row.peak_bytes),

@@ -1,0 +1,88 @@
+"""Record how many marked points of long notes files `trimkv summarize` lists, and what it takes.
+
+python -m trimkv_cli.bench.points --out kernels/bench/results/points-mini.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from trimkv_cli.bench.record import write_record
+from trimkv_cli.eval.scoring import count_points
+from trimkv_cli.mini import readings
+from trimkv_cli.mini.language import TOKENS_PER_WORD
+
+FLAGS = "--kv-budget {kv_budget} --prefill-chunk 32 --greedy --json -q"
+
+
+def measure(model: str, *, files: int, tokens: int, points: int, kv_budget: int) -> dict[str, Any]:
+    """Summarize `files` generated notes files of about `tokens` tokens, seeds and phrasings as no training had them."""
+    asked = [
+        readings.make_notes(Random(f"bench points {tokens} {i}"), points=points, length=_words(tokens), unseen=True)  # noqa: S311
+        for i in range(files)
+    ]
+    said = [_summarize(model, notes.text, FLAGS.format(kv_budget=kv_budget)) for notes in asked]
+    counts = [count_points(_text(one), notes.points) for one, notes in zip(said, asked, strict=True)]
+    return {
+        "tokens": round(sum(one["usage"]["prompt_tokens"] for one in said) / files),
+        "kv_budget": kv_budget,
+        "files": files,
+        "points": files * points,
+        "listed": sum(listed for listed, _ in counts),
+        "invented": sum(invented for _, invented in counts),
+        "kv_bytes": said[0]["trimkv"]["memory"]["kv_bytes"],
+        "peak_bytes": max(one["trimkv"]["memory"]["peak_bytes"] for one in said),
+    }
+
+
+def _words(tokens: int) -> int:
+    return round(tokens / TOKENS_PER_WORD)
+
+
+def _text(record: dict[str, Any]) -> str:
+    return str(record["choices"][0]["message"]["content"])
+
+
+def _summarize(model: str, text: str, flags: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "notes.txt"
+        path.write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "trimkv_cli", "summarize", str(path), "-m", model, *flags.split()]
+        done = subprocess.run(command, capture_output=True, check=True)
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
+
+
+def main() -> None:
+    """Measure at three lengths: what is listed should stay, and so should memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--files", type=int, default=5)
+    parser.add_argument("--points", type=int, default=12)
+    parser.add_argument("--kv-budget", type=int, default=256)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2_000, 5_000, 20_000])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows = [
+        measure(
+            arguments.model,
+            files=arguments.files,
+            tokens=tokens,
+            points=arguments.points,
+            kv_budget=arguments.kv_budget,
+        )
+        for tokens in arguments.tokens
+    ]
+    measured = f"trimkv summarize notes.txt {FLAGS.format(kv_budget=arguments.kv_budget)}"
+    write_record("trimkv_cli.bench.points", {"measured": measured, "rows": rows}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
