@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from trimkv_cli.mini import blocks, recipe
-from trimkv_cli.mini.exam import answers_right
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_multi_turn, make_recall
 from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Encoder, Mixture, make_batch, make_conversation
 from trimkv_cli.mini.tokenizer import build_tokenizer
-from trimkv_cli.mini.training import Schedule, Trainer, predict, weighted_loss
+from trimkv_cli.mini.training import Schedule, Trainer, predict
 
 MAX_POSITIONS = 4096
 CONFIG = {
@@ -168,23 +166,6 @@ def test_the_rate_warms_up_and_cools_down(tokenizer: PreTrainedTokenizerFast, en
     assert trainer._warmth() == pytest.approx(0.5, abs=0.01)
     trainer.progress.tokens = SHORT.tokens
     assert trainer._warmth() == pytest.approx(0.01)
-
-
-def test_toy_recipe_learns_and_writes_a_folder_that_loads(tmp_path: Path) -> None:
-    """Catch a recipe that no longer trains, from nothing to the files that ship."""
-    schedule = replace(recipe.TOY, tokens=100_000)
-    recipe.build(tmp_path, schedule, config=recipe.TOY_CONFIG)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    assert model.config.max_position_embeddings == schedule.max_positions
-    batch = make_batch(Encoder(tokenizer), Random("x"), rows=8, length=128, max_positions=1000)
-    with torch.no_grad():
-        assert weighted_loss(model, batch)[0] < 0.75 * torch.tensor(512.0).log()
-    marks, tokens = answers_right(model, Encoder(tokenizer), make_recall(Random(1), facts=3, length=60))
-    assert len(marks) == 3
-    assert tokens > 60
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:

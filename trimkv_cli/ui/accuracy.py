@@ -21,7 +21,7 @@ _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never 
 def accuracy_report(rows: Sequence[Row]) -> str:
     """Return the table, then one plot per task; plain characters, for a pipe as well as for a terminal."""
     tasks = dict.fromkeys(row.task for row in rows)
-    plots = ("\n".join(_plot(task, [row for row in rows if row.task == task])) for task in tasks)
+    plots = (accuracy_plot(task, [row for row in rows if row.task == task]) for task in tasks)
     return "\n\n".join([_table(rows), *plots])
 
 
@@ -52,6 +52,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         format_size(row.kv_bytes),
         format_size(row.peak_bytes),
     )
+
+
+def accuracy_plot(task: str, rows: Sequence[Row]) -> str:
+    """Return the plot of one task."""
+    return "\n".join(_plot(task, rows))
 
 
 def _plot(task: str, rows: Sequence[Row]) -> Iterator[str]:

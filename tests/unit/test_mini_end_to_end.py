@@ -1,0 +1,88 @@
+"""All of `make mini` at toy size: model, conversations, gates; then what `trimkv eval` says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimkv_cli.app import main
+from trimkv_cli.engine.loader import load_engine
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.sources import find_source
+from trimkv_cli.eval.exam import EvalOptions
+from trimkv_cli.eval.run import evaluate
+from trimkv_cli.mini import MODEL_FOLDER, recipe
+from trimkv_cli.mini.conversations import write_conversations
+from trimkv_cli.mini.exam import answers_right
+from trimkv_cli.mini.language import make_recall
+from trimkv_cli.mini.rows import Encoder, make_batch
+from trimkv_cli.mini.training import weighted_loss
+
+SCHEDULE = replace(recipe.TOY, tokens=100_000)
+ONE_STEP = [*("--memory-size", "8", "--context", "128", "--steps", "1", "--batch", "2", "--accumulate", "1")]
+SOME_STEPS = [
+    *("--memory-size", "24", "--context", "256", "--position-gap", "100", "--steps", "50", "--batch", "4"),
+    *("--accumulate", "1", "--hidden", "32", "--lr", "2e-2", "--schedule", "cosine", "--bias-init", "4"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_whole_recipe_at_toy_size(tmp_path: Path) -> None:
+    """Catch a recipe that no longer learns, and files of one step that the next does not take."""
+    recipe.build(tmp_path, SCHEDULE, config=recipe.TOY_CONFIG)
+    _check_model(tmp_path)
+    gates = train_gates(str(tmp_path / "model"), tmp_path, ONE_STEP)
+    assert load_engine(EngineOptions(model=str(tmp_path / "model"), gates=gates)).facts.gate.trained
+
+
+def test_gates_trained_anew_beat_streaming(tmp_path: Path) -> None:
+    """Catch a training of gates that teaches them nothing: a short one has to find out what is asked for later."""
+    gates = train_gates(str(MODEL_FOLDER), tmp_path, SOME_STEPS)
+    engine = EngineOptions(model=str(MODEL_FOLDER), gates=gates, threads=1)
+    asked = EvalOptions(
+        tasks=("recall",), context=200, samples=20, budgets=("48",), policies=("gates", "streaming"), prefill_chunk=16
+    )
+    kept, streamed = evaluate(find_source(engine, weights=True), engine, asked, say=lambda _: None)
+    assert kept.accuracy >= streamed.accuracy + 0.2
+    assert kept.answer_logprob is not None
+    assert streamed.answer_logprob is not None
+    assert kept.answer_logprob > streamed.answer_logprob + 0.3
+
+
+def train_gates(model: str, folder: Path, arguments: list[str]) -> str:
+    """Write conversations and train gates on them; return the gates' folder."""
+    data, gates = str(folder / "conversations.jsonl"), str(folder / "gates")
+    write_conversations(Path(data), count=200, tokens=256, seed=1)
+    with pytest.raises(SystemExit) as ended:
+        main(["gates", "train", model, "--data", data, "-o", gates, "--threads", "1", "--dtype", "bf16", *arguments])
+    assert not ended.value.code
+    return gates
+
+
+def _check_model(folder: Path) -> None:
+    """The loss fell, and the folder says so of itself."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    assert model.config.max_position_embeddings == SCHEDULE.max_positions
+    batch = make_batch(Encoder(tokenizer), Random("x"), rows=8, length=128, max_positions=1000)
+    with torch.no_grad():
+        assert weighted_loss(model, batch)[0] < 0.75 * torch.tensor(512.0).log()
+    marks, tokens = answers_right(model, Encoder(tokenizer), make_recall(Random(1), facts=3, length=60))
+    assert len(marks) == 3
+    assert tokens > 60
