@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini test lint format bench-stream clean
+.PHONY: help demo mini bench-mini test lint format bench-stream clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
 	@echo "make mini          train the built-in model from nothing into build/mini (at most an hour on two cores)"
+	@echo "make bench-mini    record what MODEL=mini (or a folder) remembers, and write it into the README"
 	@echo "make test          run the tests"
 	@echo "make lint          ruff, mypy --strict, import directions"
 	@echo "make format        let ruff rewrite the code"
@@ -28,8 +29,17 @@ mini: $(READY)
 	$(BIN)/python -m trimkv_cli.mini.recipe build/mini
 	$(BIN)/python -m trimkv_cli.mini.conversations build/mini/conversations.jsonl
 	$(BIN)/trimkv gates train build/mini/model --data build/mini/conversations.jsonl -o build/mini/model/gates \
-		--memory-size 32 --context 1024 --position-gap 16384 --steps 300 --batch 2 --accumulate 2 --hidden 64 \
+		--memory-size 32 --context 1024 --position-gap 64512 --steps 300 --batch 2 --accumulate 2 --hidden 64 \
 		--lr 3e-3 --schedule cosine --dtype bf16
+
+MODEL ?= mini
+RESULTS := kernels/bench/results
+
+bench-mini: $(READY)
+	$(BIN)/python -m trimkv_cli.bench.recall --model $(MODEL) --out $(RESULTS)/recall-mini.json
+	$(BIN)/python -m trimkv_cli.bench.points --model $(MODEL) --out $(RESULTS)/points-mini.json
+	$(BIN)/python -m trimkv_cli.bench.long_chat --model $(MODEL) --out $(RESULTS)/long-chat-mini.json
+	$(BIN)/python -m trimkv_cli.bench.readme
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto

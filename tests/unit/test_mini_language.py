@@ -66,7 +66,7 @@ def test_recall_tells_first_and_asks_last() -> None:
 def test_unseen_phrasings_are_never_seen() -> None:
     """Catch an examination with the phrasings of the training."""
     for relation in words.RELATIONS:
-        assert not {*relation.unseen_statements} & {*relation.statements}
+        assert not {*relation.unseen_statements} & {*relation.statements, *relation.value_first}
         assert not {*relation.unseen_questions} & {*relation.questions}
     assert not {*words.UNSEEN_SUMMARY_REQUESTS} & {*words.SUMMARY_REQUESTS}
     for seed in range(20):
@@ -104,6 +104,17 @@ def test_things_are_told_once() -> None:
         for question in conversation.questions:
             asked = conversation.messages[question.turn - 1].content
             assert answers.setdefault(asked, question.answer) == question.answer
+
+
+def test_values_come_first_only_where_training_asks_for_it() -> None:
+    """Catch an evaluation that changes with the training's mixture, and a training without what is hardest."""
+    for seed in range(20):
+        fact = draw_facts(Random(seed), 1)[0]
+        assert fact.tell(Random(seed)) in {s.format(t=fact.thing, v=fact.value) for s in fact.relation.statements}
+        told = fact.tell(Random(seed), value_first=1.0)
+        assert fact.value in told
+        if len(fact.relation.things) > 1:
+            assert told.index(fact.value) < told.rindex(fact.thing)
 
 
 def test_fresh_questions_go_to_facts_not_asked_for_yet() -> None:

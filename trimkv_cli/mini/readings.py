@@ -25,10 +25,18 @@ class Notes:
         return "\n".join(f"- {number}: {point}" for number, point in enumerate(self.points, start=1))
 
 
-def make_notes(rng: Random, *, points: int = 6, length: int = 300, unseen: bool = False) -> Notes:
+def make_notes(
+    rng: Random,
+    *,
+    points: int = 6,
+    length: int = 300,
+    unseen: bool = False,
+    value_first: float = 0.0,
+    numbers: float = 1.0,
+) -> Notes:
     """Write about `length` words of filler lines, with `points` (at least one) marked points spread over them."""
-    facts = draw_facts(rng, points)
-    told = tuple(fact.tell(rng, unseen=unseen) for fact in facts)
+    facts = draw_facts(rng, points, numbers=numbers)
+    told = tuple(fact.tell(rng, unseen=unseen, value_first=value_first) for fact in facts)
     mark = rng.choice(words.MARKS)
     lines: list[str] = []
     count = sum(len(point.split()) + 2 for point in told)

@@ -33,7 +33,9 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 32,
     "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+    # Far more than the positions need: five pairs of dimensions turn by about a radian or less over 50,000 of them, and
+    # so can compare contents at any distance.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0},
     "dtype": "bfloat16",
 }
 TOY_CONFIG: dict[str, Any] = {**CONFIG, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}

@@ -37,6 +37,8 @@ class Mixture:
     tasks: float
     facts: int
     fresh: float
+    value_first: float = 0.2
+    numbers: float = 1.6
 
 
 EARLY = Mixture(summaries=0.25, notes=0.1, tasks=0.35, facts=12, fresh=0.3)
@@ -83,12 +85,18 @@ def make_batch(
 
 def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Conversation:
     """Mix all skills in one conversation of at least `length` words."""
-    facts = draw_facts(rng, rng.randint(2, max(3, min(mixture.facts, length // 20))))
-    talk = Talk(rng, facts=facts, fresh=mixture.fresh)
+    facts = draw_facts(rng, rng.randint(2, max(3, min(mixture.facts, length // 20))), numbers=mixture.numbers)
+    talk = Talk(rng, facts=facts, fresh=mixture.fresh, value_first=mixture.value_first)
     draw = rng.random()
     if draw < mixture.summaries + mixture.notes:
         points = rng.randint(1, max(2, min(16, length // 16)))
-        notes = readings.make_notes(rng, points=points, length=int(length * rng.uniform(0.3, 0.75)))
+        notes = readings.make_notes(
+            rng,
+            points=points,
+            length=int(length * rng.uniform(0.3, 0.75)),
+            value_first=mixture.value_first,
+            numbers=mixture.numbers,
+        )
         ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
         talk.messages += ask(rng, notes).messages
         talk.facts, talk.told = list(notes.facts), points

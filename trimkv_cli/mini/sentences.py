@@ -21,9 +21,11 @@ class Fact:
         """The one answer to every question about the fact."""
         return self.relation.answer.format(t=self.thing, v=self.value)
 
-    def tell(self, rng: Random, *, unseen: bool = False) -> str:
-        """Say the fact in one sentence."""
+    def tell(self, rng: Random, *, unseen: bool = False, value_first: float = 0.0) -> str:
+        """Say the fact in one sentence; the share `value_first` of sentences has the value before its thing."""
         phrases = self.relation.unseen_statements if unseen else self.relation.statements
+        if value_first and rng.random() < value_first:
+            phrases = self.relation.value_first
         return rng.choice(phrases).format(t=self.thing, v=self.value)
 
     def ask(self, rng: Random, *, unseen: bool = False) -> str:
@@ -32,11 +34,15 @@ class Fact:
         return rng.choice(phrases).format(t=self.thing, v="")
 
 
-def draw_facts(rng: Random, count: int) -> list[Fact]:
-    """Draw facts about different things; one thing in ten is a word that nobody knows."""
+def draw_facts(rng: Random, count: int, *, numbers: float = 1.0) -> list[Fact]:
+    """Draw facts about different things; one thing in ten is a word that nobody knows.
+
+    Numbers come `numbers` times as often as their share of all things.
+    """
     facts: dict[str, Fact] = {}
+    weights = [len(one.things) * (numbers if one.value == "number" else 1.0) for one in words.RELATIONS]
     while len(facts) < count:
-        relation = rng.choices(words.RELATIONS, weights=[len(relation.things) for relation in words.RELATIONS])[0]
+        relation = rng.choices(words.RELATIONS, weights=weights)[0]
         thing = rng.choice(relation.things)
         if len(relation.things) > 1 and rng.random() < 0.1:
             thing = draw_word(rng)

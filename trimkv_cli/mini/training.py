@@ -29,11 +29,11 @@ class Schedule:
     """
 
     seed: int = 2512
-    tokens: int = 16_000_000
+    tokens: int = 22_000_000
     cpu_minutes: float = 110.0
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     tokens_per_step: int = 4096
-    rows_per_step: int = 32
+    rows_per_step: int = 16
     pass_accuracy: float = 0.975
     stage_tokens: int = 2_500_000
     learning_rate: float = 2e-3

@@ -13,7 +13,8 @@ ValueKind = Literal["name", "code", "number", "place", "date"]
 class Relation:
     """A kind of fact: what it is about, how it is told, asked for and answered.
 
-    `unseen_*` are phrasings that training never uses; tests and evaluations do.
+    `unseen_*` are phrasings that training never uses; tests and evaluations do. `value_first` has the value before its
+    thing, which is the hardest to remember: the value comes when nothing says yet what it will be asked for by.
     """
 
     value: ValueKind
@@ -23,6 +24,7 @@ class Relation:
     answer: str
     unseen_statements: tuple[str, ...]
     unseen_questions: tuple[str, ...]
+    value_first: tuple[str, ...]
 
 
 RELATIONS = (
@@ -45,6 +47,7 @@ RELATIONS = (
         answer="Your {t} is called {v}.",
         unseen_statements=("By the way, my {t}'s name is {v}.", "You know, my {t} is named {v}."),
         unseen_questions=("Tell me the name of my {t}.", "Do you remember what my {t} is called?"),
+        value_first=("{v} is my {t}.", "{v} is the name of my {t}."),
     ),
     Relation(
         value="code",
@@ -63,6 +66,7 @@ RELATIONS = (
         answer="The {t} code is {v}.",
         unseen_statements=("Remember that the code of the {t} is {v}.", "By the way, the {t} code is {v}."),
         unseen_questions=("Tell me the code of the {t}.", "Do you remember the code of my {t}?"),
+        value_first=("{v} is the code of the {t}.", "{v} opens the {t}."),
     ),
     Relation(
         value="number",
@@ -81,6 +85,7 @@ RELATIONS = (
         answer="The number of {t} is {v}.",
         unseen_statements=("By the way, I own {v} {t}.", "You know, I have {v} {t}."),
         unseen_questions=("Tell me how many {t} I own.", "How many {t} are there in my house?"),
+        value_first=("I have {v} {t}.", "I own {v} {t}.", "There are {v} {t} in my house.", "I bought {v} {t}."),
     ),
     Relation(
         value="place",
@@ -99,6 +104,7 @@ RELATIONS = (
         answer="Your {t} is in {v}.",
         unseen_statements=("You find the {t} in {v}.", "Remember that my {t} is in {v}."),
         unseen_questions=("Tell me where my {t} is.", "In which town is the {t}?"),
+        value_first=("{v} is where my {t} is.", "In {v} you find my {t}."),
     ),
     Relation(
         value="date",
@@ -117,6 +123,7 @@ RELATIONS = (
         answer="Your {t} is on {v}.",
         unseen_statements=("By the way, my {t} is on {v}.", "Remember that the {t} is on {v}."),
         unseen_questions=("Tell me when my {t} is.", "On which day is the {t}?"),
+        value_first=("On {v} I have my {t}.", "{v} is the day of my {t}."),
     ),
     Relation(
         value="name",
@@ -126,6 +133,7 @@ RELATIONS = (
         answer="Your name is {v}.",
         unseen_statements=("By the way, my name is {v}.",),
         unseen_questions=("Tell me my name.",),
+        value_first=("{v} is my name.",),
     ),
     Relation(
         value="place",
@@ -135,6 +143,7 @@ RELATIONS = (
         answer="You live in {v}.",
         unseen_statements=("By the way, I live in {v}.",),
         unseen_questions=("Tell me where I live.",),
+        value_first=("{v} is where I live.",),
     ),
 )
 
