@@ -55,11 +55,15 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def read_answers(output: Path) -> tuple[dict[str, Any], int]:
-    """Return the choices by id, and how many ids stand there more than once; every line has to be valid JSON."""
+def read_answers(output: Path, *, whole_lines: bool) -> tuple[dict[str, Any], int]:
+    """Return the choices, or whole lines, by id, and how many ids stand there more than once; all has to be JSON."""
     with open_input(str(output)) as stream:
-        records = [json.loads(line) for line in stream]
-    answers = {record["custom_id"]: record["response"]["body"]["choices"] for record in records}
+        lines = list(stream)
+    records = [json.loads(line) for line in lines]
+    answers = {
+        record["custom_id"]: line.decode() if whole_lines else record["response"]["body"]["choices"]
+        for record, line in zip(records, lines, strict=True)
+    }
     return answers, len(records) - len(answers)
 
 
@@ -70,29 +74,24 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     flags = ["--deterministic"] if arguments.deterministic else []
     output = folder / f"killed{arguments.suffix}"
     kills = sum(kill_once(source, output, rng, flags) for _ in range(arguments.kills))
-    answered_before_last = len(read_answers(_repaired(source, output, flags))[0])
-    answers, doubled = read_answers(output)
+    assert start(source, output, *flags).wait() == 0, "the last run ends by itself"
+    answers, doubled = read_answers(output, whole_lines=arguments.deterministic)
     quiet = folder / "quiet.jsonl"
     assert start(source, quiet, *flags).wait() == 0
-    undisturbed, _ = read_answers(quiet)
+    undisturbed, _ = read_answers(quiet, whole_lines=arguments.deterministic)
     return {
         "lines": arguments.lines,
         "kills": kills,
         "runs": arguments.kills + 1,
         "output": arguments.suffix,
         "deterministic": arguments.deterministic,
-        "answered": answered_before_last,
+        "compared": "whole lines" if arguments.deterministic else "choices",
+        "answered": len(answers),
         "doubled_ids": doubled,
         "missing_ids": len(undisturbed.keys() - answers.keys()),
         "other_answers": sum(answers.get(key) != choices for key, choices in undisturbed.items()),
         "left_behind": sorted(path.name for path in folder.iterdir()),
     }
-
-
-def _repaired(source: Path, output: Path, flags: list[str]) -> Path:
-    """Let the job end, and return its output."""
-    assert start(source, output, *flags).wait() == 0, "the last run ends by itself"
-    return output
 
 
 def main() -> None:

@@ -255,10 +255,12 @@ def _progress(choices: Choices, backend: Backend, summary: Summary) -> Iterator[
     if choices.progress == "none" or (choices.quiet and choices.progress == "auto"):
         yield _silent
     elif choices.progress != "auto" or mixed or not may_move():
-        yield JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
+        shown = JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
+        yield shown
+        shown.end(summary)
     elif isinstance(backend, LocalBackend):
-        with watch(backend.engine, live=None, quiet=False, jobs=lambda: _jobs(summary)) as shown:
-            yield lambda _: shown.tick()
+        with watch(backend.engine, live=None, quiet=False, jobs=lambda: _jobs(summary)) as panel:
+            yield lambda _: panel.tick()
     else:
         with drawn_line() as draw:
             yield lambda summary: draw(summary.progress)

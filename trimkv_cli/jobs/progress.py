@@ -27,6 +27,9 @@ class PlainProgress:
         """Return what is printed."""
         return summary.progress()
 
+    def end(self, summary: Summary) -> None:
+        """Leave the last word to the report."""
+
 
 class JsonProgress(PlainProgress):
     """Print one JSON object instead, for programs."""
@@ -34,3 +37,7 @@ class JsonProgress(PlainProgress):
     def line(self, summary: Summary) -> str:
         """Return all counts as JSON."""
         return json.dumps(summary.as_json())
+
+    def end(self, summary: Summary) -> None:
+        """Print the final counts."""
+        print(self.line(summary), file=self._stream, flush=True)
