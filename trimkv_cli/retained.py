@@ -77,14 +77,14 @@ class Retained:
 def survival(seen: int, position: int, log_beta: float, threshold: float | None, window: int | None) -> float:
     """Estimate for how many more tokens a head holds one; the threshold moves, so this is no promise."""
     in_window = math.inf if window is None else position + window - seen
-    if threshold is None or log_beta == 0.0:
+    if threshold is None or log_beta >= 0.0:
         return max(0.0, in_window)
     return max(0.0, min(in_window, position + threshold / log_beta - seen - 1))
 
 
 def half_life(log_beta: float) -> float:
     """Return after how many tokens a score factor has halved: ln ½ / log_beta, inf for a token that does not decay."""
-    return math.inf if log_beta == 0.0 else math.log(0.5) / log_beta
+    return math.inf if log_beta >= 0.0 else math.log(0.5) / log_beta
 
 
 def median_age(seen: int, head: HeadMemory) -> int:

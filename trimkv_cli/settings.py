@@ -28,6 +28,7 @@ KEYS: Mapping[str, type] = {
     "context": int,
     "on_overflow": str,
     "max_inflight": int,
+    "pin": str,
     "deterministic": bool,
     "threads": int,
     **SAMPLING_KEYS,

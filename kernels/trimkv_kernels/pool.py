@@ -101,7 +101,7 @@ class SlotPool:
         # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
         scores[..., self.size] = log_beta.masked_fill((position < 0)[None, :, None], -torch.inf)
         now = position[None, :, None, None]
-        scores = scores * (now + 2 - held)
+        scores = scores * (now + 2 - held).clamp(min=1)  # of a row without a token a pinned slot stays +inf
         if self.window is not None:
             scores.masked_fill_(held <= now - self.window, -torch.inf)
         lowest = scores.amin(dim=-1, keepdim=True)

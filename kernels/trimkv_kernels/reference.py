@@ -233,6 +233,7 @@ _PADDING = torch.iinfo(torch.int64).max
 def _rank(scores: Tensor, position: Tensor) -> Tensor:
     """Return int64 that order by descending score, then ascending position: the smaller, the better; no two are equal.
 
-    Scores are ≤ 0, and the bits of a float ≥ 0 order as integers do.
+    Scores are ≤ 0, and the bits of a float ≥ 0 order as integers do; only a pinned token's is above, +inf.
     """
-    return (scores.abs().view(torch.int32).long() << 32) + position.long() + 2**31
+    bits = scores.abs().view(torch.int32).long().masked_fill(scores > 0, -1)
+    return (bits << 32) + position.long() + 2**31

@@ -12,8 +12,11 @@ from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan, PlanOptions, make_plan
 from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, streaming_gate
+
+NO_PINS = Pins()
 
 
 class RandomGate(torch.nn.Module):
@@ -45,7 +48,7 @@ def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
     return make_plan(spec, gate, options)
 
 
-def make_engine(model: Any, shape: Shape, *, text: Any = None) -> Engine:
+def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS) -> Engine:
     spec = ModelSpec.from_config(model.config.to_dict())
     gate = full_gate() if shape.gate == "none" else streaming_gate()
     gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device="cpu")
@@ -64,6 +67,7 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None) -> Engine:
         weight_bytes=0,
         gate_bytes=0,
         load_s=0.0,
+        pins=pins,
     )
     return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, deterministic=shape.deterministic)
 

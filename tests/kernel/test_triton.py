@@ -45,7 +45,7 @@ PREFILL_SHAPES = [
 def make_slots(
     *, rows: int, heads: int, size: int, dim: int, fill: int, ties: bool, dtype: torch.dtype, device: str
 ) -> Slots:
-    """Fill the first `fill` slots in any order; all others hold NaN, which must never be read."""
+    """Fill the first `fill` slots in any order, some of them pinned; all others hold NaN, which must never be read."""
     slots = Slots.empty(
         rows=rows, num_kv_heads=heads, slots=size, head_dim=dim, dtype=dtype, device=torch.device(device)
     )
@@ -56,6 +56,7 @@ def make_slots(
     for tensor in (slots.key, slots.value):
         tensor[:, :, :fill] = torch.randn(rows, heads, fill, dim).to(device, dtype)
     slots.log_beta[:, :, :fill] = (0.0 if ties else -1.0) * torch.rand(rows, heads, fill).to(device)
+    slots.log_beta[:, :, 1:fill:7] = torch.inf
     return slots
 
 
@@ -122,6 +123,7 @@ def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype
         torch.randn(batch, n, length, dim).to(device, dtype) for n in (heads * groups, heads, heads)
     )  # fmt: skip
     log_beta = (0.0 if ties else -0.3) * torch.rand(batch, heads, length).to(device)
+    log_beta[:, :, 2::11] = torch.inf
     settings: dict[str, Any] = {"rows": rows, "fill": fill, "scale": dim**-0.5, "window": window}
     want = reference.prefill(query, key, value, log_beta, positions, slots, **settings)
     got = triton_prefill.prefill(query, key, value, log_beta, positions, mine, **settings)

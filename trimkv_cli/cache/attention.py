@@ -34,13 +34,14 @@ class Step:
     """Say what one forward feeds to which rows of the cache.
 
     `rows` is None in decode: one token for each of the first B rows. `longest` is the largest number of tokens that a
-    fed row has seen before; `shortest` the smallest.
+    fed row has seen before; `shortest` the smallest. Tokens before `pinned` of their row are never evicted.
     """
 
     positions: Tensor  # [B, T] int32, −1 = no token
     rows: Tensor | None  # [B] int64
     longest: int
     shortest: int
+    pinned: Tensor | None = None  # [B] int32
 
 
 class RetentionView(Cache):
@@ -119,8 +120,10 @@ class _PassThrough(CacheLayerMixin):
         return -1
 
 
-def install(model: PreTrainedModel, gates: Sequence[Gate]) -> list[RemovableHandle]:
+def install(model: PreTrainedModel, gates: Sequence[Gate], *, sinks: int = 0) -> list[RemovableHandle]:
     """Make `model` attend over a `RetentionView` given as `past_key_values`, with one gate per layer.
+
+    The first `sinks` tokens of each sequence are pinned.
 
     The model needs such a view from then on: it has no attention without one. Removing the handles returned takes the
     gates out again, so that others can be installed.
@@ -130,7 +133,7 @@ def install(model: PreTrainedModel, gates: Sequence[Gate]) -> list[RemovableHand
     model.set_attn_implementation(ATTENTION_NAME)
     layers: Any = model.get_decoder().layers
     return [
-        layer.self_attn.register_forward_pre_hook(_make_hook(layer.self_attn.layer_idx, gate), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(_make_hook(layer.self_attn.layer_idx, gate, sinks), with_kwargs=True)
         for layer, gate in zip(layers, gates, strict=True)
     ]
 
@@ -138,7 +141,7 @@ def install(model: PreTrainedModel, gates: Sequence[Gate]) -> list[RemovableHand
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def _make_hook(layer_index: int, gate: Gate) -> Hook:
+def _make_hook(layer_index: int, gate: Gate, sinks: int) -> Hook:
     def pass_log_beta(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -148,6 +151,10 @@ def _make_hook(layer_index: int, gate: Gate) -> Hook:
         log_beta = gate(hidden, step.positions).transpose(1, 2)
         if view.trace is not None:
             view.trace[layer_index].append(log_beta)
+        if sinks:
+            log_beta = log_beta.masked_fill((step.positions < sinks)[:, None], torch.inf)
+        if step.pinned is not None:
+            log_beta = log_beta.masked_fill((step.positions < step.pinned[:, None])[:, None], torch.inf)
         return args, {**kwargs, "log_beta": log_beta, "layer_cache": view.cache.layers[layer_index], "step": step}
 
     return pass_log_beta

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trimkv_cli.errors import UsageError
 from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
 from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
 
@@ -121,6 +122,24 @@ class RetentionCache:
         return [
             [sorted(p for p in head if p >= 0) for head in layer.slots.position[row].tolist()] for layer in self.layers
         ]
+
+    def pin(self, row: int, positions: Iterable[int]) -> int:
+        """Give the tokens at `positions` that `row` still holds the score +inf; return how many heads' slots that are.
+
+        Raises:
+            UsageError: some head would have no other slot left; nothing is pinned.
+        """
+        wanted = torch.tensor(sorted(positions), dtype=torch.int32, device=self.layers[0].slots.position.device)
+        chosen = [torch.isin(layer.slots.position[row], wanted) for layer in self.layers]
+        for layer, mask in zip(self.layers, chosen, strict=True):
+            most = int((mask | (layer.slots.log_beta[row] == torch.inf)).sum(-1).max())
+            if most >= layer.size:
+                raise UsageError(
+                    f"{most} pinned tokens leave none of {layer.size} slots per head to the others", hint="pin less"
+                )
+        for layer, mask in zip(self.layers, chosen, strict=True):
+            layer.slots.log_beta[row].masked_fill_(mask, torch.inf)
+        return sum(int(mask.sum()) for mask in chosen)
 
     def ages(self, row: int) -> torch.Tensor:
         """Return the ages in tokens of all that `row` keeps, in ascending order, in host memory."""

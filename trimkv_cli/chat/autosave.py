@@ -161,7 +161,8 @@ def params_of(transcript: Transcript) -> SamplingParams:
     """
     try:
         values = dict(transcript.sampling)
-        return SamplingParams(**{**values, "stop": tuple(values.get("stop", ()))})
+        lists = {"stop": tuple(values.get("stop", ())), "logit_bias": tuple(map(tuple, values.get("logit_bias", ())))}
+        return SamplingParams(**{**values, **lists})
     except TypeError as error:
         raise InputError(f"session {transcript.name}: {error}", hint="it was made by another version") from None
 

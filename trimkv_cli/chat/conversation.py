@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -172,6 +172,11 @@ class Conversation:
         """Let the next message read all turns again, under the system message as it is then."""
         self._let_go()
         self.snapshots.clear()
+
+    def pin(self, positions: Iterable[int]) -> None:
+        """Keep tokens for good where heads still hold them; raises UsageError where too few slots would be left."""
+        assert self._row is not None, "nothing has been said"
+        self.llm.pin(self._row, positions)
 
     def save_state(self) -> None:
         """Keep the state after the last turn."""

@@ -79,8 +79,9 @@ class Snapshots:
 
     def open(self, folder: Path, files: Mapping[int, str]) -> None:
         """Take over the states that a stored session has."""
+        files = dict(files)  # it may be our own
         self.clear()
-        self._folder, self.files = folder, dict(files)
+        self._folder, self.files = folder, files
 
     def _get_or_none(self, turns: int) -> RowState | None:
         try:

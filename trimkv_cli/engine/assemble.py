@@ -42,7 +42,7 @@ def assemble(
     plan, spec = facts.plan, facts.spec
     rows = DETERMINISTIC_ROWS if deterministic else plan.rows
     shares = plan.rows > 1 and plan.prefill_chunk > 0
-    hooks = install(model, gates)
+    hooks = install(model, gates, sinks=facts.pins.sinks)
     cache = RetentionCache(
         rows=rows + shares,
         kv_budget=plan.kv_budget,
@@ -60,7 +60,8 @@ def assemble(
         Sampler(rows, spec.vocab_size, model.device, grammars),
         decode_rows=DETERMINISTIC_ROWS if deterministic else None,
         long_rope=LongRope(model) if LongRope.used_by(config) else None,
-        decoder=None if deterministic else Decoder.of(model, gates, cache),
+        decoder=None if deterministic else Decoder.of(model, gates, cache, sinks=facts.pins.sinks),
+        pins_system=facts.pins.system,
     )
     scheduler = Scheduler(
         SchedulerOptions(
@@ -77,7 +78,7 @@ def assemble(
         runner=runner,
         scheduler=scheduler,
         text=text,
-        fingerprint=make_fingerprint(model, gates, plan),
+        fingerprint=make_fingerprint(model, gates, plan, facts.pins),
         hooks=hooks,
         compact=not deterministic,
     )

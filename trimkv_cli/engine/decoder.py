@@ -22,11 +22,17 @@ class Decoder:
     """Own the blocks of a model, for decode steps over one cache."""
 
     def __init__(
-        self, model: PreTrainedModel, blocks: Sequence[Block], gates: Sequence[nn.Module], cache: RetentionCache
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        gates: Sequence[nn.Module],
+        cache: RetentionCache,
+        sinks: int,
     ) -> None:
         decoder: Any = model.get_decoder()
         self._blocks = blocks
         self._gates = GatesTogether(gates)
+        self._sinks = sinks  # the first tokens of a sequence, which are pinned
         self._pools = list(cache.pools.values())
         self._places = [
             (self._pools.index(pool), place) for pool, place in (layer.pool for layer in cache.layers if layer.pool)
@@ -40,13 +46,15 @@ class Decoder:
         self._head = Projection([model.get_output_embeddings()], threads=torch.get_num_threads())
 
     @classmethod
-    def of(cls, model: PreTrainedModel, gates: Sequence[nn.Module], cache: RetentionCache) -> Decoder | None:
+    def of(
+        cls, model: PreTrainedModel, gates: Sequence[nn.Module], cache: RetentionCache, *, sinks: int = 0
+    ) -> Decoder | None:
         """Return a decoder for the model, or None when its form, or the cache's, is not one known here."""
         stored = cache.layers[0].slots.key.dtype
         if model.device.type != "cpu" or not model.dtype == stored == torch.float32:
             return None
         blocks = make_blocks(model)
-        return None if blocks is None else cls(model, blocks, gates, cache)
+        return None if blocks is None else cls(model, blocks, gates, cache, sinks)
 
     def step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
@@ -68,8 +76,9 @@ class Decoder:
             gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
             x = x + block.down(block.activation(gate) * up)
         log_beta = self._gates(torch.stack(entering), position)
+        ranked = log_beta.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else log_beta
         for owner, layers in enumerate(self._layers):
-            self._pools[owner].evict(log_beta if len(self._pools) == 1 else log_beta[layers], position)
+            self._pools[owner].evict(ranked if len(self._pools) == 1 else ranked[layers], position)
         return self._head(self._norm(x)), log_beta
 
     def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:

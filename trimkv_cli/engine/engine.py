@@ -19,6 +19,7 @@ from trimkv_cli.engine.session import RowState
 from trimkv_cli.engine.text import Detokenizer, Text
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, Glance, RequestStats, RunStats, TokenEvent
+from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan
 from trimkv_cli.retained import Retained
 from trimkv_cli.spec import GateSpec, ModelSpec
@@ -40,6 +41,7 @@ class EngineFacts:
     weight_bytes: int
     gate_bytes: int
     load_s: float
+    pins: Pins = field(default_factory=Pins)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,7 +135,7 @@ class Engine:
         """Raise when a request can never be honoured.
 
         Raises:
-            UsageError: an empty prompt, or token ids that the model does not have.
+            UsageError: an empty prompt, token ids that the model does not have, or more pinned than there are slots.
             ContextOverflow: more tokens than the model has positions, or than a full cache has slots.
         """
         ids, facts = request.prompt_token_ids, self.facts
@@ -144,6 +146,8 @@ class Engine:
             size = facts.spec.vocab_size
             raise UsageError(f"token id {bad} is outside the vocabulary of {size}", hint=f"ids go from 0 to {size - 1}")
         self._runner.sampler.check(request.params)
+        slots = (facts.spec.slots(layer, facts.plan.kv_budget) for layer in range(facts.spec.num_layers))
+        facts.pins.check(request.prefix_len, min(slots))
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
         asked = f"{before + len(ids)} prompt tokens + {request.params.max_tokens} to generate"
@@ -218,6 +222,14 @@ class Engine:
     def retained(self, request_id: str) -> Retained:
         """Return what such a request left in the cache, with how long each token is expected to stay."""
         return self._runner.cache.retained(self._scheduler.parked[request_id].index)
+
+    def pin(self, request_id: str, positions: Iterable[int]) -> int:
+        """Never evict these tokens of such a row where heads still hold them; return the pinned ones of all heads.
+
+        Raises:
+            UsageError: they would leave some head no slot for others; nothing is pinned.
+        """
+        return self._runner.cache.pin(self._scheduler.parked[request_id].index, positions)
 
     def seen(self, request_id: str) -> int:
         """Return how many tokens the row of a finished request with `keep` has been fed."""

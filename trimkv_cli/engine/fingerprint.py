@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from trimkv_cli import __version__
+from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan
 
 _SAMPLED = 64  # values of each parameter; whole files would take as long to read as to load
 
 
-def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan) -> Mapping[str, str]:
+def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan, pins: Pins) -> Mapping[str, str]:
     """Name what a row of the cache depends on, as strings: sizes as they are, weights as short hashes."""
     return {
         "trimkv": __version__,
@@ -28,6 +29,7 @@ def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan) -
         "dtype": plan.dtype,
         "quantize": plan.quantize,
         "kv_dtype": plan.kv_dtype,
+        "pins": str(pins),
     }
 
 

@@ -32,6 +32,7 @@ from trimkv_cli.engine.sources import Source, find_source
 from trimkv_cli.engine.tensor_files import lazy_tensors
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import DoesNotFit, ModelError, UnsupportedModel, UsageError
+from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan, Warning, make_plan
 from trimkv_cli.spec import KvDtype, Quantisation
 from trimkv_cli.units import format_size
@@ -111,6 +112,7 @@ def load_parts(source: Source, options: EngineOptions) -> Parts:
         weight_bytes=module_bytes(model),
         gate_bytes=module_bytes(gates),
         load_s=time.perf_counter() - started,
+        pins=Pins.parse(options.pin),
     )
     return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=_DTYPES[plan.kv_dtype])
 

@@ -34,6 +34,7 @@ class ModelRunner:
         decode_rows: int | None = None,
         long_rope: LongRope | None = None,
         decoder: Decoder | None = None,
+        pins_system: bool = False,
         trace: Sequence[list[Tensor]] | None = None,
     ) -> None:
         self.cache = cache
@@ -43,6 +44,7 @@ class ModelRunner:
         self._decode_rows = decode_rows
         self._long_rope = long_rope
         self._decoder = decoder
+        self._pins_system = pins_system
         self.trace = trace
 
     def start(self, row: Row) -> None:
@@ -78,6 +80,7 @@ class ModelRunner:
             rows=self._tensor([c.row.index for c in batch.chunks], torch.int64),
             longest=max(starts),
             shortest=min(starts),
+            pinned=self._system_lengths(batch) if self._pins_system else None,
         )
         logits = self._forward(self._tensor(ids, torch.int64), step, long_rope=batch.chunks[0].row.long_rope)
         for chunk in batch.chunks:
@@ -96,6 +99,10 @@ class ModelRunner:
         for twin in chunk.twins:
             self.cache.copy(chunk.row.index, twin.index)
             twin.fed = twin.shared = chunk.row.fed
+
+    def _system_lengths(self, batch: Prefill) -> Tensor:
+        rows = (chunk.row for chunk in batch.chunks)
+        return self._tensor([row.request.prefix_len if row.base == 0 else 0 for row in rows], torch.int32)
 
     def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
         count = self._decode_rows or batch.rows[-1].index + 1

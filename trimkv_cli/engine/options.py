@@ -8,6 +8,7 @@ from typing import Any
 
 from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
+from trimkv_cli.pins import Pins
 
 _FILTERS = {"top_p", "top_k", "min_p", "top_h"}
 _OVERFLOW = ("error", "rebase", "map-reduce")
@@ -34,12 +35,14 @@ class EngineOptions:
     context: int | None = None
     on_overflow: str = "error"
     max_inflight: int | None = None
+    pin: str | None = None
     deterministic: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is too small", hint="--threads needs 1 or more")
+        Pins.parse(self.pin)
         if self.on_overflow not in _OVERFLOW:
             raise UsageError(f"--on-overflow {self.on_overflow} is unknown", hint=f"one of {', '.join(_OVERFLOW)}")
 

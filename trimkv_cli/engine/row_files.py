@@ -28,6 +28,7 @@ _SAYS = {
     "dtype": "another --dtype",
     "quantize": "another --quantize",
     "kv_dtype": "another --kv-dtype",
+    "pins": "another --pin",
 }
 
 

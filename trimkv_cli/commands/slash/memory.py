@@ -1,7 +1,9 @@
-"""What the cache holds: /stats, /cache, /map, /why."""
+"""What the cache holds: /stats, /cache, /map, /why, /pin."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -13,6 +15,7 @@ from trimkv_cli.ui.cache_panel import cache_panel
 from trimkv_cli.ui.heads import head_strip
 from trimkv_cli.ui.inspection import headline
 from trimkv_cli.ui.memory_map import memory_map
+from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.ui.tokens import next_out_line, survival_table, token_view
 from trimkv_cli.ui.turns import Span, turn_map
 
@@ -64,6 +67,27 @@ def _why(chat: Chat, argument: str) -> None:
     chat.display.print(look.paint(survival_table(retained, pieces, look, start=start, stop=shown)))
     if shown < stop:
         chat.display.note(f"{stop - shown} more tokens are not listed; name a shorter text")
+
+
+def _pin(chat: Chat, argument: str) -> None:
+    retained, pieces = _retained(chat), _pieces(chat)
+    if argument:
+        chat.conversation.pin(range(*find_text(pieces, argument)))
+        chat.autosave.save(chat.conversation)
+        retained = _retained(chat)
+    held = Counter(
+        position
+        for _, head in retained.heads
+        for position, log_beta in zip(head.positions, head.log_beta, strict=True)
+        if log_beta == math.inf
+    )
+    most = max(sum(value == math.inf for value in head.log_beta) for _, head in retained.heads)
+    slots = max(layer.slots for layer in retained.layers)
+    if not held:
+        raise UsageError("nothing is pinned", hint="/pin with words of a message keeps them for good")
+    words = "".join(pieces[position] for position in sorted(held))
+    chat.display.print(neutralise(f"pinned: {' '.join(words.split())}"))
+    chat.display.print(f"at most {most} of {slots} slots in a head; /undo of this turn takes it back")
 
 
 def find_text(pieces: list[str], text: str) -> tuple[int, int]:
@@ -118,5 +142,9 @@ MEMORY = (
     SlashCommand(
         name="why", arguments="[TEXT]", help="Which heads keep the tokens of a text, and for how much longer.",
         handler=_why,
+    ),
+    SlashCommand(
+        name="pin", arguments="[TEXT]", help="Never evict what is still held of a text; list what is pinned.",
+        handler=_pin,
     ),
 )  # fmt: skip

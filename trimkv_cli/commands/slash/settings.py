@@ -13,6 +13,7 @@ from trimkv_cli.errors import UsageError
 from trimkv_cli.ui.plain import neutralise
 
 _SWITCHES = {"on": True, "off": False}
+_NOT_SETTABLE = {"logit_bias", "grammar", "logprobs"}  # they have no form that can be typed in a line
 _VIEWS = {"markdown": ("on", "off"), "thoughts": ("show", "fold"), "think": ("on", "off", "auto")}
 
 
@@ -96,7 +97,7 @@ def _line(name: str, value: object) -> str:
 
 
 def _sampling_names() -> list[str]:
-    return [field.name for field in fields(SamplingParams)]
+    return [field.name for field in fields(SamplingParams) if field.name not in _NOT_SETTABLE]
 
 
 def _parse(name: str, value: str) -> Any:

@@ -119,6 +119,7 @@ class ChatPrompt:
         def give_up(event: KeyPressEvent) -> None:
             if event.current_buffer.text:
                 event.current_buffer.reset()
+                self._pasted = False
             else:
                 event.app.exit(exception=KeyboardInterrupt)
 

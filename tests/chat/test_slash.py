@@ -1,0 +1,264 @@
+"""Mistakes of the commands inside a conversation: each is run, and none of them reaches the model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimkv_cli.chat.autosave import Autosave
+from trimkv_cli.chat.store import SessionStore
+from trimkv_cli.commands.slash.command import Chat
+from trimkv_cli.commands.slash.table import COMMANDS, complete
+from trimkv_cli.commands.talk import handle, status_of
+from trimkv_cli.ui.chat.prompt import Typed
+from trimkv_cli.ui.chat.toolbar import status_line
+from trimkv_cli.ui.look import Look
+
+sys.path.insert(0, str(Path(__file__).parent))
+from talking import begin, load
+
+
+class Recorder:
+    """A screen that remembers what it was told."""
+
+    look = Look(width=80)
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+        self.notes: list[str] = []
+        self.errors: list[str] = []
+        self.copied: list[str] = []
+
+    def print(self, text: str = "") -> None:
+        self.shown.append(text)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        self.errors.append(f"{message} | {hint}")
+
+    def copy(self, text: str) -> bool:
+        self.copied.append(text)
+        return True
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    return load()
+
+
+@pytest.fixture
+def chat(engine: Any, tmp_path: Path) -> Iterator[Chat]:
+    conversation = begin(engine)
+    autosave = Autosave(SessionStore(tmp_path / "sessions"), options={})
+
+    def run(start: Callable[[Callable[[], bool]], Any]) -> None:
+        for _ in start(lambda: False):
+            pass
+        autosave.save(conversation)
+
+    yield Chat(conversation=conversation, autosave=autosave, display=Recorder(), run=run)
+    conversation.clear()
+    autosave.close()
+
+
+def enter(chat: Chat, *lines: str) -> Recorder:
+    """Enter lines one after the other; return what the last one brought."""
+    screen: Any = Recorder()
+    for line in lines:
+        screen = chat.display = Recorder()
+        handle(chat, Typed(line, literal=False), screen)
+    return screen  # type: ignore[no-any-return]
+
+
+def users(chat: Chat) -> list[str]:
+    return [turn.user for turn in chat.conversation.turns]
+
+
+def test_unknown_commands_get_a_suggestion_and_are_not_sent(chat: Chat) -> None:
+    """Catches a typing mistake that becomes a message, and a message that is taken for a command."""
+    assert enter(chat, "/undoo").errors == [
+        "there is no command /undoo; nothing was sent | did you mean /undo: Take back the last turn, or the last N."
+    ]
+    assert "/help lists" in enter(chat, "/").errors[0]
+    assert enter(chat, "/etc/passwd is a file").errors
+    assert users(chat) == []
+    enter(chat, " /etc is a folder", "/not a command\nbut two lines")
+    handle(chat, Typed("/exit pasted", literal=True), Recorder())  # type: ignore[arg-type]
+    assert users(chat) == ["/etc is a folder", "/not a command\nbut two lines", "/exit pasted"]
+    assert not chat.ended
+
+
+def test_help_names_every_command_and_exit_ends(chat: Chat) -> None:
+    """Catches a command that is not listed."""
+    shown = "\n".join(enter(chat, "/help").shown)
+    assert all(f"/{command.name}" in shown and command.help in shown for command in COMMANDS)
+    assert enter(chat, "/help undo").shown == ["/undo [N]  Take back the last turn, or the last N."]
+    enter(chat, "/exit")
+    assert chat.ended
+
+
+def test_every_command_says_what_it_lacks(chat: Chat) -> None:
+    """Catches tracebacks in an empty conversation and without arguments."""
+    needs_turn = ("/regen", "/undo", "/edit", "/continue", "/cache", "/map", "/why", "/copy", "/stats", "/pin")
+    for line in (
+        *needs_turn,
+        "/export",
+        "/load",
+        "/fork",
+        "/save",
+        "/load ../x",
+        "/show me",
+        "/set nothing",
+        "/budget",
+    ):
+        assert len(enter(chat, line).errors) == 1, line
+    for line in ("/clear", "/system", "/set", "/show", "/file", "/sessions", "/help"):
+        assert enter(chat, line).errors == [], line
+    assert enter(chat, "Hello.", "/undo x").errors
+
+
+def test_going_back_and_on(chat: Chat) -> None:
+    """Catches turns that /undo, /regen, /edit or /clear lose or keep."""
+    enter(chat, "My cat is called Zubo.", "Tell me more.")
+    first = chat.conversation.turns[1]
+    enter(chat, "/regen")
+    assert users(chat) == ["My cat is called Zubo.", "Tell me more."]
+    assert chat.conversation.turns[1].attempt == 1
+    enter(chat, "/edit")
+    assert (chat.draft, len(users(chat))) == ("Tell me more.", 1)
+    enter(chat, chat.draft)
+    assert chat.conversation.turns[1] == first
+    assert enter(chat, "/undo 2").notes == ["took back 2 turns; 0 left"]
+    name = chat.autosave.name
+    enter(chat, "Hello.", "/clear")
+    assert users(chat) == []
+    assert chat.conversation.row is None
+    assert enter(chat, f"/load {name}").notes[0].startswith(f"{name}: 1 turns, ")
+    assert users(chat) == ["Hello."]
+
+
+def test_an_answer_cut_by_its_length_goes_on(chat: Chat) -> None:
+    """Catches /continue that makes a turn of its own."""
+    enter(chat, "/set max_tokens 2", "My cat is called Zubo.", "/set max_tokens 24", "/continue")
+    assert len(chat.conversation.turns) == 1
+    assert len(chat.conversation.turns[0].token_ids) > 2
+
+
+def test_a_regen_that_cannot_run_loses_nothing(chat: Chat) -> None:
+    """Catches a turn that is gone although its new answer was refused."""
+    enter(chat, "Hello.", "/set max_tokens 100000")
+    before = list(chat.conversation.turns)
+    assert "positions" in enter(chat, "/regen").errors[0]
+    assert chat.conversation.turns == before
+    assert not chat.conversation.must_reread
+
+
+def test_settings(chat: Chat) -> None:
+    """Catches settings that are not taken, or taken although they make no sense."""
+    enter(chat, "/set temperature 0.5", "/set top_k 7", "/set stop END", "/set ignore-eos on", "/set thoughts fold")
+    params = chat.conversation.params
+    assert (params.temperature, params.top_k, params.stop, params.ignore_eos) == (0.5, 7, ("END",), True)
+    enter(chat, "/set markdown off", "/set think off", "/set stop off")
+    assert (chat.shown.markdown, chat.shown.thoughts, chat.conversation.think) == (False, "fold", False)
+    assert chat.conversation.params.stop == ()
+    for line in ("/set temperature warm", "/set top_p 2", "/set markdown maybe", "/set top_k 1.5"):
+        assert len(enter(chat, line).errors) == 1, line
+    shown = "\n".join(enter(chat, "/show").shown)
+    assert "temperature        0.5" in shown
+    assert "kv_budget          40 slots per head" in shown
+    assert enter(chat, "/system Be brief.").errors == []
+    enter(chat, "Hello.")
+    assert "read the turns again" in enter(chat, "/system Be long.").notes[0]
+    assert chat.conversation.must_reread
+    assert "to be read again" in status_line(status_of(chat), Look(width=80))
+    enter(chat, "And now?")
+    assert chat.conversation.turns[1].prompt_tokens > 20
+
+
+def test_files_go_in_and_out(chat: Chat, tmp_path: Path) -> None:
+    """Catches attached files that are not sent or sent twice, and files that are overwritten."""
+    (tmp_path / "note.txt").write_text("My dog is called Rex.\n")
+    assert enter(chat, f"/file {tmp_path}/none.txt").errors
+    enter(chat, f"/file {tmp_path}/note.txt", "/file none", "Hello.")
+    enter(chat, f"/file {tmp_path}/note.txt")
+    assert "+1 file" in status_line(status_of(chat), Look(width=80))
+    enter(chat, "What is my dog called?", "And now?")
+    assert users(chat) == ["Hello.", "My dog is called Rex.\n\nWhat is my dog called?", "And now?"]
+    for ending in ("md", "json", "jsonl", "html"):
+        assert enter(chat, f"/export {tmp_path}/talk.{ending}").notes == [f"wrote {tmp_path}/talk.{ending}"]
+        assert "Rex" in (tmp_path / f"talk.{ending}").read_text()
+    assert "exists" in enter(chat, f"/export {tmp_path}/talk.md").errors[0]
+    assert "does not say" in enter(chat, f"/export {tmp_path}/talk").errors[0]
+    assert enter(chat, "/copy").copied == [chat.conversation.turns[-1].answer]
+    assert "no block of code" in enter(chat, "/copy code").errors[0]
+
+
+def test_sessions(chat: Chat) -> None:
+    """Catches branches that write into each other, and sessions that cannot be found again."""
+    enter(chat, "My cat is called Zubo.", "/save cat")
+    assert enter(chat, "/fork").notes == ["going on in cat-2; cat stays as it is"]
+    enter(chat, "Left.")
+    assert enter(chat, "/load cat").notes[0].startswith("cat: 1 turns, ")
+    enter(chat, "Right.")
+    listed = "\n".join(enter(chat, "/sessions").shown)
+    assert [line.split()[0] for line in listed.splitlines()] == ["NAME", "cat", "cat-2"]
+    store = chat.autosave.store
+    assert [turn.user for turn in store.read("cat").turns] == ["My cat is called Zubo.", "Right."]
+    assert [turn.user for turn in store.read("cat-2").turns] == ["My cat is called Zubo.", "Left."]
+    assert "already" in enter(chat, "/fork cat-2").errors[0]
+
+
+def test_what_is_remembered(chat: Chat) -> None:
+    """Catches pictures of another sequence than the conversation, and texts that are not found."""
+    enter(chat, "My cat is called Zubo.", "My dog is called Rex. " * 8)
+    shown = "\n".join(enter(chat, "/map").shown)
+    assert f"{chat.conversation.seen:,} tokens seen" in shown
+    assert "1 you" in shown
+    assert "next to go" in shown
+    assert "KV cache" in "\n".join(enter(chat, "/cache").shown)
+    why = "\n".join(enter(chat, "/why zubo").shown)
+    assert "kept by" in why
+    assert [line.split()[-1] for line in why.splitlines()[-3:]] == ["Z", "ub", "o"]
+    assert "does not stand" in enter(chat, "/why Xyz").errors[0]
+    assert enter(chat, "/why").errors == []
+    assert "generated" in enter(chat, "/stats").shown[0]
+
+
+def test_completion(chat: Chat, tmp_path: Path) -> None:
+    """Catches completions of messages, and arguments that are not completed."""
+
+    def found(text: str) -> list[str]:
+        return [text[: len(text) - replaced] + candidate for candidate, replaced in complete(chat, text)]
+
+    assert found("/un") == ["/undo "]
+    assert found("hello /un") == []
+    assert found("/set tempe") == ["/set temperature"]
+    assert found("/set markdown o") == ["/set markdown on", "/set markdown off"]
+    (tmp_path / "a file.txt").touch()
+    (tmp_path / "folder").mkdir()
+    assert found(f"/file {tmp_path}/a") == [f"/file {tmp_path}/a file.txt"]
+    assert found(f"/export {tmp_path}/f") == [f"/export {tmp_path}/folder/"]
+    enter(chat, "Hello.", "/save cat")
+    assert found("/load c") == ["/load cat"]
+    assert found("/nothing x") == []
+
+
+def test_what_is_pinned_stays(chat: Chat) -> None:
+    """Catches pins that the next long text evicts, that a later undo leaves behind, or that fill a head."""
+    enter(chat, "My cat is called Zubo.")
+    shown = enter(chat, "/pin Zubo").shown
+    assert shown[0] == "pinned: Zubo"
+    enter(chat, "My dog is called Rex. " * 20)
+    shares = chat.conversation.llm.retained(chat.conversation.row).shares()
+    pieces = "".join(enter(chat, "/pin").shown)
+    assert "pinned: Zubo" in pieces
+    first = next(index for index, share in enumerate(shares) if share == 1.0)
+    assert shares[first : first + 3] == [1.0] * 3
+    enter(chat, "/undo 2", "My cat is called Zubo.")
+    assert "nothing is pinned" in enter(chat, "/pin").errors[0]

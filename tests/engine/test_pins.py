@@ -1,0 +1,90 @@
+"""Mistakes of pinned tokens: evicted all the same, or taken for the worst because their score is infinite."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.errors import UsageError
+from trimkv_cli.pins import Pins
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engines import Shape, greedy, make_engine, run
+
+TinyModel = Callable[..., Any]
+SHAPE = Shape(kv_budget=11, rows=2, prefill_chunk=16, gate="random")
+PROMPT = tuple(range(3, 60))
+
+
+def make_pinned(model: Any, pins: Pins, shape: Shape = SHAPE) -> Engine:
+    return make_engine(model, shape, pins=pins)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_pinned_tokens_outlive_every_other(family: str, tiny_model: TinyModel) -> None:
+    """Catches sinks and system messages that prefill, a later chunk or decode evicts, in one row or in a shared one."""
+    engine = make_pinned(tiny_model(family), Pins(system=True, sinks=2))
+    # Both rows begin with the same system message: the second gets a copy of the first one's slots.
+    requests = [greedy(name, PROMPT, 30, keep=True, prefix_len=5) for name in ("a", "b")]
+    output = run(engine, requests)
+    assert output["a"] == output["b"]
+    for name in output:
+        for layer, window in zip(engine.kept(name), engine.facts.spec.windows, strict=True):
+            for head in layer:
+                assert len(head) == 11 if window is None else len(head) <= 11
+                assert window is not None or head[:5] == [0, 1, 2, 3, 4]
+    assert run(make_engine(tiny_model(family), SHAPE), [greedy("x", PROMPT, 30)])["x"] != output["a"]
+
+
+def test_short_prompts_pin_what_follows_them(tiny_model: TinyModel) -> None:
+    """Catches sinks that are counted in the prompt alone."""
+    engine = make_pinned(tiny_model("qwen3"), Pins(sinks=6))
+    run(engine, [greedy("a", PROMPT[:2], 40, keep=True)])
+    assert all(head[:6] == list(range(6)) for layer in engine.kept("a") for head in layer)
+
+
+def test_a_pin_set_later_holds_and_is_saved(tiny_model: TinyModel) -> None:
+    """Catches pins that a saved state loses, and what lasts being said to end."""
+    engine = make_engine(tiny_model("qwen3"), replace(SHAPE, rows=1))
+    run(engine, [greedy("a", PROMPT, 3, keep=True)])
+    position = engine.kept("a")[0][0][0]
+    holders = sum(position in head for layer in engine.kept("a") for head in layer)
+    assert engine.pin("a", [position]) == holders
+    assert engine.retained("a").survivals()[position] == torch.inf
+    state = engine.save("a")
+    engine.release("a")
+    engine.restore(state, "a")
+    run(engine, [greedy("b", PROMPT, 30, keep=True, continues="a")])
+    assert sum(position in head for layer in engine.kept("b") for head in layer) == holders
+    with pytest.raises(UsageError, match="leave none of 11 slots"):
+        engine.pin("b", range(200))
+
+
+def test_as_many_pins_as_slots_are_refused(tiny_model: TinyModel) -> None:
+    """Catches a cache that pins fill, and parts that nobody knows."""
+    engine = make_pinned(tiny_model("qwen3"), Pins(system=True, sinks=4))
+    with pytest.raises(UsageError, match="11 pinned tokens leave none of 11 slots"):
+        engine.check(greedy("a", PROMPT, 3, prefix_len=11))
+    engine.check(greedy("a", PROMPT, 3, prefix_len=10))
+    assert Pins.parse("system, sinks:4") == Pins(system=True, sinks=4)
+    assert str(Pins.parse("sinks:4,system")) == "system,sinks:4"
+    assert Pins.parse(None) == Pins()
+    for wrong in ("", "sinks", "sinks:0", "sinks:-1", "tail:3", "system,,"):
+        with pytest.raises(UsageError, match="cannot be pinned"):
+            Pins.parse(wrong)
+
+
+def test_a_kept_row_with_pins_is_left_alone_while_others_decode(tiny_model: TinyModel) -> None:
+    """Catches a pinned slot of a row without a token that a decode beside it takes, its age being negative."""
+    engine = make_pinned(tiny_model("llama"), Pins(sinks=4), replace(SHAPE, rows=3))
+    run(engine, [greedy("a", PROMPT, 5, keep=True)])
+    before = engine.kept("a"), engine.retained("a")
+    run(engine, [greedy("b", PROMPT[5:], 20, keep=True), greedy("c", PROMPT[9:], 20, keep=True)])
+    assert (engine.kept("a"), engine.retained("a")) == before
