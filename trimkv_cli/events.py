@@ -28,6 +28,15 @@ class RequestStats:
     ttft_s: float | None  # None when no token was made
     total_s: float
     cache: CacheStats
+    prefill_chunk: int | None = None  # where memory forced smaller chunks than planned
+
+    @property
+    def warnings(self) -> tuple[tuple[str, str], ...]:
+        """What the reader of an answer should know, as (code, message)."""
+        if self.prefill_chunk is None:
+            return ()
+        message = f"memory ran out: the prompt was read in chunks of {self.prefill_chunk}, which changes results"
+        return (("prefill_chunk_reduced", message),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +58,7 @@ class TokenEvent:
     stats: RequestStats | None = None
     logprobs: tuple[TokenLogprob, ...] = ()  # one per token id, when the request asks for them
     error: str | None = None  # what went wrong when finish_reason is "error"
+    error_code: str | None = None  # "out_of_memory" when it was that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +71,7 @@ class RunStats:
     steps: int
     prefill_s: float
     decode_s: float
+    undone_steps: int = 0  # steps that ran out of memory and were tried again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,17 +109,19 @@ class SlotPool:
         # What loses at once stays where it is: no slot then holds its position, and an undo finds nothing to do.
         self.slot[:, :rows] = loser.clamp(max=self.size - 1)
         at = (self._first[:, :rows] + loser).flatten()
-        for tensor in self._tensors:
-            _swap(tensor, tensor[:, :rows, :, self.size], at)
+        # Everything is allocated before anything changes: a swap cannot be left half done.
+        places = [tensor[:, :rows, :, self.size] for tensor in self._tensors]
+        pairs = list(zip(self._tensors, places, strict=True))
+        swaps = [(_flat(tensor).index_select(0, at), place.flatten(0, 2)) for tensor, place in pairs]
+        for (tensor, place), (lost, entering) in zip(pairs, swaps, strict=True):
+            _flat(tensor).index_copy_(0, at, entering)
+            place.copy_(lost.view(place.shape))
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.key, self.value, self.log_beta, self.position
 
 
-def _swap(tensor: Tensor, place: Tensor, at: Tensor) -> None:
-    """Exchange `place` `[L, B, Hkv, …]` with what lies `at` these slots of all slots `[L · R · Hkv · (M + 1), …]`."""
-    flat = tensor.view(-1, *tensor.shape[4:])
-    old = flat.index_select(0, at)
-    flat.index_copy_(0, at, place.flatten(0, 2))
-    place.copy_(old.view(place.shape))
+def _flat(tensor: Tensor) -> Tensor:
+    """Return all slots of all heads in one dimension."""
+    return tensor.view(-1, *tensor.shape[4:])

@@ -126,19 +126,24 @@ def _evict_one(
     lowest = scores.amin(dim=-1, keepdim=True)
     loser = torch.where(scores == lowest, slots.position, -_NEVER).argmax(dim=-1, keepdim=True)  # ties: the newest goes
     enters = (now >= 0) & (2.0 * log_beta[..., None] > lowest)
-    journal.slot.copy_(loser[:, :, 0])
     wide = loser[..., None].expand(-1, -1, -1, key.shape[-1])
-    _displace(slots.key, wide, key, enters[..., None], journal.key)
-    _displace(slots.value, wide, value, enters[..., None], journal.value)
-    _displace(slots.log_beta, loser, log_beta, enters, journal.log_beta)
-    _displace(slots.position, loser, position[:, None].expand_as(log_beta), enters, journal.position)
+    new = (key, value, log_beta, position[:, None].expand_as(log_beta))
+    # Everything is allocated before anything changes: what fails here has displaced nothing.
+    exchanges = [
+        _exchange(target, wide if target.dim() == 4 else loser, token, enters)
+        for target, token in zip(slots, new, strict=True)
+    ]
+    journal.slot.copy_(loser[:, :, 0])
+    for target, old, (index, held, stays) in zip(slots, journal[:4], exchanges, strict=True):
+        old.copy_(held)
+        target.scatter_(2, index, stays)
 
 
-def _displace(target: Tensor, index: Tensor, new: Tensor, enters: Tensor, old: Tensor) -> None:
-    """Keep what `target` holds at `index` in `old`, and put `new` there where it `enters`."""
+def _exchange(target: Tensor, index: Tensor, new: Tensor, enters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where in `target` something changes, what lies there, and what will lie there: `new` where it `enters`."""
     held = target.gather(2, index)
-    old.copy_(held[:, :, 0])
-    target.scatter_(2, index, torch.where(enters, new[:, :, None].to(target.dtype), held))
+    stays = torch.where(enters[..., None] if new.dim() == 3 else enters, new[:, :, None].to(target.dtype), held)
+    return index, held[:, :, 0], stays
 
 
 def _attend_chunk(

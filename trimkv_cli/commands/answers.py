@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.engine.request import Request
-from trimkv_cli.errors import UsageError
+from trimkv_cli.errors import OutOfDeviceMemory, UsageError
 from trimkv_cli.events import FinishReason, RequestStats
 from trimkv_cli.ui.messages import print_note, print_warning
 
@@ -37,6 +37,9 @@ def answer(engine: Engine, request: Request, on_text: Callable[[str], None] = la
         if event.text:
             pieces.append(event.text)
             on_text(event.text)
+        if event.error_code == "out_of_memory":
+            hint = "a smaller --budget, --kv-budget or --prefill-chunk; trimkv plan shows the parts"
+            raise OutOfDeviceMemory(event.error or "out of memory", hint=hint)
         if event.finish_reason is not None:
             assert event.stats is not None, "the last event carries stats"
             return Answer(
@@ -140,7 +143,9 @@ def _report(engine: Engine, finished: Answer, options: EngineOptions) -> dict[st
         "cache": {**asdict(finished.stats.cache), "horizon_p50": p50, "horizon_p95": p95},
         "timing": _timing(engine, finished),
         "sampling": asdict(finished.request.params),
-        "warnings": [{"code": code, "message": message} for code, message in facts.warnings],
+        "warnings": [
+            {"code": code, "message": message} for code, message in (*facts.warnings, *finished.stats.warnings)
+        ],
     }
 
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from trimkv_cli.engine.glance import Glancer
 from trimkv_cli.engine.memory import peak_bytes
 from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.recovery import Recovery, attempt
 from trimkv_cli.engine.request import Request
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.engine.session import RowState
@@ -76,6 +77,7 @@ class Engine:
         self._glancer = Glancer(runner.cache)
         self._evicted = 0
         self._progress: dict[str, _Progress] = {}
+        self._recovery = Recovery(runner, scheduler)
         self._counts = {"prefill_tokens": 0, "decode_tokens": 0, "shared_prefix_tokens": 0, "steps": 0}
         self._seconds = {Prefill: 0.0, Decode: 0.0}
 
@@ -101,7 +103,12 @@ class Engine:
 
     @property
     def stats(self) -> RunStats:
-        return RunStats(prefill_s=self._seconds[Prefill], decode_s=self._seconds[Decode], **self._counts)
+        return RunStats(
+            prefill_s=self._seconds[Prefill],
+            decode_s=self._seconds[Decode],
+            undone_steps=self._recovery.undone_steps,
+            **self._counts,
+        )
 
     @property
     def evicted(self) -> int:
@@ -195,15 +202,16 @@ class Engine:
         return time.perf_counter() - started if started else 0.0
 
     def step(self) -> list[TokenEvent]:
-        """Run one prefill batch and one decode batch, and return what they brought."""
-        for row in self._scheduler.admit():
-            self._progress[row.request.id].started = time.perf_counter()
-            self._runner.start(row)
-        events = [event for batch in self._scheduler.schedule() for event in self._run(batch)]
+        """Run one prefill batch and one decode batch, and return what they brought.
+
+        What runs out of memory is undone and tried again in a later step, smaller; a request that cannot be run alone
+        either ends with the finish reason "error", and the others go on.
+        """
+        events = [event for move in self._scheduler.resume() for event in self._move(*move)]
+        events += [event for row in self._scheduler.admit() for event in self._start(row)]
+        events += [event for batch in self._scheduler.schedule() for event in self._run(batch)]
         move = self._scheduler.compact() if self._compact else None
-        if move is not None:
-            self._runner.move(*move)
-        return events
+        return events if move is None else [*events, *self._move(*move)]
 
     def generate(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
         """Run requests as rows become free, pulling few ahead; yield events as they come."""
@@ -297,9 +305,26 @@ class Engine:
         assert self._runner.trace is not None, "start_trace comes first"
         return [torch.cat(steps, dim=2)[0].tolist() for steps in self._runner.trace]
 
+    def _move(self, source: int, target: int) -> list[TokenEvent]:
+        for _ in range(2):  # the source stays whole until all is copied
+            _, failure = attempt(lambda: self._runner.move(source, target))
+            if failure is None:
+                return []
+        return [self._give_up(self._scheduler.running[target], failure or "")]
+
+    def _start(self, row: Row) -> list[TokenEvent]:
+        self._progress[row.request.id].started = time.perf_counter()
+        for _ in range(2):
+            _, failure = attempt(lambda: self._runner.start(row))
+            if failure is None:
+                return []
+        return [self._give_up(row, failure or "")]
+
     def _run(self, batch: Prefill | Decode) -> list[TokenEvent]:
         started = time.perf_counter()
-        tokens = self._runner.run(batch)
+        tokens, failure = attempt(lambda: self._runner.run(batch))
+        if tokens is None:
+            return [self._give_up(row, failure or "") for row in self._recovery.undo(batch)]
         self._seconds[type(batch)] += time.perf_counter() - started
         self._counts["steps"] += 1
         if isinstance(batch, Prefill):
@@ -312,6 +337,7 @@ class Engine:
         """Append a token to its sequence and say what came of it."""
         request, progress = row.request, self._progress[row.request.id]
         row.output.append(token)
+        row.failures, row.saved = 0, None
         logprobs = () if row.logprob is None else (row.logprob,)
         if progress.first_token is None:
             progress.first_token = time.perf_counter()
@@ -341,8 +367,24 @@ class Engine:
             error=error if reason == "error" else None,
         )
 
-    def _finish(self, row: Row) -> RequestStats:
-        self._scheduler.finish(row)
+    def _give_up(self, row: Row, reason: str) -> TokenEvent:
+        """End a request that there is no memory for; what it had before its first token is as it was."""
+        detokenizer = self._progress[row.request.id].detokenizer
+        text = detokenizer.finish() if detokenizer is not None and row.output else ""
+        return TokenEvent(
+            request_id=row.request.id,
+            text=text,
+            finish_reason="error",
+            stats=self._finish(row, begun=bool(row.output)),
+            error=f"out of memory with everything else given up: {reason}",
+            error_code="out_of_memory",
+        )
+
+    def _finish(self, row: Row, *, begun: bool = True) -> RequestStats:
+        if begun:
+            self._scheduler.finish(row)
+        else:
+            self._scheduler.give_up(row)
         self._counts["shared_prefix_tokens"] += row.shared
         progress, now, cache = self._progress.pop(row.request.id), time.perf_counter(), self._runner.cache
         self._evicted += cache.evicted(row.index)
@@ -358,4 +400,5 @@ class Engine:
                 kept_per_head=cache.kept_per_head(row.index),
                 evicted=cache.evicted(row.index),
             ),
+            prefill_chunk=row.chunk,
         )

@@ -51,7 +51,26 @@ class ModelRunner:
         """Prepare a row for its request: empty unless it continues an earlier one."""
         if row.base == 0:
             self.cache.clear(row.index)
+        elif row.saved is None:
+            row.saved = self.cache.save_row(row.index)  # a prefill cannot be undone, only begun again from here
         self.sampler.set_row(row.index, row.request.params, (*row.history, *row.request.prompt_token_ids))
+
+    def restart(self, row: Row) -> None:
+        """Make a row what it was before anything of its request was fed."""
+        row.restart()
+        if row.saved is not None:
+            self.cache.load_row(row.index, row.saved, seen=row.base)
+        self.start(row)
+
+    def undo_decode(self, rows: Sequence[Row]) -> None:
+        """Take back a decode of these rows, however far it came, and what the sampler took from it."""
+        positions = [-1] * (rows[-1].index + 1)
+        for row in rows:
+            positions[row.index] = row.seen
+        self.cache.undo_decode(positions)
+        for row in rows:
+            self.sampler.set_row(row.index, row.request.params, (*row.history, *row.request.prompt_token_ids))
+            self.sampler.replay(row.index, row.output)
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence in row `source` go on in row `target`."""

@@ -82,6 +82,15 @@ class Penalties:
             assert self._made is not None
             self._made[index, tokens] += 1
 
+    def replay(self, row: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        """Count the output of a row that has just been started."""
+        ids = to_device(token_ids, self._device)
+        ones = torch.ones(len(ids), dtype=torch.int32, device=self._device)
+        if params.repetition_penalty != 1.0:
+            self._seen_of(row).index_add_(0, ids, ones)
+        if uses_output(params):
+            self._made_of(row).index_add_(0, ids, ones)
+
     def save(self, row: int, params: SamplingParams) -> RowCounts:
         """Copy what a row's penalties remember."""
         return RowCounts(

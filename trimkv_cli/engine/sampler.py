@@ -144,6 +144,13 @@ class Sampler:
             assert self._grammars is not None, "check comes first"
             self._matchers.put(row, self._grammars.matcher(params.grammar))
 
+    def replay(self, row: int, token_ids: Sequence[int]) -> None:
+        """Bring a row that `set_row` has just begun to where it was after choosing `token_ids`."""
+        self._step[row] = len(token_ids)
+        self._penalties.replay(row, self._host[row], token_ids)
+        for token in token_ids:
+            self._matchers.advance(row, token)
+
     def clear_row(self, row: int) -> None:
         """Make `row` idle: greedy, without a penalty."""
         self._write(row, _IDLE)

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trimkv_cli.engine.request import Request
 from trimkv_cli.events import TokenLogprob
@@ -32,6 +33,10 @@ class Row:
     output: list[int] = field(default_factory=list)
     logprob: TokenLogprob | None = None  # of the newest token, when the request asks for it
     long_rope: bool = False
+    chunk: int | None = None  # prompt tokens per chunk where memory forces fewer than for the others
+    failures: int = 0  # steps of this row alone that ran out of memory
+    before: Row | None = None  # what the request continues
+    saved: Any = None  # what the cache held of that, until the first token is out
 
     @property
     def seen(self) -> int:
@@ -47,6 +52,12 @@ class Row:
     def unread(self) -> tuple[int, ...]:
         """Prompt tokens not fed yet."""
         return self.request.prompt_token_ids[self.fed :]
+
+    def restart(self) -> None:
+        """Begin the request anew, as if nothing of it had been fed."""
+        self.fed = self.shared = 0
+        self.output.clear()
+        self.logprob = None
 
     @property
     def prefilling(self) -> bool:
@@ -111,15 +122,51 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Row] = {}
         self.parked: dict[str, Row] = {}  # kept for a continuation, by request id
+        self.suspended: deque[Row] = deque()  # begun, waiting for a row below the limit
+        self.row_limit = options.max_rows
+        self.prefill_rows = options.prefill_rows
         self._stored_prefix: tuple[int, ...] = ()
         self._passed_over = 0  # how often the first waiting request was
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.suspended)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+
+    def narrow(self, rows: int) -> None:
+        """Run at most `rows` rows from now on; those beyond wait where they are, with all that they have."""
+        self.row_limit = max(1, rows)
+        beyond = [row for index, row in sorted(self.running.items()) if index >= self.row_limit]
+        self.suspended.extend(beyond)
+        for row in beyond:
+            del self.running[row.index]
+
+    def narrow_prefill(self, rows: int) -> None:
+        """Read the prompts of at most `rows` rows together from now on."""
+        self.prefill_rows = max(1, rows)
+
+    def forget_prefix(self) -> None:
+        """Share the stored prefix with no later request."""
+        self._stored_prefix = ()
+
+    def resume(self) -> list[tuple[int, int]]:
+        """Let suspended rows run again while there are places; return how they move, as (source, target)."""
+        moves = []
+        if self.suspended and not self.running and self._free_index() is None:
+            self.row_limit = self.suspended[0].index + 1  # kept rows hold all lower places
+        while self.suspended:
+            row = self.suspended[0]
+            index = row.index if row.index < self.row_limit else self._free_index()
+            if index is None:
+                break
+            self.suspended.popleft()
+            if index != row.index:
+                moves.append((row.index, index))
+            row.index = index
+            self.running[index] = row
+        return moves
 
     def admit(self) -> list[Row]:
         """Move waiting requests into rows while there are any, and return those rows."""
@@ -168,9 +215,17 @@ class Scheduler:
 
     def finish(self, row: Row) -> None:
         """Free the row, or keep it when its request asks for that."""
-        del self.running[row.index]
+        self._remove(row)
+        row.saved = row.before = None
         if row.request.keep:
             self.parked[row.request.id] = row
+
+    def give_up(self, row: Row) -> None:
+        """Free the row of a request that failed before its first token; what it continues can be continued again."""
+        self._remove(row)
+        if row.before is not None and row.request.continues is not None:
+            row.before.index = row.index
+            self.parked[row.request.continues] = row.before
 
     def park(self, request: Request, *, history: tuple[int, ...], last_token: int | None, long_rope: bool) -> Row:
         """Give a request that has ended elsewhere a free row: `history` was fed, its prompt was not."""
@@ -183,7 +238,8 @@ class Scheduler:
 
     def find(self, request_id: str) -> Row | None:
         """Return the row in which a request runs."""
-        return next((row for row in self.running.values() if row.request.id == request_id), None)
+        begun = (*self.running.values(), *self.suspended)
+        return next((row for row in begun if row.request.id == request_id), None)
 
     def drop(self, request_id: str) -> None:
         """Forget a request wherever it is."""
@@ -191,12 +247,12 @@ class Scheduler:
         self.parked.pop(request_id, None)
         row = self.find(request_id)
         if row is not None:
-            del self.running[row.index]
+            self._remove(row)
 
     def compact(self) -> tuple[int, int] | None:
         """Move the highest row to a free lower place when nothing waits for that; return (source, target)."""
         free, top = self._free_index(), max(self.running, default=-1)
-        if self.waiting or self.parked or free is None or free > top:
+        if self.waiting or self.parked or self.suspended or free is None or free > top:
             return None
         row = self.running.pop(top)
         row.index = free
@@ -227,11 +283,18 @@ class Scheduler:
             base=before.seen,
             history=before.token_ids,
             long_rope=before.long_rope,
+            before=before,
         )
 
+    def _remove(self, row: Row) -> None:
+        if self.running.get(row.index) is row:
+            del self.running[row.index]
+        else:
+            self.suspended.remove(row)
+
     def _free_index(self) -> int | None:
-        taken = {*self.running, *(row.index for row in self.parked.values())}
-        return next((index for index in range(self.options.max_rows) if index not in taken), None)
+        taken = {*self.running, *(row.index for row in (*self.parked.values(), *self.suspended))}
+        return next((index for index in range(self.row_limit) if index not in taken), None)
 
     def _next_prefill(self, long_rope: bool) -> Prefill | None:
         chunks: list[Chunk] = []
@@ -272,7 +335,7 @@ class Scheduler:
 
     def _cut(self, row: Row, start: int) -> Chunk:
         """Cut the chunk that begins at prompt token `start`, to the next multiple of C, the prefix's end or the end."""
-        prompt, size = row.request.prompt_token_ids, self.options.prefill_chunk
+        prompt, size = row.request.prompt_token_ids, row.chunk or self.options.prefill_chunk
         ends = [len(prompt)]
         if size:
             ends.append((start // size + 1) * size)
@@ -283,7 +346,7 @@ class Scheduler:
     def _has_room(self, chunks: Sequence[Chunk], chunk: Chunk) -> bool:
         longest = max(len(c.token_ids) for c in (*chunks, chunk))
         count = len(chunks) + 1
-        return not chunks or (count <= self.options.prefill_rows and count * longest <= self.options.prefill_tokens)
+        return not chunks or (count <= self.prefill_rows and count * longest <= self.options.prefill_tokens)
 
     def _store_prefix(self, chunks: Sequence[Chunk]) -> tuple[tuple[int, int], ...]:
         """Keep one prefix that these chunks complete, for rows that come later."""

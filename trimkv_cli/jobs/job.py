@@ -199,7 +199,7 @@ class _Job:
         del self.running[event.request_id]
         if event.finish_reason not in ("stop", "length"):
             message = event.error or "the engine gave this request up"
-            self._fail(running, f"engine_{event.finish_reason}", message)
+            self._fail(running, event.error_code or f"engine_{event.finish_reason}", message)
         elif all(choice.finish_reason is not None for choice in running.choices.values()):
             self._succeed(running)
 

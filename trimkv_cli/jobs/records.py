@@ -99,9 +99,12 @@ class Recorder:
             "line": item.line,
             "seed": item.params.seed,
             "kv_budget": self.kv_budget,
-            "prefill_chunk": self.prefill_chunk,
+            "prefill_chunk": stats[0].prefill_chunk or self.prefill_chunk,
             "cache": asdict(stats[0].cache),
-            "warnings": [asdict(warning) for warning in item.warnings],
+            "warnings": [
+                *(asdict(warning) for warning in item.warnings),
+                *({"code": code, "message": message} for code, message in stats[0].warnings),
+            ],
         }
         if not self.reproducible:
             extra["timing"] = {
