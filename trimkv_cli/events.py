@@ -62,6 +62,17 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resized:
+    """What a change of the slots per head did."""
+
+    kv_budget_before: int
+    kv_budget: int
+    evicted: int  # (layer, head) slots lost, over all sequences
+    kv_bytes_before: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStats:
     """Sum up an engine since it was loaded."""
 

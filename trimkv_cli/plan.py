@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from trimkv_cli.errors import DoesNotFit
+from trimkv_cli.errors import DoesNotFit, UsageError
 from trimkv_cli.footprint import Part, Shape, Surroundings, footprint
 from trimkv_cli.solve import counter_offers, solve
 from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation
@@ -67,6 +67,54 @@ class Plan:
         return row - 8 * self.spec.num_kv_heads * sum(
             self.spec.slots(layer, context) for layer in range(self.spec.num_layers)
         )
+
+    def resized(self, kv_budget: int) -> Plan:
+        """Return this plan with other slots per head, everything else as it is.
+
+        Raises:
+            UsageError: no slot.
+            DoesNotFit: the budget does not hold it, or not what is there twice while the slots move.
+        """
+        if kv_budget < 1:
+            raise UsageError("a KV budget of 0 keeps no token", hint="give 1 slot per head or more")
+        plan = self._with_slots(kv_budget)
+        needed = max(self.total_bytes, plan.total_bytes) + self._moving_bytes(kv_budget)
+        if self.budget_bytes is not None and needed > self.budget_bytes:
+            most = self.slots_within(self.budget_bytes)
+            message = f"{kv_budget} slots per head need {format_size(needed)} while they change"
+            raise DoesNotFit(
+                f"{message}, and the budget is {format_size(self.budget_bytes)}",
+                hint=f"up to {most} slots per head fit" if most else "a larger --budget",
+            )
+        return plan
+
+    def slots_within(self, budget_bytes: int) -> int:
+        """Return the most slots per head that this plan, changed to them, needs no more than a budget for; 0 = none."""
+        low, high = 0, self.spec.max_positions
+        while low < high:
+            middle = (low + high + 1) // 2
+            needed = max(self.total_bytes, self._with_slots(middle).total_bytes) + self._moving_bytes(middle)
+            if middle <= self.kv_budget:  # what is there now leaves in the end
+                needed = self._with_slots(middle).total_bytes
+            low, high = (middle, high) if needed <= budget_bytes else (low, middle - 1)
+        return low
+
+    def _with_slots(self, kv_budget: int) -> Plan:
+        shape = Shape(
+            kv_budget=kv_budget,
+            prefill_chunk=self.prefill_chunk,
+            rows=self.rows,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+            quantize=self.quantize,
+        )
+        return replace(self, kv_budget=kv_budget, parts=footprint(self.spec, self.gate, shape, self.around))
+
+    def _moving_bytes(self, kv_budget: int) -> int:
+        """Count what is there twice: on a GPU a layer, on a CPU, where layers lie together, all keys."""
+        rows = max(self.rows, self.around.padded_rows) + (self.part_bytes("shared_prefix") > 0) + self.around.copies
+        row = self.spec.kv_bytes_per_row(min(kv_budget, self.kv_budget), DTYPE_BYTES[self.kv_dtype])
+        return rows * row // (self.spec.num_layers if self.device == "cuda" else 2)
 
     def ensure_fits(self) -> None:
         """Raise when the budget is too small.

@@ -48,6 +48,25 @@ class SlotPool:
         self.log_beta[:, row].fill_(-torch.inf)
         self.position[:, row].copy_(-1 - torch.arange(self.size + 1, dtype=torch.int32))
 
+    def resize(self, keep: Tensor, slots: int) -> None:
+        """Give every head `slots` slots: those that `keep` `[L, R, Hkv, ≤ slots]` names, then empty ones.
+
+        One tensor is replaced after the other, so that only one is there twice.
+        """
+        fresh = {"key": 0, "value": 0, "log_beta": -torch.inf, "position": 0}
+        for name, empty in fresh.items():
+            old: Tensor = getattr(self, name)
+            made = old.new_full((*old.shape[:3], slots + 1, *old.shape[4:]), empty)
+            if name == "position":
+                made.copy_(-1 - torch.arange(slots + 1, dtype=torch.int32))
+            index = keep[..., None].expand(*keep.shape, old.shape[4]) if old.dim() == 5 else keep
+            made[:, :, :, : keep.shape[3]] = old.gather(3, index)
+            setattr(self, name, made)
+        heads = self.slot.numel()
+        self._first = torch.arange(heads).view(self.slot.shape) * (slots + 1)
+        self.slot.zero_()
+        self.size = slots
+
     def slots(self, layer: int) -> Slots:
         """Return the slots of one layer, as a view."""
         return Slots(*(tensor[layer, :, :, : self.size] for tensor in self._tensors))

@@ -195,6 +195,17 @@ def _evict_chunk(
     slots.position[at] = positions[row, token].to(torch.int32)
 
 
+def best(slots: Slots, count: int, *, seen: Tensor, window: int | None) -> Tensor:
+    """Choose the `count` slots of each head to keep when there shall be no more: `[R, Hkv, count]` int64, ascending.
+
+    `seen` `[R]` int32 is how many tokens each row has been fed. Empty slots go first, and those kept stay behind the
+    others.
+    """
+    now = seen[:, None, None] - 1
+    rank = _rank(_scores(slots.log_beta, slots.position, now, window), slots.position)
+    return rank.topk(count, dim=2, largest=False).indices.sort(dim=2).values
+
+
 def survivors(
     log_beta: Tensor, positions: Tensor, slots: Slots, *, rows: Tensor, fill: int, window: int | None
 ) -> Tensor:

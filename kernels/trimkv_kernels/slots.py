@@ -49,9 +49,17 @@ class Slots(NamedTuple):
         """Return a view of the first `count` slots of every head."""
         return Slots(*(tensor.narrow(2, 0, count) for tensor in self))
 
+    def taken(self, index: Tensor) -> Slots:
+        """Return a copy of the slots at `index` `[R, Hkv, N]` only."""
+        return Slots(*(_take(tensor, index) for tensor in self))
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self)
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    return tensor.gather(2, index[..., None].expand(*index.shape, tensor.shape[3]) if tensor.dim() == 4 else index)
 
 
 class Journal(NamedTuple):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
 from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
+from trimkv_kernels.reference import best
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class RetentionCache:
     ) -> None:
         self.kv_budget = kv_budget
         self.seen = [0] * rows
+        self._missing = [[0] * rows for _ in windows]  # of the tokens seen, those lost while there were fewer slots
         shape: dict[str, Any] = {"rows": rows, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
-        sizes = [kv_budget if window is None else min(kv_budget, window) for window in windows]
+        sizes = [_size(kv_budget, window) for window in windows]
         operations = operations_for(device)
         self.pools = _make_pools(windows, sizes, shape) if device.type == "cpu" else {}
         self.layers: list[LayerCache] = []
@@ -65,6 +68,45 @@ class RetentionCache:
                 slots = Slots.empty(slots=size, device=device, **shape)
                 layer = LayerCache(slots, Journal.beside(slots), window, operations)
             self.layers.append(layer)
+
+    def held(self, row: int) -> int:
+        """Return a number of tokens of which every layer with slots for so many holds all."""
+        return self.seen[row] - max(missing[row] for missing in self._missing)
+
+    def resize(self, kv_budget: int, rows: Sequence[int] = ()) -> int:
+        """Change the slots per head of all layers; return how many tokens of `rows` this evicts, over layers and heads.
+
+        Fewer slots keep the best by score as it is now; more begin empty. Only one layer, on a CPU one tensor of the
+        layers that lie together, is there twice at a time.
+        """
+        lost = 0
+        for index, layer in enumerate(self.layers):
+            size = _size(kv_budget, layer.window)
+            used = [self._used(row, index) for row in range(len(self.seen))]
+            lost += sum(max(0, used[row] - size) for row in rows) * layer.slots.position.shape[1]
+            if size > layer.size:
+                self._missing[index] = [seen - n for seen, n in zip(self.seen, used, strict=True)]
+            if layer.pool is None and size != layer.size:
+                self.layers[index] = _resized(layer, size, self._seen_tensor())
+        for pool in self.pools.values():
+            self._resize_pool(pool, _size(kv_budget, pool.window))
+        self.kv_budget = kv_budget
+        return lost
+
+    def _resize_pool(self, pool: SlotPool, size: int) -> None:
+        if size == pool.size:
+            return
+        count, seen = min(size, pool.size), self._seen_tensor()
+        places = [layer.pool[1] for layer in self.layers if layer.pool is not None and layer.pool[0] is pool]
+        keep = [best(pool.slots(place), count, seen=seen, window=pool.window) for place in places]
+        pool.resize(torch.stack(keep), size)
+        for index, layer in enumerate(self.layers):
+            if layer.pool is not None and layer.pool[0] is pool:
+                place = layer.pool[1]
+                self.layers[index] = replace(layer, slots=pool.slots(place), journal=pool.journal(place))
+
+    def _seen_tensor(self) -> Tensor:
+        return torch.tensor(self.seen, dtype=torch.int32).to(self.layers[0].slots.position.device)
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +131,8 @@ class RetentionCache:
     def clear(self, row: int) -> None:
         """Forget everything in `row`."""
         self.seen[row] = 0
+        for missing in self._missing:
+            missing[row] = 0
         for pool in self.pools.values():
             pool.clear(row)
         for layer in (layer for layer in self.layers if layer.pool is None):
@@ -97,6 +141,8 @@ class RetentionCache:
     def copy(self, source: int, target: int) -> None:
         """Make `target` an exact copy of `source`."""
         self.seen[target] = self.seen[source]
+        for missing in self._missing:
+            missing[target] = missing[source]
         for layer in self.layers:
             for tensor in layer.slots:
                 tensor[target].copy_(tensor[source])
@@ -104,16 +150,19 @@ class RetentionCache:
     def save_row(self, row: int) -> tuple[Slots, ...]:
         """Copy the slots in use of `row` to host memory, `[1, Hkv, slots in use, …]` per layer."""
         return tuple(
-            Slots(*(tensor.to("cpu", copy=True) for tensor in layer.slots.rows(row, 1).head(self._used(row, layer))))
-            for layer in self.layers
+            Slots(*(tensor.to("cpu", copy=True) for tensor in layer.slots.rows(row, 1).head(self._used(row, index))))
+            for index, layer in enumerate(self.layers)
         )
 
     def load_row(self, row: int, layers: Sequence[Slots], *, seen: int) -> None:
-        """Make `row` what `save_row` copied when it had seen `seen` tokens."""
+        """Make `row` what `save_row` copied when it had seen `seen` tokens; of more than there are slots, the best."""
         self.clear(row)
         self.seen[row] = seen
-        for layer, saved in zip(self.layers, layers, strict=True):
-            target = layer.slots.rows(row, 1).head(saved.position.shape[2])
+        for layer, missing, kept in zip(self.layers, self._missing, layers, strict=True):
+            saved = _at_most(kept, layer, seen)
+            count = saved.position.shape[2]
+            missing[row] = seen - count if count < layer.size else 0
+            target = layer.slots.rows(row, 1).head(count)
             for old, new in zip(target, saved, strict=True):
                 old.copy_(new)
 
@@ -141,6 +190,18 @@ class RetentionCache:
             layer.slots.log_beta[row].masked_fill_(mask, torch.inf)
         return sum(int(mask.sum()) for mask in chosen)
 
+    def check_pins(self, kv_budget: int, rows: Sequence[int]) -> None:
+        """Raise when some head of `rows` has so many pinned tokens that a size leaves no slot for others.
+
+        Raises:
+            UsageError: that size.
+        """
+        for layer in self.layers:
+            pinned = (layer.slots.log_beta[list(rows)] == torch.inf).sum(-1)
+            most = int(pinned.max()) if rows else 0
+            if most >= _size(kv_budget, layer.window):
+                raise UsageError(f"{most} tokens are pinned: {kv_budget} slots per head leave none to the others")
+
     def ages(self, row: int) -> torch.Tensor:
         """Return the ages in tokens of all that `row` keeps, in ascending order, in host memory."""
         positions = torch.cat([layer.slots.position[row].flatten() for layer in self.layers]).cpu()
@@ -153,15 +214,40 @@ class RetentionCache:
 
     def kept_per_head(self, row: int) -> int:
         """Return the slots in use per head of the largest layer."""
-        return max(self._used(row, layer) for layer in self.layers)
+        return max(self._used(row, index) for index in range(len(self.layers)))
 
     def evicted(self, row: int) -> int:
         """Count the tokens lost so far, over all layers and heads."""
         heads = self.layers[0].slots.position.shape[1]
-        return sum(self.seen[row] - self._used(row, layer) for layer in self.layers) * heads
+        return sum(self.seen[row] - self._used(row, index) for index in range(len(self.layers))) * heads
 
-    def _used(self, row: int, layer: LayerCache) -> int:
-        return min(self.seen[row], layer.size)
+    def _used(self, row: int, index: int) -> int:
+        return min(self.seen[row] - self._missing[index][row], self.layers[index].size)
+
+
+def _size(kv_budget: int, window: int | None) -> int:
+    return kv_budget if window is None else min(kv_budget, window)
+
+
+def _resized(layer: LayerCache, size: int, seen: Tensor) -> LayerCache:
+    """Return a layer with another number of slots, which holds the best of the old ones."""
+    old, count = layer.slots, min(size, layer.size)
+    taken = old.taken(best(old, count, seen=seen, window=layer.window)) if count < layer.size else old
+    rows, heads, _, head_dim = old.key.shape
+    made = Slots.empty(
+        rows=rows, num_kv_heads=heads, slots=size, head_dim=head_dim, dtype=old.key.dtype, device=old.key.device
+    )
+    for new, kept in zip(made.head(count), taken, strict=True):
+        new.copy_(kept)
+    return replace(layer, slots=made, journal=Journal.beside(made))
+
+
+def _at_most(saved: Slots, layer: LayerCache, seen: int) -> Slots:
+    """Return the best of a saved row that a layer has slots for."""
+    if saved.position.shape[2] <= layer.size:
+        return saved
+    fed = torch.tensor([seen], dtype=torch.int32)
+    return saved.taken(best(saved, layer.size, seen=fed, window=layer.window))
 
 
 def _make_pools(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from trimkv_cli.engine.request import Request
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.engine.session import RowState
 from trimkv_cli.engine.text import Detokenizer, Text
-from trimkv_cli.errors import ContextOverflow, UsageError
-from trimkv_cli.events import CacheStats, FinishReason, Glance, RequestStats, RunStats, TokenEvent
+from trimkv_cli.errors import ContextOverflow, OutOfDeviceMemory, UsageError
+from trimkv_cli.events import CacheStats, FinishReason, Glance, RequestStats, Resized, RunStats, TokenEvent
 from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan
 from trimkv_cli.retained import Retained
@@ -290,6 +290,49 @@ class Engine:
         detokenizer = self._progress[request_id].detokenizer
         text = detokenizer.finish() if detokenizer is not None else ""
         return TokenEvent(request_id=request_id, text=text, finish_reason="abort", stats=self._finish(row))
+
+    def resize(self, kv_budget: int) -> Resized:
+        """Change the slots per head while requests run or are kept; these go on with what the new size holds.
+
+        Fewer slots evict by score, as it is now; more begin empty. From then on results are those of the new size.
+
+        Raises:
+            UsageError: no slot at all, or none beside pinned tokens.
+            DoesNotFit: more than the budget holds, old and new of what is moved at once counted.
+            ContextOverflow: fewer than a full cache, which may evict nothing, holds already.
+            OutOfDeviceMemory: there was not enough memory after all; the size stays as it was.
+        """
+        before, bytes_before, rows = self.facts.plan, self.kv_bytes, self._scheduler.begun
+        plan = before.resized(kv_budget)
+        self._check_full_cache(kv_budget, rows)
+        self._runner.cache.check_pins(kv_budget, [row.index for row in rows])
+        evicted, failure = attempt(lambda: self._runner.resize(kv_budget, rows))
+        if evicted is None:
+            self._runner.resize(before.kv_budget, rows)
+            raise OutOfDeviceMemory(f"no memory for {kv_budget} slots per head: {failure}", hint="try fewer slots")
+        self._scheduler.forget_prefix()
+        self.facts = replace(self.facts, plan=plan)
+        self.fingerprint = {**self.fingerprint, "kv_budget": str(kv_budget)}
+        return Resized(
+            kv_budget_before=before.kv_budget,
+            kv_budget=kv_budget,
+            evicted=evicted,
+            kv_bytes_before=bytes_before,
+            kv_bytes=self.kv_bytes,
+        )
+
+    def _check_full_cache(self, kv_budget: int, rows: Sequence[Row]) -> None:
+        needed = max((self._tokens_at_end(row) for row in rows), default=0)
+        if self.facts.gate.variant == "none" and needed > kv_budget:
+            raise ContextOverflow(
+                f"a full cache of {kv_budget} slots cannot hold the {needed} tokens of what runs or is kept",
+                hint=f"{needed} slots or more, or gates: --gates streaming",
+            )
+
+    def _tokens_at_end(self, row: Row) -> int:
+        if self._scheduler.parked.get(row.request.id) is row:
+            return row.seen
+        return row.base + len(row.request.prompt_token_ids) + row.request.params.max_tokens - 1
 
     def close(self) -> None:
         """Take the gates out of the model, so that another engine can be assembled around it; this one is done."""

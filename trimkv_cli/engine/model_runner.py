@@ -72,6 +72,10 @@ class ModelRunner:
             self.sampler.set_row(row.index, row.request.params, (*row.history, *row.request.prompt_token_ids))
             self.sampler.replay(row.index, row.output)
 
+    def resize(self, kv_budget: int, rows: Sequence[Row]) -> int:
+        """Change the slots per head; return how many tokens of `rows` this evicts, over layers and heads."""
+        return self.cache.resize(kv_budget, [row.index for row in rows])
+
     def move(self, source: int, target: int) -> None:
         """Let the sequence in row `source` go on in row `target`."""
         self.cache.copy(source, target)
@@ -129,16 +133,17 @@ class ModelRunner:
         for row in batch.rows:
             ids[row.index], positions[row.index] = row.output[-1], row.seen
         seen = [row.seen for row in batch.rows]
+        held = min(self.cache.held(row.index) for row in batch.rows)
         position = self._tensor(positions, torch.int32)
         if self._decoder is not None:
             self._rotate(long=batch.rows[0].long_rope)
-            dense = min(seen) >= self.cache.kv_budget
+            dense = held >= self.cache.kv_budget
             logits, log_beta = self._decoder.step(self._tensor(ids, torch.int64), position, dense=dense)
             for layer, traced in enumerate(self.trace or ()):
                 traced.append(log_beta[layer, :, :, None])
         else:
             longest = sys.maxsize if self._decode_rows else max(seen)
-            step = Step(positions=position[:, None], rows=None, longest=longest, shortest=min(seen))
+            step = Step(positions=position[:, None], rows=None, longest=longest, shortest=held)
             logits = self._forward(self._tensor(ids, torch.int64)[:, None], step, long_rope=batch.rows[0].long_rope)
         for row in batch.rows:
             self.cache.seen[row.index] += 1

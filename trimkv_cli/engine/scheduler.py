@@ -151,6 +151,11 @@ class Scheduler:
         """Share the stored prefix with no later request."""
         self._stored_prefix = ()
 
+    @property
+    def begun(self) -> list[Row]:
+        """All rows that hold something of a request: running, suspended or kept."""
+        return [*self.running.values(), *self.suspended, *self.parked.values()]
+
     def resume(self) -> list[tuple[int, int]]:
         """Let suspended rows run again while there are places; return how they move, as (source, target)."""
         moves = []

@@ -1,0 +1,137 @@
+"""Slots per head that change while requests run: nothing is lost but what the new size cannot hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engines import Shape, greedy, make_engine, run
+
+TinyModel = Callable[..., Any]
+LONG = [3 + 7 * n % 90 for n in range(70)]
+
+
+def start(engine: Engine, request: Any, steps: int) -> list[int]:
+    engine.add(request)
+    return [token for _ in range(steps) for event in engine.step() for token in event.token_ids]
+
+
+def finish(engine: Engine) -> list[int]:
+    tokens = []
+    while engine.has_work:
+        tokens += [token for event in engine.step() for token in event.token_ids]
+    return tokens
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_fewer_slots_keep_the_best_by_score(family: str, tiny_model: TinyModel) -> None:
+    """Catches the newest or the first slots kept instead of the best, and a wrong count of what went."""
+    engine = make_engine(tiny_model(family), Shape(kv_budget=24, rows=3, gate="random", prefill_chunk=16))
+    run(engine, [greedy("a", LONG, 5, keep=True)])
+    held = engine.retained("a")
+    done = engine.resize(9)
+    expected = 0
+    for layer, kept in zip(held.layers, engine.kept("a"), strict=True):
+        size = 9 if layer.window is None else min(9, layer.window)
+        for head, positions in zip(layer.heads, kept, strict=True):
+            scores = {p: b * (held.seen + 1 - p) for p, b in zip(head.positions, head.log_beta, strict=True)}
+            best = sorted(scores, key=lambda p: (-scores[p], p))[:size]
+            assert [p for p in positions if p in scores] == sorted(best)
+            expected += (24 if layer.window is None else min(24, layer.window)) - size
+    assert (done.kv_budget_before, done.kv_budget, done.evicted) == (24, 9, expected)
+    assert done.kv_bytes == engine.kv_bytes < done.kv_bytes_before
+    assert engine.facts.plan.kv_budget == 9
+    assert engine.fingerprint["kv_budget"] == "9"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma3"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_more_slots_change_nothing_while_nothing_was_evicted(
+    family: str, deterministic: bool, tiny_model: TinyModel
+) -> None:
+    """Catches slots that move wrongly, and new ones that are taken for full."""
+    shape = Shape(kv_budget=100, rows=2, gate="random", deterministic=deterministic)
+    want = run(make_engine(tiny_model(family), shape), [greedy("a", LONG, 20)])["a"]
+    engine = make_engine(tiny_model(family), replace(shape, kv_budget=80))
+    got = start(engine, greedy("a", LONG, 20), 6)
+    assert engine.resize(100).evicted == 0
+    assert got + finish(engine) == want
+
+
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+@given(sizes=st.lists(st.integers(3, 40), min_size=1, max_size=4), steps=st.integers(1, 12))
+def test_sequences_go_on_through_any_changes_of_size(tiny_model: TinyModel, sizes: list[int], steps: int) -> None:
+    """Catches a fill that is taken for the number of tokens seen after a cache has grown."""
+    engine = make_engine(tiny_model("gemma3"), Shape(kv_budget=16, rows=2, gate="random", prefill_chunk=16))
+    engine.add(greedy("b", LONG[:9], 30, keep=True))
+    start(engine, greedy("a", LONG, 30, keep=True), steps)
+    for size in sizes:
+        engine.resize(size)
+        for _ in range(3):
+            engine.step()
+    finish(engine)
+    for key in "ab":
+        for layer, heads in zip(engine.retained(key).layers, engine.kept(key), strict=True):
+            for head in heads:
+                assert len(head) == len(set(head)) <= layer.slots
+                assert head[-1] < engine.seen(key)
+    cache = engine._runner.cache
+    for row in engine._scheduler.parked.values():
+        for index, layer in enumerate(cache.layers):
+            in_use = (layer.slots.position[row.index] >= 0).sum(dim=-1)
+            assert torch.equal(in_use, torch.full_like(in_use, cache._used(row.index, index)))
+    engine.close()
+
+
+def test_a_saved_turn_can_be_restored_into_another_size(tiny_model: TinyModel) -> None:
+    """Catches an undo that fails, or holds more than there are slots, after the size was changed."""
+    engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
+    run(engine, [greedy("a", LONG, 5, keep=True)])
+    saved, kept = engine.save("a"), engine.kept("a")
+    for size in (30, 9):
+        engine.resize(size)
+        engine.release("a")
+        engine.restore(saved, "a")
+        for before, now in zip(kept, engine.kept("a"), strict=True):
+            for all_of, some in zip(before, now, strict=True):
+                assert len(some) == min(24, size)
+                assert set(some) <= set(all_of)
+    run(engine, [greedy("b", (1, 2, 3), 5, continues="a")])
+
+
+def test_a_size_that_cannot_be_is_refused_before_anything_changes(tiny_model: TinyModel) -> None:
+    """Catches tokens lost for a size that is then refused."""
+    full = make_engine(tiny_model("qwen3"), Shape(kv_budget=96, rows=1))
+    run(full, [greedy("a", LONG, 5, keep=True)])
+    kept = full.kept("a")
+    with pytest.raises(ContextOverflow, match="cannot hold"):
+        full.resize(50)
+    with pytest.raises(UsageError, match="keeps no token"):
+        full.resize(0)
+    talk = make_engine(tiny_model("qwen3"), Shape(kv_budget=24, rows=1, gate="random"))
+    run(talk, [greedy("a", LONG[:20], 5, keep=True)])
+    talk.pin("a", range(9))
+    with pytest.raises(UsageError, match="9 tokens are pinned"):
+        talk.resize(9)
+    talk.resize(10)
+    assert all(set(range(9)) <= set(head) for layer in talk.kept("a") for head in layer)
+    plan = full.facts.plan
+    full.facts = replace(full.facts, plan=replace(plan, budget_bytes=plan.total_bytes + plan.kv_bytes_per_row // 2))
+    with pytest.raises(DoesNotFit) as caught:
+        full.resize(400)
+    most = int(str(caught.value.hint).split()[2])
+    assert full.kept("a") == kept
+    full.resize(most)
+    assert full.kept("a") == kept
