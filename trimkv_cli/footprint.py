@@ -10,6 +10,7 @@ from trimkv_cli.weights import weight_bytes
 
 _SAMPLER_BYTES = 72  # per logit: float32 scores, 64-bit weights, sorted copies with indices, sums, counts
 _EVICTION_BYTES = 64  # per candidate: score, rank, order and their intermediates
+_RANK_BYTES = 4  # per slot, where positions are given anew
 _SCORE_BYTES = 16  # per query and key: mask, logits, probabilities in float32
 
 
@@ -35,6 +36,7 @@ class Surroundings:
     counts_runtime: bool
     snapshots: int = 0
     copies: int = 0
+    rebases: bool = False
     machine: Machine = field(default_factory=Machine)
 
     @property
@@ -56,12 +58,14 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
     rows = max(shape.rows, around.padded_rows)
     row_bytes = spec.kv_bytes_per_row(shape.kv_budget, DTYPE_BYTES[shape.kv_dtype])
     journal_bytes = spec.journal_bytes_per_row(DTYPE_BYTES[shape.kv_dtype])
+    rank_bytes = spec.num_layers * spec.num_kv_heads * shape.kv_budget * _RANK_BYTES
     shares_prefix = shape.rows > 1 and shape.prefill_chunk > 0
     parts = [
         Part("weights", weight_bytes(spec, shape.dtype, shape.quantize, packs_nf4=around.packs_nf4)),
         Part("gates", gate_bytes(spec, gate, shape.dtype)),
         Part("kv", rows * row_bytes),
         Part("shared_prefix", row_bytes if shares_prefix else 0),
+        Part("rebase", (rows + shares_prefix) * rank_bytes if around.rebases else 0),
         Part("journal", (rows + shares_prefix) * journal_bytes),
         Part("workspace", workspace_bytes(spec, shape, around)),
     ]

@@ -51,6 +51,7 @@ class PlanOptions:
     snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
     copies: int = 0  # more rows that keep a prefix for others
     machine: Machine = field(default_factory=Machine)
+    rebases: bool = False  # sequences may outgrow the model's positions
     padded_rows: int = 0  # rows that every decode has, whatever runs
     command: str = "trimkv plan"
 
@@ -164,6 +165,7 @@ def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
             counts_runtime=options.budget is not None,
             snapshots=options.snapshots,
             copies=options.copies,
+            rebases=options.rebases,
             machine=options.machine,
         ),
         budget_bytes=options.budget,

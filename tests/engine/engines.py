@@ -41,10 +41,13 @@ class Shape:
     gate: str = "none"  # none, streaming or random
     deterministic: bool = False
     eos: frozenset[int] = frozenset()
+    rebases: bool = False
 
 
 def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
-    options = PlanOptions(kv_budget=shape.kv_budget, prefill_chunk=shape.prefill_chunk, max_inflight=shape.rows)
+    options = PlanOptions(
+        kv_budget=shape.kv_budget, prefill_chunk=shape.prefill_chunk, max_inflight=shape.rows, rebases=shape.rebases
+    )
     return make_plan(spec, gate, options)
 
 
@@ -69,7 +72,15 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
         load_s=0.0,
         pins=pins,
     )
-    return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, deterministic=shape.deterministic)
+    return assemble(
+        model,
+        list(gates),
+        facts,
+        text=text,
+        kv_dtype=torch.float32,
+        deterministic=shape.deterministic,
+        rebases=shape.rebases,
+    )
 
 
 def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:

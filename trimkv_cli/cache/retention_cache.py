@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimkv_cli.cache.rebase import Rebase
 from trimkv_cli.errors import UsageError
 from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
 from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
@@ -53,6 +54,7 @@ class RetentionCache:
         device: torch.device,
     ) -> None:
         self.kv_budget = kv_budget
+        self.rebase: Rebase | None = None  # set where sequences may outgrow the model's positions
         self.seen = [0] * rows
         self._missing = [[0] * rows for _ in windows]  # of the tokens seen, those lost while there were fewer slots
         shape: dict[str, Any] = {"rows": rows, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
@@ -110,7 +112,8 @@ class RetentionCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.slots.nbytes for layer in self.layers)
+        ranks = 0 if self.rebase is None else self.rebase.nbytes
+        return sum(layer.slots.nbytes for layer in self.layers) + ranks
 
     @property
     def journal_nbytes(self) -> int:
@@ -137,6 +140,8 @@ class RetentionCache:
             pool.clear(row)
         for layer in (layer for layer in self.layers if layer.pool is None):
             layer.slots.rows(row, 1).clear()
+        if self.rebase is not None:
+            self.rebase.clear(row)
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` an exact copy of `source`."""
@@ -146,6 +151,8 @@ class RetentionCache:
         for layer in self.layers:
             for tensor in layer.slots:
                 tensor[target].copy_(tensor[source])
+        if self.rebase is not None:
+            self.rebase.copy(source, target)
 
     def save_row(self, row: int) -> tuple[Slots, ...]:
         """Copy the slots in use of `row` to host memory, `[1, Hkv, slots in use, …]` per layer."""

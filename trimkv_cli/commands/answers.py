@@ -68,9 +68,7 @@ def open_engine(options: EngineOptions, *, quiet: bool) -> Engine:
     The model is found before torch is imported, so that a wrong name is said at once.
     """
     if options.on_overflow == "map-reduce":
-        raise UsageError("--on-overflow map-reduce is for trimkv summarize", hint="--on-overflow error")
-    if options.on_overflow == "rebase":
-        raise UsageError("--on-overflow rebase is not there yet", hint="trimkv summarize --on-overflow map-reduce")
+        raise UsageError("--on-overflow map-reduce is for trimkv summarize", hint="--on-overflow rebase")
     from trimkv_cli.engine.sources import find_source
 
     source = find_source(options, weights=True)

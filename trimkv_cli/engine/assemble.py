@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from trimkv_cli.cache.attention import install
 from trimkv_cli.cache.long_rope import LongRope
+from trimkv_cli.cache.rebase import make_rebase
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.decoder import Decoder
 from trimkv_cli.engine.engine import Engine, EngineFacts
@@ -32,11 +33,13 @@ def assemble(
     kv_dtype: torch.dtype,
     deterministic: bool = False,
     prefill_tokens: int | None = None,
+    rebases: bool = False,
 ) -> Engine:
     """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
 
     The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
-    bounds rows × chunk of one prefill, by default one chunk. A model serves one engine at a time: close it before the
+    bounds rows × chunk of one prefill, by default one chunk. With `rebases` sequences may outgrow the model's
+    positions. A model serves one engine at a time: close it before the
     next is assembled.
     """
     plan, spec = facts.plan, facts.spec
@@ -52,6 +55,9 @@ def assemble(
         dtype=kv_dtype,
         device=model.device,
     )
+    if rebases:
+        slots = [layer.slots for layer in cache.layers]
+        cache.rebase = make_rebase(model, slots, plan=plan, positions=facts.max_positions)
     config: Any = model.config
     grammars = None if text is None else Grammars(text.tokenizer, facts.eos_token_ids)
     runner = ModelRunner(
@@ -60,7 +66,7 @@ def assemble(
         Sampler(rows, spec.vocab_size, model.device, grammars),
         decode_rows=DETERMINISTIC_ROWS if deterministic else None,
         long_rope=LongRope(model) if LongRope.used_by(config) else None,
-        decoder=None if deterministic else Decoder.of(model, gates, cache, sinks=facts.pins.sinks),
+        decoder=None if deterministic or rebases else Decoder.of(model, gates, cache, sinks=facts.pins.sinks),
         pins_system=facts.pins.system,
     )
     scheduler = Scheduler(

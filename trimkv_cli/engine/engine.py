@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -158,7 +159,7 @@ class Engine:
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
         asked = f"{before + len(ids)} prompt tokens + {request.params.max_tokens} to generate"
-        if needed > facts.max_positions:
+        if needed > self._positions:
             own = facts.spec.max_positions
             allowed = "" if facts.max_positions >= own else f" (its own: {own})"
             raise ContextOverflow(
@@ -176,8 +177,13 @@ class Engine:
     def room(self, request: Request) -> int:
         """Return how many tokens may follow the request's prompt; below 1 when the prompt alone is too long."""
         facts = self.facts
-        limit = min(facts.max_positions, facts.plan.kv_budget) if facts.gate.variant == "none" else facts.max_positions
+        limit = min(self._positions, facts.plan.kv_budget) if facts.gate.variant == "none" else self._positions
         return limit - self._tokens_before(request) - len(request.prompt_token_ids) + 1
+
+    @property
+    def _positions(self) -> int:
+        """How long a sequence may become: without an end where positions are given anew."""
+        return self.facts.max_positions if self._runner.cache.rebase is None else sys.maxsize
 
     def _tokens_before(self, request: Request) -> int:
         parked = self._scheduler.parked.get(request.continues or "")
@@ -254,8 +260,10 @@ class Engine:
     def save(self, request_id: str) -> RowState:
         """Copy what such a request left, so that what comes after it can be undone; its row stays as it is."""
         row = self._scheduler.parked[request_id]
+        rebase = self._runner.cache.rebase
         return RowState(
             layers=self._runner.cache.save_row(row.index),
+            rebased=None if rebase is None else rebase.save(row.index),
             token_ids=row.token_ids,
             unread=row.unread,
             last_token=row.output[-1] if row.output else None,
@@ -272,6 +280,8 @@ class Engine:
             request, history=state.token_ids, last_token=state.last_token, long_rope=state.long_rope
         )
         self._runner.cache.load_row(row.index, state.layers, seen=row.seen)
+        if state.rebased is not None and self._runner.cache.rebase is not None:
+            self._runner.cache.rebase.load(row.index, state.rebased)
 
     def horizon(self, request_id: str) -> tuple[int, int]:
         """Return the median and the 95th percentile of the age, in tokens, of what such a request left in the cache."""

@@ -65,6 +65,7 @@ def load_source(source: Source, options: EngineOptions) -> Engine:
         text=parts.text,
         kv_dtype=parts.kv_dtype,
         deterministic=options.deterministic,
+        rebases=options.on_overflow == "rebase",
     )
 
 

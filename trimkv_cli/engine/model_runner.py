@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ class ModelRunner:
     def _prefill(self, batch: Prefill) -> list[tuple[Row, int]]:
         for source, target in batch.copy_before:
             self.cache.copy(source, target)
+        self._make_room((chunk.row, len(chunk.token_ids)) for chunk in batch.chunks)
         length = max(len(chunk.token_ids) for chunk in batch.chunks)
         # Padding stands on the left, so that the last column is every row's newest token; positions say what is
         # padding.
@@ -128,6 +129,7 @@ class ModelRunner:
         return self._tensor([row.request.prefix_len if row.base == 0 else 0 for row in rows], torch.int32)
 
     def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
+        self._make_room((row, 1) for row in batch.rows)
         count = self._decode_rows or batch.rows[-1].index + 1
         ids, positions = [0] * count, [-1] * count
         for row in batch.rows:
@@ -155,7 +157,7 @@ class ModelRunner:
         positions = step.positions
         output = self._model(
             input_ids=ids,
-            position_ids=positions.clamp(min=0).long(),
+            position_ids=self._stand(step),
             attention_mask=positions[:, None, None],  # 4D: transformers makes no mask of its own
             past_key_values=RetentionView(self.cache, step, self.trace),
             use_cache=True,
@@ -167,6 +169,17 @@ class ModelRunner:
     def _rotate(self, *, long: bool) -> None:
         if self._long_rope is not None:
             self._long_rope.use(long=long)
+
+    def _make_room(self, fed: Iterable[tuple[Row, int]]) -> None:
+        """Give what rows keep new positions where the next tokens would pass the model's."""
+        if self.cache.rebase is not None:
+            for row, tokens in fed:
+                self.cache.rebase.make_room(row.index, seen=self.cache.seen[row.index], tokens=tokens)
+
+    def _stand(self, step: Step) -> Tensor:
+        """Return the positions `[B, T]` that the model sees."""
+        positions = step.positions.clamp(min=0).long()
+        return positions if self.cache.rebase is None else self.cache.rebase.stand(positions, step.rows)
 
     def _sample(self, logits: Tensor, places: Sequence[tuple[int, Row]]) -> list[tuple[Row, int]]:
         """Sample the rows of the batch that have a next token, each from its place in `logits`."""

@@ -38,6 +38,11 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
     Raises:
         UsageError: the path cannot be written.
     """
+    if state.rebased is not None:
+        raise UsageError(
+            f"cannot write {path}: its tokens have other positions than their own",
+            hint="leave out --on-overflow rebase",
+        )
     tensors = {"token_ids": torch.tensor(state.token_ids, dtype=torch.int64)}
     for index, layer in enumerate(state.layers):
         tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in layer._asdict().items()}

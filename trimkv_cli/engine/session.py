@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimkv_cli.cache.rebase import RebasedRow
 from trimkv_kernels import Slots
 
 
@@ -19,6 +20,7 @@ class RowState:
     unread: tuple[int, ...]  # prompt tokens that a stopped request had not read
     last_token: int | None  # generated, not yet fed
     long_rope: bool
+    rebased: RebasedRow | None = None
 
     @property
     def nbytes(self) -> int:

@@ -85,6 +85,7 @@ class Source:
             machine=Machine.here(),
             device=device,
             padded_rows=padded_rows,
+            rebases=options.on_overflow == "rebase",
             command=f"trimkv plan {self.name or self.model_id}",
         )
 
