@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_module
-from dataclasses import replace
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimkv_cli.commands.chunks import ChunkWriter
+from trimkv_cli.commands.code_blocks import first_code_block
+from trimkv_cli.commands.completion import complete_template
 from trimkv_cli.commands.options import (
     Json,
     Live,
@@ -22,14 +24,56 @@ from trimkv_cli.commands.options import (
     with_options,
 )
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
-from trimkv_cli.errors import UsageError
+from trimkv_cli.errors import TrimkvError, UsageError
+from trimkv_cli.ui.plain import to_json
+
+if TYPE_CHECKING:
+    from trimkv_cli.commands.answers import Answer
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.engine.request import Request
+    from trimkv_cli.ui.plain import AnswerWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """In which form the flags want the answer."""
+
+    json: bool
+    stream_json: bool
+    extract: bool
+    no_stream: bool
+    output: str | None
+    live: bool | None
+
+    def __post_init__(self) -> None:
+        chosen = {"--json": self.json, "--stream-json": self.stream_json, "--extract": self.extract}
+        flags = [flag for flag, given in chosen.items() if given]
+        if len(flags) > 1:
+            raise UsageError(f"{' and '.join(flags)} are both given", hint="give one of them")
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
 def ask(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; text piped into stdin is appended.")] = None,
     *,
-    file: Annotated[list[str] | None, typer.Option("-f", "--file", help="Append a text file.", metavar="FILE")] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option("-f", "--file", help="Append a text, HTML or PDF file; may be given again.", metavar="FILE"),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "-t",
+            "--template",
+            help="Put the prompt into a template of yours, at $input.",
+            metavar="NAME",
+            autocompletion=complete_template,
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--param", help="Fill another place of the template.", metavar="NAME=VALUE"),
+    ] = None,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -41,6 +85,12 @@ def ask(
     think: Think = None,
     raw: Raw = False,
     json: Json = False,
+    stream_json: Annotated[
+        bool, typer.Option("--stream-json", help="One JSON object a line as the answer comes (OpenAI's chunks).")
+    ] = False,
+    extract: Annotated[
+        bool, typer.Option("-x", "--extract", help="Print only the first code block; exit 1 when there is none.")
+    ] = False,
     output: Output = None,
     no_stream: NoStream = False,
     quiet: Quiet = False,
@@ -55,22 +105,29 @@ def ask(
 
     git diff | trimkv ask "Write a commit message for this change" | git commit -F -
 
-    trimkv ask -f notes.txt "What is decided, and by whom?" --json
+    trimkv ask -f notes.txt -f report.pdf "What is decided, and by whom?" --json | jq -r .choices[0].message.content
+
+    trimkv ask -x "A shell script that counts the lines of all Python files" > count.sh
+
+    trimkv ask -t translate -p language=German < letter.txt
 
     trimkv ask --cache report.kv "Which risks does it name?"
+
+    Templates are text files in the folder "templates" of the configuration folder, with $input where the prompt goes.
     """
     if cache is not None and (raw or system is not None or system_file is not None):
         raise UsageError("--cache goes on with a conversation that has begun", hint="leave out --raw and --system")
+    form = _Form(json=json, stream_json=stream_json, extract=extract, no_stream=no_stream, output=output, live=live)
 
-    from trimkv_cli.commands.prompts import gather, read_system
+    from trimkv_cli.commands.prompts import read_system
 
-    user, system_text = gather(prompt, file or []), read_system(system, system_file)
+    user = _prompt(prompt, file or [], template, param or [])
+    system_text = read_system(system, system_file)
 
-    from trimkv_cli.commands.answers import answer, open_engine, print_stats, say_if_cut, to_completion, within_room
-    from trimkv_cli.commands.prompts import draw_seed, open_answer, render
+    from trimkv_cli.commands.answers import open_engine, print_stats, say_if_cut, within_room
+    from trimkv_cli.commands.prompts import draw_seed, render
     from trimkv_cli.commands.saved_reads import next_turn
     from trimkv_cli.engine.request import Request
-    from trimkv_cli.ui.live import token_counter
 
     options = replace(engine, max_inflight=1)
     llm = open_engine(options, quiet=quiet)
@@ -88,19 +145,65 @@ def ask(
         )
     request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=quiet)
     llm.check(request)
-    with open_answer(output) as writer, token_counter(wanted=live) as count:
-        streaming = not (json or no_stream)
-
-        def show(piece: str) -> None:
-            count(piece)
-            if streaming:
-                writer.push(piece)
-
-        finished = answer(llm, request, show)
-        if not streaming:
-            writer.push(json_module.dumps(to_completion(llm, finished, options)) if json else finished.text)
-        writer.close()
+    finished = _answer(llm, request, form, options)
     if not quiet:
         say_if_cut(finished)
     if stats:
         print_stats(llm, finished)
+
+
+def _prompt(prompt: str | None, files: list[str], template: str | None, parameters: list[str]) -> str:
+    """Join prompt, files and stdin, and put them into the template where one is named."""
+    from trimkv_cli.commands.prompts import gather
+    from trimkv_cli.commands.templates import fill, read_template
+
+    if template is None:
+        if parameters:
+            raise UsageError("-p fills a template, and none is named", hint="-t NAME")
+        return gather(prompt, files)
+    read = read_template(template)
+    return fill(read, name=template, user=gather(prompt, files, may_be_empty=True), parameters=parameters)
+
+
+def _answer(llm: Engine, request: Request, form: _Form, options: EngineOptions) -> Answer:
+    """Run the request and write its answer in the form that is wanted."""
+    from trimkv_cli.commands.answers import answer, to_completion
+    from trimkv_cli.commands.prompts import open_answer
+    from trimkv_cli.ui.live import token_counter
+
+    with open_answer(form.output) as writer, token_counter(wanted=form.live) as count:
+        streaming = not (form.json or form.no_stream or form.extract)
+        chunks = ChunkWriter(writer.line, request_id=request.id, model=llm.facts.model_id) if form.stream_json else None
+        show = writer.push if chunks is None else chunks.push
+
+        def take(piece: str) -> None:
+            count(piece)
+            if streaming:
+                show(piece)
+
+        finished = answer(llm, request, take)
+        if chunks is not None:
+            chunks.end(to_completion(llm, finished, options))
+        else:
+            if not streaming:
+                _write_whole(llm, finished, writer, form, options)
+            writer.close()
+    return finished
+
+
+def _write_whole(llm: Engine, finished: Answer, writer: AnswerWriter, form: _Form, options: EngineOptions) -> None:
+    from trimkv_cli.commands.answers import to_completion
+
+    if form.json:
+        writer.push(to_json(to_completion(llm, finished, options)))
+    elif form.extract:
+        writer.push(_code(finished.text))
+    else:
+        writer.push(finished.text)
+
+
+def _code(text: str) -> str:
+    code = first_code_block(text)
+    if code is None:
+        raise TrimkvError("the answer has no code block", hint="ask for one, or leave out -x to see the answer")
+    return code

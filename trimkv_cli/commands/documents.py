@@ -41,7 +41,7 @@ _HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """The text of one input; `note` says how it was read where that is not plain."""
+    """The text of one input; `note` says how it was read where that had to be guessed."""
 
     name: str
     text: str
@@ -96,13 +96,13 @@ def _read_bytes(path: str, name: str) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> tuple[str, str | None]:
-    """Decode by byte order mark, as UTF-8, as the document itself says, or as Windows-1252, which is said aloud."""
+    """Decode by byte order mark, as UTF-8, as the document itself says, or by a guess, which is said aloud."""
     for mark, encoding in _BOMS:
         if data.startswith(mark):
-            return _decode_as(data, encoding, name), None if mark == codecs.BOM_UTF8 else f"{name} read as {encoding}"
+            return _decode_as(data, encoding, name), None
     unmarked = _utf16_without_mark(data)
     if unmarked is not None:
-        return _decode_as(data, unmarked, name), f"{name} read as {unmarked}"
+        return _decode_as(data, unmarked, name), f"{name} has no byte order mark: read as {unmarked}"
     if b"\0" in data:
         raise _binary(data, name)
     try:
@@ -111,7 +111,7 @@ def _decode(data: bytes, name: str) -> tuple[str, str | None]:
         bad = error
     said = _META_CHARSET.search(data[:4096]) or _XML_ENCODING.search(data[:4096])
     if said is not None:
-        return _decode_as(data, said[1].decode("ascii"), name), f"{name} read as {said[1].decode('ascii')}"
+        return _decode_as(data, said[1].decode("ascii"), name), None
     if _looks_binary(data):
         raise _binary(data, name)
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Json, Quiet, with_options
+from trimkv_cli.commands.options import Json, ModelName, Quiet, with_options
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.results import POLICIES, Policy
@@ -25,7 +25,7 @@ _BUDGETS = "32,64,128"
 
 @with_options(engine=EngineOptions)
 def evaluate(
-    name: Annotated[str | None, typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]")] = None,
+    name: ModelName = None,
     *,
     tasks: Annotated[
         str | None,

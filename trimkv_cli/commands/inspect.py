@@ -15,6 +15,7 @@ from trimkv_cli.commands.options import Ascii, Color, Json, Quiet, Raw, System, 
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.ui.messages import print_note
+from trimkv_cli.ui.plain import to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.answers import Answer
@@ -115,7 +116,7 @@ def _show(llm: Engine, finished: Answer, output: _Output) -> None:
     for path in written if not output.quiet else ():
         print_note(f"wrote {path}")
     if output.json:
-        print(json_module.dumps(_record(llm, finished)))
+        print(to_json(_record(llm, finished)))
     elif not written:
         from trimkv_cli.ui.look import Look
 

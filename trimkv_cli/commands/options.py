@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
+from trimkv_cli.commands.completion import complete_gates, complete_model, complete_profile
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -19,21 +21,29 @@ class _Flag:
     help: str
     panel: str
     metavar: str | None = None
+    complete: Callable[[str], list[str]] | None = None
 
 
 _MODEL, _MEMORY, _SAMPLING, _PROMPT, _OUTPUT = "Model", "Memory", "Sampling", "Prompt", "Output"
 
 FLAGS = {
     "model": _Flag(
-        ("-m", "--model"), "Profile name, hub id or folder. Without one, the built-in mini.", _MODEL, "MODEL"
+        ("-m", "--model"),
+        "Profile name, hub id or folder. Without one, the built-in mini.",
+        _MODEL,
+        "MODEL",
+        complete_model,
     ),
-    "profile": _Flag(("--profile",), "Take model, gates and defaults from this profile.", _MODEL, "NAME"),
+    "profile": _Flag(
+        ("--profile",), "Take model, gates and defaults from this profile.", _MODEL, "NAME", complete_profile
+    ),
     "revision": _Flag(("--revision",), "Branch, tag or commit of a hub model.", _MODEL, "REV"),
     "gates": _Flag(
         ("--gates",),
         "auto, a hub id or folder of trained gates, streaming[:SINKS] (sinks and recent tokens) or none (full cache).",
         _MODEL,
         "GATES",
+        complete_gates,
     ),
     "dtype": _Flag(("--dtype",), "auto, bf16, fp16 or fp32. auto on a CPU is fp32.", _MODEL, "TYPE"),
     "quantize": _Flag(
@@ -109,9 +119,19 @@ FLAGS = {
 def option(name: str) -> Any:
     """Return the Typer option called `name` in the table above."""
     flag = FLAGS[name]
-    return typer.Option(*flag.declarations, help=flag.help, rich_help_panel=flag.panel, metavar=flag.metavar)
+    return typer.Option(
+        *flag.declarations,
+        help=flag.help,
+        rich_help_panel=flag.panel,
+        metavar=flag.metavar,
+        autocompletion=flag.complete,
+    )
 
 
+ModelName = Annotated[
+    str | None,
+    typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]", autocompletion=complete_model),
+]
 Json = Annotated[bool, option("json")]
 Output = Annotated[str | None, option("output")]
 Quiet = Annotated[bool, option("quiet")]

@@ -8,11 +8,9 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from trimkv_cli.commands.options import Json, with_options
+from trimkv_cli.commands.options import Json, ModelName, with_options
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import UsageError
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 @with_options(engine=EngineOptions)
 def plan(
-    name: Annotated[str | None, typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]")] = None,
+    name: ModelName = None,
     *,
     json: Json = False,
     engine: EngineOptions,

@@ -12,6 +12,7 @@ from pathlib import Path
 from trimkv_cli.engine.options import SamplingOptions
 from trimkv_cli.engine.text import Message, Prompt, Text
 from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
+from trimkv_cli.ui.messages import print_warning
 from trimkv_cli.ui.plain import AnswerWriter
 
 
@@ -59,18 +60,27 @@ def open_answer(output: str | None) -> Iterator[AnswerWriter]:
         yield AnswerWriter(stream)
 
 
-def gather(prompt: str | None, files: Sequence[str]) -> str:
-    """Join the prompt, the files and what is piped into stdin.
+def gather(prompt: str | None, files: Sequence[str], *, may_be_empty: bool = False) -> str:
+    """Join the prompt, the files and what is piped into stdin; files may be PDF, HTML or text in any usual encoding.
 
     Raises:
-        UsageError: none of them holds anything.
+        UsageError: none of them holds anything, unless that may be.
     """
     piped = not sys.stdin.isatty() and "-" not in files
-    parts = [prompt or "", *(read_text(path) for path in files), read_text("-") if piped else ""]
+    parts = [prompt or "", *(_document(path) for path in files), read_text("-") if piped else ""]
     text = "\n\n".join(part.strip("\n") for part in parts if part.strip())
-    if not text:
+    if not text and not may_be_empty:
         raise UsageError("there is no prompt", hint='trimkv ask "why is the sky blue?", or pipe text into it')
     return text
+
+
+def _document(path: str) -> str:
+    from trimkv_cli.commands.documents import read_document
+
+    document = read_document(path)
+    if document.note is not None:
+        print_warning(document.note)
+    return document.text
 
 
 def read_system(system: str | None, system_file: str | None) -> str | None:

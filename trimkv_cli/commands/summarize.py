@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,8 @@ from trimkv_cli.commands.summary_texts import Format, Wish, as_json, joined
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
 from trimkv_cli.ui.live import Watch
-from trimkv_cli.ui.messages import print_error, print_note
-from trimkv_cli.ui.plain import AnswerWriter
+from trimkv_cli.ui.messages import print_error, print_note, print_warning
+from trimkv_cli.ui.plain import AnswerWriter, to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.answers import Answer
@@ -105,9 +104,9 @@ def summarize(
     names = expand(files)
     _check(names, how)
     if combine:
-        _run(_combined(names, quiet), how, sampling, output)
+        _run(_combined(names), how, sampling, output)
     else:
-        _run(_Inputs.of(names, quiet), how, sampling, output)
+        _run(_Inputs.of(names), how, sampling, output)
 
 
 def _check(names: Sequence[str], how: _How) -> None:
@@ -135,24 +134,23 @@ class _Inputs:
 
     names: list[str]
     total: int
-    quiet: bool
     ready: dict[int, Document] = field(default_factory=dict)
     faults: list[TrimkvError] = field(default_factory=list)
 
     @classmethod
-    def of(cls, names: list[str], quiet: bool) -> _Inputs:
+    def of(cls, names: list[str]) -> _Inputs:
         """Take files one by one; a single one is read now, before a model is loaded for it."""
-        inputs = cls(names=names, total=len(names), quiet=quiet)
+        inputs = cls(names=names, total=len(names))
         if len(names) == 1:
-            inputs.ready[0] = _read(names[0], quiet=quiet)
+            inputs.ready[0] = _read(names[0])
         return inputs
 
     def take(self, index: int) -> Document:
         """Return one document; raises as `read_document` does."""
-        return self.ready.pop(index, None) or _read(self.names[index], quiet=self.quiet)
+        return self.ready.pop(index, None) or _read(self.names[index])
 
 
-def _combined(names: Sequence[str], quiet: bool) -> _Inputs:
+def _combined(names: Sequence[str]) -> _Inputs:
     """Read all files and put them into one document; what cannot be read is said and counted.
 
     Raises:
@@ -163,7 +161,7 @@ def _combined(names: Sequence[str], quiet: bool) -> _Inputs:
     documents, faults = [], []
     for name in names:
         try:
-            documents.append(_read(name, quiet=quiet))
+            documents.append(_read(name))
         except TrimkvError as error:
             faults.append(error)
             if len(names) > 1:
@@ -172,17 +170,17 @@ def _combined(names: Sequence[str], quiet: bool) -> _Inputs:
         raise faults[0]
     text = joined([(document.name, document.text) for document in documents])
     whole = Document(name=", ".join(document.name for document in documents), text=text)
-    return _Inputs(names=[whole.name], total=len(names), quiet=quiet, ready={0: whole}, faults=faults)
+    return _Inputs(names=[whole.name], total=len(names), ready={0: whole}, faults=faults)
 
 
-def _read(name: str, *, quiet: bool) -> Document:
+def _read(name: str) -> Document:
     from trimkv_cli.commands.documents import read_document
 
     document = read_document(name)
     if not document.text.strip():
         raise InputError(f"{document.name} is empty", hint="there is nothing in it to summarize")
-    if document.note is not None and not quiet:
-        print_note(document.note)
+    if document.note is not None:
+        print_warning(document.note)
     return document
 
 
@@ -291,7 +289,7 @@ class _Summaries:
 
     def _print(self, index: int, name: str, summed: Summed) -> None:
         if self._how.json:
-            self._writer.push(json_module.dumps(_record(self._records.pop(index), name, summed)))
+            self._writer.push(to_json(_record(self._records.pop(index), name, summed)))
         elif self._how.wish.format == "json":
             self._writer.push(as_json(name, summed.answer.text))
         else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from trimkv_cli.errors import UsageError
+from trimkv_cli.ui.plain import to_json
 
 Format = Literal["bullets", "prose", "json"]
 
@@ -58,7 +58,7 @@ def points_of(summary: str) -> list[str]:
 
 def as_json(name: str, summary: str) -> str:
     """Return one line of JSON that holds a summary's points, whatever the model wrote around them."""
-    return json.dumps({"input": name, "points": points_of(summary)})
+    return to_json({"input": name, "points": points_of(summary)})
 
 
 def joined(texts: Sequence[tuple[str, str]]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # C0 and DEL become their control pictures, C1 (which some terminals obey) the replacement character; newline and tab
 # stay.
@@ -17,6 +18,11 @@ _SAFE = {
 def neutralise(text: str) -> str:
     """Replace control characters except newline and tab by visible ones."""
     return text.translate(_SAFE)
+
+
+def to_json(value: Any) -> str:
+    """Write JSON in ASCII without a control character: they stay what they are, escaped."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 class AnswerWriter:
@@ -33,6 +39,10 @@ class AnswerWriter:
         self._held_newlines = text[len(body) :]
         if body:
             self._write(body)
+
+    def line(self, text: str) -> None:
+        """Write a whole line at once, for output that ends with its last line."""
+        self._write(f"{neutralise(text)}\n")
 
     def close(self) -> None:
         """End the answer with exactly one newline."""
