@@ -39,6 +39,7 @@ app = typer.Typer(
     help="Run a local language model inside a memory budget: the cache keeps what its retention gates say will last.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(chat.chat)
@@ -67,6 +68,11 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version)] = False,
 ) -> None:
     pass
+
+
+def command_tree() -> Any:
+    """Return the tree of commands, for what is written about them."""
+    return typer.main.get_command(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -99,7 +105,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
-    command: Any = typer.main.get_command(app)
+    command = command_tree()
     if "_TRIMKV_COMPLETE" in os.environ:
         command.main(arguments, prog_name="trimkv")
     defaults = _defaults(command)

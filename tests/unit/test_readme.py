@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from trimkv_cli import reference
 from trimkv_cli.app import app
 from trimkv_cli.bench import readme
 
@@ -25,3 +26,19 @@ def test_every_command_in_the_readme_exists() -> None:
     named = set(re.findall(r"^trimkv (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert named
     assert named <= known
+
+
+def test_the_commands_are_those_that_there_are() -> None:
+    """Catches a command that the README does not know, and help that has changed since."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert reference.table() in text, "python -m trimkv_cli.reference writes it anew"
+    assert reference.fill(text) == text
+
+
+def test_every_command_shows_how_it_is_used() -> None:
+    """Catches help without an example, and an example of another command."""
+    for name, text in reference.commands():
+        shown = reference.examples(text)
+        assert shown, f"the help of {name} shows no line that begins with it"
+        assert all(name in line for line in shown), name
+        assert reference.summary(text).endswith("."), name

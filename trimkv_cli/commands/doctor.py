@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def doctor(*, json: Json = False) -> None:
-    """Check versions, device, number formats, folders, terminal and the built-in model; exit 1 on a fault."""
+    """Check versions, device, number formats, folders, terminal and the built-in model; exit 1 on a fault.
+
+    trimkv doctor
+
+    trimkv doctor --json | jq .
+    """
     from trimkv_cli.engine.checkup import checkup
     from trimkv_cli.ui.plain import AnswerWriter
 

@@ -27,7 +27,10 @@ Gates = Annotated[str, typer.Argument(metavar="GATES", help="A folder, a hub id,
 
 @gates_app.command()
 def show(gates: Gates, *, revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
-    """Show what a gate folder holds: variant, budget and context it was trained for, biases, checksum."""
+    """Show what a gate folder holds: variant, budget and context it was trained for, biases, checksum.
+
+    trimkv gates show qwen3-4b-math
+    """
     place = gates_place(gates, revision)
     folder = place.folder("gates", offline=offline)
     from trimkv_cli.cache.gate_facts import gate_facts  # torch, only once there is something to read
@@ -41,6 +44,8 @@ def show(gates: Gates, *, revision: Revision = None, offline: Offline = False, j
 @gates_app.command()
 def verify(gates: Gates, *, model: Model = None, revision: Revision = None, offline: Offline = False) -> None:
     """Check that gates fit a model: names, shapes and values of every tensor. Exit 6 when they do not.
+
+    trimkv gates verify ./gates --model Qwen/Qwen3-4B
 
     Without --model: the model that the gates were trained for. --revision is the gates'.
     """

@@ -23,13 +23,16 @@ from trimkv_cli.units import format_size
 models_app = typer.Typer(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
 
 ModelName = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Profile, hub id or folder. Without one, the built-in mini.")
+    str | None, typer.Argument(metavar="MODEL", help="Profile, hub id or folder. Without one, the built-in mini.")
 ]
 
 
 @models_app.command(name="list")
 def list_(*, json: Json = False) -> None:
-    """List the models and gates in the Hugging Face cache, and the built-in model."""
+    """List the models and gates in the Hugging Face cache, and the built-in model.
+
+    trimkv models list --json
+    """
     from trimkv_cli.engine.hub import cached_repositories
 
     size = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
@@ -40,7 +43,10 @@ def list_(*, json: Json = False) -> None:
 
 @models_app.command()
 def show(model: ModelName = None, *, revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
-    """Show what a model measures, from its config alone: no weights are read or downloaded."""
+    """Show what a model measures, from its config alone: no weights are read or downloaded.
+
+    trimkv models show qwen3-4b-instruct-2507
+    """
     facts = _facts(model, revision, offline=offline)
     print(jsonlib.dumps(facts, indent=2) if json else _table(facts))
 
@@ -51,7 +57,10 @@ def pull(
     *,
     revision: Revision = None,
 ) -> None:
-    """Download safetensors, tokenizer and config, or trained gates; prints the folder of each."""
+    """Download safetensors, tokenizer and config, or trained gates; prints the folder of each.
+
+    trimkv models pull qwen3-4b-instruct-2507
+    """
     from trimkv_cli.engine.hub import pull as pull_repository
 
     if id == MINI:

@@ -130,7 +130,7 @@ def option(name: str) -> Any:
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]", autocompletion=complete_model),
+    typer.Argument(help="Profile name, hub id or folder.", metavar="MODEL", autocompletion=complete_model),
 ]
 Json = Annotated[bool, option("json")]
 Output = Annotated[str | None, option("output")]

@@ -16,7 +16,10 @@ profiles_app = typer.Typer(help="Look at profiles: a model under a short name.",
 
 @profiles_app.command(name="list")
 def list_(*, json: Json = False) -> None:
-    """List all profiles; your own hide built-in ones of the same name."""
+    """List all profiles; your own hide built-in ones of the same name.
+
+    trimkv profiles list
+    """
     profiles = list_profiles()
     _print(jsonlib.dumps([_facts(profile) for profile in profiles], indent=2) if json else _table(profiles))
 
@@ -25,14 +28,20 @@ def list_(*, json: Json = False) -> None:
 def show(
     name: Annotated[str, typer.Argument(help="Name of a profile.", metavar="NAME")], *, json: Json = False
 ) -> None:
-    """Show one profile: its file, or as JSON what trimkv reads in it."""
+    """Show one profile: its file, or as JSON what trimkv reads in it.
+
+    trimkv profiles show mini > my-mini.toml
+    """
     profile = load_profile(name)
     _print(jsonlib.dumps(_facts(profile), indent=2) if json else profile.path.read_text(encoding="utf-8"))
 
 
 @profiles_app.command()
 def path() -> None:
-    """Print the folder for your own profiles, and the built-in one."""
+    """Print the folder for your own profiles, and the built-in one.
+
+    trimkv profiles path
+    """
     _print("\n".join(str(folder) for folder in profile_folders()))
 
 

@@ -46,7 +46,7 @@ class _How:
 def summarize(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help='Text, Markdown, source, HTML or PDF; globs; "-" for stdin.'),
+        typer.Argument(metavar="FILE", help='Text, Markdown, source, HTML or PDF; globs; "-" for stdin.'),
     ],
     *,
     focus: Annotated[str | None, typer.Option("--focus", help="Tell only what concerns this.", metavar="TEXT")] = None,
