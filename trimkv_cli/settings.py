@@ -117,7 +117,7 @@ def _parse(variable: str, text: str, kind: type) -> Any:
         return [text] if kind is list else kind(text)
     except (ValueError, KeyError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"{variable}={text} is not {expected}") from None
+        raise ConfigError(f"{variable}={text} is not {expected}", hint=f"set it to that, or unset {variable}") from None
 
 
 def _checked(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -21,10 +21,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomli.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+        raise ConfigError(f"cannot read {path}: {error}", hint="save it as UTF-8 that you may read") from None
     except tomli.TOMLDecodeError as error:
         hint = 'text needs quotes: model = "Qwen/Qwen3-4B"'
         raise ConfigError(f"{path} is not valid TOML: {error}", hint=hint) from None
+
+
+_EXAMPLES: Mapping[type, str] = {
+    str: '"text"', int: "512", float: "0.7", bool: "true", list: '["one", "two"]', dict: '{ key = "value" }'
+}  # fmt: skip
 
 
 def check_keys(values: Mapping[str, Any], known: Mapping[str, type], path: Path, *, table: str = "") -> None:
@@ -41,7 +46,9 @@ def check_keys(values: Mapping[str, Any], known: Mapping[str, type], path: Path,
         if not isinstance(value, wanted) or (isinstance(value, bool) and known[key] is not bool):
             expected = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
             what = expected.get(known[key], "a table" if known[key] is dict else "a list")
-            raise ConfigError(f"{path}: {key} = {value!r}{where} is not {what}")
+            raise ConfigError(
+                f"{path}: {key} = {value!r}{where} is not {what}", hint=f"{key} = {_EXAMPLES[known[key]]}"
+            )
 
 
 def suggest(key: str, known: Iterable[str]) -> str:

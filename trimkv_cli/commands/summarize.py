@@ -206,7 +206,9 @@ def _run(inputs: _Inputs, how: _How, sampling: SamplingOptions, output: str | No
     if failed and inputs.total == 1:
         raise failed[0]
     if failed:
-        raise PartialFailure(f"{len(failed)} of {inputs.total} files failed")
+        raise PartialFailure(
+            f"{len(failed)} of {inputs.total} files failed", hint="each is named above; the others are summarized"
+        )
 
 
 class _Summaries:

@@ -16,6 +16,7 @@ from trimkv_cli.events import TokenEvent
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
 
+_AGAIN = "summarize this file again, by itself"
 _LEAST_ROOM = 64  # tokens that must be left for a summary whose length nobody said
 
 
@@ -207,7 +208,9 @@ class Pool:
             return
         del self._asked[event.request_id]
         if event.stats is None:
-            yield from self._give_up(running, TrimkvError(event.error or "the engine gave this request up"))
+            yield from self._give_up(
+                running, TrimkvError(event.error or "the engine gave this request up", hint=_AGAIN)
+            )
             return
         answer = Answer(
             request=coming.request,

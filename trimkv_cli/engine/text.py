@@ -76,9 +76,12 @@ class Text:
                 str(folder_or_id), revision=revision, local_files_only=offline, trust_remote_code=trust_remote_code
             )
         except OSError as error:
-            raise ModelNotFound(f"{folder_or_id} has no tokenizer that can be loaded: {_first_line(error)}") from error
+            raise ModelNotFound(
+                f"{folder_or_id} has no tokenizer that can be loaded: {_first_line(error)}",
+                hint="get the folder again, or save it again with save_pretrained",
+            ) from error
         except Exception as error:  # what the tokenizers library raises on a broken file
-            hint = "try --trust-remote-code" if "trust_remote_code" in str(error) else None
+            hint = "try --trust-remote-code" if "trust_remote_code" in str(error) else "get its files again"
             raise UnsupportedModel(f"the tokenizer of {folder_or_id} fails: {_first_line(error)}", hint=hint) from error
         return cls(tokenizer)
 
@@ -145,7 +148,10 @@ class Text:
         ]
         _, found, tail = self._render(messages, think).rpartition(answer)
         if not found:
-            raise UnsupportedModel("the chat template drops earlier answers, so a chat cannot go on turn by turn")
+            raise UnsupportedModel(
+                "the chat template drops earlier answers, so a chat cannot go on turn by turn",
+                hint="trimkv ask takes each question as a conversation of its own",
+            )
         end = self._leading_token(tail.lstrip())
         ended = last_token_id == end or {last_token_id, end} <= {*eos_token_ids}
         if last_token_id is None or (end is not None and ended):

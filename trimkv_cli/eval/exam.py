@@ -37,7 +37,7 @@ class EvalOptions:
         if unknown is not None:
             raise UsageError(f"there is no task {unknown!r}", hint=f"--tasks {','.join(TASKS)}")
         if any(size < 1 for size in (self.context, *(s for s in (self.samples, self.max_tokens) if s is not None))):
-            raise UsageError("--context, --samples and --max-tokens need 1 or more")
+            raise UsageError("--context, --samples and --max-tokens need 1 or more", hint="leave out what is 0 or less")
         if not self.budgets and set(self.policies) != {"full"}:
             raise UsageError("no budget is given", hint="--budgets 32,64,128")
         if not self.policies:

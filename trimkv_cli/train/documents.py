@@ -59,7 +59,9 @@ class DataFiles:
             hint = 'a line is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}'
             raise InputError("; ".join(bad[:MOST_NAMED]) + more, hint=hint)
         if not self.places:
-            raise InputError(f"{', '.join(map(str, paths))}: no data to train on")
+            raise InputError(
+                f"{', '.join(map(str, paths))}: no data to train on", hint="give files with lines or text in them"
+            )
 
     def read(self, index: int) -> Content:
         """Read a document again.
