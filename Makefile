@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini test lint format bench-stream clean
+.PHONY: help demo mini bench-mini test lint format pictures bench-stream clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
@@ -13,6 +13,7 @@ help:
 	@echo "make test          run the tests"
 	@echo "make lint          ruff, mypy --strict, import directions"
 	@echo "make format        let ruff rewrite the code"
+	@echo "make pictures      draw the README's pictures anew with the built-in model"
 	@echo "make bench-stream  a long stream through a small cache: bytes, RSS and time per token stay flat"
 	@echo "make clean         remove .venv and everything that was built"
 
@@ -53,6 +54,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+pictures: $(READY)
+	$(BIN)/trimkv inspect -f examples/story.txt "What is my dog called?" --kv-budget 24 --greedy \
+		--svg examples/inspect.svg --png examples/retention.png
 
 bench-stream: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.stream

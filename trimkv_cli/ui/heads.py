@@ -31,7 +31,7 @@ def draw_strip(values: Sequence[Sequence[float]], caption: str, look: Look) -> T
     """Draw `[layer][head]` values between 0 and 1 in tenths; more than 8 heads share lines by their mean."""
     columns = [_at_most(layer, _MOST_ROWS) for layer in values]
     heads = "heads" if all(len(layer) <= _MOST_ROWS for layer in values) else f"means of {len(values[0])} heads"
-    picture = Text(look.join([f"{heads} down, {len(values)} layers across", caption]), "dim")
+    picture = Text().append(look.join([f"{heads} down, {len(values)} layers across", caption]), "dim")
     gap = " " if 2 * len(columns) + 2 <= look.width else ""
     for head in range(max(len(column) for column in columns)):
         picture.append("\n  ")

@@ -37,7 +37,7 @@ def draw_inspection(retained: Retained, log_beta: LogBeta, path: str, *, model: 
     for head, panel in enumerate(panels[0]):
         panel.set_title(f"head {head}", fontsize=7, color=_INK)
     try:
-        figure.savefig(path, dpi=130, format="png")
+        figure.savefig(path, dpi=100, format="png")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", hint="check the path given to --png") from error
 
