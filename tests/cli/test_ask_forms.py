@@ -14,6 +14,7 @@ import platformdirs
 import pytest
 
 from trimkv_cli.app import _exit_code
+from trimkv_cli.chat.store import TRANSCRIPT
 from trimkv_cli.commands.code_blocks import first_code_block
 from trimkv_cli.commands.templates import fill, read_template
 from trimkv_cli.errors import InputError, UsageError
@@ -121,14 +122,19 @@ def test_without_a_length_an_answer_takes_what_is_left(run: Run) -> None:
         ("bash", "trimkv plan qwen3-1", "qwen3-1.7b-math"),
         ("zsh", "trimkv summ", "summarize"),
         ("fish", "trimkv ask --gates str", "streaming"),
+        ("fish", "trimkv sessions show my-", "my-talk"),
     ],
 )
 def test_a_shell_completes_names_without_torch(shell: str, line: str, expected: str, tmp_path: Path) -> None:
     """Catches completion that is not there, knows no names, or takes seconds for torch."""
     words = line.split()
+    session = tmp_path / "trimkv" / "sessions" / "my-talk"
+    session.mkdir(parents=True)
+    (session / TRANSCRIPT).touch()
     environment = {
         **ENVIRONMENT,
         "HF_HUB_CACHE": str(tmp_path),
+        "XDG_DATA_HOME": str(tmp_path),
         "_TRIMKV_COMPLETE": f"complete_{shell}",
         "COMP_WORDS": line,
         "COMP_CWORD": str(len(words) - 1),

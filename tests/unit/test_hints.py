@@ -11,8 +11,8 @@ from trimkv_cli import errors
 
 PACKAGE = Path(errors.__file__).parent
 ERRORS = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TrimkvError)}
-# What these say becomes part of a line's error record, which has no hint.
-RECORDED = {"jobs", "grammars.py", "sampler.py"}
+# What these say becomes part of a line's error record, or of an answer inside a chat: without a hint.
+RECORDED = {"jobs", "grammars.py", "sampler.py", "chat", "slash"}
 
 
 def raised() -> Iterator[tuple[str, ast.Call]]:

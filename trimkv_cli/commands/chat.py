@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Ascii, Color, Live, Quiet, System, SystemFile, Think, with_options
+from trimkv_cli.commands.completion import complete_session
+from trimkv_cli.commands.options import Ascii, Color, Live, ModelName, Quiet, System, SystemFile, Think, with_options
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import UsageError
 
@@ -16,11 +17,14 @@ from trimkv_cli.errors import UsageError
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
 def chat(
     invocation: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]")] = None,
+    name: ModelName = None,
     *,
     go_on: Annotated[bool, typer.Option("-C", "--continue", help="Go on with the last session.")] = False,
     session: Annotated[
-        str | None, typer.Option("--session", help="Go on with this session, or begin it.", metavar="NAME")
+        str | None,
+        typer.Option(
+            "--session", help="Go on with this session, or begin it.", metavar="NAME", autocompletion=complete_session
+        ),
     ] = None,
     no_save_cache: Annotated[
         bool, typer.Option("--no-save-cache", help="Store what is said, but not the cache: -C reads it again.")

@@ -24,6 +24,13 @@ def complete_gates(incomplete: str) -> list[str]:
     return _starting(["auto", "streaming", "none", *_cached(gates=True)], incomplete)
 
 
+def complete_session(incomplete: str) -> list[str]:
+    """Return the stored conversations."""
+    from trimkv_cli.chat.store import SessionStore
+
+    return _starting(SessionStore.default().names(), incomplete)
+
+
 def complete_template(incomplete: str) -> list[str]:
     """Return the user's templates."""
     from trimkv_cli.commands.templates import template_names

@@ -9,17 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
+from trimkv_cli.commands.completion import complete_session
 from trimkv_cli.commands.options import Json, Output
 from trimkv_cli.errors import UsageError
 
 sessions_app = typer.Typer(help="Look at stored conversations, export, copy and delete them.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a session.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a session.", autocompletion=complete_session)]
 
 
 @sessions_app.command(name="list")
 def list_(*, json: Json = False) -> None:
-    """List the sessions, the last one used first."""
+    """List the sessions, the last one used first.
+
+    trimkv sessions list
+    """
     from trimkv_cli.chat.store import SessionStore
     from trimkv_cli.commands.session_table import session_table
 
@@ -33,7 +37,10 @@ def list_(*, json: Json = False) -> None:
 
 @sessions_app.command()
 def show(name: Name, *, json: Json = False) -> None:
-    """Show what was said in a session."""
+    """Show what was said in a session.
+
+    trimkv sessions show my-talk
+    """
     from trimkv_cli.chat.export import export
     from trimkv_cli.chat.store import SessionStore
 
@@ -62,8 +69,15 @@ def export_(
 
 
 @sessions_app.command()
-def rm(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of sessions.")]) -> None:
-    """Delete sessions, with their saved caches."""
+def rm(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="Names of sessions.", autocompletion=complete_session)
+    ],
+) -> None:
+    """Delete sessions, with their saved caches.
+
+    trimkv sessions rm my-talk another
+    """
     from trimkv_cli.chat.store import SessionStore
 
     store = SessionStore.default()
@@ -76,9 +90,12 @@ def rm(names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names
 
 @sessions_app.command()
 def fork(
-    name: Name, copy: Annotated[str | None, typer.Argument(metavar="[COPY]", help="Name of the copy.")] = None
+    name: Name, copy: Annotated[str | None, typer.Argument(metavar="COPY", help="Name of the copy.")] = None
 ) -> None:
-    """Copy a session, so that both can go on; prints the copy's name."""
+    """Copy a session, so that both can go on; prints the copy's name.
+
+    trimkv sessions fork my-talk
+    """
     from trimkv_cli.chat.store import SessionStore
 
     store = SessionStore.default()
