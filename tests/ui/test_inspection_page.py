@@ -123,6 +123,7 @@ def test_a_browser_shows_the_figures_of_the_cache(tmp_path: Path) -> None:
             shown = page.run(f"[halfLife({2 * layer + head}, {position}), survival({2 * layer + head}, {position})]")
             expected = survival(300, position, value, memory.threshold, None)
             assert shown == pytest.approx([half_life(value), expected], rel=1e-4, abs=1e-3)
+        assert page.run("logBeta[0] = Infinity, [halfLife(0, 0), survival(0, 0)].map(String)") == ["Infinity"] * 2
         page.hover("#t299")
         assert "at position 299 of 300: answer, kept by 6 of 6 heads" in page.run("document.body.innerText")
         page.run("document.getElementById('tokens').focus()")

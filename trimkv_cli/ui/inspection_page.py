@@ -58,6 +58,9 @@ def _data(
     retained: Retained, log_beta: LogBeta, pieces: Sequence[str], memory: MemoryUse, prompt_tokens: int
 ) -> dict[str, Any]:
     values = array("f", (value for layer in log_beta for head in layer for value in head))
+    for number, (_, head) in enumerate(retained.heads):  # a pinned token's score is not its gate's
+        for position, value in zip(head.positions, head.log_beta, strict=True):
+            values[number * retained.seen + position] = value
     return {
         "seen": retained.seen,
         "prompt_tokens": prompt_tokens,

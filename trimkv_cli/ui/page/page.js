@@ -17,10 +17,10 @@ for (let p = 0; p < seen; p++) shares[p] /= size;
 function survival(h, p) {
   const window = windows[Math.floor(h / heads)];
   const inWindow = window === null ? Infinity : p + window - seen;
-  if (threshold(h) === null || at(h, p) === 0) return Math.max(0, inWindow);
+  if (threshold(h) === null || at(h, p) >= 0) return Math.max(0, inWindow);
   return Math.max(0, Math.min(inWindow, p + threshold(h) / at(h, p) - seen - 1));
 }
-const halfLife = (h, p) => (at(h, p) === 0 ? Infinity : Math.log(0.5) / at(h, p));
+const halfLife = (h, p) => (at(h, p) >= 0 ? Infinity : Math.log(0.5) / at(h, p));
 const tenths = (share) => String(Math.min(9, Math.floor(share * 10)));
 function count(x) {
   if (!Number.isFinite(x)) return "∞";
@@ -118,7 +118,7 @@ function drawMatrix(canvas, h) {
     for (let x = 0; x <= y; x++) {
       const from = Math.floor((x * seen) / bins), to = Math.min(now + 1, Math.floor(((x + 1) * seen) / bins));
       let sum = 0;
-      for (let p = from; p < to; p++) sum += Math.exp(at(h, p) * (now - p));
+      for (let p = from; p < to; p++) sum += at(h, p) >= 0 ? 1 : Math.exp(at(h, p) * (now - p));
       image.data.set([red, green, blue, to > from ? Math.round((255 * sum) / (to - from)) : 0], 4 * (y * bins + x));
     }
   }
