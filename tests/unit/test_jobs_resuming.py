@@ -249,11 +249,14 @@ def test_a_bitmap_is_a_set(numbers: set[int]) -> None:
     assert {n for n in range(5100) if n in bitmap} == numbers
 
 
-@given(st.lists(st.text(max_size=3)))
-def test_an_index_is_a_set_of_ids(ids: list[str]) -> None:
+@given(st.lists(st.tuples(st.text(max_size=3), st.booleans())))
+def test_an_index_is_a_set_of_ids(ids: list[tuple[str, bool]]) -> None:
     index, seen = IdIndex(), set[str]()
-    for custom_id in ids:
-        assert index.add(custom_id) == (custom_id not in seen)
+    for custom_id, only_noted in ids:
+        if only_noted:
+            index.note(custom_id)
+        else:
+            assert index.add(custom_id) == (custom_id not in seen)
         seen.add(custom_id)
-        assert custom_id in index
+    assert all(custom_id in index for custom_id in seen)
     assert "never used" not in index

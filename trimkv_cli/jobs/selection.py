@@ -68,8 +68,8 @@ def parse_lines(
                 )
             parsed = parse_line(line, rules)
             yield parsed if _is_new(ids, parsed.custom_id) else duplicate(line.number, parsed.custom_id or "")
-        elif ids is not None:
-            _is_new(ids, id_of(line, rules))
+        elif ids is not None and (custom_id := id_of(line, rules)) is not None:
+            ids.note(custom_id)
 
 
 def _is_new(ids: IdIndex | None, custom_id: str | None) -> bool:
