@@ -8,7 +8,8 @@ from trimkv_cli.machine import Machine
 from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation, gate_bytes
 from trimkv_cli.weights import weight_bytes
 
-_SAMPLER_BYTES = 72  # per logit: float32 scores, 64-bit weights, sorted copies with indices, sums, counts
+# Per logit: float32 scores, 64-bit weights, sorted copies with indices, sums, two counts, bias, log probabilities.
+_SAMPLER_BYTES = 88
 _EVICTION_BYTES = 64  # per candidate: score, rank, order and their intermediates
 _RANK_BYTES = 4  # per slot, where positions are given anew
 _SCORE_BYTES = 16  # per query and key: mask, logits, probabilities in float32

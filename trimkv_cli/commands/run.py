@@ -21,7 +21,7 @@ from trimkv_cli.commands.run_settings import (
     read_line_bytes,
 )
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
-from trimkv_cli.errors import PartialFailure, Stopped
+from trimkv_cli.errors import PartialFailure, Stopped, UsageError
 
 if TYPE_CHECKING:
     from trimkv_cli.jobs.summary import Summary
@@ -179,6 +179,8 @@ def run(
         cluster=ClusterChoices(address=address, cpus_per_worker=cpus_per_worker),
     )
     check_together(choices)
+    if engine.on_overflow == "map-reduce":
+        raise UsageError("--on-overflow map-reduce is for summarize", hint="--on-overflow rebase")
     if validate:
         _judge(check_lines(choices, engine, sampling), validated=True)
     else:

@@ -50,6 +50,8 @@ _SOLVED: dict[str, Callable[[str], Any]] = {
     "quantize": str,
 }
 
+_CHOSEN = ("deterministic", "on_overflow")  # what changes tokens, and no plan knows of
+
 
 def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
     """Run the job; what does not need the model is checked before it is loaded."""
@@ -130,7 +132,7 @@ class _Run:
             facts.fingerprint,
             rules,
             template=facts.template,
-            deterministic=self.options.deterministic,
+            choices={name: getattr(self.options, name) for name in _CHOSEN},
             prompt_column=self.choices.prompt_column,
         )
         sidecar, path = self.before, path_beside(output)

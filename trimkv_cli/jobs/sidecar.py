@@ -44,16 +44,16 @@ def path_beside(output: Path) -> Path:
 
 
 def job_fingerprint(
-    engine: Mapping[str, str], rules: Rules, *, template: str, deterministic: bool, prompt_column: str | None
+    engine: Mapping[str, str], rules: Rules, *, template: str, choices: Mapping[str, object], prompt_column: str | None
 ) -> dict[str, str]:
-    """Name everything that decides a job's tokens: `engine` is the engine's own fingerprint."""
+    """Name everything that decides a job's tokens: `engine` is the engine's own fingerprint, `choices` the user's."""
     sampling = {name: str(getattr(rules.defaults, name)) for name in _SAMPLING}
     versions = {name: version(name) for name in _LIBRARIES}
     return {
         **engine,
         **versions,
         "template": template,
-        "deterministic": str(deterministic),
+        **{name: str(value) for name, value in choices.items()},
         "think": str(rules.think),
         "input_format": f"column {prompt_column}" if prompt_column else "text" if rules.text else "jsonl",
         "seed": str(rules.defaults.seed),
