@@ -62,7 +62,7 @@ def within_room(engine: Engine, request: Request, *, said: bool, quiet: bool) ->
     return replace(request, params=replace(request.params, max_tokens=left))
 
 
-def open_engine(options: EngineOptions, *, quiet: bool) -> Engine:
+def open_engine(options: EngineOptions, *, quiet: bool, snapshots: int = 0) -> Engine:
     """Load the engine and say on stderr what the user should know before the answer.
 
     The model is found before torch is imported, so that a wrong name is said at once.
@@ -75,7 +75,7 @@ def open_engine(options: EngineOptions, *, quiet: bool) -> Engine:
 
     from trimkv_cli.engine.loader import load_source
 
-    engine = load_source(source, options)
+    engine = load_source(source, options, snapshots=snapshots)
     for note in engine.facts.notes if not quiet else ():
         print_note(note)
     for _, message in engine.facts.warnings:

@@ -83,8 +83,10 @@ def chat(
         private=no_history,
         save_cache=not no_save_cache,
     )
+    # In memory all states to which /undo goes back, or of stored ones the copy that is written.
+    snapshots = undo_depth + 2 if no_history or no_save_cache else 2
     with keys_held_back():
-        llm = open_engine(engine, quiet=quiet)
+        llm = open_engine(engine, quiet=quiet, snapshots=snapshots)
     this = open_chat(llm, engine, opening, stored, screen)
     if stored is None and not quiet:
         screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -12,11 +11,12 @@ from trimkv_cli.commands.slash.command import Chat
 from trimkv_cli.commands.slash.table import is_command, run_command
 from trimkv_cli.errors import ClosedPipe, TrimkvError
 from trimkv_cli.ui.chat.answer import AnswerView, ThoughtStyle
+from trimkv_cli.ui.chat.meter import Meter
 from trimkv_cli.ui.chat.screen import Screen, keys_held_back
 from trimkv_cli.ui.chat.toolbar import Status, status_line
 
 if TYPE_CHECKING:
-    from trimkv_cli.chat.conversation import Conversation, Steps
+    from trimkv_cli.chat.conversation import Steps
     from trimkv_cli.ui.chat.prompt import ChatPrompt, Typed
 
 
@@ -67,15 +67,24 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
         thoughts=cast("ThoughtStyle", chat.shown.thoughts),
         in_thought=conversation.starts_in_thought,
     )
+    llm = conversation.llm
+    read_before = llm.stats.prefill_tokens
+    meter = Meter(
+        screen,
+        view,
+        seen=conversation.seen,
+        slots=llm.facts.plan.kv_budget,
+        interval_s=1.0 if llm.facts.plan.device == "cpu" else 0.25,
+    )
     with _ctrl_c_noted() as pressed, keys_held_back():
-        meter = _Meter(conversation, screen, view)
         steps = begin(pressed)
         try:
             for events in steps:
                 for event in events:
                     view.push(event.text)
                     meter.generated += len(event.token_ids)
-                meter.tick()
+                if meter.due:
+                    meter.draw(read=llm.stats.prefill_tokens - read_before, to_read=conversation.tokens_to_read)
         finally:
             view.close()
     reason = conversation.turns[-1].finish_reason
@@ -84,47 +93,6 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
     elif reason == "abort":
         screen.note("stopped; /continue goes on")
     chat.autosave.save(conversation)
-
-
-class _Meter:
-    """Show how a turn goes on: what was read, then how fast it is written; at most 4 times a second, 1 on a CPU."""
-
-    def __init__(self, conversation: Conversation, screen: Screen, view: AnswerView) -> None:
-        self.generated = 0
-        self._conversation = conversation
-        self._screen = screen
-        self._view = view
-        self._llm = conversation.llm
-        self._read_before = self._llm.stats.prefill_tokens
-        self._seen_before = conversation.seen
-        self._interval = 1.0 if self._llm.facts.plan.device == "cpu" else 0.25
-        self._next = time.monotonic() + 0.2
-        self._first_token = 0.0
-
-    def tick(self) -> None:
-        """Draw the line if it is time to."""
-        now = time.monotonic()
-        if self.generated and not self._first_token:
-            self._first_token = now
-        if now < self._next or not self._screen.moves or self._view.mid_line:
-            return
-        self._next = now + self._interval
-        self._screen.passing(self._line(now))
-
-    def _line(self, now: float) -> str:
-        look = self._screen.look
-        read = self._llm.stats.prefill_tokens - self._read_before
-        if not self.generated:
-            return f"reading {read:,} of {self._conversation.tokens_to_read:,} tokens"
-        seen = self._seen_before + read + self.generated
-        elapsed = now - self._first_token
-        plan = self._llm.facts.plan
-        facts = [f"kept {min(seen, plan.kv_budget):,}/{seen:,}"]
-        if elapsed > 0 and self.generated > 1:
-            facts.append(f"{(self.generated - 1) / elapsed:.1f} tok/s")
-        preview = self._view.preview
-        room = look.width - len(look.dot.join(facts)) - 4
-        return f"{preview[-room:] if room > 0 else ''}{look.dot if preview else ''}{look.dot.join(facts)}"
 
 
 def status_of(chat: Chat) -> Status:

@@ -55,9 +55,9 @@ def load_engine(options: EngineOptions) -> Engine:
     return load_source(find_source(options, weights=True), options)
 
 
-def load_source(source: Source, options: EngineOptions) -> Engine:
+def load_source(source: Source, options: EngineOptions, *, snapshots: int = 0) -> Engine:
     """Load a model and gates that have been found; raises as `load_parts` does."""
-    parts = load_parts(source, options)
+    parts = load_parts(source, options, snapshots=snapshots)
     return assemble(
         parts.model,
         parts.gates,
@@ -80,8 +80,8 @@ class Parts:
     kv_dtype: torch.dtype
 
 
-def load_parts(source: Source, options: EngineOptions) -> Parts:
-    """Load a model and gates that have been found.
+def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) -> Parts:
+    """Load a model and gates that have been found, planned with so many copies of a row in host memory.
 
     Raises:
         TrimkvError: they do not fit the budget or each other, or their files are broken.
@@ -89,7 +89,7 @@ def load_parts(source: Source, options: EngineOptions) -> Parts:
     started = time.perf_counter()
     device = pick_device(options.device)
     _check_deterministic(options, device)
-    plan = plan_for(source, options, device)
+    plan = plan_for(source, options, device, snapshots=snapshots)
     torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
     model = load_model(
         source,
@@ -118,8 +118,10 @@ def load_parts(source: Source, options: EngineOptions) -> Parts:
     return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=_DTYPES[plan.kv_dtype])
 
 
-def plan_for(source: Source, options: EngineOptions, device: torch.device) -> Plan:
+def plan_for(source: Source, options: EngineOptions, device: torch.device, *, snapshots: int = 0) -> Plan:
     """Plan the run; the budget, or without one the device's memory, must hold it.
+
+    Snapshots lie in host memory, so that they count on a CPU only.
 
     Raises:
         DoesNotFit: it does not.
@@ -127,7 +129,11 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device) -> Pl
     total = device_bytes(device)
     padded = DETERMINISTIC_ROWS if options.deterministic else 0
     asked = source.plan_options(
-        options, device=device.type, memory_bytes=(total, free_bytes(device)), padded_rows=padded
+        options,
+        device=device.type,
+        memory_bytes=(total, free_bytes(device)),
+        padded_rows=padded,
+        snapshots=snapshots if device.type == "cpu" else 0,
     )
     plan = make_plan(source.spec, source.gate, asked)
     plan.ensure_fits()
