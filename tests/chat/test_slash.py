@@ -234,7 +234,7 @@ def test_completion(chat: Chat, tmp_path: Path) -> None:
     """Catches completions of messages, and arguments that are not completed."""
 
     def found(text: str) -> list[str]:
-        return [text[: len(text) - replaced] + candidate for candidate, replaced in complete(chat, text)]
+        return [text[: len(text) - replaced] + candidate for candidate, replaced, _ in complete(chat, text)]
 
     assert found("/un") == ["/undo "]
     assert found("hello /un") == []

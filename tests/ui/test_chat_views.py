@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from trimkv_cli.ui.chat.answer import AnswerView
 from trimkv_cli.ui.chat.blocks import Blocks
 from trimkv_cli.ui.chat.markdown import draw_block
-from trimkv_cli.ui.chat.prompt import Candidate, ChatPrompt
+from trimkv_cli.ui.chat.prompt import ChatPrompt
 from trimkv_cli.ui.chat.screen import Screen
 from trimkv_cli.ui.chat.thoughts import Thoughts
 from trimkv_cli.ui.chat.toolbar import Status, status_line
@@ -162,7 +162,7 @@ def ask(keys: str, *, history: Path | None = None, draft: str = "") -> tuple[str
 def _ask(pipe: PipeInput, keys: str, history: Path | None, draft: str) -> tuple[str, bool]:
     prompt = ChatPrompt(
         history=history,
-        complete=lambda text: [Candidate("undo ", 2)] if text == "/un" else [],
+        complete=lambda _: [],
         look=Look(),
         input=pipe,
         output=DummyOutput(),
@@ -180,7 +180,6 @@ def test_keys() -> None:
     assert ask("\x1b[200~/exit\r\nnow\x1b[201~ and\r") == ("/exit\nnow and", True)
     assert ask("say \x1b[200~/exit\x1b[201~\r") == ("say /exit", False)
     assert ask("\x1b[200~/exit\x1b[201~\x03typed\r") == ("typed", False)
-    assert ask("/un\t2\r") == ("/undo 2", False)
     assert ask("\r", draft="again") == ("again", False)
     for keys, error in (("\x04", EOFError), ("\x03", KeyboardInterrupt)):
         with pytest.raises(error):

@@ -109,7 +109,7 @@ def make_prompt(chat: Chat, screen: Screen, *, private: bool) -> ChatPrompt:
 
     return ChatPrompt(
         history=None if private else user_state_path("trimkv") / "chat_history",
-        complete=lambda text: (Candidate(found, replaces) for found, replaces in complete(chat, text)),
+        complete=lambda text: (Candidate(*found) for found in complete(chat, text)),
         look=screen.look,
     )
 

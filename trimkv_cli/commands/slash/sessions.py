@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trimkv_cli.chat.turns import split_thought
 from trimkv_cli.commands.session_table import session_table
 from trimkv_cli.commands.slash.command import Chat, SlashCommand
 from trimkv_cli.errors import UsageError
+from trimkv_cli.ui.plain import neutralise
 
 
 def _save(chat: Chat, argument: str) -> None:
@@ -27,8 +29,11 @@ def _load(chat: Chat, argument: str) -> None:
 
 
 def say_opened(chat: Chat, why_reread: str | None) -> None:
-    """Say what a stored session brought, and why it has to be read again if it has to."""
+    """Show the last turn of a stored session, and say why it has to be read again if it has to."""
     conversation = chat.conversation
+    if conversation.turns:
+        last = conversation.turns[-1]
+        chat.display.print(neutralise(f"> {last.user}\n{split_thought(last.answer)[1]}"))
     turns = f"{chat.autosave.name}: {len(conversation.turns)} turns"
     if why_reread is None:
         chat.display.note(f"{turns}, {conversation.seen:,} tokens in the cache, nothing to read again")

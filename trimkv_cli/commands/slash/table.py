@@ -47,15 +47,16 @@ def run_command(chat: Chat, line: str) -> None:
     find(name).handler(chat, argument.strip())
 
 
-def complete(chat: Chat, text: str) -> Iterator[tuple[str, int]]:
-    """Yield (completion, characters that it replaces) for the text before the cursor."""
+def complete(chat: Chat, text: str) -> Iterator[tuple[str, int, str]]:
+    """Yield (completion, characters that it replaces, help) for the text before the cursor."""
     if not is_command(text):
         return
     name, gap, argument = text[1:].partition(" ")
     if not gap:
-        yield from ((f"{command.name} ", len(name)) for command in COMMANDS if command.name.startswith(name))
+        found = (command for command in COMMANDS if command.name.startswith(name))
+        yield from ((f"{command.name} ", len(name), command.help) for command in found)
         return
     command = next((command for command in COMMANDS if command.name == name), None)
     for candidate in command.complete(chat, argument) if command is not None else ():
         if candidate.startswith(argument):
-            yield candidate, len(argument)
+            yield candidate, len(argument), ""

@@ -37,7 +37,7 @@ class Candidate:
 
     text: str
     replaces: int
-    shown: str = ""
+    help: str = ""
 
 
 Complete = Callable[[str], Iterable[Candidate]]
@@ -59,7 +59,7 @@ class ChatPrompt:
         self._session: PromptSession[str] = PromptSession(
             history=_open_history(history),
             completer=_Adapter(complete),
-            complete_style=CompleteStyle.READLINE_LIKE,
+            complete_style=CompleteStyle.COLUMN,
             complete_while_typing=False,
             enable_open_in_editor=False,
             enable_suspend=True,
@@ -67,7 +67,7 @@ class ChatPrompt:
             key_bindings=self._bindings(),
             prompt_continuation="  ",
             color_depth=None if look.colour else ColorDepth.DEPTH_1_BIT,
-            reserve_space_for_menu=0,
+            reserve_space_for_menu=8,
             tempfile_suffix=".md",
             input=input,
             output=output,
@@ -98,7 +98,9 @@ class ChatPrompt:
         @keys.add("enter")
         def send(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
-            if _is_open(buffer.text):
+            if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
+                buffer.complete_state = None  # the chosen completion stands; what follows it can be typed
+            elif _is_open(buffer.text):
                 buffer.newline(copy_margin=False)
             else:
                 buffer.validate_and_handle()
@@ -138,7 +140,7 @@ class _Adapter(Completer):
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:  # noqa: ARG002
         for candidate in self._complete(document.text_before_cursor):
-            yield Completion(candidate.text, start_position=-candidate.replaces, display=candidate.shown or None)
+            yield Completion(candidate.text, start_position=-candidate.replaces, display_meta=candidate.help or None)
 
 
 def _is_open(text: str) -> bool:
