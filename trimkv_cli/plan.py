@@ -88,6 +88,11 @@ class Plan:
             )
         return plan
 
+    def with_budget(self, budget_bytes: int) -> Plan:
+        """Return this plan under another budget of all that the process takes; its slots stay, fitting or not."""
+        around = replace(self.around, counts_runtime=True)
+        return replace(self, budget_bytes=budget_bytes, around=around)._with_slots(self.kv_budget)
+
     def slots_within(self, budget_bytes: int) -> int:
         """Return the most slots per head that this plan, changed to them, needs no more than a budget for; 0 = none."""
         low, high = 0, self.spec.max_positions

@@ -262,3 +262,24 @@ def test_what_is_pinned_stays(chat: Chat) -> None:
     assert shares[first : first + 3] == [1.0] * 3
     enter(chat, "/undo 2", "My cat is called Zubo.")
     assert "nothing is pinned" in enter(chat, "/pin").errors[0]
+
+
+def test_another_budget(chat: Chat) -> None:
+    """Catches a smaller cache that says nothing, states of the old size that undo cannot use, and a session with it."""
+    llm = chat.conversation.llm
+    enter(chat, "My cat is called Zubo.", "My dog is called Rex. " * 8)
+    heads = llm.retained(chat.conversation.row).num_heads
+    note = enter(chat, "/budget 24").notes[0]
+    assert note.startswith("40 to 24 slots per head")
+    assert note.endswith(f"{16 * heads} evicted")
+    assert "M 24" in status_line(status_of(chat), Look(width=80))
+    assert chat.autosave.store.read(chat.autosave.name or "").options["kv_budget"] == "24"
+    enter(chat, "/undo")
+    assert not chat.conversation.must_reread
+    enter(chat, "What is my cat called?", "/clear", f"/load {chat.autosave.name}")
+    assert "none" not in enter(chat, "/budget 40").notes[0]
+    assert enter(chat, "/budget 1KiB").errors
+    assert enter(chat, "/budget 80%").errors
+    assert enter(chat, "/budget 2GiB").errors == []
+    assert llm.facts.plan.budget_bytes == 2**31
+    assert enter(chat, "/budget 40").errors == []

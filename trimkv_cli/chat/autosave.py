@@ -32,7 +32,7 @@ class Autosave:
         self._wanted = name
         self._enabled = enabled or name is not None
         self._save_cache = save_cache
-        self._options = options
+        self.options = dict(options)  # to open the session again
         self._created = 0.0
         self._lock: BaseFileLock | None = None
 
@@ -63,7 +63,7 @@ class Autosave:
             system=conversation.system,
             think=conversation.think,
             sampling=asdict(conversation.params),
-            options=self._options,
+            options=self.options,
             turns=tuple(conversation.turns),
             states=conversation.snapshots.files,
             created=self._created,

@@ -77,6 +77,15 @@ class Snapshots:
             if state is not None:
                 self.put(turns, state)
 
+    def use(self, fingerprint: Mapping[str, str]) -> None:
+        """Go on with an engine whose sizes have changed: it takes the states that are there as well."""
+        states = {turns: self._get_or_none(turns) for turns in self.counts}
+        self.clear()
+        self._fingerprint = fingerprint
+        for turns, state in sorted(states.items()):
+            if state is not None:
+                self.put(turns, state)
+
     def open(self, folder: Path, files: Mapping[int, str]) -> None:
         """Take over the states that a stored session has."""
         files = dict(files)  # it may be our own

@@ -101,7 +101,7 @@ def status_of(chat: Chat) -> Status:
     llm, stats, seen = conversation.llm, conversation.last_stats, conversation.seen
     return Status(
         model=llm.facts.model_id,
-        kept=min(seen, llm.facts.plan.kv_budget),
+        kept=llm.kept_per_head(conversation.row) if conversation.row is not None else 0,
         seen=seen,
         slots=llm.facts.plan.kv_budget,
         horizon=llm.horizon(conversation.row)[0] if conversation.row is not None else None,

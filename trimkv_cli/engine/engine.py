@@ -19,12 +19,13 @@ from trimkv_cli.engine.request import Request
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.engine.session import RowState
 from trimkv_cli.engine.text import Detokenizer, Text
-from trimkv_cli.errors import ContextOverflow, OutOfDeviceMemory, UsageError
+from trimkv_cli.errors import ContextOverflow, DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, Glance, RequestStats, Resized, RunStats, TokenEvent
 from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan
 from trimkv_cli.retained import Retained
 from trimkv_cli.spec import GateSpec, ModelSpec
+from trimkv_cli.units import format_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +258,10 @@ class Engine:
         """Return the prompt tokens that such a request had not read when it was stopped."""
         return self._scheduler.parked[request_id].unread
 
+    def kept_per_head(self, request_id: str) -> int:
+        """Return how many tokens each head of such a row holds, in a layer without a window."""
+        return self._runner.cache.kept_per_head(self._scheduler.parked[request_id].index)
+
     def save(self, request_id: str) -> RowState:
         """Copy what such a request left, so that what comes after it can be undone; its row stays as it is."""
         row = self._scheduler.parked[request_id]
@@ -330,6 +335,28 @@ class Engine:
             kv_bytes_before=bytes_before,
             kv_bytes=self.kv_bytes,
         )
+
+    def set_budget(self, budget_bytes: int) -> Resized:
+        """Give the process another budget: the slots shrink where they must, or grow, to what was trained at most.
+
+        Raises:
+            DoesNotFit: no slot fits beside all the rest; nothing has changed.
+            TrimkvError: as `resize`.
+        """
+        before = self.facts
+        plan = before.plan.with_budget(budget_bytes)
+        most = plan.slots_within(budget_bytes)
+        if most == 0:
+            raise DoesNotFit(
+                f"{format_size(plan.total_bytes)} are in use, and without slots that is still above the budget",
+                hint="a larger budget",
+            )
+        self.facts = replace(before, plan=plan)
+        try:
+            return self.resize(min(most, max(plan.kv_budget, before.gate.memory_size or 0)))
+        except TrimkvError:
+            self.facts = before
+            raise
 
     def _check_full_cache(self, kv_budget: int, rows: Sequence[Row]) -> None:
         needed = max((self._tokens_at_end(row) for row in rows), default=0)

@@ -1,4 +1,4 @@
-"""What can be changed while talking: /system, /set, /show."""
+"""What can be changed while talking: /system, /set, /budget, /show."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from trimkv_cli.commands.slash.turns import say_if_reread
 from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.ui.plain import neutralise
+from trimkv_cli.units import format_size, parse_budget
 
 _SWITCHES = {"on": True, "off": False}
 _NOT_SETTABLE = {"logit_bias", "grammar", "logprobs"}  # they have no form that can be typed in a line
@@ -127,6 +128,25 @@ def _complete_show(_: Chat, __: str) -> Iterable[str]:
     return ("settings", "system", "session", "model")
 
 
+def _budget(chat: Chat, argument: str) -> None:
+    conversation, llm = chat.conversation, chat.conversation.llm
+    if not argument:
+        raise UsageError("/budget needs a size", hint="/budget 6GiB for all memory, /budget 256 for slots per head")
+    if argument.isdecimal():
+        done = llm.resize(int(argument))
+    else:
+        budget = parse_budget(argument)
+        if budget.kind != "bytes":
+            raise UsageError(f"/budget takes no {argument!r}", hint="/budget 6GiB, or /budget 256 for slots per head")
+        done = llm.set_budget(budget.amount)
+        chat.autosave.options["budget"] = argument
+    chat.autosave.options["kv_budget"] = str(done.kv_budget)
+    conversation.snapshots.use(llm.fingerprint)
+    chat.autosave.save(conversation)
+    sizes = f"{format_size(done.kv_bytes_before)} to {format_size(done.kv_bytes)} of cache"
+    chat.display.note(f"{done.kv_budget_before} to {done.kv_budget} slots per head, {sizes}; {done.evicted:,} evicted")
+
+
 SETTINGS = (
     SlashCommand(
         name="system", arguments="[TEXT]", help='Show or change the system message; "" for none.', handler=_system
@@ -134,6 +154,10 @@ SETTINGS = (
     SlashCommand(
         name="set", arguments="NAME VALUE", help="Change a setting, as /set temperature 0.7 or /set thoughts fold.",
         handler=_set, complete=_complete_set,
+    ),
+    SlashCommand(
+        name="budget", arguments="SIZE", help="Change all memory (6GiB) or slots per head (256); fewer evict at once.",
+        handler=_budget,
     ),
     SlashCommand(
         name="show", arguments="[PART]", help="Show settings, system, session or model.", handler=_show,
