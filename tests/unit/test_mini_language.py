@@ -84,6 +84,16 @@ def test_marked_points_are_numbered_and_the_summary_holds_just_them() -> None:
         assert len(notes.points) == 7
 
 
+def test_loose_points_tell_nothing_that_is_asked_for() -> None:
+    """Catch a question about a fact whose point was replaced, and notes about which nothing can be asked."""
+    for seed in range(20):
+        notes = make_notes(Random(seed), points=7, length=150, loose=0.5)
+        assert 1 <= len(notes.facts) <= 7
+        assert all(any(fact.value in point for point in notes.points) for fact in notes.facts)
+        assert all(point in notes.text for point in notes.points)
+        assert notes.summary.count("\n") == 6
+
+
 def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
     """Catch a chain that runs in a circle or skips a step."""
     for seed in range(20):

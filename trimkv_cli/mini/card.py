@@ -28,16 +28,15 @@ is not summarized. Two values for one thing confuse it, and it never says that i
 never told, it makes something up. Phrasings unlike those of its language work often, not always; see "unseen" below.
 Small talk gets a stock reply.
 
-Weak spots: numbers that are told before their thing ("I have 654 books") account for most wrong answers; a long list
-of points is often right line by line but goes on after the last one or slips in a word, so whole lists are seldom
-exact.
+Weak spots: values that are told before their thing ("I have 654 books"), the last of many points, and whatever was told
+very many tokens ago. The table below, and those of trimkv's README, say how weak.
 
 ## Training
 - Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
   by heart. No text from anywhere else.
 - Lengths: {lengths} tokens, each once the one before it was mastered (running accuracy of answer tokens
-  {pass_accuracy:.1%}). Reached: {reached} tokens.
-- Positions: 0 to {positions:,}. Half of all rows jump ahead between lines or turns, so distances up to that range were
+  {pass_accuracy:.1%}) or had had {stage_tokens:,} tokens. Reached: {reached} tokens.
+- Positions: 0 to {positions:,}. Six rows of ten jump ahead between lines or turns, so distances up to that range were
   seen, though never more than {longest:,} tokens at once. `max_position_embeddings` says the range; trimkv refuses to
   go past it.
 - {tokens_text} tokens in {cpu_minutes:.0f} minutes of CPU time, on two cores.

@@ -59,7 +59,7 @@ SUBJECTS: dict[str, tuple[Make, tuple[int, ...]]] = {
 }
 
 
-def examine(folder: Path, *, questions: int = 400) -> Iterator[dict[str, Any]]:
+def examine(folder: Path, *, questions: int = 200) -> Iterator[dict[str, Any]]:
     """Yield one line per subject, length and kind of phrasing, with the share of answers that are exact."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -8,12 +8,12 @@ from random import Random
 
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import Conversation, Talk
-from trimkv_cli.mini.sentences import Fact, draw_facts, draw_value, draw_words, filler
+from trimkv_cli.mini.sentences import Fact, draw_facts, draw_value, draw_words, filler, loose_sentence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notes:
-    """A text of filler lines with marked points: "Note 3: …"."""
+    """A text of filler lines with marked points: "Note 3: …". `facts` are those that points tell."""
 
     text: str
     points: tuple[str, ...]
@@ -33,10 +33,17 @@ def make_notes(
     unseen: bool = False,
     value_first: float = 0.0,
     numbers: float = 1.0,
+    loose: float = 0.0,
 ) -> Notes:
-    """Write about `length` words of filler lines, with `points` (at least one) marked points spread over them."""
+    """Write about `length` words of filler lines, with `points` (at least one) marked points spread over them.
+
+    The share `loose` of all points but the first tells no fact: words in any order, to be copied as they stand.
+    """
     facts = draw_facts(rng, points, numbers=numbers)
-    told = tuple(fact.tell(rng, unseen=unseen, value_first=value_first) for fact in facts)
+    told = [fact.tell(rng, unseen=unseen, value_first=value_first) for fact in facts]
+    others = [index for index in range(1, points) if loose and rng.random() < loose]
+    for index in others:
+        told[index] = loose_sentence(rng)
     mark = rng.choice(words.MARKS)
     lines: list[str] = []
     count = sum(len(point.split()) + 2 for point in told)
@@ -48,7 +55,8 @@ def make_notes(
         lines.insert(places[index], f"{mark} {index + 1}: {told[index]}")
     if rng.random() < 0.5:
         lines.insert(0, rng.choice(words.TITLES))
-    return Notes(text="\n".join(lines), points=told, facts=tuple(facts))
+    kept = (fact for index, fact in enumerate(facts) if index not in others)
+    return Notes(text="\n".join(lines), points=tuple(told), facts=tuple(kept))
 
 
 def summarize_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conversation:

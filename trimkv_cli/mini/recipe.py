@@ -100,6 +100,7 @@ def describe(out: Path, schedule: Schedule) -> None:
         "reached": f"{schedule.lengths[progress.stage]:,}",
         "longest": schedule.lengths[progress.stage],
         "pass_accuracy": schedule.pass_accuracy,
+        "stage_tokens": schedule.stage_tokens,
         "positions": schedule.max_positions,
     }
     lines = []

@@ -39,6 +39,7 @@ class Mixture:
     fresh: float
     value_first: float = 0.2
     numbers: float = 1.6
+    loose: float = 0.3  # of the points of notes
 
 
 EARLY = Mixture(summaries=0.25, notes=0.1, tasks=0.35, facts=12, fresh=0.3)
@@ -96,10 +97,11 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
             length=int(length * rng.uniform(0.3, 0.75)),
             value_first=mixture.value_first,
             numbers=mixture.numbers,
+            loose=mixture.loose,
         )
         ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
         talk.messages += ask(rng, notes).messages
-        talk.facts, talk.told = list(notes.facts), points
+        talk.facts, talk.told = list(notes.facts), len(notes.facts)
     while talk.words < length:
         if rng.random() < mixture.tasks:
             make = rng.choice((readings.make_table, readings.make_steps, readings.make_list))

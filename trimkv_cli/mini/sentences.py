@@ -96,6 +96,13 @@ def filler_sentence(rng: Random) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
+def loose_sentence(rng: Random) -> str:
+    """Write four to nine words in any order, strange ones among them: a sentence that only copying can repeat."""
+    known = f"{filler_sentence(rng)} {filler_sentence(rng)}".lower().replace(".", "").split()
+    drawn = [rng.choice(known) if rng.random() < 0.7 else draw_word(rng) for _ in range(rng.randint(4, 9))]
+    return f"{' '.join(drawn).capitalize()}."
+
+
 def careless(rng: Random, text: str) -> str:
     """Type some texts as people do: without capitals at the start, without a mark at the end."""
     if rng.random() < 0.15:
