@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini test lint format pictures bench-stream clean
+.PHONY: help demo mini bench-mini bench-run test lint format pictures bench-stream clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
 	@echo "make mini          train the built-in model from nothing into build/mini (at most an hour on two cores)"
 	@echo "make bench-mini    record what MODEL=mini (or a folder) remembers, and write it into the README"
+	@echo "make bench-run     record what batches cost and survive, and write it into the README (about 15 minutes)"
 	@echo "make test          run the tests"
 	@echo "make lint          ruff, mypy --strict, import directions"
 	@echo "make format        let ruff rewrite the code"
@@ -40,6 +41,14 @@ bench-mini: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.recall --model $(MODEL) --out $(RESULTS)/recall-mini.json
 	$(BIN)/python -m trimkv_cli.bench.points --model $(MODEL) --out $(RESULTS)/points-mini.json
 	$(BIN)/python -m trimkv_cli.bench.long_chat --model $(MODEL) --out $(RESULTS)/long-chat-mini.json
+	$(BIN)/python -m trimkv_cli.bench.readme
+
+bench-run: $(READY)
+	$(BIN)/python -m trimkv_cli.bench.batching --out $(RESULTS)/batching-mini.json
+	$(BIN)/python -m trimkv_cli.bench.shared_prefix --out $(RESULTS)/shared-prefix-mini.json
+	$(BIN)/python -m trimkv_cli.bench.kills --out $(RESULTS)/kills-mini.json
+	$(BIN)/python -m trimkv_cli.bench.scan --out $(RESULTS)/scan.json
+	$(BIN)/python -m trimkv_cli.bench.ray_flips --out $(RESULTS)/flips-ray.json
 	$(BIN)/python -m trimkv_cli.bench.readme
 
 test: $(READY)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.bench.record import write_record
+
+_WORKERS = 2
 
 
 def write_job(path: Path, lines: int, *, vocab_size: int, greedy: bool) -> None:
@@ -45,7 +48,8 @@ def measure(arguments: argparse.Namespace, folder: Path, *, greedy: bool, determ
     flags = ["--model", arguments.model, "--kv-budget", str(arguments.kv_budget), "--threads", "1"]
     flags += ["--deterministic"] if deterministic else []
     one = run_job(source, folder / f"{name}-one.jsonl", *flags)
-    many = run_job(source, folder / f"{name}-ray.jsonl", *flags, "--engine", "ray", "--cpus-per-worker", "1")
+    cores = str(max(1, (os.cpu_count() or 1) // _WORKERS))
+    many = run_job(source, folder / f"{name}-ray.jsonl", *flags, "--engine", "ray", "--cpus-per-worker", cores)
     flips = sum(one[key] != many.get(key) for key in one)
     return {"deterministic": deterministic, "greedy": greedy, "lines": len(one), "flips": flips}
 
@@ -64,7 +68,7 @@ def main() -> None:
             measure(arguments, Path(folder), greedy=greedy, deterministic=deterministic)
             for greedy, deterministic in ((True, False), (False, False), (False, True))
         ]
-    measured = {"model": arguments.model, "kv_budget": arguments.kv_budget, "rows": rows}
+    measured = {"model": arguments.model, "workers": _WORKERS, "kv_budget": arguments.kv_budget, "rows": rows}
     write_record("trimkv_cli.bench.ray_flips", measured, arguments.out)
 
 
