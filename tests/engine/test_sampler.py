@@ -16,8 +16,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from trimkv_cli.engine.filters import draw, fraction_of, locate, random_fraction
 from trimkv_cli.engine.request import SamplingParams
-from trimkv_cli.engine.sampler import Sampler, draw, fraction_of, locate, random_fraction
+from trimkv_cli.engine.sampler import Sampler
 
 VOCAB = 1037  # two blocks and a rest, odd
 

@@ -1,8 +1,7 @@
 """Choose each row's next token on the device, from its logits, parameters, seed and step alone.
 
-Probabilities are summed as 64-bit integers (fixed point), so that a sum does not depend on the order of its terms:
-neither on the batch around a row nor on the device's scan. Stages and their order are those of transformers'
-`GenerationMixin._get_logits_processor`; nothing here reads the device.
+Stages and their order are those of transformers' `GenerationMixin._get_logits_processor`; nothing here reads the
+device, except for rows that ask for log probabilities.
 """
 
 from __future__ import annotations
@@ -13,21 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from trimkv_cli.engine.filters import FRACTION_ONE, draw, keep_likeliest, keep_min_p, random_fraction
 from trimkv_cli.engine.grammars import Grammars, Matchers
 from trimkv_cli.engine.penalties import Penalties, RowCounts, to_device
 from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import TokenLogprob
 
-_WEIGHT_ONE = 2**36  # the weight of a row's likeliest token; 2^27 tokens of it still fit in an int64
-_FRACTION_ONE = 2**32
-_TOP_H_TOKENS = 100  # transformers' cap on the tokens whose entropy top-h sums
-_BLOCK = 1024
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment and multipliers, as signed 64-bit integers
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
 _IDLE = SamplingParams(temperature=0.0)
 
 
@@ -64,9 +56,9 @@ class RowParams:
         self.frequency[row] = params.frequency_penalty
         self.presence[row] = params.presence_penalty
         self.temperature[row] = 1.0 if params.greedy else params.temperature
-        self.top_h[row] = round((params.top_h or 0.0) * _FRACTION_ONE)
+        self.top_h[row] = round((params.top_h or 0.0) * FRACTION_ONE)
         self.top_k[row] = min(params.top_k or vocab_size, vocab_size)
-        self.tail[row] = round((1.0 - params.top_p) * _FRACTION_ONE)
+        self.tail[row] = round((1.0 - params.top_p) * FRACTION_ONE)
         self.min_p[row] = params.min_p
         self.seed[row] = params.seed
 
@@ -249,98 +241,7 @@ def _warped(scores: Tensor, chosen: _Selection) -> Tensor:
     if any(host.temperature != 1.0 for host in sampled):
         scores = scores / params.temperature[:, None]
     if any(host.top_h is not None or host.top_k or host.top_p < 1.0 for host in sampled):
-        scores = keep_likeliest(scores, params)
+        scores = keep_likeliest(scores, top_h=params.top_h, top_k=params.top_k, tail=params.tail)
     if any(host.min_p > 0.0 for host in sampled):
         scores = keep_min_p(scores, params.min_p)
     return scores
-
-
-def keep_likeliest(scores: Tensor, params: RowParams) -> Tensor:
-    """Cut by top-h, then top-k, then top-p: each keeps the first tokens of one sorted order (ties: lower id first)."""
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    kept = torch.minimum(count_top_h(ordered, params.top_h), count_top_k(ordered, params.top_k))
-    kept = count_top_p(ordered, kept, params.tail)
-    mask = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, _first(kept, ordered))
-    return scores.masked_fill(~mask, -torch.inf)
-
-
-def count_top_h(ordered: Tensor, top_h: Tensor) -> Tensor:
-    """Count the tokens [B] whose summed entropy stays within the fraction `top_h` [B] of that of the top 100."""
-    weights = weigh(ordered[:, :_TOP_H_TOKENS])
-    probs = weights.float() / weights.sum(-1, keepdim=True).float()
-    entropy = (torch.special.entr(probs) * _WEIGHT_ONE).long()
-    limit = fraction_of(entropy.sum(-1), top_h)
-    kept = (entropy.cumsum(-1) <= limit[:, None]).sum(-1).clamp(min=1)
-    return torch.where(top_h > 0, kept, ordered.shape[-1])
-
-
-def count_top_k(ordered: Tensor, top_k: Tensor) -> Tensor:
-    """Count the tokens [B] at least as likely as the `top_k`-th: more than `top_k` when it is tied."""
-    return (ordered >= ordered.gather(-1, top_k[:, None] - 1)).sum(-1)
-
-
-def count_top_p(ordered: Tensor, kept: Tensor, tail: Tensor) -> Tensor:
-    """Count the tokens [B] left when the least likely of the first `kept` [B] go, up to the mass `tail` [B]."""
-    weights = weigh(ordered).masked_fill(~_first(kept, ordered), 0)
-    total = weights.sum(-1)
-    return 1 + locate(weights, total - fraction_of(total, tail) - 1)
-
-
-def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """Cut the tokens less likely than `min_p` [B] times the likeliest one."""
-    return scores.masked_fill(_relative(scores) < min_p[:, None], -torch.inf)
-
-
-def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one id per row [B] from softmax(`scores` [B, V]): the inverse CDF at the fraction `uniform` [B]."""
-    weights = weigh(scores)
-    return locate(weights, fraction_of(weights.sum(-1), uniform)).clamp(0, scores.shape[-1] - 1)
-
-
-def weigh(scores: Tensor) -> Tensor:
-    """Turn scores into integer weights, int64 in units of 2^-36 of the likeliest token; rarer ones than that get 0."""
-    return (_relative(scores) * _WEIGHT_ONE).long()
-
-
-def locate(weights: Tensor, target: Tensor) -> Tensor:
-    """Count the leading entries of each row [B] over which the running sum of `weights` [B, N] stays ≤ `target` [B].
-
-    Finds the block first, then the entry in it: a whole row's running sum is never written.
-    """
-    blocks = pad(weights, (0, -weights.shape[-1] % _BLOCK)).view(len(weights), -1, _BLOCK)
-    sums = blocks.sum(-1)
-    ends = sums.cumsum(-1)
-    block = torch.searchsorted(ends, target[:, None], right=True).clamp(max=sums.shape[-1] - 1)
-    rest = target[:, None] - (ends - sums).gather(-1, block)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1)
-    return (block * _BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(-1)
-
-
-def fraction_of(total: Tensor, fraction: Tensor) -> Tensor:
-    """Return ⌊total · fraction⌋ exactly, in int64, for 0 ≤ `total` < 2^58 and a `fraction` in units of 2^-32."""
-    high, low = total >> 27, total & (2**27 - 1)
-    return (high * fraction + (low * fraction >> 27)) >> 5
-
-
-def random_fraction(seed: Tensor, step: Tensor) -> Tensor:
-    """Hash `seed` and `step`, int64 [B] each, to a uniform fraction in units of 2^-32: splitmix64, twice."""
-    return _shift_right(_mix(_mix(seed) + (step + 1) * _GOLDEN), 32)
-
-
-def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shift_right(bits, 30)) * _MIX_1
-    bits = (bits ^ _shift_right(bits, 27)) * _MIX_2
-    return bits ^ _shift_right(bits, 31)
-
-
-def _shift_right(bits: Tensor, count: int) -> Tensor:
-    mask: int = (1 << (64 - count)) - 1
-    return (bits >> count) & mask
-
-
-def _relative(scores: Tensor) -> Tensor:
-    return (scores - scores.amax(-1, keepdim=True)).exp()
-
-
-def _first(count: Tensor, like: Tensor) -> Tensor:
-    return torch.arange(like.shape[-1], device=like.device) < count[:, None]
