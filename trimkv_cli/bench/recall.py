@@ -15,9 +15,9 @@ from typing import Any
 from trimkv_cli.bench.record import write_record
 
 COMMANDS = (
-    "--context 1000 --policies full,gates --budgets 32,64,128 --samples 400",
-    "--context 1000 --policies streaming,random --budgets 32,64,128 --samples 50",
-    "--context 2000 --policies full --samples 400",
+    "--context 1000 --policies full,gates --budgets 32,64,128 --samples {questions}",
+    "--context 1000 --policies streaming,random --budgets 32,64,128 --samples {few}",
+    "--context 2000 --policies full --samples {questions}",
 )
 _EVAL = "eval {model} --tasks recall {command} --seed {seed} --json -q"
 
@@ -27,12 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--questions", type=int, default=400, help="an eighth of them where all is forgotten")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     measured = []
     for command in COMMANDS:
-        said = _EVAL.format(model=arguments.model, command=command, seed=arguments.seed)
+        asked = command.format(questions=arguments.questions, few=max(1, arguments.questions // 8))
+        said = _EVAL.format(model=arguments.model, command=asked, seed=arguments.seed)
         done = subprocess.run([sys.executable, "-m", "trimkv_cli", *said.split()], capture_output=True, check=True)
         rows += json.loads(done.stdout)["rows"]
         measured.append(f"trimkv {said}")
