@@ -77,6 +77,28 @@ def test_what_another_model_made_is_refused(tmp_path: Path, tiny_model: TinyMode
         read(tmp_path / "read.kv", make_engine(model, SHAPE))
 
 
+def test_a_row_that_has_outgrown_the_positions_goes_on_elsewhere(tmp_path: Path, tiny_model: TinyModel) -> None:
+    """Catches ranks that are not saved, and an engine that takes them for positions."""
+    shape, model = replace(SHAPE, rebases=True), lambda: tiny_model("qwen3", max_position_embeddings=40)
+    engine, path = make_engine(model(), shape), tmp_path / "read.kv"
+    assert write(path, engine).rebased is not None
+    want = run(engine, [greedy("2", (9, 8, 7), 30, continues="1")])["2"]
+    fresh = make_engine(model(), shape)
+    fresh.restore(read(path, fresh), "1")
+    assert run(fresh, [greedy("2", (9, 8, 7), 30, continues="1")])["2"] == want
+    other = make_engine(model(), SHAPE)
+    with pytest.raises(CacheMismatch, match="outgrown"):
+        other.restore(read(path, other), "1")
+
+
+def test_what_another_version_made_is_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
+    """Catches a file whose numbers an older trimkv computed otherwise."""
+    engine = make_engine(tiny_model("qwen3"), SHAPE)
+    write(tmp_path / "read.kv", engine)
+    with pytest.raises(CacheMismatch, match=r"another version of trimkv .*, here 99"):
+        read_row(tmp_path / "read.kv", model_id="tiny", fingerprint={**engine.fingerprint, "trimkv": "99"})
+
+
 def test_broken_files_and_paths_are_named(tmp_path: Path, tiny_model: TinyModel) -> None:
     """Catches a traceback where a path is wrong or a file is cut, and a partial file left behind."""
     engine, path = make_engine(tiny_model("qwen3"), SHAPE), tmp_path / "read.kv"

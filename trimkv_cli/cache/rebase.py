@@ -68,10 +68,16 @@ class Rebase:
 
     def copy(self, source: int, target: int) -> None:
         """Let `target` stand where `source` does."""
-        self.load(target, self.save(source))
+        saved = self.save(source)
+        if saved is None:
+            self.clear(target)
+        else:
+            self.load(target, saved)
 
-    def save(self, row: int) -> RebasedRow:
-        """Copy where `row` stands to host memory."""
+    def save(self, row: int) -> RebasedRow | None:
+        """Copy where `row` stands to host memory; None while it stands at its own positions."""
+        if not self._offset[row]:
+            return None
         ranks = tuple(layer[row : row + 1].to("cpu", copy=True) for layer in self._ranks)
         return RebasedRow(self._offset[row], self._since[row], ranks)
 

@@ -120,10 +120,9 @@ def _check(names: Sequence[str], how: _How) -> None:
         raise UsageError(
             "--save-cache keeps one reading", hint="run trimkv summarize once for each file, or --combine them"
         )
-    if how.engine.on_overflow != "error":
+    if how.engine.on_overflow == "map-reduce":
         raise UsageError(
-            f"--save-cache keeps one reading in its own positions, not one of --on-overflow {how.engine.on_overflow}",
-            hint="leave out one of them",
+            "--save-cache keeps one reading, and --on-overflow map-reduce reads in parts", hint="--on-overflow rebase"
         )
     check_place(how.save_cache)
 

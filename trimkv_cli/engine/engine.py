@@ -19,7 +19,7 @@ from trimkv_cli.engine.request import Request
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.engine.session import RowState
 from trimkv_cli.engine.text import Detokenizer, Text
-from trimkv_cli.errors import ContextOverflow, DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
+from trimkv_cli.errors import CacheMismatch, ContextOverflow, DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, Glance, RequestStats, Resized, RunStats, TokenEvent
 from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan
@@ -279,13 +279,19 @@ class Engine:
         """Put a saved state into a free row, as if `request_id` had left it there; a later request `continues` it.
 
         Any number of rows may come from one state. At least one row must be free: neither running nor kept.
+
+        Raises:
+            CacheMismatch: its tokens have new positions, and here nothing gives any.
         """
+        if state.rebased is not None and self._runner.cache.rebase is None:
+            raise CacheMismatch("what was saved has outgrown the model's positions", hint="--on-overflow rebase")
         request = Request(id=request_id, prompt_token_ids=state.unread, keep=True)
         row = self._scheduler.park(
             request, history=state.token_ids, last_token=state.last_token, long_rope=state.long_rope
         )
         self._runner.cache.load_row(row.index, state.layers, seen=row.seen)
-        if state.rebased is not None and self._runner.cache.rebase is not None:
+        if state.rebased is not None:
+            assert self._runner.cache.rebase is not None
             self._runner.cache.rebase.load(row.index, state.rebased)
 
     def horizon(self, request_id: str) -> tuple[int, int]:

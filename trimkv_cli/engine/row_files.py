@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from trimkv_cli.cache.rebase import RebasedRow
 from trimkv_cli.engine.session import RowState
 from trimkv_cli.errors import CacheMismatch, InputError, UsageError
 from trimkv_kernels import Slots
@@ -38,15 +39,10 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
     Raises:
         UsageError: the path cannot be written.
     """
-    if state.rebased is not None:
-        raise UsageError(
-            f"cannot write {path}: its tokens have other positions than their own",
-            hint="leave out --on-overflow rebase",
-        )
     tensors = {"token_ids": torch.tensor(state.token_ids, dtype=torch.int64)}
     for index, layer in enumerate(state.layers):
         tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in layer._asdict().items()}
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "model": model_id,
         "fingerprint": dict(fingerprint),
@@ -55,6 +51,9 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
         "last_token": state.last_token,
         "long_rope": state.long_rope,
     }
+    if state.rebased is not None:
+        tensors |= {f"ranks.{index}": ranks for index, ranks in enumerate(state.rebased.ranks)}
+        header["rebased"] = [state.rebased.offset, state.rebased.since]
     try:
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
         os.close(handle)
@@ -88,6 +87,7 @@ def read_row(path: Path, *, model_id: str, fingerprint: Mapping[str, str]) -> Ro
                 unread=tuple(header["unread"]),
                 last_token=header["last_token"],
                 long_rope=header["long_rope"],
+                rebased=_rebased(file, header, len(layers)),
             )
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"cannot read {path}: {error}", hint="give a file that --save-cache wrote") from error
@@ -99,6 +99,14 @@ def read_row(path: Path, *, model_id: str, fingerprint: Mapping[str, str]) -> Ro
 def hash_ids(token_ids: Sequence[int]) -> str:
     """Hash token ids, so that a transcript and a cache can be told to belong together."""
     return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
+
+
+def _rebased(file: Any, header: Mapping[str, Any], num_layers: int) -> RebasedRow | None:
+    if "rebased" not in header:
+        return None
+    offset, since = header["rebased"]
+    ranks = tuple(file.get_tensor(f"ranks.{index}") for index in range(num_layers))
+    return RebasedRow(offset=offset, since=since, ranks=ranks)
 
 
 def _header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
