@@ -199,3 +199,17 @@ def test_a_glance_tells_what_the_cache_holds() -> None:
     for found, wanted in zip(glance.horizons, expected, strict=True):
         assert found == pytest.approx(wanted, abs=40)
     assert (glance.seen_tokens, glance.kept_per_head, glance.slots) == (300, 24, 24)
+
+
+def test_a_terminal_without_a_size_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a division by the width of a terminal that says 0 × 0, as those of containers do."""
+
+    class Sizeless(io.StringIO):
+        def fileno(self) -> int:
+            return 1
+
+    monkeypatch.setattr(live.os, "get_terminal_size", lambda _: live.os.terminal_size((0, 0)))
+    frame = Frame(Sizeless())
+    assert frame.size == (80, 24)
+    frame.show(["a", "b"])
+    frame.clear()

@@ -25,11 +25,12 @@ class Frame:
 
     @property
     def size(self) -> os.terminal_size:
-        """Return columns and lines as they are now."""
+        """Return columns and lines as they are now; 80 × 24 where the terminal does not say."""
         try:
-            return os.get_terminal_size(self._stream.fileno())
+            columns, lines = os.get_terminal_size(self._stream.fileno())
         except OSError:
-            return os.terminal_size((80, 24))
+            columns = lines = 0
+        return os.terminal_size((columns or 80, lines or 24))
 
     def show(self, lines: Sequence[str]) -> None:
         """Replace the frame; lines beyond the terminal's height are left out, as the cursor cannot go back to them."""
