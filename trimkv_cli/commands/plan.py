@@ -121,6 +121,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "gates": plan.gate.variant,
         "kv": f"{plan.rows} × {plan.kv_budget} slots per head, {plan.kv_dtype}",
         "shared_prefix": "one more sequence, to share a system message",
+        "rebase": "the positions of tokens that outgrow the model's",
         "journal": "what one step displaces, to undo it",
         "workspace": f"one chunk of {plan.prefill_chunk or context} prompt tokens, and sampling",
         "loading": f"while {plan.spec.dtype} weights become {plan.dtype}",
