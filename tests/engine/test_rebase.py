@@ -15,7 +15,7 @@ from engines import Shape, greedy, make_engine, run
 
 from trimkv_cli.cache.rebase import rotate
 from trimkv_cli.engine.request import Request
-from trimkv_cli.errors import ContextOverflow, DoesNotFit, UnsupportedModel
+from trimkv_cli.errors import ContextOverflow, DoesNotFit, UnsupportedModel, UsageError
 
 TinyModel = Callable[..., Any]
 LIMIT, SLOTS, SINKS, CHUNK = 64, 16, 4, 16
@@ -123,6 +123,13 @@ def test_what_cannot_be_rebased_is_refused(tiny_model: TinyModel) -> None:
             make_engine(tiny_model("qwen3", max_position_embeddings=LIMIT), shape(rebases=False)),
             [greedy("a", PROMPT, 9)],
         )
+
+
+def test_the_slots_stay_as_many_as_they_are(tiny_model: TinyModel) -> None:
+    """Catches ranks of another size than the slots that they belong to."""
+    engine = make_engine(tiny_model("qwen3"), shape())
+    with pytest.raises(UsageError, match="as many as they are"):
+        engine.resize(8)
 
 
 def test_the_bytes_are_planned(tiny_model: TinyModel) -> None:

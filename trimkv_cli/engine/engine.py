@@ -318,11 +318,14 @@ class Engine:
         Fewer slots evict by score, as it is now; more begin empty. From then on results are those of the new size.
 
         Raises:
-            UsageError: no slot at all, or none beside pinned tokens.
+            UsageError: no slot at all, none beside pinned tokens, or positions are given anew.
             DoesNotFit: more than the budget holds, old and new of what is moved at once counted.
             ContextOverflow: fewer than a full cache, which may evict nothing, holds already.
             OutOfDeviceMemory: there was not enough memory after all; the size stays as it was.
         """
+        if self._runner.cache.rebase is not None:
+            hint = "begin anew with another --kv-budget, or without --on-overflow rebase"
+            raise UsageError("the slots are as many as they are under --on-overflow rebase", hint=hint)
         before, bytes_before, rows = self.facts.plan, self.kv_bytes, self._scheduler.begun
         plan = before.resized(kv_budget)
         self._check_full_cache(kv_budget, rows)
