@@ -207,7 +207,10 @@ class RetentionCache:
             pinned = (layer.slots.log_beta[list(rows)] == torch.inf).sum(-1)
             most = int(pinned.max()) if rows else 0
             if most >= _size(kv_budget, layer.window):
-                raise UsageError(f"{most} tokens are pinned: {kv_budget} slots per head leave none to the others")
+                raise UsageError(
+                    f"{most} tokens are pinned: {kv_budget} slots per head leave none to the others",
+                    hint=f"{most + 1} slots or more",
+                )
 
     def ages(self, row: int) -> torch.Tensor:
         """Return the ages in tokens of all that `row` keeps, in ascending order, in host memory."""
