@@ -118,7 +118,9 @@ def test_a_signal_lets_rows_in_flight_end_within_the_grace_and_the_same_command_
         process = start(*arguments, "--grace", "0.3s" if code == 75 else "600s")
         try:
             sidecar = output.with_name("out.jsonl.trimkv.json")
-            while not (sidecar.exists() and sidecar.stat().st_mtime > began and output.stat().st_size):
+            while process.poll() is None and not (
+                sidecar.exists() and sidecar.stat().st_mtime > began and _size(output)
+            ):
                 time.sleep(0.05)
             time.sleep(0.2)
             for number in signals:
@@ -135,6 +137,10 @@ def test_a_signal_lets_rows_in_flight_end_within_the_grace_and_the_same_command_
     done = trimkv_run(source, "-o", output, "--ignore-eos", "--timeout", "0.2s", *SMALL)
     assert done.returncode == 3
     assert [json.loads(line)["error"] is None for line in output.read_text().splitlines()] == [True, False]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
