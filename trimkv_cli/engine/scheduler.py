@@ -126,6 +126,7 @@ class Scheduler:
         self.row_limit = options.max_rows
         self.prefill_rows = options.prefill_rows
         self._stored_prefix: tuple[int, ...] = ()
+        self._prefix_hashes: dict[str, int] = {}  # of the waiting requests
         self._passed_over = 0  # how often the first waiting request was
 
     @property
@@ -134,6 +135,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+        self._prefix_hashes[request.id] = hash(self._prefix(request))
 
     def narrow(self, rows: int) -> None:
         """Run at most `rows` rows from now on; those beyond wait where they are, with all that they have."""
@@ -182,7 +184,7 @@ class Scheduler:
             row = self._continue(request) if request.continues is not None else self._start(request)
             if row is None:
                 break
-            del self.waiting[place]
+            del self.waiting[place], self._prefix_hashes[request.id]
             self._passed_over = self._passed_over + 1 if place else 0
             self.running[row.index] = row
             admitted.append(row)
@@ -194,11 +196,16 @@ class Scheduler:
         The first one is passed over at most as often as the window is long.
         """
         first = self.waiting[0]
-        if first.continues is not None or self._passed_over >= _WINDOW:
+        if first.continues is not None or self._passed_over >= _WINDOW or self._free_index() is None:
             return 0
-        ready = {row.prefix for row in self.running.values() if row.prefilling} | {self._stored_prefix}
+        prefixes = {row.prefix for row in self.running.values() if row.prefilling} | {self._stored_prefix}
+        ready = {hash(prefix) for prefix in prefixes if prefix}
         window = itertools.islice(self.waiting, _WINDOW)
-        shares = (place for place, r in enumerate(window) if r.continues is None and self._prefix(r) in ready - {()})
+        shares = (
+            place
+            for place, request in enumerate(window)
+            if request.continues is None and self._prefix_hashes[request.id] in ready
+        )
         return next(shares, 0)
 
     def _prefix(self, request: Request) -> tuple[int, ...]:
@@ -249,6 +256,7 @@ class Scheduler:
     def drop(self, request_id: str) -> None:
         """Forget a request wherever it is."""
         self.waiting = deque(request for request in self.waiting if request.id != request_id)
+        self._prefix_hashes.pop(request_id, None)
         self.parked.pop(request_id, None)
         row = self.find(request_id)
         if row is not None:
