@@ -1,0 +1,75 @@
+"""What `summarize` is to summarize: documents one by one, or all of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trimkv_cli.commands.summary_texts import joined
+from trimkv_cli.errors import InputError, TrimkvError
+from trimkv_cli.ui.messages import print_error, print_warning
+
+if TYPE_CHECKING:
+    from trimkv_cli.commands.documents import Document
+
+
+@dataclass(slots=True, kw_only=True)
+class Inputs:
+    """What there is to summarize: documents, read when their turn comes, and faults met before."""
+
+    names: list[str]
+    total: int
+    ready: dict[int, Document] = field(default_factory=dict)
+    faults: list[TrimkvError] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, names: list[str]) -> Inputs:
+        """Take files one by one; a single one is read now, before a model is loaded for it."""
+        inputs = cls(names=names, total=len(names))
+        if len(names) == 1:
+            inputs.ready[0] = _read(names[0])
+        return inputs
+
+    def take(self, index: int) -> Document:
+        """Return one document; raises as `read_document` does."""
+        return self.ready.pop(index, None) or _read(self.names[index])
+
+
+def combined(names: Sequence[str]) -> Inputs:
+    """Read all files and put them into one document; what cannot be read is said and counted.
+
+    Raises:
+        InputError: none could be read.
+    """
+    from trimkv_cli.commands.documents import Document
+
+    documents, faults = [], []
+    for name in names:
+        try:
+            documents.append(_read(name))
+        except TrimkvError as error:
+            faults.append(error)
+            if len(names) > 1:
+                print_error(named(name, error), error.hint)
+    if not documents:
+        raise faults[0]
+    text = joined([(document.name, document.text) for document in documents])
+    whole = Document(name=", ".join(document.name for document in documents), text=text)
+    return Inputs(names=[whole.name], total=len(names), ready={0: whole}, faults=faults)
+
+
+def _read(name: str) -> Document:
+    from trimkv_cli.commands.documents import read_document
+
+    document = read_document(name)
+    if not document.text.strip():
+        raise InputError(f"{document.name} is empty", hint="there is nothing in it to summarize")
+    if document.note is not None:
+        print_warning(document.note)
+    return document
+
+
+def named(name: str, error: TrimkvError) -> str:
+    """Say whose error it is, unless its message does."""
+    return error.message if name in error.message else f"{name}: {error.message}"
