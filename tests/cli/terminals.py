@@ -44,7 +44,7 @@ class Terminal:
             env={**ENVIRONMENT, **places, "TERM": "xterm-256color", **(environment or {})},
             dimensions=(height, width),
             echo=False,
-            timeout=60,
+            timeout=240,
         )
         self.process.delaybeforesend = None
         self.screen.reply = self.process.send
@@ -87,7 +87,7 @@ class Terminal:
         """Say whether an empty input line waits."""
         return self.lines[self.screen.cursor.y] == ">"
 
-    def wait(self, done: Callable[[], bool] | str, *, within_s: float = 60.0) -> None:
+    def wait(self, done: Callable[[], bool] | str, *, within_s: float = 240.0) -> None:
         """Read what comes until a condition holds, or a text stands on the screen."""
         condition = done if callable(done) else lambda: done in self.text
         deadline = time.monotonic() + within_s

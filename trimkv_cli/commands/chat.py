@@ -86,13 +86,12 @@ def chat(
     # In memory all states to which /undo goes back, or of stored ones the copy that is written.
     snapshots = undo_depth + 2 if no_history or no_save_cache else 2
     with keys_held_back():
-        llm = open_engine(engine, quiet=quiet, snapshots=snapshots)
-    this = open_chat(llm, engine, opening, stored, screen)
-    if stored is None and not quiet:
-        screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")
-    try:
-        talk(this, make_prompt(this, screen, private=no_history), screen)
-    finally:
-        this.autosave.close()
+        this = open_chat(open_engine(engine, quiet=quiet, snapshots=snapshots), engine, opening, stored, screen)
+        if stored is None and not quiet:
+            screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")
+        try:
+            talk(this, make_prompt(this, screen, private=no_history), screen)
+        finally:
+            this.autosave.close()
     if not quiet and this.autosave.name is not None:
         screen.note(f"trimkv chat --session {this.autosave.name} goes on with this")

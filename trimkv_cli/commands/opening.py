@@ -69,11 +69,12 @@ def as_stored(engine: EngineOptions, stored: Transcript, *, said: set[str]) -> E
 def open_chat(llm: Engine, engine: EngineOptions, opening: Opening, stored: Transcript | None, screen: Screen) -> Chat:
     """Put a conversation together and say what a stored one brings."""
     from trimkv_cli.chat.autosave import Autosave
-    from trimkv_cli.chat.conversation import Conversation
+    from trimkv_cli.chat.conversation import Conversation, need_chat
     from trimkv_cli.commands.slash.command import Chat
     from trimkv_cli.commands.slash.sessions import say_opened
     from trimkv_cli.commands.talk import run_turn
 
+    need_chat(llm.text)
     conversation = Conversation(
         llm,
         system=opening.system,

@@ -12,8 +12,9 @@ from trimkv_cli.commands.slash.table import is_command, run_command
 from trimkv_cli.errors import ClosedPipe, TrimkvError
 from trimkv_cli.ui.chat.answer import AnswerView, ThoughtStyle
 from trimkv_cli.ui.chat.meter import Meter
-from trimkv_cli.ui.chat.screen import Screen, keys_held_back
+from trimkv_cli.ui.chat.screen import Screen
 from trimkv_cli.ui.chat.toolbar import Status, status_line
+from trimkv_cli.ui.plain import neutralise
 
 if TYPE_CHECKING:
     from trimkv_cli.chat.conversation import Steps
@@ -36,6 +37,7 @@ def talk(chat: Chat, prompt: ChatPrompt, screen: Screen) -> None:
             interrupted = True
             continue
         interrupted = False
+        screen.print(neutralise("> " + typed.text.rstrip("\n").replace("\n", "\n  ")))
         handle(chat, typed, screen)
 
 
@@ -76,7 +78,7 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
         slots=llm.facts.plan.kv_budget,
         interval_s=1.0 if llm.facts.plan.device == "cpu" else 0.25,
     )
-    with _ctrl_c_noted() as pressed, keys_held_back():
+    with _ctrl_c_noted() as pressed:
         steps = begin(pressed)
         try:
             for events in steps:

@@ -63,6 +63,7 @@ class ChatPrompt:
             complete_while_typing=False,
             enable_open_in_editor=False,
             enable_suspend=True,
+            erase_when_done=True,  # the caller prints what was sent: whole, however long it is
             multiline=True,
             key_bindings=self._bindings(),
             prompt_continuation="  ",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,8 +95,14 @@ def keys_held_back() -> Iterator[None]:
     quiet = termios.tcgetattr(sys.stdin)
     quiet[0] &= ~termios.ICRNL  # Enter stays Enter: a newline would be Ctrl-J
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+
+    def hold(*_: object) -> None:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+
+    hold()
+    on_continue = signal.signal(signal.SIGCONT, hold)  # after Ctrl-Z the terminal is as the shell left it
     try:
         yield
     finally:
+        signal.signal(signal.SIGCONT, on_continue)
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
