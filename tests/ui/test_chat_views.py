@@ -14,6 +14,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.cells import cell_len
 
+from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
 from trimkv_cli.ui.chat.answer import AnswerView
 from trimkv_cli.ui.chat.blocks import Blocks
 from trimkv_cli.ui.chat.markdown import draw_block
@@ -22,6 +23,7 @@ from trimkv_cli.ui.chat.screen import Screen
 from trimkv_cli.ui.chat.thoughts import Thoughts
 from trimkv_cli.ui.chat.toolbar import Status, status_line
 from trimkv_cli.ui.look import Look
+from trimkv_cli.ui.turns import Span, turn_map
 
 ANSWER = """# Cats
 
@@ -194,3 +196,30 @@ def test_history_is_private_and_comes_back(tmp_path: Path) -> None:
     ask("one\ntwo\r", history=path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert ask("\x10\r", history=path) == ("one\ntwo", False)
+
+
+SCREENS = {
+    60: """\
+the share of (layer, head) slots that hold each message
+    1 you  50% ▄ My cat is called Zubo. My dog is called R…
+    model 100% █ 語語語語語語語語語語語語語語語語語語語語…""",
+    80: """\
+the share of (layer, head) slots that hold each message
+    1 you  50% ▄ My cat is called Zubo. My dog is called Rex.␛[2J My bird has…
+    model 100% █ 語語語語語語語語語語語語語語語語語語語語語語語語語語語語語語""",
+    120: """\
+the share of (layer, head) slots that hold each message
+    1 you  50% ▄ My cat is called Zubo. My dog is called Rex.␛[2J My bird has no name.
+    model 100% █ 語語語語語語語語語語語語語語語語語語語語語語語語語語語語語語""",
+}
+
+
+@pytest.mark.parametrize("width", SCREENS)
+def test_the_map_of_turns_at_three_widths(width: int) -> None:
+    """Catches a wrong share, lines that wrap, and messages that drive the terminal."""
+    head = HeadMemory(positions=(0, 1, 4, 5), log_beta=(-1.0,) * 4, threshold=None)
+    retained = Retained(seen=6, layers=(LayerMemory(slots=8, window=None, heads=(head,)),))
+    said = "My cat is called Zubo.\nMy dog is called Rex.\x1b[2J My bird has no name."
+    spans = [Span("   1 you", said, 0, 4), Span("model", "語" * 30, 4, 6)]
+    look = Look(width=width)
+    assert look.paint(turn_map(retained, spans, look)) == SCREENS[width]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.cells import set_cell_size
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from trimkv_cli.retained import Retained
@@ -26,7 +26,7 @@ class Span:
 def turn_map(retained: Retained, spans: Sequence[Span], look: Look) -> Text:
     """Draw a line per span: the share of (layer, head) slots that still hold its tokens, and how it begins."""
     shares = retained.shares()
-    picture = Text("of each message, the share of (layer, head) slots that still hold its tokens", "dim")
+    picture = Text("the share of (layer, head) slots that hold each message", "dim")
     for span in spans:
         held = shares[span.start : span.stop]
         share = sum(held) / len(held) if held else 0.0
@@ -34,5 +34,12 @@ def turn_map(retained: Retained, spans: Sequence[Span], look: Look) -> Text:
         picture.append(line + look.bar(share), look.style(share))
         room = max(8, look.width - len(line) - 2)
         words = neutralise(" ".join(span.text.split()))
-        picture.append(" " + set_cell_size(words, room).rstrip(), look.style(share))
+        picture.append(" " + _at_most(words, room, look), look.style(share))
     return picture
+
+
+def _at_most(words: str, room: int, look: Look) -> str:
+    if cell_len(words) <= room:
+        return words
+    more = "..." if look.ascii else "…"
+    return set_cell_size(words, room - cell_len(more)).rstrip() + more
