@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini bench-run test lint format pictures bench-stream clean
+.PHONY: help demo mini bench-mini bench-run test lint format pictures bench-stream bench-gpu clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
@@ -70,6 +70,17 @@ pictures: $(READY)
 
 bench-stream: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.stream
+
+# Every row that a GPU is to show: its tests first, then the kernels, then the engine from prompt to token.
+BENCH = $(BIN)/trimkv bench --shape qwen3-4b --random-weights --device cuda --dtype bf16 --json
+ROWS = kernels/bench/results/gpu.jsonl
+
+bench-gpu: $(READY)
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python kernels/bench/run.py --device cuda
+	$(BENCH) --kv-budget 1024 --contexts 32768,16384 --rows 4 >> $(ROWS)
+	$(BENCH) --kv-budget 1024 --contexts 16384 --rows 8 >> $(ROWS)
+	$(BENCH) --kv-budget 512 --contexts 2048,131072 --rows 1 --compare hf >> $(ROWS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -16,6 +16,7 @@ from typer.exceptions import Exit, TyperException
 from trimkv_cli import __version__
 from trimkv_cli.commands import (
     ask,
+    bench,
     chat,
     doctor,
     eval,
@@ -50,6 +51,7 @@ app.command()(plan.plan)
 app.command()(inspect.inspect)
 gates.gates_app.command()(gates_train.train)
 app.command("eval")(eval.evaluate)
+app.command()(bench.bench)
 app.add_typer(gates.gates_app, name="gates")
 app.add_typer(models.models_app, name="models")
 app.add_typer(profiles.profiles_app, name="profiles")

@@ -51,7 +51,7 @@ def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
     return make_plan(spec, gate, options)
 
 
-def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS) -> Engine:
+def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS, compiled: bool = False) -> Engine:
     spec = ModelSpec.from_config(model.config.to_dict())
     gate = full_gate() if shape.gate == "none" else streaming_gate()
     gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device="cpu")
@@ -72,15 +72,8 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
         load_s=0.0,
         pins=pins,
     )
-    return assemble(
-        model,
-        list(gates),
-        facts,
-        text=text,
-        kv_dtype=torch.float32,
-        deterministic=shape.deterministic,
-        rebases=shape.rebases,
-    )
+    how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "compiled": compiled}
+    return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, **how)
 
 
 def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:

@@ -88,6 +88,7 @@ FLAGS = {
         ("--deterministic",), "The same tokens for a request whatever runs beside it (CPU, fp32; slower).", _MEMORY
     ),
     "threads": _Flag(("--threads",), "CPU threads; default: all cores.", _MEMORY, "N"),
+    "compile": _Flag(("--compile",), "Compile decode steps: slower to start, faster per token.", _MEMORY),
     "max_tokens": _Flag(("-n", "--max-tokens"), "Most tokens to generate.", _SAMPLING, "N"),
     "temperature": _Flag(("--temperature",), "0 = greedy; default: the model's own.", _SAMPLING, "T"),
     "top_p": _Flag(("--top-p",), "Keep the likeliest tokens up to this probability mass.", _SAMPLING, "P"),

@@ -13,7 +13,7 @@ from trimkv_cli.cache.attention import install
 from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.rebase import make_rebase
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.decoder import Decoder
+from trimkv_cli.engine.decoder import make_decoder
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.fingerprint import make_fingerprint
 from trimkv_cli.engine.grammars import Grammars
@@ -34,13 +34,16 @@ def assemble(
     deterministic: bool = False,
     prefill_tokens: int | None = None,
     rebases: bool = False,
+    compiled: bool = False,
+    evicts: bool = True,
 ) -> Engine:
     """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
 
     The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
     bounds rows × chunk of one prefill, by default one chunk. With `rebases` sequences may outgrow the model's
-    positions. A model serves one engine at a time: close it before the
-    next is assembled.
+    positions; with `compiled` every decode runs all rows, in one graph. `evicts` is false only to measure what eviction
+    costs: nothing that is generated then has a meaning. A model serves one engine at a time: close it before the next
+    is assembled.
     """
     plan, spec = facts.plan, facts.spec
     rows = DETERMINISTIC_ROWS if deterministic else plan.rows
@@ -64,9 +67,11 @@ def assemble(
         model,
         cache,
         Sampler(rows, spec.vocab_size, model.device, grammars),
-        decode_rows=DETERMINISTIC_ROWS if deterministic else None,
+        decode_rows=DETERMINISTIC_ROWS if deterministic else rows if compiled else None,
         long_rope=LongRope(model) if LongRope.used_by(config) else None,
-        decoder=None if deterministic or rebases else Decoder.of(model, gates, cache, sinks=facts.pins.sinks),
+        decoder=None
+        if deterministic or rebases
+        else make_decoder(model, gates, cache, sinks=facts.pins.sinks, compiled=compiled, evicts=evicts),
         pins_system=facts.pins.system,
     )
     scheduler = Scheduler(

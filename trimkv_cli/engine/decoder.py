@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.gates_together import GatesTogether
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.blocks import Block, Norm, Projection, make_blocks
+from trimkv_cli.engine.compiling import compile_step
+from trimkv_cli.errors import UsageError
 
 
 class Decoder:
@@ -27,7 +29,10 @@ class Decoder:
         blocks: Sequence[Block],
         gates: Sequence[nn.Module],
         cache: RetentionCache,
+        *,
         sinks: int,
+        compiled: bool,
+        evicts: bool,
     ) -> None:
         decoder: Any = model.get_decoder()
         self._blocks = blocks
@@ -44,19 +49,15 @@ class Decoder:
         self._rotary = decoder.rotary_emb
         self._norm = Norm(decoder.norm.weight.detach(), decoder.norm.variance_epsilon)
         self._head = Projection([model.get_output_embeddings()], threads=torch.get_num_threads())
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, gates: Sequence[nn.Module], cache: RetentionCache, *, sinks: int = 0
-    ) -> Decoder | None:
-        """Return a decoder for the model, or None when its form, or the cache's, is not one known here."""
-        stored = cache.layers[0].slots.key.dtype
-        if model.device.type != "cpu" or not model.dtype == stored == torch.float32:
-            return None
-        blocks = make_blocks(model)
-        return None if blocks is None else cls(model, blocks, gates, cache, sinks)
+        self._evicts = evicts
+        self._compiled = compiled
+        self._run = compile_step(self._step) if compiled else self._step
 
     def step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
+        """Do what `_step` says; a compiled step takes no row for dense, as that would be a second graph."""
+        return self._run(ids, position, dense=dense and not self._compiled)
+
+    def _step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
 
         A row at −1 has no token: its slots stay as they are. `dense`: every row with a token has all its slots in use.
@@ -77,7 +78,7 @@ class Decoder:
             x = x + block.down(block.activation(gate) * up)
         log_beta = self._gates(torch.stack(entering), position)
         ranked = log_beta.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else log_beta
-        for owner, layers in enumerate(self._layers):
+        for owner, layers in enumerate(self._layers if self._evicts else ()):
             self._pools[owner].evict(ranked if len(self._pools) == 1 else ranked[layers], position)
         return self._head(self._norm(x)), log_beta
 
@@ -86,6 +87,33 @@ class Decoder:
         angles = position.clamp(min=0)[:, None, None].float() * self._rotary.inv_freq
         cos, sin = angles.cos() * self._rotary.attention_scaling, angles.sin() * self._rotary.attention_scaling
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def make_decoder(
+    model: PreTrainedModel,
+    gates: Sequence[nn.Module],
+    cache: RetentionCache,
+    *,
+    sinks: int = 0,
+    compiled: bool = False,
+    evicts: bool = True,
+) -> Decoder | None:
+    """Return a decoder for the model, or None when its form, or the cache's, is not one known here.
+
+    Raises:
+        UsageError: then it can be neither compiled nor run without eviction.
+    """
+    known = model.device.type == "cpu" and model.dtype == cache.layers[0].slots.key.dtype == torch.float32
+    blocks = make_blocks(model) if known else None
+    if blocks is not None:
+        return Decoder(model, blocks, gates, cache, sinks=sinks, compiled=compiled, evicts=evicts)
+    if compiled or not evicts:
+        raise UsageError(
+            f"{'--compile' if compiled else '--no-evict'} knows fp32 models on a CPU, of the families Llama, Mistral, "
+            "Phi-3, Qwen2 and Qwen3, not this one",
+            hint="leave it out",
+        )
+    return None
 
 
 def _project(

@@ -66,6 +66,7 @@ def load_source(source: Source, options: EngineOptions, *, snapshots: int = 0) -
         kv_dtype=parts.kv_dtype,
         deterministic=options.deterministic,
         rebases=options.on_overflow == "rebase",
+        compiled=options.compile,
     )
 
 

@@ -1,0 +1,52 @@
+"""Catches a measurement that is incomplete, or an option that is silently without effect."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import trimkv
+
+from trimkv_cli.bench.shapes import find_shape
+from trimkv_cli.commands.bench import bench
+from trimkv_cli.errors import ContextOverflow, UsageError
+
+
+def test_both_sides_are_measured_and_predicted_bytes_come_first() -> None:
+    done = trimkv(
+        "bench", "--kv-budget", "16,32", "--contexts", "40", "--compare", "hf", "--threads", "1", "--json", "--offline"
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"predicted for M = 16, 1 rows, context 40" in done.stderr
+    result = json.loads(done.stdout)
+    rows = result["rows"]
+    assert [(row["engine"], row["kv_budget"]) for row in rows] == [("trimkv", 16), ("hf", None), ("trimkv", 32)]
+    for row in rows:
+        assert (row["context"], row["rows"], row["steps"]) == (40, 1, 64)
+        assert row["decode_tps"] == pytest.approx(1000 * row["rows"] / row["ms_per_token_p50"])
+        assert 0 < row["ms_per_token_p50"] <= row["ms_per_token_p95"]
+        assert row["prefill_tps"] > 0 < row["ttft_s"]
+        assert row["predicted_bytes"] > 0 < row["peak_bytes"]
+    assert {"command", "commit", "torch", "device", "dtype"} <= result.keys()
+
+
+def test_shapes_are_found_by_profile_and_size() -> None:
+    assert find_shape("qwen3-4b").spec.num_layers == find_shape("qwen3-4b-math").spec.num_layers == 36
+    assert 9e6 < find_shape("10m").spec.weight_numel < 11e6
+    with pytest.raises(UsageError, match="no shape 'huge'"):
+        find_shape("huge")
+
+
+def test_what_contradicts_itself_is_refused() -> None:
+    with pytest.raises(UsageError, match="no weights of its own"):
+        bench(shape="10m")
+    with pytest.raises(UsageError, match="needs a --shape"):
+        bench(random_weights=True)
+    with pytest.raises(UsageError, match="--contexts"):
+        bench(shape="10m", random_weights=True, contexts="1k")
+    with pytest.raises(ContextOverflow, match="131072"):
+        bench(shape="10m", random_weights=True, contexts="131072", device="cpu")

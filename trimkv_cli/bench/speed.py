@@ -1,0 +1,235 @@
+"""What `trimkv bench` measures: prefill, decode and peak memory of the engine, and of transformers beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.cache_utils import DynamicCache
+
+from trimkv_cli.bench.peak import reset_peak, row_peak_bytes
+from trimkv_cli.bench.shapes import Network
+from trimkv_cli.engine.assemble import assemble
+from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.memory import module_bytes
+from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.plan import Plan, PlanOptions, make_plan
+
+_STEPS = 64
+_WARM_UP = 8
+MEASURED_TOKENS = _WARM_UP + _STEPS + 1
+_CHUNK = 512  # prompt tokens per forward, on both sides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What one row of the result is about."""
+
+    context: int
+    rows: int
+    kv_budget: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRow:
+    """One measurement; `kv_budget` is None where nothing is evicted, `peak_bytes` None where no peak can be read."""
+
+    engine: Literal["trimkv", "hf"]
+    context: int
+    rows: int
+    kv_budget: int | None
+    prefill_tps: float
+    decode_tps: float
+    ms_per_token_p50: float
+    ms_per_token_p95: float
+    ttft_s: float
+    steps: int
+    predicted_bytes: int
+    peak_bytes: int | None
+    compiled: bool
+    eviction: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedOptions:
+    """How to measure; `compare` adds transformers' own generate."""
+
+    compare: bool = False
+    compiled: bool = False
+    eviction: bool = True
+    repeats: int = 1
+
+
+def predict(network: Network, case: Case) -> Plan:
+    """Return the plan of a case, every byte of it."""
+    options = PlanOptions(
+        kv_budget=case.kv_budget,
+        max_inflight=case.rows,
+        prefill_chunk=min(_CHUNK, case.context),
+        dtype=network.dtype,
+        device=network.model.device.type,
+    )
+    return make_plan(network.spec, network.gate, options)
+
+
+def measure(network: Network, cases: Sequence[Case], options: SpeedOptions) -> Iterator[SpeedRow]:
+    """Measure each case, and the same contexts and rows with transformers, `repeats` times in turn.
+
+    The medians are taken over all steps of all repetitions.
+    """
+    for case in cases:
+        plain = options.compare and case == next(c for c in cases if (c.context, c.rows) == (case.context, case.rows))
+        own: list[_Run] = []
+        full: list[_Run] = []
+        for _ in range(options.repeats):
+            own.append(_run_own(network, case, options))
+            full += [_run_plain(network, case)] if plain else []
+        plan = predict(network, case)
+        yield _row("trimkv", case, own, plan.total_bytes, options)
+        if full:
+            yield _row(
+                "hf", case, full, plan.part_bytes("weights") + case.rows * plan.full_cache_bytes(case.context), options
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    prefill_s: float
+    ttft_s: float
+    step_s: list[float]
+    peak_bytes: int | None
+
+
+def _row(
+    engine: Literal["trimkv", "hf"], case: Case, runs: list[_Run], predicted: int, options: SpeedOptions
+) -> SpeedRow:
+    steps = sorted(seconds for run in runs for seconds in run.step_s)
+    p50 = median(steps)
+    own = engine == "trimkv"
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return SpeedRow(
+        engine=engine,
+        context=case.context,
+        rows=case.rows,
+        kv_budget=case.kv_budget if own else None,
+        prefill_tps=case.rows * case.context / median(run.prefill_s for run in runs),
+        decode_tps=case.rows / p50,
+        ms_per_token_p50=p50 * 1e3,
+        ms_per_token_p95=steps[int(len(steps) * 0.95)] * 1e3,
+        ttft_s=median(run.ttft_s for run in runs),
+        steps=len(steps),
+        predicted_bytes=predicted,
+        peak_bytes=max(peaks, default=None),
+        compiled=own and options.compiled,
+        eviction=own and options.eviction,
+    )
+
+
+def _prompts(network: Network, case: Case) -> Tensor:
+    generator = torch.Generator().manual_seed(case.context)
+    return torch.randint(network.spec.vocab_size, (case.rows, case.context), generator=generator)
+
+
+def make_engine(network: Network, case: Case, options: SpeedOptions) -> Engine:
+    """Assemble an engine of the size of a case."""
+    plan = predict(network, case)
+    facts = EngineFacts(
+        model_id=network.name,
+        spec=network.spec,
+        gate=network.gate,
+        plan=plan,
+        max_positions=network.spec.max_positions,
+        eos_token_ids=frozenset(),
+        sampling_defaults={},
+        notes=(),
+        warnings=(),
+        weight_bytes=module_bytes(network.model),
+        gate_bytes=sum(module_bytes(gate) for gate in network.gates),
+        load_s=0.0,
+    )
+    dtype = network.model.dtype
+    return assemble(
+        network.model,
+        network.gates,
+        facts,
+        text=None,
+        kv_dtype=dtype,
+        compiled=options.compiled,
+        evicts=options.eviction,
+    )
+
+
+def _run_own(network: Network, case: Case, options: SpeedOptions) -> _Run:
+    reset_peak(network.model.device)
+    engine = make_engine(network, case, options)
+    ahead = case.rows * -(-case.context // _CHUNK)  # steps in which the first rows decode and the last still read
+    params = SamplingParams(max_tokens=ahead + MEASURED_TOKENS, temperature=0.0, ignore_eos=True)
+    for row, ids in enumerate(_prompts(network, case).tolist()):
+        engine.add(Request(id=str(row), prompt_token_ids=tuple(ids), params=params))
+    started = time.perf_counter()
+    first: float | None = None
+    begun: set[str] = set()
+    while len(begun) < case.rows:
+        begun |= {event.request_id for event in engine.step()}
+        first = first or (time.perf_counter() - started if begun else None)
+    prefill_s = engine.stats.prefill_s
+    seconds = [_timed(engine.step) for _ in range(_WARM_UP + _STEPS)][_WARM_UP:]
+    for row in range(case.rows):
+        engine.abort(str(row))
+    engine.close()
+    return _Run(
+        prefill_s=prefill_s, ttft_s=first or 0.0, step_s=seconds, peak_bytes=row_peak_bytes(network.model.device)
+    )
+
+
+def _timed(step: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Note when each token of `generate` is there; never stops it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode()
+def _run_plain(network: Network, case: Case) -> _Run:
+    """Read the prompt in chunks into a DynamicCache, and let transformers' generate go on from there."""
+    model: Any = network.model
+    model.set_attn_implementation("sdpa")
+    reset_peak(model.device)
+    ids = _prompts(network, case).to(model.device)
+    cache, clock = DynamicCache(config=model.config), _Clock()
+    started = time.perf_counter()
+    for chunk in torch.split(ids[:, :-1], _CHUNK, dim=1):
+        model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=MEASURED_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        stopping_criteria=[clock],
+    )
+    times = clock.times
+    seconds = [later - earlier for earlier, later in pairwise(times)][_WARM_UP:]
+    first = times[0] - started
+    return _Run(prefill_s=first, ttft_s=first, step_s=seconds, peak_bytes=row_peak_bytes(model.device))
