@@ -35,9 +35,20 @@ from trimkv_cli.settings import load_settings
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.ui.messages import print_error
 
+_EPILOG = """
+Exit codes: 0 all done; 1 failed while running; 2 usage, settings or the one input; 3 some of several inputs failed;
+4 does not fit, memory or positions; 5 out of device memory; 6 model or gates; 75 stopped on purpose, resumable;
+130, 143 interrupted; 141 nobody reads stdout.
+
+Settings, first wins: flags; variables such as TRIMKV_KV_BUDGET; trimkv.toml or [tool.trimkv] of the project;
+config.toml in the config folder, beside your templates. `trimkv doctor` shows all folders; without -o nothing is
+written elsewhere. There is no telemetry.
+"""
+
 app = typer.Typer(
     name="trimkv",
     help="Run a local language model inside a memory budget: the cache keeps what its retention gates say will last.",
+    epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

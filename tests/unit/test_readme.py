@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
-from trimkv_cli import reference
+from trimkv_cli import errors, reference
 from trimkv_cli.app import app
 from trimkv_cli.bench import readme
 
@@ -33,6 +34,13 @@ def test_the_commands_are_those_that_there_are() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert reference.table() in text, "python -m trimkv_cli.reference writes it anew"
     assert reference.fill(text) == text
+
+
+def test_the_help_names_every_exit_code() -> None:
+    """Catches a new kind of error that scripts are not told of."""
+    kinds = (kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TrimkvError))
+    said = str(app.info.epilog).split("Settings")[0]
+    assert {str(kind.exit_code) for kind in kinds} <= set(re.findall(r"\d+", said))
 
 
 def test_every_command_shows_how_it_is_used() -> None:

@@ -91,6 +91,7 @@ def folders() -> Iterator[Finding]:
         "state": own.user_state_path,
     }.items():
         yield _writable(f"{name} folder", folder)
+    yield Finding(name="config folder", status="ok", detail=str(own.user_config_path))  # only read
 
 
 def device() -> Iterator[Finding]:
