@@ -16,6 +16,7 @@ from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.ui.messages import print_note
 from trimkv_cli.ui.plain import to_json
+from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.answers import Answer
@@ -114,7 +115,7 @@ def _show(llm: Engine, finished: Answer, output: _Output) -> None:
         _write_terminal(llm, finished, output.svg)
     written = [path for path in (output.html, output.png, output.svg) if path is not None]
     for path in written if not output.quiet else ():
-        print_note(f"wrote {path}")
+        print_note(f"wrote {path}, {format_size(Path(path).stat().st_size)}")
     if output.json:
         print(to_json(_record(llm, finished)))
     elif not written:
