@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,44 +13,57 @@ from transformers import PreTrainedModel
 
 _FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
 _PIECES = 8  # products of one matrix that threads share
+_LARGE = 2**18  # numbers of a matrix that are worth waking a thread for
 
 
 class Projection:
-    """Multiply by the weights of linear layers that read the same input: `[B, K]` → `[B, N]`, N over all of them."""
+    """Multiply by the weights of linear layers that read the same input: `[B, K]` → `[B, N]`, N over all of them.
 
-    def __init__(self, linears: Sequence[nn.Linear], *, threads: int) -> None:
-        self.weight = _lay_together(linears)
+    A few vectors times a matrix are fastest where the matrix lies as `[K, N]`; compiled, as a reduction over `[N, K]`.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], *, threads: int, transposed: bool) -> None:
+        self._transposed = transposed
+        self.weight = _lay_together(linears, transposed=transposed)
         biases: list[Tensor] = [linear.bias.detach() for linear in linears if "bias" in dict(linear.named_parameters())]
         self.bias = torch.cat(biases) if biases else None
-        self._shared = threads > 1 and self.weight.device.type == "cpu" and len(self.weight) % _PIECES == 0
+        outputs = sum(linear.out_features for linear in linears)
+        self._shared = threads > 1 and self.weight.numel() >= _LARGE and outputs % _PIECES == 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A CPU runs one vector times a matrix on one thread: a reduction that is compiled, or pieces, use all."""
-        on_cpu = x.device.type == "cpu"
-        if on_cpu and torch.compiler.is_compiling() and len(x) == 1:
+        if torch.compiler.is_compiling() and len(x) == 1 and not self._transposed:
             product = (self.weight * x).sum(-1)[None]
         elif self._shared:
-            pieces = self.weight.view(_PIECES, -1, self.weight.shape[1]).transpose(1, 2)
-            product = torch.bmm(x.expand(_PIECES, -1, -1), pieces).transpose(0, 1).reshape(len(x), -1)
+            # MKL runs one vector on one thread.
+            product = torch.bmm(x.expand(_PIECES, -1, -1), self._pieces()).transpose(0, 1).reshape(len(x), -1)
+        elif self._transposed:
+            product = torch.mm(x, self.weight)
         else:
             return functional.linear(x, self.weight, self.bias)
         return product if self.bias is None else product + self.bias
 
+    def _pieces(self) -> Tensor:
+        """Return the matrix as `[pieces, K, N / pieces]`."""
+        if self._transposed:
+            return self.weight.view(len(self.weight), _PIECES, -1).transpose(0, 1)
+        return self.weight.view(_PIECES, -1, self.weight.shape[1]).transpose(1, 2)
+
 
 class Norm:
-    """Divide by the root of the mean square over the last dimension, and multiply by `weight` `[…, D]`."""
+    """Divide by the root of the mean square over the last dimension, and multiply by `weight` `[D]` or `[heads, D]`."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight = weight
         self.eps = eps
+        self._twice = torch.cat((weight, weight)) if weight.dim() == 1 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         size = x.shape[-1]
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return functional.rms_norm(x, (size,), eps=self.eps) * self.weight
         # On a CPU this is one operation of torch for layer norm and six for RMS norm; x beside −x has the mean 0.
-        both = functional.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps)
-        return both[..., :size] * self.weight
+        both = torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), self._twice, None, self.eps)[..., :size]
+        return both if self._twice is not None else both * self.weight
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class Block:
     scale: float
 
 
-def make_blocks(model: PreTrainedModel) -> list[Block] | None:
+def make_blocks(model: PreTrainedModel, *, transposed: bool) -> list[Block] | None:
     """Take the layers of a model apart, its own weights becoming views; None when its form is not one known here."""
     known = getattr(model.config, "model_type", None) in _FAMILIES
     layers: Any = model.get_decoder().layers
@@ -77,26 +90,31 @@ def make_blocks(model: PreTrainedModel) -> list[Block] | None:
     rotary: Any = model.get_decoder().rotary_emb
     if not (known and plain) or 2 * rotary.inv_freq.numel() != _head_dim(layers[0].self_attn):
         return None
-    threads = torch.get_num_threads()
-    return [_make_block(layer, threads) for layer in layers]
+    how = {"threads": torch.get_num_threads(), "transposed": transposed}
+    return [_make_block(layer, how) for layer in layers]
 
 
-def _make_block(layer: Any, threads: int) -> Block:
+def _make_block(layer: Any, how: Mapping[str, Any]) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     fused = hasattr(attention, "qkv_proj")  # Phi-3
     qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
     gate_up = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
     return Block(
         attention_norm=_norm(layer.input_layernorm),
-        qkv=Projection(qkv, threads=threads),
+        qkv=Projection(qkv, **how),
         head_norm=_head_norm(attention),
-        out=Projection([attention.o_proj], threads=threads),
+        out=Projection([attention.o_proj], **how),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=Projection(gate_up, threads=threads),
-        down=Projection([mlp.down_proj], threads=threads),
-        activation=mlp.activation_fn if fused else mlp.act_fn,
+        gate_up=Projection(gate_up, **how),
+        down=Projection([mlp.down_proj], **how),
+        activation=_plain(mlp.activation_fn if fused else mlp.act_fn),
         scale=attention.scaling,
     )
+
+
+def _plain(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a module of transformers calls."""
+    return functional.silu if type(activation).__name__ in ("SiLU", "SiLUActivation") else activation
 
 
 def _norm(module: Any) -> Norm:
@@ -117,16 +135,18 @@ def _head_dim(attention: Any) -> int:
     return dim
 
 
-def _lay_together(linears: Sequence[nn.Linear]) -> Tensor:
-    """Return the weights as one matrix `[N, K]`, of which each layer's own weight is a part from then on."""
+def _lay_together(linears: Sequence[nn.Linear], *, transposed: bool) -> Tensor:
+    """Return the weights as one matrix, `[K, N]` or `[N, K]`, of which each layer's own is a part from then on."""
     weights = [linear.weight.detach() for linear in linears]
-    first, rows = weights[0], [len(weight) for weight in weights]
-    ends = [first.data_ptr() + sum(rows[: i + 1]) * first.stride(0) * first.element_size() for i in range(len(rows))]
-    same = {weight.untyped_storage().data_ptr() for weight in weights}
-    adjacent = [weight.data_ptr() for weight in weights[1:]] == ends[:-1]
-    if len(same) == 1 and adjacent and all(weight.is_contiguous() for weight in weights):
-        return first.as_strided((sum(rows), first.shape[1]), first.stride())
-    together = torch.cat(weights)
-    for linear, part in zip(linears, torch.split(together, rows), strict=True):
-        linear.weight.data = part
-    return together
+    rows, width = [len(weight) for weight in weights], weights[0].shape[1]
+    shape = (width, sum(rows)) if transposed else (sum(rows), width)
+    first, strides = weights[0], {(1, shape[1]) if transposed else (shape[1], 1)}
+    step = first.element_size() * (1 if transposed else width)
+    starts = [first.data_ptr() + step * sum(rows[:i]) for i in range(len(rows))]
+    together = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if together and {weight.stride() for weight in weights} == strides and starts == [w.data_ptr() for w in weights]:
+        return first.as_strided(shape, (shape[1], 1))
+    matrix = torch.cat([weight.t() for weight in weights], dim=1) if transposed else torch.cat(weights)
+    for linear, part in zip(linears, torch.split(matrix, rows, dim=1 if transposed else 0), strict=True):
+        linear.weight.data = part.t() if transposed else part
+    return matrix
