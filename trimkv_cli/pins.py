@@ -7,41 +7,43 @@ from dataclasses import dataclass
 
 from trimkv_cli.errors import UsageError
 
-_EXAMPLE = "--pin system,sinks:4"
+_EXAMPLE = "--pin system,sinks:4,recent:64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pins:
-    """Pin the system message, the first `sinks` tokens, or both: their score is +inf (retention.md, section 3)."""
+    """Pin the system message, the first `sinks` and the newest `recent` tokens: their score is +inf."""
 
     system: bool = False
     sinks: int = 0
+    recent: int = 0
 
     @classmethod
     def parse(cls, text: str | None) -> Pins:
-        """Read `system,sinks:4`; None pins nothing.
+        """Read `system,sinks:4,recent:64`; None pins nothing.
 
         Raises:
             UsageError: it is something else.
         """
-        system, sinks = False, 0
+        system, counts = False, {"sinks": 0, "recent": 0}
         for part in (text or "").split(",") if text is not None else ():
-            found = re.fullmatch(r"sinks:([1-9]\d{0,8})", part.strip())
+            found = re.fullmatch(r"(sinks|recent):([1-9]\d{0,8})", part.strip())
             if part.strip() == "system":
                 system = True
             elif found:
-                sinks = int(found[1])
+                counts[found[1]] = int(found[2])
             else:
                 raise UsageError(f"--pin {text}: {part.strip() or 'nothing'!r} cannot be pinned", hint=_EXAMPLE)
-        return cls(system=system, sinks=sinks)
+        return cls(system=system, **counts)
 
     def __str__(self) -> str:
-        parts = (["system"] if self.system else []) + ([f"sinks:{self.sinks}"] if self.sinks else [])
-        return ",".join(parts)
+        counts = {"sinks": self.sinks, "recent": self.recent}
+        parts = ["system"] if self.system else []
+        return ",".join([*parts, *(f"{name}:{count}" for name, count in counts.items() if count)])
 
     def count(self, prefix_len: int) -> int:
-        """Count the tokens pinned at the beginning of a sequence whose system message has `prefix_len` tokens."""
-        return max(self.sinks, prefix_len if self.system else 0)
+        """Count the tokens pinned at once in a sequence whose system message has `prefix_len` tokens."""
+        return max(self.sinks, prefix_len if self.system else 0) + self.recent
 
     def check(self, prefix_len: int, slots: int) -> None:
         """Raise when pinned tokens leave no slot to the others.

@@ -24,6 +24,7 @@ class LayerMemory:
     slots: int
     window: int | None
     heads: tuple[HeadMemory, ...]
+    recent: int = 0  # the newest tokens, which are pinned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +63,16 @@ class Retained:
         for layer, head in self.heads:
             for position, log_beta in zip(head.positions, head.log_beta, strict=True):
                 expected = survival(self.seen, position, log_beta, head.threshold, layer.window)
+                expected = max(expected, float(position + layer.recent - self.seen))
                 longest[position] = max(longest[position], expected)
         return longest
 
     def next_out(self) -> list[tuple[int, int]]:
         """List (position, heads) of what the heads without a free slot would give up first, most heads first."""
         counts: Counter[int] = Counter()
-        for _, head in self.heads:
+        for layer, head in self.heads:
             if head.threshold is not None:
-                counts[_lowest(self.seen, head)] += 1
+                counts[_lowest(self.seen, head, layer.recent)] += 1
         return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
@@ -92,7 +94,8 @@ def median_age(seen: int, head: HeadMemory) -> int:
     return seen - head.positions[len(head.positions) // 2] if head.positions else 0
 
 
-def _lowest(seen: int, head: HeadMemory) -> int:
-    """Return the position with the lowest score; of equal ones the newest goes."""
-    scores = ((log_beta * (seen + 1 - p), -p) for p, log_beta in zip(head.positions, head.log_beta, strict=True))
+def _lowest(seen: int, head: HeadMemory, recent: int) -> int:
+    """Return the position with the lowest score, the pinned newest ones aside; of equal ones the newest goes."""
+    held = zip(head.positions, head.log_beta, strict=True)
+    scores = ((log_beta * (seen + 1 - p), -p) for p, log_beta in held if p < seen - recent)
     return -min(scores)[1]

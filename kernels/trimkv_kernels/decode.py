@@ -24,6 +24,7 @@ def decode(
     dense: bool,  # noqa: ARG001  # the mask costs nothing here
     scale: float,
     window: int | None,
+    recent: int = 0,
 ) -> Tensor:
     """Do what `reference.decode` does; K and V are read once."""
     batch, num_heads, head_dim = query.shape
@@ -53,6 +54,7 @@ def decode(
         SPLIT_SLOTS=launch.split_slots,
         BLOCK=launch.block,
         WINDOW=window or 0,
+        RECENT=recent,
         num_warps=launch.warps,
         **shape,
     )
@@ -72,6 +74,7 @@ def decode(
         size,
         scale,
         SPLITS=launch.splits,
+        RECENT=recent,
         num_warps=launch.warps,
         **shape,
     )
@@ -101,6 +104,7 @@ def _scan(
     SPLIT_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
+    RECENT: tl.constexpr,
 ):
     """Scan one split of the slots of one (row, KV head): online softmax for its query heads, and who would lose."""
     program, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -120,6 +124,8 @@ def _scan(
         held = tl.load(slot_position + at, mask=there, other=-1)
         score = tl.load(slot_log_beta + at, mask=there, other=0.0) * (now + 2 - held).to(tl.float32)
         alive = held >= 0
+        if RECENT > 0:
+            score = tl.where(alive & (held > now - RECENT), float("inf"), score)
         if WINDOW > 0:
             alive = alive & (held > now - WINDOW)
             score = tl.where(held > now - WINDOW, score, -float("inf"))
@@ -177,6 +183,7 @@ def _merge(
     size,
     scale,
     SPLITS: tl.constexpr,
+    RECENT: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
@@ -215,6 +222,8 @@ def _merge(
 
     new_log_beta = tl.load(log_beta + program)
     enters = (now >= 0) & (2.0 * new_log_beta > lowest)
+    if RECENT > 0:
+        enters = now >= 0
     slot = program * size + loser
     wide = dim < DIM
     tl.store(journal_slot + program, loser.to(tl.int64))

@@ -27,10 +27,12 @@ class SlotPool:
         slots: int,
         head_dim: int,
         window: int | None,
+        recent: int = 0,
         dtype: torch.dtype,
     ) -> None:
         shape = (layers, rows, num_kv_heads, slots + 1)
         self.window = window
+        self.recent = recent  # the newest tokens of a row that are pinned
         self.size = slots
         self.key = torch.zeros(*shape, head_dim, dtype=dtype)
         self.value = torch.zeros(*shape, head_dim, dtype=dtype)
@@ -121,6 +123,9 @@ class SlotPool:
         scores[..., self.size] = log_beta.masked_fill((position < 0)[None, :, None], -torch.inf)
         now = position[None, :, None, None]
         scores = scores * (now + 2 - held).clamp(min=1)  # of a row without a token a pinned slot stays +inf
+        if self.recent:
+            first = (position - self.recent).clamp(min=-1).masked_fill(position < 0, -_NEVER - 1)
+            scores.masked_fill_(held > first[None, :, None, None], torch.inf)
         if self.window is not None:
             scores.masked_fill_(held <= now - self.window, -torch.inf)
         lowest = scores.amin(dim=-1, keepdim=True)

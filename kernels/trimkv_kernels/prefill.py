@@ -24,6 +24,7 @@ def prefill(
     fill: int,
     scale: float,
     window: int | None,
+    recent: int = 0,
 ) -> Tensor:
     """Do what `reference.prefill` does; the slots are read where they lie, and only survivors are written.
 
@@ -57,7 +58,7 @@ def prefill(
         WINDOW=window or 0,
         num_warps=launch.warps,
     )
-    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window)
+    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
     _move[(batch * num_kv_heads, length)](
         key, value, log_beta, positions, *slots, rows, target, size, length, HEADS=num_kv_heads, DIM=head_dim,
         WIDE=padded(head_dim), num_warps=1,

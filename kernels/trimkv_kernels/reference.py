@@ -29,6 +29,7 @@ def decode(
     dense: bool,
     scale: float,
     window: int | None,
+    recent: int = 0,
 ) -> Tensor:
     """Attend from one new token per row to the slots and itself, then keep the best M of these M + 1 in place.
 
@@ -42,6 +43,7 @@ def decode(
         fill: no row has a token beyond its first `fill` slots.
         dense: every row with a token has all of its first `fill` slots in use.
         window: length of a sliding window, the query itself counted.
+        recent: the newest tokens of each row, this one counted, that are pinned.
 
     Returns:
         `[B, Hq, D]`.
@@ -49,7 +51,7 @@ def decode(
     rows, undo = slots.rows(0, query.shape[0]), journal.rows(0, query.shape[0])
     output = _attend_one(query, key, value, position, rows.head(fill), dense=dense, scale=scale, window=window)
     candidates = rows.head(min(fill + 1, rows.position.shape[2]))
-    _evict_one(key, value, log_beta, position, candidates, undo, window=window)
+    _evict_one(key, value, log_beta, position, candidates, undo, window=window, recent=recent)
     return output
 
 
@@ -65,6 +67,7 @@ def prefill(
     fill: int,
     scale: float,
     window: int | None,
+    recent: int = 0,
 ) -> Tensor:
     """Attend from a chunk per row to the slots and, causally, to the chunk; then keep the best M of both in place.
 
@@ -77,12 +80,13 @@ def prefill(
         rows: `[B]` int64, the row of `slots` for each row of the batch.
         fill: no row has a token beyond its first `fill` slots.
         window: length of a sliding window, the query itself counted.
+        recent: the newest tokens of each row that are pinned.
 
     Returns:
         `[B, Hq, T, D]`.
     """
     output = _attend_chunk(query, key, value, positions, slots, rows=rows, fill=fill, scale=scale, window=window)
-    _evict_chunk(key, value, log_beta, positions, slots, rows=rows, fill=fill, window=window)
+    _evict_chunk(key, value, log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
     return output
 
 
@@ -120,12 +124,13 @@ def _evict_one(
     journal: Journal,
     *,
     window: int | None,
+    recent: int,
 ) -> None:
     now = position[:, None, None]
-    scores = _scores(slots.log_beta, slots.position, now, window)
+    scores = _scores(slots.log_beta, slots.position, now, window, recent)
     lowest = scores.amin(dim=-1, keepdim=True)
     loser = torch.where(scores == lowest, slots.position, -_NEVER).argmax(dim=-1, keepdim=True)  # ties: the newest goes
-    enters = (now >= 0) & (2.0 * log_beta[..., None] > lowest)
+    enters = (now >= 0) & ((2.0 * log_beta[..., None] > lowest) | (recent > 0))
     wide = loser[..., None].expand(-1, -1, -1, key.shape[-1])
     new = (key, value, log_beta, position[:, None].expand_as(log_beta))
     # Everything is allocated before anything changes: what fails here has displaced nothing.
@@ -185,8 +190,9 @@ def _evict_chunk(
     rows: Tensor,
     fill: int,
     window: int | None,
+    recent: int,
 ) -> None:
-    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window)
+    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
     row, head, token = (target >= 0).nonzero(as_tuple=True)
     at = (rows[row], head, target[row, head, token])
     slots.key[at] = key[row, head, token].to(slots.key.dtype)
@@ -195,19 +201,26 @@ def _evict_chunk(
     slots.position[at] = positions[row, token].to(torch.int32)
 
 
-def best(slots: Slots, count: int, *, seen: Tensor, window: int | None) -> Tensor:
+def best(slots: Slots, count: int, *, seen: Tensor, window: int | None, recent: int = 0) -> Tensor:
     """Choose the `count` slots of each head to keep when there shall be no more: `[R, Hkv, count]` int64, ascending.
 
     `seen` `[R]` int32 is how many tokens each row has been fed. Empty slots go first, and those kept stay behind the
     others.
     """
     now = seen[:, None, None] - 1
-    rank = _rank(_scores(slots.log_beta, slots.position, now, window), slots.position)
+    rank = _rank(_scores(slots.log_beta, slots.position, now, window, recent), slots.position)
     return rank.topk(count, dim=2, largest=False).indices.sort(dim=2).values
 
 
 def survivors(
-    log_beta: Tensor, positions: Tensor, slots: Slots, *, rows: Tensor, fill: int, window: int | None
+    log_beta: Tensor,
+    positions: Tensor,
+    slots: Slots,
+    *,
+    rows: Tensor,
+    fill: int,
+    window: int | None,
+    recent: int = 0,
 ) -> Tensor:
     """Choose the best M of slots and chunk: `[B, Hkv, T]` int64, the slot that each token of the chunk takes, or −1.
 
@@ -219,8 +232,10 @@ def survivors(
     now = positions.amax(dim=1)[:, None, None]
     kept_position = slots.position[rows, :, :span]
     new_position = positions[:, None].expand(-1, log_beta.shape[1], -1)
-    kept_rank = _rank(_scores(slots.log_beta[rows, :, :span], kept_position, now, window), kept_position)
-    new_rank = _rank(_scores(log_beta, new_position, now, window), new_position).masked_fill(new_position < 0, _PADDING)
+    kept_scores = _scores(slots.log_beta[rows, :, :span], kept_position, now, window, recent)
+    kept_rank = _rank(kept_scores, kept_position)
+    new_rank = _rank(_scores(log_beta, new_position, now, window, recent), new_position)
+    new_rank = new_rank.masked_fill(new_position < 0, _PADDING)
     losers = torch.cat([kept_rank, new_rank], dim=2).topk(length, dim=2).indices
     lost = torch.zeros(*losers.shape[:2], span + length, dtype=torch.bool, device=losers.device).scatter_(
         2, losers, True
@@ -237,9 +252,14 @@ def _dead(source: Tensor, now: Tensor, window: int | None) -> Tensor:
     return dead if window is None else dead | (source <= now - window)
 
 
-def _scores(log_beta: Tensor, position: Tensor, now: Tensor, window: int | None) -> Tensor:
-    """Return log_beta · age, where the token at `now` has age 2; −inf outside the window and for empty slots."""
+def _scores(log_beta: Tensor, position: Tensor, now: Tensor, window: int | None, recent: int = 0) -> Tensor:
+    """Return log_beta · age, where the token at `now` has age 2.
+
+    The `recent` newest have +inf, what lies outside the window and empty slots −inf.
+    """
     scores = log_beta * (now + 2 - position).float()
+    if recent:
+        scores = scores.masked_fill(position > (now - recent).clamp(min=-1), torch.inf)
     return scores if window is None else scores.masked_fill(position <= now - window, -torch.inf)
 
 

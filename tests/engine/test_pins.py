@@ -76,6 +76,8 @@ def test_as_many_pins_as_slots_are_refused(tiny_model: TinyModel) -> None:
     assert Pins.parse("system, sinks:4") == Pins(system=True, sinks=4)
     assert str(Pins.parse("sinks:4,system")) == "system,sinks:4"
     assert Pins.parse(None) == Pins()
+    assert Pins.parse("recent:8,sinks:2").count(5) == 10
+    assert str(Pins.parse("recent:8,sinks:2")) == "sinks:2,recent:8"
     for wrong in ("", "sinks", "sinks:0", "sinks:-1", "tail:3", "system,,"):
         with pytest.raises(UsageError, match="cannot be pinned"):
             Pins.parse(wrong)
@@ -88,3 +90,27 @@ def test_a_kept_row_with_pins_is_left_alone_while_others_decode(tiny_model: Tiny
     before = engine.kept("a"), engine.retained("a")
     run(engine, [greedy("b", PROMPT[5:], 20, keep=True), greedy("c", PROMPT[9:], 20, keep=True)])
     assert (engine.kept("a"), engine.retained("a")) == before
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_the_newest_tokens_stay(family: str, decoder: bool, tiny_model: TinyModel) -> None:
+    """Catches recent tokens that are evicted, ones that stay longer, and empty slots taken for recent ones."""
+    engine = make_pinned(tiny_model(family), Pins(sinks=2, recent=5))
+    if not decoder:
+        engine._runner._decoder = None
+    run(engine, [greedy("short", PROMPT[:2], 3, keep=True)])
+    assert engine.kept("short")[0][0] == list(range(4))
+    run(engine, [greedy("a", PROMPT, 30, keep=True)])
+    seen = engine.seen("a")
+    for layer, window in zip(engine.kept("a"), engine.facts.spec.windows, strict=True):
+        for head in layer:
+            assert head[-5:] == list(range(seen - 5, seen))
+            assert window is not None or head[:2] == [0, 1]
+    free = make_engine(tiny_model(family), SHAPE)
+    run(free, [greedy("a", PROMPT, 30, keep=True)])
+    assert free.kept("a") != engine.kept("a")
+    assert engine.kept("short")[0][0] == list(range(4))  # a row without a token was left alone
+    retained = engine.retained("a")
+    assert min(retained.survivals()[-4:]) >= 1
+    assert all(position < seen - 5 for position, _ in retained.next_out())

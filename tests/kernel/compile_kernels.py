@@ -37,7 +37,13 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
             for window in (0, 1024) if dim == 128 else (0,):
                 chosen = decode_launch(programs=8, span=4096, **width)
                 shape = {"HEADS": 8, "GROUPS": 4, "TILE": 16, "DIM": dim, "WIDE": padded(dim)}
-                scan = {**shape, "SPLIT_SLOTS": chosen.split_slots, "BLOCK": chosen.block, "WINDOW": window}
+                scan = {
+                    **shape,
+                    "SPLIT_SLOTS": chosen.split_slots,
+                    "BLOCK": chosen.block,
+                    "WINDOW": window,
+                    "RECENT": window,
+                }
                 yield f"scan {dtype} {dim} {window}", (decode._scan, dtype), scan, chosen.warps
                 wide = prefill_launch(**width)
                 attend = {
@@ -45,7 +51,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
                     "WIDE": padded(dim), "WINDOW": window,
                 }  # fmt: skip
                 yield f"attend {dtype} {dim} {window}", (prefill._attend, dtype), attend, wide.warps
-            yield f"merge {dtype} {dim}", (decode._merge, dtype), {**shape, "SPLITS": 8}, chosen.warps
+            yield f"merge {dtype} {dim}", (decode._merge, dtype), {**shape, "SPLITS": 8, "RECENT": 0}, chosen.warps
             yield f"move {dtype} {dim}", (prefill._move, dtype), {"HEADS": 8, "DIM": dim, "WIDE": padded(dim)}, 1
 
 

@@ -1,4 +1,4 @@
-"""Measure what the passing line of a chat costs: tokens per second with it and without it, in turns.
+"""Measure what the passing line of a chat costs: its own share of the time, and tokens per second with and without it.
 
 python -m trimkv_cli.bench.toolbar --out kernels/bench/results/toolbar-cpu.json
 """
@@ -27,23 +27,24 @@ from trimkv_cli.ui.chat.screen import Screen
 from trimkv_cli.ui.look import Look
 
 
-def decode_tps(engine: Engine, stream: BinaryIO, *, moves: bool, tokens: int) -> float:
-    """Show an answer of `tokens` tokens on a terminal as chat does, and return its tokens per second."""
+def answer(engine: Engine, stream: BinaryIO, *, moves: bool, tokens: int) -> tuple[float, float]:
+    """Show an answer of `tokens` tokens on a terminal as chat does; return its seconds, and those of the line."""
     screen = Screen(lambda: Look(width=80, colour=True), moves=moves, stream=stream)
     view = AnswerView(screen)
     meter = Meter(screen, view, seen=0, slots=engine.facts.plan.kv_budget, interval_s=1.0)
     params = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True)
     engine.add(Request(id="bench", prompt_token_ids=(1, 2, 3), params=params))
-    started = 0.0
+    line_s, started = 0.0, time.perf_counter()
     while engine.has_work:
         for event in engine.step():
             view.push(event.text)
             meter.generated += len(event.token_ids)
+        before = time.perf_counter()
         if meter.due:
             meter.draw(read=engine.stats.prefill_tokens, to_read=3)
-        started = started or time.perf_counter()
+        line_s += time.perf_counter() - before
     view.close()
-    return (tokens - 1) / (time.perf_counter() - started)
+    return time.perf_counter() - started, line_s
 
 
 @contextmanager
@@ -74,22 +75,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     engine = load_engine(EngineOptions(kv_budget="64", max_inflight=1))
-    rates: dict[bool, list[float]] = {True: [], False: []}
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    shares: list[float] = []
     with terminal() as stream:
-        decode_tps(engine, stream, moves=True, tokens=200)
+        answer(engine, stream, moves=True, tokens=200)
         for turn in range(arguments.rounds):
             for moves in (True, False) if turn % 2 else (False, True):
-                rates[moves].append(decode_tps(engine, stream, moves=moves, tokens=arguments.tokens))
-    shares = [1 - on / off for on, off in zip(rates[True], rates[False], strict=True)]
+                whole_s, line_s = answer(engine, stream, moves=moves, tokens=arguments.tokens)
+                seconds[moves].append(whole_s)
+                shares += [line_s / whole_s] if moves else []
+    rates = {moves: [round(arguments.tokens / s, 1) for s in each] for moves, each in seconds.items()}
     measured = {
         "model": engine.facts.model_id,
         "kv_budget": engine.facts.plan.kv_budget,
         "tokens": arguments.tokens,
-        "decode_tps_with": [round(rate, 1) for rate in rates[True]],
-        "decode_tps_without": [round(rate, 1) for rate in rates[False]],
-        "median_with": round(median(rates[True]), 1),
-        "median_without": round(median(rates[False]), 1),
-        "median_cost": round(median(shares), 4),
+        "tps_with": rates[True],
+        "tps_without": rates[False],
+        "median_tps_with": round(median(rates[True]), 1),
+        "median_tps_without": round(median(rates[False]), 1),
+        "share_of_time_p50": round(median(shares), 6),
+        "share_of_time_max": round(max(shares), 6),
     }
     write_record("trimkv_cli.bench.toolbar", measured, arguments.out)
 

@@ -176,14 +176,14 @@ def retention_attention(
     """Attend, then evict: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`."""
     slots, window, operations = layer_cache.slots, layer_cache.window, layer_cache.operations
     fill = min(step.longest, layer_cache.size)
+    settings: dict[str, Any] = {"fill": fill, "scale": scaling, "window": window, "recent": layer_cache.recent}
     if step.rows is None:
         one = query[:, :, 0], key[:, :, 0], value[:, :, 0], log_beta[:, :, 0], step.positions[:, 0]
         dense = min(step.shortest, layer_cache.size) == fill
-        settings: dict[str, Any] = {"fill": fill, "dense": dense, "scale": scaling, "window": window}
-        output = operations.decode(*one, slots, layer_cache.journal, **settings)
+        output = operations.decode(*one, slots, layer_cache.journal, dense=dense, **settings)
         return output[:, None], None
     chunk = query, key, value, log_beta, step.positions
-    output = operations.prefill(*chunk, slots, rows=step.rows, fill=fill, scale=scaling, window=window)
+    output = operations.prefill(*chunk, slots, rows=step.rows, **settings)
     return output.transpose(1, 2), None
 
 

@@ -18,7 +18,7 @@ from trimkv_kernels.reference import best
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """The slots of one layer, what its last decode displaced, what works on them, and its window.
+    """The slots of one layer, what its last decode displaced, what works on them, its window and its pinned newest.
 
     The query itself counts in the window; None = no window.
     """
@@ -27,6 +27,7 @@ class LayerCache:
     journal: Journal
     window: int | None
     operations: Operations
+    recent: int = 0
     pool: tuple[SlotPool, int] | None = None  # whose layer this is, on a CPU
 
     @property
@@ -52,23 +53,25 @@ class RetentionCache:
         windows: Sequence[int | None],
         dtype: torch.dtype,
         device: torch.device,
+        recent: int = 0,
     ) -> None:
         self.kv_budget = kv_budget
+        self.recent = recent
         self.rebase: Rebase | None = None  # set where sequences may outgrow the model's positions
         self.seen = [0] * rows
         self._missing = [[0] * rows for _ in windows]  # of the tokens seen, those lost while there were fewer slots
         shape: dict[str, Any] = {"rows": rows, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
         sizes = [_size(kv_budget, window) for window in windows]
         operations = operations_for(device)
-        self.pools = _make_pools(windows, sizes, shape) if device.type == "cpu" else {}
+        self.pools = _make_pools(windows, sizes, recent, shape) if device.type == "cpu" else {}
         self.layers: list[LayerCache] = []
         for index, (window, size) in enumerate(zip(windows, sizes, strict=True)):
             if window in self.pools:
                 pool, place = self.pools[window], windows[:index].count(window)
-                layer = LayerCache(pool.slots(place), pool.journal(place), window, operations, (pool, place))
+                layer = LayerCache(pool.slots(place), pool.journal(place), window, operations, recent, (pool, place))
             else:
                 slots = Slots.empty(slots=size, device=device, **shape)
-                layer = LayerCache(slots, Journal.beside(slots), window, operations)
+                layer = LayerCache(slots, Journal.beside(slots), window, operations, recent)
             self.layers.append(layer)
 
     def held(self, row: int) -> int:
@@ -100,7 +103,7 @@ class RetentionCache:
             return
         count, seen = min(size, pool.size), self._seen_tensor()
         places = [layer.pool[1] for layer in self.layers if layer.pool is not None and layer.pool[0] is pool]
-        keep = [best(pool.slots(place), count, seen=seen, window=pool.window) for place in places]
+        keep = [best(pool.slots(place), count, seen=seen, window=pool.window, recent=pool.recent) for place in places]
         pool.resize(torch.stack(keep), size)
         for index, layer in enumerate(self.layers):
             if layer.pool is not None and layer.pool[0] is pool:
@@ -189,6 +192,7 @@ class RetentionCache:
         chosen = [torch.isin(layer.slots.position[row], wanted) for layer in self.layers]
         for layer, mask in zip(self.layers, chosen, strict=True):
             most = int((mask | (layer.slots.log_beta[row] == torch.inf)).sum(-1).max())
+            most += self.recent
             if most >= layer.size:
                 raise UsageError(
                     f"{most} pinned tokens leave none of {layer.size} slots per head to the others", hint="pin less"
@@ -205,7 +209,7 @@ class RetentionCache:
         """
         for layer in self.layers:
             pinned = (layer.slots.log_beta[list(rows)] == torch.inf).sum(-1)
-            most = int(pinned.max()) if rows else 0
+            most = self.recent + (int(pinned.max()) if rows else 0)
             if most >= _size(kv_budget, layer.window):
                 raise UsageError(
                     f"{most} tokens are pinned: {kv_budget} slots per head leave none to the others",
@@ -242,7 +246,9 @@ def _size(kv_budget: int, window: int | None) -> int:
 def _resized(layer: LayerCache, size: int, seen: Tensor) -> LayerCache:
     """Return a layer with another number of slots, which holds the best of the old ones."""
     old, count = layer.slots, min(size, layer.size)
-    taken = old.taken(best(old, count, seen=seen, window=layer.window)) if count < layer.size else old
+    taken = (
+        old.taken(best(old, count, seen=seen, window=layer.window, recent=layer.recent)) if count < layer.size else old
+    )
     rows, heads, _, head_dim = old.key.shape
     made = Slots.empty(
         rows=rows, num_kv_heads=heads, slots=size, head_dim=head_dim, dtype=old.key.dtype, device=old.key.device
@@ -257,15 +263,15 @@ def _at_most(saved: Slots, layer: LayerCache, seen: int) -> Slots:
     if saved.position.shape[2] <= layer.size:
         return saved
     fed = torch.tensor([seen], dtype=torch.int32)
-    return saved.taken(best(saved, layer.size, seen=fed, window=layer.window))
+    return saved.taken(best(saved, layer.size, seen=fed, window=layer.window, recent=layer.recent))
 
 
 def _make_pools(
-    windows: Sequence[int | None], sizes: Sequence[int], shape: Mapping[str, Any]
+    windows: Sequence[int | None], sizes: Sequence[int], recent: int, shape: Mapping[str, Any]
 ) -> dict[int | None, SlotPool]:
     """Allocate the layers of each window together."""
     return {
-        window: SlotPool(layers=windows.count(window), slots=size, window=window, **shape)
+        window: SlotPool(layers=windows.count(window), slots=size, window=window, recent=recent, **shape)
         for window, size in dict(zip(windows, sizes, strict=True)).items()
     }
 
@@ -278,6 +284,7 @@ def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:
         held = (position >= first).nonzero()[:, 0]
         held = held[position[held].argsort()]
         scores = log_beta[held] * (seen + 1 - position[held]).float()
+        scores = scores.masked_fill(position[held] >= seen - layer.recent, torch.inf)
         heads.append(
             HeadMemory(
                 positions=tuple(position[held].tolist()),
@@ -285,4 +292,4 @@ def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:
                 threshold=float(scores.min()) if len(held) == layer.size else None,
             )
         )
-    return LayerMemory(slots=layer.size, window=layer.window, heads=tuple(heads))
+    return LayerMemory(slots=layer.size, window=layer.window, recent=layer.recent, heads=tuple(heads))

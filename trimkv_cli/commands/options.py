@@ -83,7 +83,12 @@ FLAGS = {
     "max_inflight": _Flag(
         ("--max-inflight", "--rows"), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"
     ),
-    "pin": _Flag(("--pin",), "Never evict these: system, sinks:N (the first N tokens), or both.", _MEMORY, "WHAT"),
+    "pin": _Flag(
+        ("--pin",),
+        "Never evict system, sinks:N (the first) or recent:N (the newest N tokens); commas join.",
+        _MEMORY,
+        "WHAT",
+    ),
     "deterministic": _Flag(
         ("--deterministic",), "The same tokens for a request whatever runs beside it (CPU, fp32; slower).", _MEMORY
     ),

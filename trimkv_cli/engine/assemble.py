@@ -57,6 +57,7 @@ def assemble(
         windows=spec.windows,
         dtype=kv_dtype,
         device=model.device,
+        recent=facts.pins.recent,
     )
     if rebases:
         slots = [layer.slots for layer in cache.layers]
