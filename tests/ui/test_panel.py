@@ -93,6 +93,14 @@ def test_the_panel_fits_and_says_everything(width: int, ascii_only: bool) -> Non
     assert len(lines) <= 23
 
 
+def test_a_large_model_fits_a_low_terminal() -> None:
+    """Catches a strip of many heads that pushes speed and counts off the screen."""
+    glance = replace(GLANCE, horizons=((5, 900, 7, 8, 9, 10, 11, 12),) * 36)
+    lines = draw_panel(replace(PROGRESS, glance=glance), None, Look(width=60))
+    assert len(lines) <= 23
+    assert any("means of 8 heads" in line for line in lines)
+
+
 def test_what_is_not_known_yet_is_not_made_up() -> None:
     """Catches divisions by zero, and an estimate before anything was read."""
     stats = RunStats(prefill_tokens=0, decode_tokens=0, shared_prefix_tokens=0, steps=0, prefill_s=0.0, decode_s=0.0)

@@ -27,10 +27,10 @@ def head_strip(retained: Retained, look: Look) -> Text:
     return draw_strip(shares, f"horizon of each head, 9 = {longest:,} tokens back", look)
 
 
-def draw_strip(values: Sequence[Sequence[float]], caption: str, look: Look) -> Text:
-    """Draw `[layer][head]` values between 0 and 1 in tenths; more than 8 heads share lines by their mean."""
-    columns = [_at_most(layer, _MOST_ROWS) for layer in values]
-    heads = "heads" if all(len(layer) <= _MOST_ROWS for layer in values) else f"means of {len(values[0])} heads"
+def draw_strip(values: Sequence[Sequence[float]], caption: str, look: Look, *, rows: int = _MOST_ROWS) -> Text:
+    """Draw `[layer][head]` values between 0 and 1 in tenths; more heads than `rows` share lines by their mean."""
+    columns = [_at_most(layer, rows) for layer in values]
+    heads = "heads" if all(len(layer) <= rows for layer in values) else f"means of {len(values[0])} heads"
     picture = Text().append(look.join([f"{heads} down, {len(values)} layers across", caption]), "dim")
     gap = " " if 2 * len(columns) + 2 <= look.width else ""
     for head in range(max(len(column) for column in columns)):

@@ -16,7 +16,8 @@ from trimkv_cli.ui.look import Look
 from trimkv_cli.ui.memory_map import draw_bins
 
 _WIDE = 110
-_MAP_ROWS = 3
+_MAP_ROWS = 2
+_STRIP_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +95,12 @@ def _pictures(glance: Glance, look: Look) -> Text:
 def _strip(glance: Glance, look: Look) -> Text:
     if glance.kept_per_head < glance.slots:
         share = glance.kept_per_head / glance.slots
-        return draw_strip([[share] * len(layer) for layer in glance.horizons], "fill of each head", look)
+        return draw_strip(
+            [[share] * len(layer) for layer in glance.horizons], "fill of each head", look, rows=_STRIP_ROWS
+        )
     longest = max(1, *(max(layer) for layer in glance.horizons))
     shares = [[age / longest for age in layer] for layer in glance.horizons]
-    return draw_strip(shares, f"horizon of each head, 9 = {longest:,} back", look)
+    return draw_strip(shares, f"horizon of each head, 9 = {longest:,} back", look, rows=_STRIP_ROWS)
 
 
 def _beside(left: Text, right: Text, column: int) -> Text:
