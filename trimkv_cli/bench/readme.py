@@ -16,8 +16,8 @@ _BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.
 
 
 def table() -> str:
-    """Return both tables in Markdown."""
-    return f"{_recall_table()}\n\n{_engine_table()}"
+    """Return all tables in Markdown."""
+    return f"{_recall_table()}\n\n{_engine_table()}\n\n{_display_table()}"
 
 
 def _recall_table() -> str:
@@ -47,6 +47,27 @@ def _engine_table() -> str:
     ]
     head, *body = (f"| {name} | {value} |" for name, value in rows)
     return "\n".join([head, "|---|---|", *body])
+
+
+def _display_table() -> str:
+    text: dict[str, Any] = json.loads((_RESULTS / "long-text-cpu.json").read_bytes())
+    panel: dict[str, Any] = json.loads((_RESULTS / "panel-cpu.json").read_bytes())
+    rows = [(f"growth of the process after the first half, {_way(row)}", _mib(row)) for row in text["rows"]]
+    rows.append(
+        ("time for one redraw of the live panel, of which there is one a second", f"{panel['redraw_ms']:.1f} ms")
+    )
+    head = f"`summarize` of {text['rows'][0]['prompt_tokens']:,} tokens by mini, M = {text['kv_budget']}, CPU"
+    return "\n".join([f"|  | {head} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _way(row: dict[str, Any]) -> str:
+    parts = "" if row["parts"] == 1 else f", {row['parts']} parts"
+    return f"`--on-overflow {row['overflow']}`{parts}"
+
+
+def _mib(row: dict[str, Any]) -> str:
+    growth, cache = row["rss_bytes_growth_after_half"] / 2**20, row["kv_bytes"]
+    return f"{growth:.1f} MiB; the cache has {cache:,} bytes"
 
 
 def _times(stream: dict[str, Any]) -> str:
