@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from trimkv_cli.bench.batch_table import batch_table
+
 _ROOT = Path(__file__).parents[2]
 _RESULTS = _ROOT / "kernels" / "bench" / "results"
 _BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.DOTALL)
@@ -17,7 +19,7 @@ _BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.
 
 def table() -> str:
     """Return all tables in Markdown."""
-    return f"{_recall_table()}\n\n{_engine_table()}\n\n{_display_table()}"
+    return "\n\n".join([_recall_table(), _engine_table(), _display_table(), batch_table(_RESULTS)])
 
 
 def _recall_table() -> str:

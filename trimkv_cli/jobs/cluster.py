@@ -117,7 +117,7 @@ class _Run:
         summary.running = sum(len(block.lines) for block in (*self.pending.values(), *self.again))
         if limits.max_time_s is not None and summary.elapsed_s > limits.max_time_s:
             stop.ask("time")
-        if limits.errors.exceeded(summary) or (limits.fail_fast and summary.errors):
+        if limits.too_many_errors(summary):
             stop.ask("errors")
         left = bool(self.pending or self.again) or not self.feed.exhausted
         if stop.reason is not None and (not self.pending or stop.over(limits.grace_s)):
@@ -141,6 +141,8 @@ class _Run:
         """Take the lines that are there, without waiting for a block to be full; bad ones need no worker."""
         lines: list[tuple[int, Item]] = []
         while len(lines) < self.block_lines and self.job.sink.held < _MOST_HELD:
+            if self.job.limits.too_many_errors(self.job.summary):
+                break
             line = self.feed.take(wait_s=0.0 if lines or self.pending else _POLL_S)
             if line is None:
                 break

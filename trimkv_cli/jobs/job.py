@@ -165,6 +165,8 @@ class _Job:
                 return
             self._start(line, self.taken)
             self.taken += 1
+            if self.limits.too_many_errors(self.summary):
+                return
 
     def _start(self, line: Item | BadLine, index: int) -> None:
         if isinstance(line, Item):
@@ -242,7 +244,7 @@ class _Job:
     def _watch_limits(self) -> None:
         if self.limits.max_time_s is not None and self.summary.elapsed_s > self.limits.max_time_s:
             self.stop.ask("time")
-        if self.limits.errors.exceeded(self.summary) or (self.limits.fail_fast and self.summary.errors):
+        if self.limits.too_many_errors(self.summary):
             self.stop.ask("errors")
 
     def _write(self, index: int, record: Record) -> None:

@@ -60,6 +60,10 @@ class Limits:
     errors: ErrorLimit = field(default_factory=ErrorLimit)
     fail_fast: bool = False
 
+    def too_many_errors(self, summary: Summary) -> bool:
+        """Tell whether a job has to end for the lines that failed."""
+        return self.errors.exceeded(summary) or (self.fail_fast and summary.errors > 0)
+
 
 @dataclass(slots=True, kw_only=True)
 class Stop:
