@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trimkv_cli.engine.request import Request
+from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, RequestStats, TokenEvent
 from trimkv_cli.jobs.job import run_job
@@ -61,6 +61,9 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         return bool(self.queue) and len(self.made) >= self.starts_at
+
+    def room(self, request: Request) -> int:
+        return self.max_positions - len(request.prompt_token_ids) + 1
 
     def check(self, request: Request) -> None:
         if max(request.prompt_token_ids) > 0x10FFFF:
@@ -297,3 +300,21 @@ def test_a_run_seed_changes_ids_and_seeds() -> None:
     assert seed_and_id(1) == seed_and_id(1)
     assert seed_and_id(1)[0] != seed_and_id(2)[0]
     assert seed_and_id(1)[1] != seed_and_id(2)[1]
+
+
+def test_a_length_that_nobody_gave_is_what_the_positions_leave() -> None:
+    """Catches a line refused for 512 tokens that it never asked for, and one shortened that asked for its length."""
+    defaults = SamplingParams(max_tokens=50)
+    lines = [{"prompt": "x" * 30, "id": "default"}, {"prompt": "x" * 30, "id": "own", "max_tokens": 40}]
+    engine = FakeEngine(text=FakeText(), max_positions=40)
+    asked: dict[str, int] = {}
+    add = engine.add
+
+    def note(request: Request) -> None:
+        asked[request.id] = request.params.max_tokens
+        add(request)
+
+    engine.add = note  # type: ignore[method-assign]
+    _, summary = run(lines, engine=engine, defaults=defaults, max_tokens_said=False)
+    assert asked == {"line-1": 11, "line-2": 40}
+    assert summary.warnings == {"fewer positions are left than max_tokens is by default": 1}

@@ -233,6 +233,7 @@ def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, 
     names = {options.model, options.profile} | (facts.model_names if facts is not None else frozenset())
     return Rules(
         defaults=sampling.resolve({} if facts is None else facts.sampling_defaults),
+        max_tokens_said=sampling.max_tokens is not None,
         think=choices.think,
         strict=choices.strict,
         text=choices.is_text,

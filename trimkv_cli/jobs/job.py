@@ -13,7 +13,7 @@ from trimkv_cli.jobs.feed import Feed
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.logprobs import name_tokens
 from trimkv_cli.jobs.records import Answer, Record, Recorder, encode
-from trimkv_cli.jobs.requests import Text, make_requests, refused
+from trimkv_cli.jobs.requests import Text, fitted, make_requests, refused
 from trimkv_cli.jobs.stopping import Limits, Stop
 from trimkv_cli.jobs.summary import Summary
 
@@ -33,6 +33,7 @@ class Engine(Protocol):
     @property
     def has_work(self) -> bool: ...
     def check(self, request: Request) -> None: ...
+    def room(self, request: Request) -> int: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def running_s(self, request_id: str) -> float: ...
@@ -177,10 +178,12 @@ class _Job:
 
     def _add(self, item: Item, index: int) -> Item | BadLine:
         """Hand the item to the engine; return what is wrong with it if it cannot be run."""
-        self.summary.count_warnings(item)
         requests = make_requests(item, self.engine.text)
         if isinstance(requests, BadLine):
+            self.summary.count_warnings(item)
             return requests
+        requests, item = fitted(requests, item, self.engine.room(requests[0]))
+        self.summary.count_warnings(item)
         try:
             self.engine.check(requests[0])  # the others differ in their seeds
         except TrimkvError as error:

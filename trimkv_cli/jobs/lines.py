@@ -47,6 +47,7 @@ class Item:
     think: bool | None = None
     return_token_ids: bool = False
     choices: int = 1
+    max_tokens_said: bool = True  # False: the default, which may become what the positions leave
     warnings: tuple[Notice, ...] = ()
 
     @property
@@ -79,6 +80,7 @@ class Rules:
     think: bool | None = None
     strict: bool = False
     text: bool = False  # every line is a prompt
+    max_tokens_said: bool = True  # the default of max_tokens is what the user gave
     model_names: frozenset[str] = frozenset()  # names that mean the model that runs; empty = every name does
 
 
@@ -102,7 +104,13 @@ def parse_line(line: Line, rules: Rules) -> Item | BadLine:
         custom_id = f"line-{line.number}"
         params = replace(rules.defaults, seed=derive_seed(rules.defaults.seed, custom_id))
         return Item(
-            line=line.number, custom_id=custom_id, kind="text", params=params, prompt=line.text, think=rules.think
+            line=line.number,
+            custom_id=custom_id,
+            kind="text",
+            params=params,
+            prompt=line.text,
+            think=rules.think,
+            max_tokens_said=rules.max_tokens_said,
         )
     try:
         data = orjson.loads(line.text)
@@ -182,6 +190,7 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
         think=rules.think if think is None else think,
         return_token_ids=bool(body.return_token_ids),
         choices=body.n or 1,
+        max_tokens_said=rules.max_tokens_said or "max_tokens" in body.sampling(),
         warnings=warnings,
     )
     if source == "messages":

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from trimkv_cli.engine.request import Request
 from trimkv_cli.errors import ContextOverflow, TrimkvError
-from trimkv_cli.jobs.lines import BadLine, Item, derive_seed
+from trimkv_cli.jobs.lines import BadLine, Item, Notice, derive_seed
 
 
 class RenderedPrompt(Protocol):
@@ -45,6 +45,15 @@ def make_requests(item: Item, text: Text | None) -> list[Request] | BadLine:
     if not token_ids:
         return _bad(item, "the prompt holds no tokens")
     return _choices(item, token_ids, prefix_len)
+
+
+def fitted(requests: list[Request], item: Item, left: int) -> tuple[list[Request], Item]:
+    """Let answers whose length nobody gave be as long as `left` positions allow; the item then carries a warning."""
+    if item.max_tokens_said or not 1 <= left < item.params.max_tokens:
+        return requests, item
+    notice = Notice(code="max_tokens_reduced", message="fewer positions are left than max_tokens is by default")
+    shorter = [replace(request, params=replace(request.params, max_tokens=left)) for request in requests]
+    return shorter, replace(item, warnings=(*item.warnings, notice))
 
 
 def refused(item: Item, error: TrimkvError) -> BadLine:
