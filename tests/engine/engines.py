@@ -54,7 +54,7 @@ def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
 def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS, compiled: bool = False) -> Engine:
     spec = ModelSpec.from_config(model.config.to_dict())
     gate = full_gate() if shape.gate == "none" else streaming_gate()
-    gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device="cpu")
+    gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device=model.device)
     if shape.gate == "random":
         gates = [RandomGate(spec, layer) for layer in range(spec.num_layers)]
     facts = EngineFacts(

@@ -147,12 +147,12 @@ class RetentionCache:
             self.rebase.clear(row)
 
     def copy(self, source: int, target: int) -> None:
-        """Make `target` an exact copy of `source`."""
+        """Make `target` an exact copy of `source`, down to what its last decode displaced."""
         self.seen[target] = self.seen[source]
         for missing in self._missing:
             missing[target] = missing[source]
         for layer in self.layers:
-            for tensor in layer.slots:
+            for tensor in (*layer.slots, *layer.journal):
                 tensor[target].copy_(tensor[source])
         if self.rebase is not None:
             self.rebase.copy(source, target)

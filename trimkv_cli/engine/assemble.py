@@ -75,6 +75,8 @@ def assemble(
         else make_decoder(model, gates, cache, sinks=facts.pins.sinks, compiled=compiled, evicts=evicts),
         pins_system=facts.pins.system,
     )
+    if model.device.type == "cuda" and not (rebases or LongRope.used_by(config)):
+        runner.run_ahead(facts.eos_token_ids)
     scheduler = Scheduler(
         SchedulerOptions(
             max_rows=plan.rows,

@@ -201,6 +201,9 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drop a request and free its row; no further event comes of it."""
         self._progress.pop(request_id, None)
+        row = self._scheduler.find(request_id)
+        if row is not None:
+            self._runner.leave(row)
         self._scheduler.drop(request_id)
 
     def running_s(self, request_id: str) -> float:
@@ -470,6 +473,7 @@ class Engine:
         )
 
     def _finish(self, row: Row, *, begun: bool = True) -> RequestStats:
+        self._runner.leave(row)
         if begun:
             self._scheduler.finish(row)
         else:

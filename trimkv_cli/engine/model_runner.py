@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.attention import RetentionView, Step
 from trimkv_cli.cache.long_rope import LongRope
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.ahead import Ahead, Forward
 from trimkv_cli.engine.decoder import Decoder
+from trimkv_cli.engine.graphs import GraphedForward
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 
@@ -46,6 +48,16 @@ class ModelRunner:
         self._decoder = decoder
         self._pins_system = pins_system
         self.trace = trace
+        self._ahead: Ahead | None = None
+
+    def run_ahead(self, eos_token_ids: Collection[int]) -> None:
+        """Decode one step ahead of the host from now on; on a GPU each step is a graph."""
+        assert self._long_rope is None, "which factors are used is decided on the host, step by step"
+        assert self.cache.rebase is None, "when positions are given anew is decided on the host, step by step"
+        forward: Forward = self._forward_static
+        if self.device.type == "cuda":
+            forward = GraphedForward(forward)
+        self._ahead = Ahead(forward, self.sampler, self.cache, rows=self.sampler.max_rows, eos_token_ids=eos_token_ids)
 
     def start(self, row: Row) -> None:
         """Prepare a row for its request: empty unless it continues an earlier one."""
@@ -62,8 +74,15 @@ class ModelRunner:
             self.cache.load_row(row.index, row.saved, seen=row.base)
         self.start(row)
 
+    def leave(self, row: Row) -> None:
+        """Do nothing more for a row that has ended."""
+        if self._ahead is not None:
+            self._ahead.leave(row)
+
     def undo_decode(self, rows: Sequence[Row]) -> None:
         """Take back a decode of these rows, however far it came, and what the sampler took from it."""
+        if self._ahead is not None:
+            self._ahead.forget()
         positions = [-1] * (rows[-1].index + 1)
         for row in rows:
             positions[row.index] = row.seen
@@ -74,12 +93,19 @@ class ModelRunner:
 
     def resize(self, kv_budget: int, rows: Sequence[Row]) -> int:
         """Change the slots per head; return how many tokens of `rows` this evicts, over layers and heads."""
-        return self.cache.resize(kv_budget, [row.index for row in rows])
+        if self._ahead is not None:
+            self._ahead.settle()
+        evicted = self.cache.resize(kv_budget, [row.index for row in rows])
+        if self._ahead is not None:
+            self.run_ahead(self._ahead.eos_token_ids)  # a graph reads the slots where they were
+        return evicted
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence in row `source` go on in row `target`."""
         self.cache.copy(source, target)
         self.sampler.move_row(source, target)
+        if self._ahead is not None:
+            self._ahead.move(source, target)
 
     @torch.inference_mode()
     def run(self, batch: Prefill | Decode) -> list[tuple[Row, int]]:
@@ -129,6 +155,12 @@ class ModelRunner:
         return self._tensor([row.request.prefix_len if row.base == 0 else 0 for row in rows], torch.int32)
 
     def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
+        ready = None if self._ahead is None else self._ahead.step(batch.rows, in_step=self.trace is not None)
+        if ready is not None:
+            for row, _ in ready:
+                self.cache.seen[row.index] = row.seen + 1
+                row.logprob = None
+            return ready
         self._make_room((row, 1) for row in batch.rows)
         count = self._decode_rows or batch.rows[-1].index + 1
         ids, positions = [0] * count, [-1] * count
@@ -165,6 +197,11 @@ class ModelRunner:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _forward_static(self, ids: Tensor, position: Tensor, count: int) -> Tensor:
+        """Decode the first `count` rows over all their slots, whatever is in them, reading nothing on the host."""
+        step = Step(positions=position[:count, None], rows=None, longest=sys.maxsize, shortest=0)
+        return self._forward(ids[:count, None], step, long_rope=False)
 
     def _rotate(self, *, long: bool) -> None:
         if self._long_rope is not None:
