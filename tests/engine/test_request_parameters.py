@@ -156,6 +156,18 @@ def test_an_answer_follows_its_schema_beside_rows_without_one(tiny_model: Callab
         assert len(answer["name"]) <= 5
 
 
+def test_a_format_that_cannot_be_followed_any_further_ends_its_request_alone(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an answer that is cut off and passed off as complete."""
+    engine = make_engine(tiny_model("qwen3"), Shape(rows=2))
+    monkeypatch.setattr(Sampler, "failure", lambda _, row: "too complex" if row == 1 else None)
+    requests = [Request(id=str(i), prompt_token_ids=(5, 6), params=replace(PLAIN, max_tokens=3)) for i in range(2)]
+    ends = {event.request_id: event for event in engine.generate(requests) if event.finish_reason is not None}
+    assert (ends["0"].finish_reason, ends["0"].error) == ("length", None)
+    assert (ends["1"].finish_reason, ends["1"].error, ends["1"].token_ids != ()) == ("error", "too complex", True)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
