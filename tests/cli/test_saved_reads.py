@@ -71,3 +71,22 @@ def test_what_does_not_fit_is_refused_with_the_reason(saved: Path, tmp_path: Pat
         assert done.stderr.count(b"error:") == 1
     for wrong in (("a", "b", "--save-cache", "x.kv"), (saved, "--save-cache", tmp_path / "none" / "x.kv")):
         assert trimkv("summarize", *wrong).returncode == 2
+
+
+def test_what_a_saved_read_holds_can_be_looked_at(
+    saved: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """Catches scores made up for tokens that are gone, a read that is run again, and a page that does not draw."""
+    from trimkv_cli.app import _exit_code
+
+    sizes = ("--kv-budget", "40", "--threads", "1")
+    assert _exit_code(["inspect", "--cache", str(saved), "--json", "-q", *sizes]) == 0
+    record = json.loads(capfdbinary.readouterr().out)
+    for kept_heads, heads in zip(record["kept"], record["log_beta"], strict=True):
+        for kept, values in zip(kept_heads, heads, strict=True):
+            assert [position for position, value in enumerate(values) if value is not None] == kept
+            assert len(values) == record["seen"]
+    page = tmp_path / "page.html"
+    assert _exit_code(["inspect", "--cache", str(saved), "--html", str(page), "-q", *sizes]) == 0
+    assert "<!doctype html>" in page.read_text(encoding="utf-8")
+    assert _exit_code(["inspect", "--cache", str(saved), "a prompt", *sizes]) == 2

@@ -10,6 +10,7 @@ from trimkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.engine.session import RowState
 
 
 def check_place(path: str) -> None:
@@ -29,13 +30,20 @@ def save_read(llm: Engine, request_id: str, path: str) -> None:
     write_row(Path(path), llm.save(request_id), model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
 
 
-def next_turn(llm: Engine, path: str, user: str, *, params: SamplingParams, think: bool | None) -> Request:
-    """Put a saved read back into the cache and return the request that asks about it; raises as `read_row` does."""
-    from trimkv_cli.commands.prompts import need_text
+def restore_read(llm: Engine, path: str) -> RowState:
+    """Put a saved read back into the cache, where its path names it; raises as `read_row` does."""
     from trimkv_cli.engine.row_files import read_row
 
     state = read_row(Path(path), model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
     llm.restore(state, path)
+    return state
+
+
+def next_turn(llm: Engine, path: str, user: str, *, params: SamplingParams, think: bool | None) -> Request:
+    """Put a saved read back into the cache and return the request that asks about it; raises as `read_row` does."""
+    from trimkv_cli.commands.prompts import need_text
+
+    state = restore_read(llm, path)
     ids = need_text(llm.text).render_turn(
         user, last_token_id=state.last_token, eos_token_ids=llm.facts.eos_token_ids, think=think
     )

@@ -55,7 +55,8 @@ def _draw_head(panel: Any, retained: Retained, head: HeadMemory, log_beta: Any) 
 
     edges = np.unique(np.linspace(0, retained.seen, min(_BINS, retained.seen) + 1).astype(int))
     ages = (edges[1:, None] - 1) - np.arange(retained.seen)[None]
-    values = np.where(ages >= 0, np.exp(np.asarray(log_beta)[None] * np.maximum(ages, 0)), 0.0)
+    worth = np.exp(np.minimum(np.asarray(log_beta)[None], 0.0) * np.maximum(ages, 0))  # a pinned token loses nothing
+    values = np.nan_to_num(np.where(ages >= 0, worth, 0.0))
     means = np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)
     extent = (0, retained.seen, retained.seen, 0)
     panel.imshow(means, cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")

@@ -23,6 +23,7 @@ function survival(h, p) {
 const halfLife = (h, p) => (at(h, p) >= 0 ? Infinity : Math.log(0.5) / at(h, p));
 const tenths = (share) => String(Math.min(9, Math.floor(share * 10)));
 function count(x) {
+  if (Number.isNaN(x)) return "?"; // let go before anybody looked
   if (!Number.isFinite(x)) return "∞";
   if (x < 10) return x.toFixed(1);
   return (x < 1000 ? Math.round(x) : Number(x.toPrecision(2))).toLocaleString("en");
@@ -118,7 +119,7 @@ function drawMatrix(canvas, h) {
     for (let x = 0; x <= y; x++) {
       const from = Math.floor((x * seen) / bins), to = Math.min(now + 1, Math.floor(((x + 1) * seen) / bins));
       let sum = 0;
-      for (let p = from; p < to; p++) sum += at(h, p) >= 0 ? 1 : Math.exp(at(h, p) * (now - p));
+      for (let p = from; p < to; p++) sum += at(h, p) >= 0 ? 1 : Math.exp(at(h, p) * (now - p)) || 0;
       image.data.set([red, green, blue, to > from ? Math.round((255 * sum) / (to - from)) : 0], 4 * (y * bins + x));
     }
   }
