@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trimkv_cli.machine import Machine
+from trimkv_cli.machine import MIB, Machine
 from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation, gate_bytes
 from trimkv_cli.weights import weight_bytes
+from trimkv_cli.workspace import PENALTY_BYTES, Step, forward_bytes, sampling_bytes
 
-# Per logit: float32 scores, 64-bit weights, sorted copies with indices, sums, two counts, bias, log probabilities.
-_SAMPLER_BYTES = 88
-_EVICTION_BYTES = 64  # per candidate: score, rank, order and their intermediates
 _RANK_BYTES = 4  # per slot, where positions are given anew
-_SCORE_BYTES = 16  # per query and key: mask, logits, probabilities in float32
+_QUANTISING_BYTES = 16  # per weight, of the one matrix that is being quantised or repacked
+_HEAP_BYTES = 24 * MIB  # of small things: tokenizer, Python's objects of a run, ends of blocks
+_CUDA_BLOCKS = 64 * MIB  # blocks of the caching allocator that are cut and not full
+_GRAPH_BYTES = 64 * MIB  # the private pools of captured steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,75 +58,69 @@ class Part:
 def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> tuple[Part, ...]:
     """Count every part of a run's memory."""
     rows = max(shape.rows, around.padded_rows)
+    shares_prefix = shape.rows > 1 and shape.prefill_chunk > 0
     row_bytes = spec.kv_bytes_per_row(shape.kv_budget, DTYPE_BYTES[shape.kv_dtype])
     journal_bytes = spec.journal_bytes_per_row(DTYPE_BYTES[shape.kv_dtype])
     rank_bytes = spec.num_layers * spec.num_kv_heads * shape.kv_budget * _RANK_BYTES
-    shares_prefix = shape.rows > 1 and shape.prefill_chunk > 0
+    forward, sampling = workspace_bytes(spec, gate, shape, around), sampling_bytes(spec, rows)
     parts = [
         Part("weights", weight_bytes(spec, shape.dtype, shape.quantize, packs_nf4=around.packs_nf4)),
         Part("gates", gate_bytes(spec, gate, shape.dtype)),
         Part("kv", rows * row_bytes),
         Part("shared_prefix", row_bytes if shares_prefix else 0),
-        Part("rebase", (rows + shares_prefix) * rank_bytes if around.rebases else 0),
-        Part("journal", (rows + shares_prefix) * journal_bytes),
-        Part("workspace", workspace_bytes(spec, shape, around)),
+        Part("copies", around.copies * row_bytes),
+        Part("rebase", (rows + shares_prefix + around.copies) * rank_bytes if around.rebases else 0),
+        Part("journal", (rows + shares_prefix + around.copies) * journal_bytes),
+        Part("undo", around.snapshots * row_bytes if around.device == "cpu" else 0),
+        Part("workspace", forward),
+        Part("logits", max(0, sampling - forward) + rows * spec.vocab_size * PENALTY_BYTES),
+        Part("dequantised", _dequantised_bytes(spec, shape, around)),
+        Part("graphs", _GRAPH_BYTES if around.device == "cuda" else 0),
     ]
-    parts.append(Part("loading", _loading_bytes(spec, shape, around, later=sum(part.bytes for part in parts[1:]))))
+    parts.append(Part("loading", _loading_bytes(spec, shape, later=sum(part.bytes for part in parts[1:]))))
     if around.counts_runtime:
+        parts.append(Part("slack", slack_bytes(sum(part.bytes for part in parts), around.device)))
         parts.append(Part("runtime", around.machine.runtime_bytes(around.device)))
     return tuple(parts)
 
 
-def workspace_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:
-    """Count what one step of the torch reference path allocates: the larger of prefill and decode, and sampling.
-
-    Only one layer's tensors live at a time.
-    """
-    rows, tokens = max(shape.rows, around.padded_rows), shape.prefill_chunk or around.longest_prompt
-    prefill = _activation_bytes(spec, shape, tokens) + _prefill_bytes(spec, shape, rows=rows, tokens=tokens)
-    decode = _activation_bytes(spec, shape, rows) + _decode_bytes(spec, shape, rows=rows)
-    return max(prefill, decode) + rows * spec.vocab_size * _SAMPLER_BYTES + _repacked_bytes(spec, shape, around)
-
-
-def _loading_bytes(spec: ModelSpec, shape: Shape, around: Surroundings, *, later: int) -> int:
-    """Count what loading on a CPU takes beyond what running does: the stored weights beside their converted copy."""
-    converts = around.device == "cpu" and shape.dtype != spec.dtype
-    return max(0, spec.weight_bytes - later) if converts else 0
+def workspace_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> int:
+    """Count what one step allocates."""
+    step = Step(
+        kv_budget=shape.kv_budget,
+        tokens=shape.prefill_chunk or around.longest_prompt,
+        rows=max(shape.rows, around.padded_rows),
+        dtype=shape.dtype,
+        kv_dtype=shape.kv_dtype,
+        quantize=shape.quantize,
+        device=around.device,
+        gate_hidden=gate.hidden if gate.trained else 0,
+    )
+    return forward_bytes(spec, step)
 
 
-def _repacked_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:
-    """Count the copy of its largest matrix that a CPU makes for a product in 16 bits."""
-    if around.device != "cpu" or shape.dtype == "fp32":
+def slack_bytes(allocated: int, device: str) -> int:
+    """Count what an allocator takes beyond what is asked of it: ends of blocks, and holes between them."""
+    return allocated // 32 + (_CUDA_BLOCKS if device == "cuda" else _HEAP_BYTES)
+
+
+def _loading_bytes(spec: ModelSpec, shape: Shape, *, later: int) -> int:
+    """Count what loading takes beyond what running does: the tensors in transit, as stored and as they become."""
+    matrix = max(rows * columns for rows, columns in spec.matrices)
+    embeddings = spec.vocab_size * spec.hidden_size
+    stored = DTYPE_BYTES[spec.dtype] if shape.dtype != spec.dtype or shape.quantize != "none" else 0
+    transit = (embeddings + 3 * matrix) * stored  # up to four files' readers at a time
+    if shape.quantize != "none":
+        transit = max(transit, matrix * (DTYPE_BYTES[shape.dtype] + _QUANTISING_BYTES))
+    return max(0, transit - later)
+
+
+def _dequantised_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:
+    """Count the largest matrix that is brought back to full precision to be multiplied, or repacked for a CPU."""
+    largest = max(rows * columns for rows, columns in spec.matrices)
+    if shape.quantize == "nf4" and not around.packs_nf4:
+        return largest * DTYPE_BYTES[shape.dtype]
+    if around.device != "cpu" or shape.dtype == "fp32" or not around.counts_runtime:
         return 0
-    return max(spec.vocab_size, spec.intermediate_size) * spec.hidden_size * DTYPE_BYTES[shape.dtype]
-
-
-def _activation_bytes(spec: ModelSpec, shape: Shape, tokens: int) -> int:
-    """Hidden states (residual, norm, output; the norm in float32), Q/K/V before and after RoPE, the MLP's three."""
-    heads = 2 * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    compute = 4 * spec.hidden_size + heads + 3 * spec.intermediate_size
-    return tokens * (compute * DTYPE_BYTES[shape.dtype] + 2 * spec.hidden_size * 4)
-
-
-def _prefill_bytes(spec: ModelSpec, shape: Shape, *, rows: int, tokens: int) -> int:
-    """Slots gathered and joined with the chunk, repeated for grouped queries; scores; what eviction ranks.
-
-    The rows of one prefill share `tokens`, so their chunks add up to it.
-    """
-    slots = _largest_layer(spec, shape)
-    candidates = rows * slots + tokens
-    kv = candidates * spec.head_dim * DTYPE_BYTES[shape.dtype] * 2
-    scores = spec.num_heads * tokens * (slots + tokens) * _SCORE_BYTES
-    evict = candidates * spec.num_kv_heads * _EVICTION_BYTES
-    return kv * (2 * spec.num_kv_heads + spec.num_heads) + scores + evict
-
-
-def _decode_bytes(spec: ModelSpec, shape: Shape, *, rows: int) -> int:
-    """K and V of all slots in float32, scores of one query per head, what eviction ranks."""
-    slots = rows * _largest_layer(spec, shape)
-    kv = slots * spec.num_kv_heads * spec.slot_numel * 4
-    return kv + slots * (spec.num_heads * _SCORE_BYTES + spec.num_kv_heads * _EVICTION_BYTES)
-
-
-def _largest_layer(spec: ModelSpec, shape: Shape) -> int:
-    return max(spec.slots(layer, shape.kv_budget) for layer in range(spec.num_layers))
+    # Not torch's memory but oneDNN's own: the copy of a matrix that a product in 16 bits is made with.
+    return max(largest, spec.vocab_size * spec.hidden_size) * DTYPE_BYTES[shape.dtype]
