@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from trimkv_cli.commands.summary_work import Chain, Pool, Summed, Task, summariz
 from trimkv_cli.engine.loader import load_engine
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.request import SamplingParams
-from trimkv_cli.errors import ContextOverflow, InputError, TrimkvError
-from trimkv_cli.events import CacheStats, RequestStats
+from trimkv_cli.errors import ContextOverflow, InputError, OutOfDeviceMemory, TrimkvError
+from trimkv_cli.events import CacheStats, RequestStats, TokenEvent
 
 TEXTS = [f"Note {i}: the box {i} is in room {i * 7}. We walked along the river.\n" * 4 for i in range(5)]
 
@@ -64,6 +65,27 @@ def test_documents_share_rows_and_a_fault_stops_none() -> None:
     assert sorted(seen) == [0, 1, 3, 4, 5]
     alone = [text_of(summarize(llm, [text], make_task())[0][0]) for text in TEXTS]
     assert [text_of(outcomes[index]) for index in (0, 1, 3, 4, 5)] == alone
+
+
+def test_a_request_given_up_fails_its_document_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches half an answer taken for a summary, parts that go on for nobody, and a row that is never freed."""
+    llm = make_llm(rows=2, context=200)
+    step, broken = llm.step, []
+
+    def failing() -> list[TokenEvent]:
+        events = step()
+        for index, event in enumerate(events):
+            if event.finish_reason is not None and event.request_id.startswith("1#") and not broken:
+                broken.append(event.request_id)
+                memory = {"finish_reason": "error", "error": "out of memory", "error_code": "out_of_memory"}
+                events[index] = replace(event, **memory)
+        return list(events)
+
+    monkeypatch.setattr(llm, "step", failing)
+    outcomes, _ = summarize(llm, [TEXTS[0], "".join(TEXTS), TEXTS[1]], make_task(map_reduce=True))
+    assert isinstance(outcomes[1], OutOfDeviceMemory)
+    assert [type(outcomes[index]) for index in (0, 2)] == [Summed, Summed]
+    assert not llm._scheduler.parked
 
 
 def test_a_long_text_is_refused_or_reduced_never_cut() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trimkv_cli.commands.answers import Answer
 from trimkv_cli.commands.summary_texts import cut
 from trimkv_cli.engine.request import Request, SamplingParams
-from trimkv_cli.errors import ContextOverflow, TrimkvError
+from trimkv_cli.errors import ContextOverflow, OutOfDeviceMemory, TrimkvError
 from trimkv_cli.events import TokenEvent
 
 if TYPE_CHECKING:
@@ -120,6 +120,14 @@ def _render(llm: Engine, text: str, task: Task) -> tuple[int, ...]:
     return render(llm.text, user, system=None, raw=False, think=task.think).token_ids
 
 
+def _fault(event: TokenEvent) -> TrimkvError:
+    """Say why the engine gave a request up."""
+    if event.error_code == "out_of_memory":
+        hint = "a smaller --budget, --kv-budget or --prefill-chunk; trimkv plan shows the parts"
+        return OutOfDeviceMemory(event.error or "out of memory", hint=hint)
+    return TrimkvError(event.error or "the engine gave this request up", hint=_AGAIN)
+
+
 @dataclass(slots=True, kw_only=True)
 class _Running:
     """A document whose stage is under way."""
@@ -207,10 +215,9 @@ class Pool:
         if event.finish_reason is None:
             return
         del self._asked[event.request_id]
-        if event.stats is None:
-            yield from self._give_up(
-                running, TrimkvError(event.error or "the engine gave this request up", hint=_AGAIN)
-            )
+        if event.finish_reason == "error" or event.stats is None:
+            self._llm.release(event.request_id)
+            yield from self._give_up(running, _fault(event))
             return
         answer = Answer(
             request=coming.request,
