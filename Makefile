@@ -81,6 +81,7 @@ bench-gpu: $(READY)
 	$(BENCH) --kv-budget 1024 --contexts 32768,16384 --rows 4 >> $(ROWS)
 	$(BENCH) --kv-budget 1024 --contexts 16384 --rows 8 >> $(ROWS)
 	$(BENCH) --kv-budget 512 --contexts 2048,131072 --rows 1 --compare hf >> $(ROWS)
+	$(BENCH) --kv-budget 512 --contexts 2048 --rows 1 --no-evict >> $(ROWS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

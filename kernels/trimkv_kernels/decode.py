@@ -25,6 +25,7 @@ def decode(
     scale: float,
     window: int | None,
     recent: int = 0,
+    evict: bool = True,
 ) -> Tensor:
     """Do what `reference.decode` does; K and V are read once."""
     batch, num_heads, head_dim = query.shape
@@ -39,7 +40,7 @@ def decode(
     part_loser = query.new_empty(programs, launch.splits, 2, dtype=torch.int32)
     output = torch.empty_like(query)
     query, key, value, log_beta = (tensor.contiguous() for tensor in (query, key, value, log_beta))
-    shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide}
+    shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide, "EVICT": evict}
     _scan[(programs, launch.splits)](
         query,
         *slots,
@@ -101,6 +102,7 @@ def _scan(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
+    EVICT: tl.constexpr,
     SPLIT_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -122,14 +124,9 @@ def _scan(
         there = slot < span
         at = program * size + slot
         held = tl.load(slot_position + at, mask=there, other=-1)
-        score = tl.load(slot_log_beta + at, mask=there, other=0.0) * (now + 2 - held).to(tl.float32)
         alive = held >= 0
-        if RECENT > 0:
-            score = tl.where(alive & (held > now - RECENT), float("inf"), score)
         if WINDOW > 0:
             alive = alive & (held > now - WINDOW)
-            score = tl.where(held > now - WINDOW, score, -float("inf"))
-        score = tl.where(there, score, float("inf"))
 
         keep = alive[:, None] & (dim < DIM)[None, :]
         keys = tl.load(slot_key + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0)
@@ -143,13 +140,20 @@ def _scan(
         total = total * shrink + tl.sum(weights, 1)
         highest = higher
 
-        low = tl.min(score, 0)
-        newest = tl.max(tl.where(score == low, held, -2147483647), 0)  # ties: the newest goes
-        where = tl.max(tl.where((score == low) & (held == newest), slot, -1), 0)
-        worse = (low < lowest) | ((low == lowest) & (newest > loser_position))
-        loser_position = tl.where(worse, newest, loser_position)
-        loser = tl.where(worse, where, loser)
-        lowest = tl.minimum(low, lowest)
+        if EVICT:
+            score = tl.load(slot_log_beta + at, mask=there, other=0.0) * (now + 2 - held).to(tl.float32)
+            if RECENT > 0:
+                score = tl.where((held >= 0) & (held > now - RECENT), float("inf"), score)
+            if WINDOW > 0:
+                score = tl.where(held > now - WINDOW, score, -float("inf"))
+            score = tl.where(there, score, float("inf"))
+            low = tl.min(score, 0)
+            newest = tl.max(tl.where(score == low, held, -2147483647), 0)  # ties: the newest goes
+            where = tl.max(tl.where((score == low) & (held == newest), slot, -1), 0)
+            worse = (low < lowest) | ((low == lowest) & (newest > loser_position))
+            loser_position = tl.where(worse, newest, loser_position)
+            loser = tl.where(worse, where, loser)
+            lowest = tl.minimum(low, lowest)
     part = program * tl.num_programs(1) + split
     tl.store(part_acc + (part * TILE + group[:, None]) * WIDE + dim[None, :], acc)
     tl.store(part_stats + part * 2 * TILE + group, highest)
@@ -189,6 +193,7 @@ def _merge(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """Join the splits with the new token of one (row, KV head), write the output, swap the loser's slot out."""
     program = tl.program_id(0).to(tl.int64)
@@ -220,18 +225,19 @@ def _merge(
         lowest = tl.minimum(low, lowest)
     tl.store(output + at, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
 
-    new_log_beta = tl.load(log_beta + program)
-    enters = (now >= 0) & (2.0 * new_log_beta > lowest)
-    if RECENT > 0:
-        enters = now >= 0
-    slot = program * size + loser
-    wide = dim < DIM
-    tl.store(journal_slot + program, loser.to(tl.int64))
-    tl.store(journal_position + program, tl.load(slot_position + slot))
-    tl.store(journal_log_beta + program, tl.load(slot_log_beta + slot))
-    tl.store(journal_key + program * DIM + dim, tl.load(slot_key + slot * DIM + dim, mask=wide), mask=wide)
-    tl.store(journal_value + program * DIM + dim, tl.load(slot_value + slot * DIM + dim, mask=wide), mask=wide)
-    tl.store(slot_position + slot, now, mask=enters)
-    tl.store(slot_log_beta + slot, new_log_beta, mask=enters)
-    tl.store(slot_key + slot * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=enters & wide)
-    tl.store(slot_value + slot * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=enters & wide)
+    if EVICT:
+        new_log_beta = tl.load(log_beta + program)
+        enters = (now >= 0) & (2.0 * new_log_beta > lowest)
+        if RECENT > 0:
+            enters = now >= 0
+        slot = program * size + loser
+        wide = dim < DIM
+        tl.store(journal_slot + program, loser.to(tl.int64))
+        tl.store(journal_position + program, tl.load(slot_position + slot))
+        tl.store(journal_log_beta + program, tl.load(slot_log_beta + slot))
+        tl.store(journal_key + program * DIM + dim, tl.load(slot_key + slot * DIM + dim, mask=wide), mask=wide)
+        tl.store(journal_value + program * DIM + dim, tl.load(slot_value + slot * DIM + dim, mask=wide), mask=wide)
+        tl.store(slot_position + slot, now, mask=enters)
+        tl.store(slot_log_beta + slot, new_log_beta, mask=enters)
+        tl.store(slot_key + slot * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=enters & wide)
+        tl.store(slot_value + slot * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=enters & wide)

@@ -30,6 +30,7 @@ def decode(
     scale: float,
     window: int | None,
     recent: int = 0,
+    evict: bool = True,
 ) -> Tensor:
     """Attend from one new token per row to the slots and itself, then keep the best M of these M + 1 in place.
 
@@ -44,14 +45,16 @@ def decode(
         dense: every row with a token has all of its first `fill` slots in use.
         window: length of a sliding window, the query itself counted.
         recent: the newest tokens of each row, this one counted, that are pinned.
+        evict: false leaves the slots as they are, only to measure what scoring and eviction cost.
 
     Returns:
         `[B, Hq, D]`.
     """
     rows, undo = slots.rows(0, query.shape[0]), journal.rows(0, query.shape[0])
     output = _attend_one(query, key, value, position, rows.head(fill), dense=dense, scale=scale, window=window)
-    candidates = rows.head(min(fill + 1, rows.position.shape[2]))
-    _evict_one(key, value, log_beta, position, candidates, undo, window=window, recent=recent)
+    if evict:
+        candidates = rows.head(min(fill + 1, rows.position.shape[2]))
+        _evict_one(key, value, log_beta, position, candidates, undo, window=window, recent=recent)
     return output
 
 

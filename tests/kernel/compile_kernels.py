@@ -36,7 +36,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
             width = {"head_dim": dim, "element_size": SIZES[dtype]}
             for window in (0, 1024) if dim == 128 else (0,):
                 chosen = decode_launch(programs=8, span=4096, **width)
-                shape = {"HEADS": 8, "GROUPS": 4, "TILE": 16, "DIM": dim, "WIDE": padded(dim)}
+                shape = {"HEADS": 8, "GROUPS": 4, "TILE": 16, "DIM": dim, "WIDE": padded(dim), "EVICT": True}
                 scan = {
                     **shape,
                     "SPLIT_SLOTS": chosen.split_slots,
@@ -53,6 +53,16 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
                 yield f"attend {dtype} {dim} {window}", (prefill._attend, dtype), attend, wide.warps
             yield f"merge {dtype} {dim}", (decode._merge, dtype), {**shape, "SPLITS": 8, "RECENT": 0}, chosen.warps
             yield f"move {dtype} {dim}", (prefill._move, dtype), {"HEADS": 8, "DIM": dim, "WIDE": padded(dim)}, 1
+
+
+def extremes() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
+    """Yield the most slots and queries per KV head, with eviction and without."""
+    chosen = decode_launch(programs=1, span=16_384, head_dim=128, element_size=2)
+    for evict in (True, False):
+        shape = {"HEADS": 1, "GROUPS": 16, "TILE": 16, "DIM": 128, "WIDE": 128, "RECENT": 0, "EVICT": evict}
+        scan = {**shape, "SPLIT_SLOTS": chosen.split_slots, "BLOCK": chosen.block, "WINDOW": 0}
+        yield f"scan bf16 16384 {evict}", (decode._scan, "bf16"), scan, chosen.warps
+        yield f"merge bf16 16384 {evict}", (decode._merge, "bf16"), {**shape, "SPLITS": chosen.splits}, chosen.warps
 
 
 def measure(kernel: Any, dtype: str, constants: Mapping[str, Any], warps: int, capability: int) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def measure(kernel: Any, dtype: str, constants: Mapping[str, Any], warps: int, c
 
 
 def main() -> None:
-    for name, (kernel, dtype), constants, warps in cases():
+    for name, (kernel, dtype), constants, warps in (*cases(), *extremes()):
         for capability in SHARED_LIMIT:
             row = {"kernel": name, "sm": capability, **measure(kernel, dtype, constants, warps, capability)}
             print(json.dumps(row), flush=True)

@@ -97,6 +97,9 @@ def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype,
     assert_same(other, journal)
     other.undo(position, mine)
     assert_same(mine, before)
+    got = triton_decode.decode(query, key, value, log_beta, position, mine, other, **settings, evict=False)
+    torch.testing.assert_close(got[:fed], want[:fed], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert_same(mine, before)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])

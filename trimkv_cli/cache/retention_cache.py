@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class RetentionCache:
         dtype: torch.dtype,
         device: torch.device,
         recent: int = 0,
+        evicts: bool = True,
     ) -> None:
         self.kv_budget = kv_budget
         self.recent = recent
@@ -63,6 +65,8 @@ class RetentionCache:
         shape: dict[str, Any] = {"rows": rows, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
         sizes = [_size(kv_budget, window) for window in windows]
         operations = operations_for(device)
+        if not evicts:
+            operations = operations._replace(decode=partial(operations.decode, evict=False))
         self.pools = _make_pools(windows, sizes, recent, shape) if device.type == "cpu" else {}
         self.layers: list[LayerCache] = []
         for index, (window, size) in enumerate(zip(windows, sizes, strict=True)):

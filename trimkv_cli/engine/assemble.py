@@ -58,6 +58,7 @@ def assemble(
         dtype=kv_dtype,
         device=model.device,
         recent=facts.pins.recent,
+        evicts=evicts,
     )
     if rebases:
         slots = [layer.slots for layer in cache.layers]

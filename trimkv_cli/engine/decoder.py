@@ -103,16 +103,15 @@ def make_decoder(
     """Return a decoder for the model, or None when its form, or the cache's, is not one known here.
 
     Raises:
-        UsageError: then it can be neither compiled nor run without eviction.
+        UsageError: then it cannot be compiled.
     """
     known = model.device.type == "cpu" and model.dtype == cache.layers[0].slots.key.dtype == torch.float32
     blocks = make_blocks(model, transposed=not compiled) if known else None
     if blocks is not None:
         return Decoder(model, blocks, gates, cache, sinks=sinks, compiled=compiled, evicts=evicts)
-    if compiled or not evicts:
+    if compiled:
         raise UsageError(
-            f"{'--compile' if compiled else '--no-evict'} knows fp32 models on a CPU, of the families Llama, Mistral, "
-            "Phi-3, Qwen2 and Qwen3, not this one",
+            "--compile knows fp32 models of Llama, Mistral, Phi-3, Qwen2 and Qwen3 on a CPU, and this is none",
             hint="leave it out",
         )
     return None
