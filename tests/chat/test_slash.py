@@ -96,7 +96,7 @@ def test_unknown_commands_get_a_suggestion_and_are_not_sent(chat: Chat) -> None:
 
 def test_help_names_every_command_and_exit_ends(chat: Chat) -> None:
     """Catches a command that is not listed."""
-    shown = "\n".join(enter(chat, "/help").shown)
+    shown = " ".join(" ".join(enter(chat, "/help").shown).split())
     assert all(f"/{command.name}" in shown and command.help in shown for command in COMMANDS)
     assert enter(chat, "/help undo").shown == ["/undo [N]  Take back the last turn, or the last N."]
     enter(chat, "/exit")
@@ -155,6 +155,7 @@ def test_a_regen_that_cannot_run_loses_nothing(chat: Chat) -> None:
     enter(chat, "Hello.", "/set max_tokens 100000")
     before = list(chat.conversation.turns)
     assert "positions" in enter(chat, "/regen").errors[0]
+    assert "/clear begins" in enter(chat, "Hi.").errors[0]
     assert chat.conversation.turns == before
     assert not chat.conversation.must_reread
 

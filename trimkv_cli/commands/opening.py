@@ -118,7 +118,9 @@ def make_prompt(chat: Chat, screen: Screen, *, private: bool) -> ChatPrompt:
 def _lay_over(chat: Chat, opening: Opening) -> None:
     """Lay what the command line says over what a session brought."""
     conversation = chat.conversation
-    conversation.params = opening.sampling.resolve(asdict(conversation.params))
+    before = conversation.params
+    params = opening.sampling.resolve(asdict(before))
+    conversation.params = replace(params, ignore_eos=before.ignore_eos or params.ignore_eos)  # a flag can only add it
     conversation.think = opening.think if opening.think is not None else conversation.think
     if opening.new_system and opening.system != conversation.system:
         conversation.system = opening.system

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from trimkv_cli.commands.slash.command import Chat
 from trimkv_cli.commands.slash.table import is_command, run_command
-from trimkv_cli.errors import ClosedPipe, TrimkvError
+from trimkv_cli.errors import ClosedPipe, ContextOverflow, TrimkvError
 from trimkv_cli.ui.chat.answer import AnswerView, ThoughtStyle
 from trimkv_cli.ui.chat.meter import Meter
 from trimkv_cli.ui.chat.screen import Screen
@@ -23,22 +21,25 @@ if TYPE_CHECKING:
 
 def talk(chat: Chat, prompt: ChatPrompt, screen: Screen) -> None:
     """Go on until /exit or Ctrl-D; Ctrl-C twice in an empty line raises KeyboardInterrupt."""
-    interrupted = False
-    while not chat.ended:
-        draft, chat.draft = chat.draft, ""
-        try:
-            typed = prompt.ask(draft, _toolbar(chat, screen))
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            screen.note("Ctrl-C once more, Ctrl-D or /exit ends.")
-            interrupted = True
-            continue
-        interrupted = False
-        screen.print(neutralise("> " + typed.text.rstrip("\n").replace("\n", "\n  ")))
-        handle(chat, typed, screen)
+    hinted = False
+    with chat.interrupts:
+        while not chat.ended:
+            draft, chat.draft = chat.draft, ""
+            try:
+                typed = prompt.ask(draft, _toolbar(chat, screen))
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if hinted:
+                    raise
+                screen.note("Ctrl-C once more, Ctrl-D or /exit ends.")
+                hinted = True
+                continue
+            hinted = False
+            if prompt.erases:
+                screen.print(neutralise("> " + typed.text.rstrip("\n").replace("\n", "\n  ")))
+            chat.interrupts.clear()
+            handle(chat, typed, screen)
 
 
 def _toolbar(chat: Chat, screen: Screen) -> Callable[[], str]:
@@ -56,6 +57,8 @@ def handle(chat: Chat, typed: Typed, screen: Screen) -> None:
             chat.say(typed.text.strip("\n") if "\n" in typed.text.strip() else typed.text.strip())
     except ClosedPipe:
         raise
+    except ContextOverflow as error:
+        screen.error(error.message, "/set max_tokens N asks for less, /clear begins a new conversation")
     except TrimkvError as error:
         screen.error(error.message, error.hint)
 
@@ -78,17 +81,16 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
         slots=llm.facts.plan.kv_budget,
         interval_s=1.0 if llm.facts.plan.device == "cpu" else 0.25,
     )
-    with _ctrl_c_noted() as pressed:
-        steps = begin(pressed)
-        try:
-            for events in steps:
-                for event in events:
-                    view.push(event.text)
-                    meter.generated += len(event.token_ids)
-                if meter.due:
-                    meter.draw(read=llm.stats.prefill_tokens - read_before, to_read=conversation.tokens_to_read)
-        finally:
-            view.close()
+    steps = begin(chat.interrupts.pressed)
+    try:
+        for events in steps:
+            for event in events:
+                view.push(event.text)
+                meter.generated += len(event.token_ids)
+            if meter.due:
+                meter.draw(read=llm.stats.prefill_tokens - read_before, to_read=conversation.tokens_to_read)
+    finally:
+        view.close()
     reason = conversation.turns[-1].finish_reason
     if reason == "length":
         screen.note(f"stopped after {conversation.params.max_tokens} tokens; /continue goes on")
@@ -117,20 +119,3 @@ def status_of(chat: Chat) -> Status:
 
 def _speed(tokens: int, ttft_s: float | None, total_s: float) -> float | None:
     return (tokens - 1) / (total_s - ttft_s) if ttft_s is not None and tokens > 1 and total_s > ttft_s else None
-
-
-@contextmanager
-def _ctrl_c_noted() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C be asked for between steps: inside one it would leave some layers a token ahead of others."""
-    presses: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if presses:
-            raise KeyboardInterrupt  # the second one does not wait
-        presses.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(presses)
-    finally:
-        signal.signal(signal.SIGINT, before)

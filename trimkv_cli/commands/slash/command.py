@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from trimkv_cli.commands.interrupts import Interrupts
 from trimkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ class Shown:
 class Chat:
     """One running conversation with all that belongs to it.
 
-    `run` shows an answer while it is made and saves the turn; it is given what begins one once Ctrl-C can be noted.
+    `run` shows an answer while it is made and saves the turn; it is given what begins one, for which it says whether
+    Ctrl-C was pressed.
     """
 
     conversation: Conversation
     autosave: Autosave
     display: Display
     run: Callable[[Callable[[Callable[[], bool]], Steps]], None]
+    interrupts: Interrupts = field(default_factory=Interrupts)
     shown: Shown = field(default_factory=Shown)
     attached: list[tuple[str, str]] = field(default_factory=list)  # name and text of files for the next message
     draft: str = ""  # what the next input line begins with

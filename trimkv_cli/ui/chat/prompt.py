@@ -17,6 +17,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.utils import is_dumb_terminal
 
 from trimkv_cli.ui.look import Look
 
@@ -56,6 +57,7 @@ class ChatPrompt:
         output: Output | None = None,
     ) -> None:
         self._pasted = False
+        self.erases = not is_dumb_terminal()  # what was typed is gone from the screen once it is sent
         self._session: PromptSession[str] = PromptSession(
             history=_open_history(history),
             completer=_Adapter(complete),
