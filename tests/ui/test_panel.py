@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -137,6 +138,29 @@ def test_a_terminal_that_becomes_narrower_keeps_no_pieces(terminal_of: Callable[
     stream.screen.resize(lines=24, columns=9)
     frame.show(["z"])
     assert stream.getvalue().endswith("\r\x1b[4A\x1b[Jz\n")
+
+
+def test_ctrl_z_leaves_a_clean_terminal_and_fg_draws_anew(
+    terminal_of: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a shell's prompt inside of the panel, and a panel that erases what the shell has written."""
+    stream = terminal_of(80, 40)
+    panel, handlers, seen = Panel(stream, lambda: PROGRESS, every_s=3600.0), [], []
+
+    def stop(_: int, number: int) -> None:
+        assert handlers == [(number, signal.SIG_DFL)]
+        seen.append([line for line in stream.shown if line])
+        stream.write("[1]+ Stopped\n$ fg\n")
+
+    monkeypatch.setattr(live.signal, "signal", lambda number, handler: handlers.append((number, handler)))
+    monkeypatch.setattr(live.os, "kill", stop)
+    panel.tick()
+    panel.stop_and_go_on(signal.SIGTSTP, None)
+    assert seen == [[]]
+    assert handlers[-1] == (signal.SIGTSTP, panel.stop_and_go_on)
+    panel.tick()
+    assert stream.shown[:2] == ["[1]+ Stopped", "$ fg"]
+    assert sum("horizon of each head" in line for line in stream.shown) == 1
 
 
 def test_a_low_terminal_keeps_what_stands_above(terminal_of: Callable[..., Terminal]) -> None:

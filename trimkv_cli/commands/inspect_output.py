@@ -93,7 +93,8 @@ class Findings:
             print(self._pictures(Look.of(sys.stdout, colour=output.colour, ascii_only=output.ascii_only)))
 
     def _record(self) -> dict[str, Any]:
-        known = [[[None if math.isnan(x) else x for x in head] for head in layer] for layer in self.log_beta]
+        # JSON has neither NaN (gone, unknown) nor infinity (pinned).
+        known = [[[x if math.isfinite(x) else None for x in head] for head in layer] for layer in self.log_beta]
         return {
             "seen": self.retained.seen,
             "kept": self.kept,
