@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.bench.batch_table import batch_table
+from trimkv_cli.bench.mini_tables import mini_tables
 
 _ROOT = Path(__file__).parents[2]
 _RESULTS = _ROOT / "kernels" / "bench" / "results"
@@ -19,22 +20,7 @@ _BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.
 
 def table() -> str:
     """Return all tables in Markdown."""
-    return "\n\n".join([_recall_table(), _engine_table(), _display_table(), batch_table(_RESULTS)])
-
-
-def _recall_table() -> str:
-    recall: dict[str, Any] = json.loads((_RESULTS / "recall-mini.json").read_bytes())
-    first = recall["rows"][0]
-    head = (
-        f"| recall by mini: six facts in conversations of about {first['context']:,} tokens, "
-        f"{first['n']} questions | exact answers | 95 % interval |"
-    )
-    rows = [
-        f"| {row['policy']}{'' if row['kv_budget'] is None else ', M = ' + str(row['kv_budget'])} "
-        f"| {row['accuracy']:.0%} | {row['ci95'][0]:.0%} to {row['ci95'][1]:.0%} |"
-        for row in recall["rows"]
-    ]
-    return "\n".join([head, "|---|---|---|", *rows])
+    return "\n\n".join([mini_tables(_RESULTS), _engine_table(), _display_table(), batch_table(_RESULTS)])
 
 
 def _engine_table() -> str:
