@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from trimkv_cli.commands.memory_report import budget_report, memory_line, memory_report
 from trimkv_cli.engine.request import Request
 from trimkv_cli.errors import OutOfDeviceMemory, UsageError
 from trimkv_cli.events import FinishReason, RequestStats
@@ -96,7 +97,7 @@ def print_stats(engine: Engine, finished: Answer) -> None:
     print_note(f"tokens   {stats.prompt_tokens} prompt + {stats.completion_tokens} generated")
     print_note(f"cache    {cache.kept_per_head} of {cache.seen_tokens} tokens kept per head, {cache.evicted} evictions")
     print_note(f"speed    prefill {timing['prefill_tps']:.1f} tok/s, decode {timing['decode_tps']:.1f} tok/s")
-    print_note(f"memory   {engine.kv_bytes:,} bytes of cache, {engine.peak_bytes:,} bytes at the peak")
+    print_note(memory_line(engine))
 
 
 def to_completion(engine: Engine, finished: Answer, options: EngineOptions) -> dict[str, Any]:
@@ -119,25 +120,13 @@ def to_completion(engine: Engine, finished: Answer, options: EngineOptions) -> d
 
 
 def _report(engine: Engine, finished: Answer, options: EngineOptions) -> dict[str, Any]:
-    facts, peak = engine.facts, engine.peak_bytes
-    budget = facts.plan.budget_bytes
+    facts = engine.facts
     p50, p95 = engine.horizon(finished.request.id)
     return {
         "model": facts.model_id,
         "gates": {"id": facts.gate.id, "trained_memory_size": facts.gate.memory_size},
-        "budget": {
-            "requested": options.budget,
-            "bytes": budget,
-            "kv_budget": facts.plan.kv_budget,
-            "honoured": None if budget is None else peak <= budget,
-        },
-        "memory": {
-            "weights_bytes": facts.weight_bytes,
-            "gate_bytes": facts.gate_bytes,
-            "kv_bytes": engine.kv_bytes,
-            "workspace_bytes": facts.plan.workspace_bytes,
-            "peak_bytes": peak,
-        },
+        "budget": budget_report(engine, options.budget),
+        "memory": memory_report(engine),
         "cache": {**asdict(finished.stats.cache), "horizon_p50": p50, "horizon_p95": p95},
         "timing": _timing(engine, finished),
         "sampling": asdict(finished.request.params),

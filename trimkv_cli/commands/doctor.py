@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,22 +14,47 @@ if TYPE_CHECKING:
     from trimkv_cli.engine.checkup import Finding
 
 
-def doctor(*, json: Json = False) -> None:
+def doctor(
+    *,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure what a process takes without a model, for later plans.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Check versions, device, number formats, folders, terminal and the built-in model; exit 1 on a fault.
 
     trimkv doctor
+
+    trimkv doctor --measure
 
     trimkv doctor --json | jq .
     """
     from trimkv_cli.engine.checkup import checkup
     from trimkv_cli.ui.plain import AnswerWriter
 
-    findings = list(checkup())
+    findings = [*(_measured() if measure else ()), *checkup()]
     answer = AnswerWriter()
     answer.push(_as_json(findings) if json else _as_text(findings))
     answer.close()
     if not _healthy(findings):
         raise typer.Exit(1)
+
+
+def _measured() -> list[Finding]:
+    """Calibrate this machine, keep the numbers, and say them."""
+    from trimkv_cli.engine.calibrate import measure_machine
+    from trimkv_cli.engine.checkup import Finding
+    from trimkv_cli.machine import store
+    from trimkv_cli.units import format_size
+
+    machine = measure_machine()
+    kept = store(machine)
+    sizes = {"cpu runtime": machine.cpu_runtime_bytes, "cuda context": machine.cuda_context_bytes}
+    return [
+        Finding(name=name, status="ok", detail=f"{format_size(size)}, kept in {kept}")
+        for name, size in sizes.items()
+        if size is not None
+    ]
 
 
 def _healthy(findings: list[Finding]) -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -166,7 +167,7 @@ class _Run:
         job = Job(
             lines=parse_lines(reader, rules, selection, summary),
             sink=writer,
-            recorder=_recorder(backend.facts, self.options, rules),
+            recorder=_recorder(backend, self.options, rules),
             summary=summary,
             limits=choices.limits,
             stop=stop,
@@ -177,6 +178,7 @@ class _Run:
         finally:
             if not choices.quiet:
                 print_note(summary.report(blank_lines=reader.blank_lines))
+                _say_memory(backend)
             _write_summary(choices, summary, reader.blank_lines)
         return summary
 
@@ -241,14 +243,30 @@ def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, 
     )
 
 
-def _recorder(facts: BackendFacts, options: EngineOptions, rules: Rules) -> Recorder:
+def _recorder(backend: Backend, options: EngineOptions, rules: Rules) -> Recorder:
+    facts, engine = backend.facts, getattr(backend, "engine", None)
     return Recorder(
         model=facts.model_id,
         run_seed=rules.defaults.seed,
         kv_budget=facts.kv_budget,
         prefill_chunk=facts.prefill_chunk,
         reproducible=options.deterministic,
+        memory=None if engine is None else partial(_memory, engine, options.budget),
     )
+
+
+def _say_memory(backend: Backend) -> None:
+    from trimkv_cli.commands.memory_report import memory_line
+
+    engine = getattr(backend, "engine", None)
+    if engine is not None and engine.facts.plan.budget_bytes is not None:
+        print_note(memory_line(engine))
+
+
+def _memory(engine: Any, requested: str | None) -> dict[str, Any]:
+    from trimkv_cli.commands.memory_report import budget_report, memory_report
+
+    return {"budget": budget_report(engine, requested), "memory": memory_report(engine)}
 
 
 @contextmanager

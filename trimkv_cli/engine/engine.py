@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from trimkv_cli.engine.glance import Glancer
-from trimkv_cli.engine.memory import peak_bytes
+from trimkv_cli.engine.memory import measured_peaks, peak_bytes
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.recovery import Recovery, attempt
 from trimkv_cli.engine.request import Request
@@ -102,6 +102,10 @@ class Engine:
     @property
     def peak_bytes(self) -> int:
         return peak_bytes(self._runner.device)
+
+    def measured_peaks(self) -> dict[str, int]:
+        """Return the largest sizes so far by who counts them: the process, and on a GPU allocator and NVML."""
+        return measured_peaks(self._runner.device)
 
     @property
     def stats(self) -> RunStats:

@@ -25,7 +25,7 @@ from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.devices import device_bytes, free_bytes, pick_device
 from trimkv_cli.engine.engine import Engine, EngineFacts
-from trimkv_cli.engine.memory import module_bytes
+from trimkv_cli.engine.memory import cap_allocator, module_bytes, tidy_heap
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS, EngineOptions
 from trimkv_cli.engine.quantise import quantisation_config
 from trimkv_cli.engine.sources import Source, find_source
@@ -35,7 +35,7 @@ from trimkv_cli.errors import DoesNotFit, ModelError, UnsupportedModel, UsageErr
 from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan, Warning, make_plan
 from trimkv_cli.spec import KvDtype, Quantisation
-from trimkv_cli.units import format_size
+from trimkv_cli.units import format_size, parse_budget
 
 _DTYPES: dict[KvDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -92,13 +92,16 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
     _check_deterministic(options, device)
     plan = plan_for(source, options, device, snapshots=snapshots)
     torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
-    model = load_model(
-        source,
-        _DTYPES[plan.dtype],
-        device,
-        quantize=plan.quantize,
-        trust_remote_code=options.trust_remote_code,
-    )
+    if plan.budget_bytes is not None:
+        cap_allocator(device, plan.budget_bytes - plan.part_bytes("runtime"))
+    with tidy_heap():
+        model = load_model(
+            source,
+            _DTYPES[plan.dtype],
+            device,
+            quantize=plan.quantize,
+            trust_remote_code=options.trust_remote_code,
+        )
     gates, warnings = _load_gates(source, plan, device, offline=options.offline)
     text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
     facts = EngineFacts(
@@ -109,7 +112,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
         max_positions=options.context or source.spec.max_positions,
         eos_token_ids=_eos_token_ids(model),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
-        notes=source.notes,
+        notes=(*source.notes, *_echo(options, plan)),
         warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings)),
         weight_bytes=module_bytes(model),
         gate_bytes=module_bytes(gates),
@@ -146,6 +149,13 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device, *, sn
             hint=_smaller(make_plan(source.spec, source.gate, replace(asked, budget=total))),
         )
     return plan
+
+
+def _echo(options: EngineOptions, plan: Plan) -> tuple[str, ...]:
+    """Say in bytes what a share of memory comes to."""
+    if options.budget is None or plan.budget_bytes is None or parse_budget(options.budget).kind == "bytes":
+        return ()
+    return (f"--budget {options.budget} is {plan.budget_bytes:,} bytes ({format_size(plan.budget_bytes)})",)
 
 
 def _smaller(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Recorder:
     kv_budget: int
     prefill_chunk: int
     reproducible: bool = False
+    memory: Callable[[], Record] | None = None  # budget and memory as they are now
 
     def success(self, item: Item, answers: Sequence[Answer]) -> Record:
         """Return the record of an answered item, with all its choices."""
@@ -106,6 +107,8 @@ class Recorder:
                 *({"code": code, "message": message} for code, message in stats[0].warnings),
             ],
         }
+        if not self.reproducible and self.memory is not None:
+            extra |= self.memory()
         if not self.reproducible:
             extra["timing"] = {
                 "queue_s": stats[0].queue_s,

@@ -1,0 +1,42 @@
+"""What every record says of memory: the budget, whether it held, what was planned, and the peaks that were measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trimkv_cli.units import format_size
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.engine import Engine
+
+
+def budget_report(engine: Engine, requested: str | None) -> dict[str, Any]:
+    """Return `budget` of a record: as asked for, in bytes, and whether the process has kept to it so far."""
+    plan = engine.facts.plan
+    held = None if plan.budget_bytes is None else engine.peak_bytes <= plan.budget_bytes
+    return {"requested": requested, "bytes": plan.budget_bytes, "kv_budget": plan.kv_budget, "honoured": held}
+
+
+def memory_report(engine: Engine) -> dict[str, Any]:
+    """Return `memory` of a record: the parts, the plan's total, and each peak that can be measured here."""
+    facts = engine.facts
+    return {
+        "weights_bytes": facts.weight_bytes,
+        "gate_bytes": facts.gate_bytes,
+        "kv_bytes": engine.kv_bytes,
+        "workspace_bytes": facts.plan.workspace_bytes,
+        "planned_bytes": facts.plan.total_bytes,
+        "peak_bytes": engine.peak_bytes,
+        "peaks": engine.measured_peaks(),
+        "undone_steps": engine.stats.undone_steps,
+    }
+
+
+def memory_line(engine: Engine) -> str:
+    """Say in one line what was used at most, beside plan and budget."""
+    plan = engine.facts.plan
+    said = f"memory   {engine.kv_bytes:,} bytes of cache, {format_size(engine.peak_bytes)} at the peak"
+    if plan.budget_bytes is None:
+        return said
+    held = "held" if engine.peak_bytes <= plan.budget_bytes else "NOT held"
+    return f"{said}, {format_size(plan.total_bytes)} planned, budget {format_size(plan.budget_bytes)} {held}"
