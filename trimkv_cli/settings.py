@@ -30,6 +30,7 @@ KEYS: Mapping[str, type] = {
     "max_inflight": int,
     "pin": str,
     "deterministic": bool,
+    "compile": bool,
     "threads": int,
     **SAMPLING_KEYS,
     "seed": int,
