@@ -28,9 +28,9 @@ def batch_table(results: Path) -> str:
 
 
 def _speed(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    speeds = record["tokens_per_s"]
+    speeds = record["tokens_per_cpu_s"]
     what = f"{record['prompts']} prompts, answers of 1 to {record['longest']} tokens"
-    yield f"{what}: continuous batching", f"{speeds['continuous']:,.0f} tokens/s"
+    yield f"{what}: continuous batching", f"{speeds['continuous']:,.0f} tokens per CPU second"
     one, static = record["continuous_over_one_at_a_time"], record["continuous_over_static"]
     yield "… over one prompt at a time, and over static batches of as many rows", f"× {one:.1f} and × {static:.2f}"
 
