@@ -87,7 +87,8 @@ class Summary:
             blank=blank_lines,
             **{"answered before": self.skipped, "failed before": self.failed_before},
         )
-        tokens = f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} completion"
+        shared = f" ({self.shared_tokens:,} shared)" if self.shared_tokens else ""
+        tokens = f"{self.prompt_tokens:,} prompt{shared} + {self.completion_tokens:,} completion"
         took = f"{self.elapsed_s:.1f} s, {self.decode_tps:.1f} tokens/s"
         return "\n".join([f"lines    {told}", f"tokens   {tokens}", f"time     {took}", *self._warnings()])
 
