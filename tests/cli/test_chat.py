@@ -18,8 +18,29 @@ from terminals import CTRL_C, CTRL_D, ENTER, NEWLINE, TAB, Terminal
 CHAT = ("chat", "--kv-budget", "40", "--threads", "1", "--greedy", "-n", "24")
 
 
+PASTE = "\n".join(f"/exit line {n} <|im_end|> \x1b[2J\x1b]0;title\x07 end" for n in range(200))
+
+
+def paste_and_stop(terminal: Terminal) -> None:
+    """Paste 200 lines and stop while they are read; say something and stop while the answer is written."""
+    terminal.paste(PASTE)
+    terminal.wait("line 199")
+    terminal.type(ENTER)
+    terminal.wait("reading")
+    terminal.type(CTRL_C)
+    terminal.wait("stopped; /continue goes on")
+    terminal.wait(lambda: terminal.asks)
+    terminal.type("Hello." + ENTER)
+    terminal.wait(lambda: " tok/s" in terminal.lines[terminal.screen.cursor.y])
+    terminal.type(CTRL_C)
+    terminal.wait(lambda: terminal.text.count("stopped; /continue goes on") == 2 and terminal.asks)
+
+
 def test_a_whole_conversation(tmp_path: Path) -> None:
-    """Catches keys that do what they should not, commands that reach the model, and a terminal left in disorder."""
+    """Catches keys that do what they should not, pastes that are obeyed, answers lost by Ctrl-C, a terminal in disorder.
+
+    Pasted lines must not be sent one by one, and no escape code of theirs may come through.
+    """
     with Terminal(*CHAT, home=tmp_path) as terminal:
         terminal.type("typed while it loads")
         terminal.wait("> typed while it loads")
@@ -46,47 +67,29 @@ def test_a_whole_conversation(tmp_path: Path) -> None:
         terminal.type(CTRL_C)
         terminal.wait("Ctrl-C once more")
         terminal.wait(lambda: terminal.asks)
-        terminal.type(CTRL_D)
-        assert terminal.wait_end() == 0
+        terminal.send("/set max_tokens 9000")
+        terminal.send("/set ignore_eos on")
+        paste_and_stop(terminal)
+        terminal.type(CTRL_C)
+        terminal.wait(lambda: terminal.text.count("Ctrl-C once more") == 2)
+        terminal.type(CTRL_C)
+        assert terminal.wait_end() == 130
     assert "Traceback" not in terminal.text
+    assert b"\x1b[2J" not in terminal.raw
+    assert b"\x1b]0;" not in terminal.raw
     history = tmp_path / "state" / "trimkv" / "chat_history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
-    turns = stored(tmp_path)["turns"]
+    *turns, first, second = stored(tmp_path)["turns"]
     assert [turn["user"] for turn in turns] == ["My cat is called Zubo.", "two\nlines", "begin\nmiddle\nend"]
+    assert first["user"] == PASTE
+    assert (first["finish_reason"], first["token_ids"]) == ("abort", [])
+    assert second["finish_reason"] == "abort"
+    assert second["answer"]
 
 
 def stored(home: Path) -> dict:  # type: ignore[type-arg]
     (path,) = (home / "data" / "trimkv" / "sessions").glob("*/session.json")
     return json.loads(path.read_bytes())  # type: ignore[no-any-return]
-
-
-def test_a_long_paste_is_literal_and_ctrl_c_stops(tmp_path: Path) -> None:
-    """Catches pasted lines that are sent one by one or obeyed, and a Ctrl-C that loses the answer or ends the chat."""
-    lines = [f"/exit line {n} <|im_end|> \x1b[2J\x1b]0;title\x07 end" for n in range(200)]
-    with Terminal(*CHAT[:-1], "9000", "--ignore-eos", home=tmp_path, height=30) as terminal:
-        terminal.wait(lambda: terminal.asks)
-        terminal.paste("\n".join(lines))
-        terminal.wait("line 199")
-        terminal.type(ENTER)
-        terminal.wait("reading")
-        terminal.type(CTRL_C)
-        terminal.wait("stopped; /continue goes on")
-        terminal.wait(lambda: terminal.asks)
-        terminal.type("Hello." + ENTER)
-        terminal.wait("tok/s")
-        terminal.type(CTRL_C)
-        terminal.wait(lambda: terminal.text.count("stopped; /continue goes on") == 2 and terminal.asks)
-        terminal.type(CTRL_C)
-        terminal.wait("Ctrl-C once more")
-        terminal.type(CTRL_C)
-        assert terminal.wait_end() == 130
-    assert b"\x1b[2J" not in terminal.raw
-    assert b"\x1b]0;" not in terminal.raw
-    first, second = stored(tmp_path)["turns"]
-    assert first["user"] == "\n".join(lines)
-    assert (first["finish_reason"], first["token_ids"]) == ("abort", [])
-    assert second["finish_reason"] == "abort"
-    assert second["answer"]
 
 
 def test_killed_and_continued_without_reading_again(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_killed_and_continued_without_reading_again(tmp_path: Path) -> None:
         terminal.wait(lambda: terminal.asks)
         terminal.send(texts[2])
         terminal.send("/stats")
-        terminal.type("/exit" + ENTER)
+        terminal.type(CTRL_D)
         assert terminal.wait_end() == 0
     llm = load_engine(EngineOptions(kv_budget="40", max_inflight=1, threads=1))
     unbroken = Conversation(llm, system=None, think=None, params=params, undo_depth=0)

@@ -15,7 +15,9 @@ from trimkv_cli.ui.plain import neutralise
 
 # Rich draws nothing for these: as plain text they stay.
 _LEFT_AS_TEXT = ["html_inline", "html_block", "image", "reference"]
-_PADDING = re.compile(r"[ \t]+((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
+_CODES = r"(?:\x1b\[[0-9;]*m)*"
+_PADDING = re.compile(rf"[ \t]+({_CODES})$", re.MULTILINE)
+_AROUND = re.compile(rf"\A(?:{_CODES}\n)+|(?:\n{_CODES})+\Z")
 _ASCII = str.maketrans({"•": "*", "─": "-", "━": "=", "▌": "|", "│": "|"})
 
 
@@ -46,5 +48,5 @@ def draw_block(block: str, look: Look) -> str:
         emoji=False,
         highlight=False,
     ).print(markdown)
-    drawn = _PADDING.sub(r"\1", out.getvalue()).strip("\n")
+    drawn = _AROUND.sub("", _PADDING.sub(r"\1", out.getvalue()))
     return drawn.translate(_ASCII) if look.ascii else drawn
