@@ -37,7 +37,7 @@ def paste_and_stop(terminal: Terminal) -> None:
 
 
 def test_a_whole_conversation(tmp_path: Path) -> None:
-    """Catches keys that do what they should not, pastes that are obeyed, answers lost by Ctrl-C, a terminal in disorder.
+    """Catches keys that do what they should not, pastes that are obeyed, answers lost by Ctrl-C, and disorder.
 
     Pasted lines must not be sent one by one, and no escape code of theirs may come through.
     """

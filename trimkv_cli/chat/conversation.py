@@ -283,9 +283,12 @@ def need_chat(text: Text | None) -> Text:
     Raises:
         UnsupportedModel: it has none, or no chat template.
     """
-    if text is None or not text.supports_chat:
-        what = "tokenizer" if text is None else "chat template"
-        raise UnsupportedModel(f"the model has no {what}, so it cannot chat", hint="trimkv ask --raw")
+    if text is None:
+        raise UnsupportedModel(
+            "the model has no tokenizer, so it cannot chat", hint='trimkv run, with lines of "prompt_token_ids"'
+        )
+    if not text.supports_chat:
+        raise UnsupportedModel("the model has no chat template, so it cannot chat", hint="trimkv ask --raw")
     return text
 
 
