@@ -126,6 +126,16 @@ def test_what_cannot_be_said_changes_nothing(llm: Any) -> None:
             talk.undo(count)
 
 
+def test_a_length_that_nobody_gave_is_what_the_positions_leave(llm: Any) -> None:
+    """Catches a message refused for 512 tokens that nobody asked for, and one cut that asked for its length."""
+    params = replace(SAMPLED, max_tokens=100_000, temperature=0.0)
+    talk = begin(llm, params=params, fits_rest=True)
+    assert say(talk, "My cat is called Zubo.", after(3)).finish_reason == "abort"
+    talk.clear()
+    with pytest.raises(ContextOverflow):
+        begin(llm, params=params).say("My cat is called Zubo.", never)
+
+
 def test_what_is_typed_is_never_a_special_token(llm: Any) -> None:
     """Catches messages that end their own turn: <|im_end|> typed by a user is text, in a first turn and in a later."""
     talk = begin(llm)

@@ -50,12 +50,20 @@ class Conversation:
     """
 
     def __init__(
-        self, llm: Engine, *, system: str | None, think: bool | None, params: SamplingParams, undo_depth: int
+        self,
+        llm: Engine,
+        *,
+        system: str | None,
+        think: bool | None,
+        params: SamplingParams,
+        undo_depth: int,
+        fits_rest: bool = False,
     ) -> None:
         self.llm = llm
         self.system = system
         self.think = think
         self.params = params
+        self.fits_rest = fits_rest  # near the end of the positions answers may be shorter than max_tokens
         self.turns: list[Turn] = []
         self.snapshots = Snapshots(undo_depth, model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
         self.last_stats: RequestStats | None = None
@@ -197,7 +205,7 @@ class Conversation:
 
     def _request(self, ids: tuple[int, ...], params: SamplingParams, *, prefix_len: int = 0) -> Request:
         self._ids += 1
-        return Request(
+        request = Request(
             id=f"turn-{self._ids}",
             prompt_token_ids=ids,
             prefix_len=prefix_len,
@@ -206,6 +214,10 @@ class Conversation:
             continues=self._row,
             context=self.llm.facts.max_positions,
         )
+        left = self.llm.room(request)
+        if not self.fits_rest or not 1 <= left < params.max_tokens:
+            return request
+        return replace(request, params=replace(params, max_tokens=left))
 
     def _run(self, request: Request, answer: _Answer, stopped: Asked) -> Steps:
         decoder = self._decoder_after(answer, request)

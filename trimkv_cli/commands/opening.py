@@ -81,6 +81,7 @@ def open_chat(llm: Engine, engine: EngineOptions, opening: Opening, stored: Tran
         think=opening.think,
         params=draw_seed(opening.sampling).resolve(llm.facts.sampling_defaults),
         undo_depth=opening.undo_depth,
+        fits_rest=opening.sampling.max_tokens is None,
     )
     autosave = Autosave(
         SessionStore.default(),

@@ -93,7 +93,7 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
         view.close()
     reason = conversation.turns[-1].finish_reason
     if reason == "length":
-        screen.note(f"stopped after {conversation.params.max_tokens} tokens; /continue goes on")
+        screen.note(f"stopped after {len(conversation.turns[-1].token_ids)} tokens; /continue goes on")
     elif reason == "abort":
         screen.note("stopped; /continue goes on")
     chat.autosave.save(conversation)

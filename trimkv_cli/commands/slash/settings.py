@@ -39,6 +39,7 @@ def _set(chat: Chat, argument: str) -> None:
         _set_view(chat, name, value)
     elif name in _sampling_names():
         chat.conversation.params = replace(chat.conversation.params, **{name: _parse(name, value)})
+        chat.conversation.fits_rest &= name != "max_tokens"
         chat.autosave.write(chat.conversation)
         chat.display.note(_line(name, getattr(chat.conversation.params, name)))
     else:
