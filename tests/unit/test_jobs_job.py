@@ -254,6 +254,17 @@ def test_an_input_that_waits_does_not_hold_results_back() -> None:
     assert summary.done == 1
 
 
+def test_an_input_that_breaks_off_is_told_after_what_was_read_is_answered() -> None:
+    def lines() -> Iterator[Item | BadLine]:
+        yield from parse_lines(LineReader(io.BytesIO(b'{"prompt":"ab","max_tokens":3}\n' * 3)), Rules())
+        raise UsageError("the archive is damaged")
+
+    out = io.BytesIO()
+    with pytest.raises(UsageError, match="damaged"):
+        run_job(FakeEngine(text=FakeText()), lines(), Writer(out), RECORDER)
+    assert len(out.getvalue().splitlines()) == 3
+
+
 @pytest.mark.parametrize("order", ["completion", "input"])
 def test_a_reproducible_record_is_the_same_bytes_in_any_company(order: Order) -> None:
     """Ids, seeds and clocks must not tell of the other lines; only the line number may."""

@@ -50,12 +50,14 @@ class RayBackend:
         """Run a job to its end, or until it is stopped.
 
         Raises:
-            TrimkvError: no worker is left.
+            TrimkvError: no worker is left, or the input cannot be read any further.
         """
         with Feed(job.lines, ahead=2 * self._block_lines) as feed:
             run = _Run(self._ray, self._workers, feed, job, self.facts, self._block_lines)
             while run.advance():
                 job.progress(job.summary)
+        if run.input_error is not None:
+            raise run.input_error
 
     def close(self) -> None:
         """Leave the cluster; one of our own ends."""
@@ -107,6 +109,7 @@ class _Run:
         self.pending: dict[Any, _Block] = {}  # by Ray's reference
         self.again: list[_Block] = []
         self.taken = 0
+        self.input_error: TrimkvError | None = None
 
     def advance(self) -> bool:
         """Send blocks to workers that have room and take what has come back; False when all is done, or dropped."""
@@ -143,7 +146,7 @@ class _Run:
         while len(lines) < self.block_lines and self.job.sink.held < _MOST_HELD:
             if self.job.limits.too_many_errors(self.job.summary):
                 break
-            line = self.feed.take(wait_s=0.0 if lines or self.pending else _POLL_S)
+            line = self._next_line(wait_s=0.0 if lines or self.pending else _POLL_S)
             if line is None:
                 break
             index, self.taken = self.taken, self.taken + 1
@@ -154,6 +157,13 @@ class _Run:
                 self.job.summary.bad += 1
                 self.job.sink.write(index, encode(self.job.recorder.bad_line(line)))
         return _Block(lines) if lines else None
+
+    def _next_line(self, *, wait_s: float) -> Item | BadLine | None:
+        try:
+            return self.feed.take(wait_s=wait_s)
+        except TrimkvError as error:  # the feed counts as exhausted now
+            self.input_error = error
+            return None
 
     def _receive(self) -> None:
         if not self.pending:

@@ -84,12 +84,17 @@ def run_job(
     """Answer every line and write its record; `progress` is called after every step and while waiting for input.
 
     A job that is stopped says so in `summary.stopped`; what it had not finished by then is not written.
+
+    Raises:
+        TrimkvError: the input cannot be read any further; what was read is answered and written first.
     """
     summary = Summary() if summary is None else summary
     with Feed(lines) as feed:
         job = _Job(engine, feed, writer, recorder, summary, limits or Limits(), stop or Stop())
         while job.advance():
             progress(summary)
+    if job.input_error is not None:
+        raise job.input_error
     return summary
 
 
@@ -115,6 +120,7 @@ class _Job:
         self.capacity = engine.max_rows + max(_FEWEST_WAITING, engine.max_rows)
         self.taken = 0
         self.winding_up = self.dropped = False
+        self.input_error: TrimkvError | None = None
 
     def advance(self) -> bool:
         """Take new lines and make one step; False when all is done, or dropped."""
@@ -161,13 +167,20 @@ class _Job:
         for _ in range(_BATCH):
             if len(self.running) >= self.capacity or self.writer.held >= _MOST_HELD:
                 return
-            line = self.feed.take(wait_s=0.0 if self.engine.has_work else _IDLE_S)
+            line = self._next_line()
             if line is None:
                 return
             self._start(line, self.taken)
             self.taken += 1
             if self.limits.too_many_errors(self.summary):
                 return
+
+    def _next_line(self) -> Item | BadLine | None:
+        try:
+            return self.feed.take(wait_s=0.0 if self.engine.has_work else _IDLE_S)
+        except TrimkvError as error:  # the feed counts as exhausted now
+            self.input_error = error
+            return None
 
     def _start(self, line: Item | BadLine, index: int) -> None:
         if isinstance(line, Item):
