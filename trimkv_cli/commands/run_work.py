@@ -203,7 +203,8 @@ def open_backend(choices: Choices, options: EngineOptions) -> Backend:
     from trimkv_cli.commands.answers import open_engine
 
     engine = open_engine(options, quiet=choices.quiet)
-    return LocalBackend(engine, replace(facts_of(engine), warnings=()))  # open_engine has said them
+    facts = replace(facts_of(engine), warnings=())  # open_engine has said them
+    return LocalBackend(engine, facts, partial(_memory, engine, options.budget))
 
 
 def facts_of(engine: Any) -> BackendFacts:
@@ -244,23 +245,24 @@ def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, 
 
 
 def _recorder(backend: Backend, options: EngineOptions, rules: Rules) -> Recorder:
-    facts, engine = backend.facts, getattr(backend, "engine", None)
+    facts = backend.facts
     return Recorder(
         model=facts.model_id,
         run_seed=rules.defaults.seed,
         kv_budget=facts.kv_budget,
         prefill_chunk=facts.prefill_chunk,
         reproducible=options.deterministic,
-        memory=None if engine is None else partial(_memory, engine, options.budget),
+        memory=backend.memory,
     )
 
 
 def _say_memory(backend: Backend) -> None:
     from trimkv_cli.commands.memory_report import memory_line
 
-    engine = getattr(backend, "engine", None)
-    if engine is not None and engine.facts.plan.budget_bytes is not None:
-        print_note(memory_line(engine))
+    if not isinstance(backend, LocalBackend) or backend.memory is None:
+        return
+    if backend.engine.facts.plan.budget_bytes is not None:
+        print_note(memory_line(backend.engine))
 
 
 def _memory(engine: Any, requested: str | None) -> dict[str, Any]:

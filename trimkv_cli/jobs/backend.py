@@ -46,6 +46,8 @@ class Backend(Protocol):
 
     @property
     def facts(self) -> BackendFacts: ...
+    @property
+    def memory(self) -> Callable[[], dict[str, Any]] | None: ...
     def run(self, job: Job) -> None: ...
     def close(self) -> None: ...
 
@@ -53,8 +55,9 @@ class Backend(Protocol):
 class LocalBackend:
     """Answer lines with one engine in this process."""
 
-    def __init__(self, engine: Any, facts: BackendFacts) -> None:
+    def __init__(self, engine: Any, facts: BackendFacts, memory: Callable[[], dict[str, Any]] | None = None) -> None:
         self.facts = facts
+        self.memory = memory  # what each record says of budget and memory
         self.engine = engine  # an `Engine` of jobs.job, and whatever more it can show of itself
 
     def run(self, job: Job) -> None:

@@ -38,6 +38,8 @@ class ClusterOptions:
 class RayBackend:
     """Feed workers with blocks, and write what comes back; Ray places them, restarts them and repeats their blocks."""
 
+    memory = None  # of workers on other machines nothing is known here
+
     def __init__(self, load: Load, options: ClusterOptions) -> None:
         self._ray = _join(options)
         try:
