@@ -77,7 +77,7 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
         Part("dequantised", _dequantised_bytes(spec, shape, around)),
         Part("graphs", _GRAPH_BYTES if around.device == "cuda" else 0),
     ]
-    parts.append(Part("loading", _loading_bytes(spec, shape, later=sum(part.bytes for part in parts[1:]))))
+    parts.append(Part("loading", _loading_bytes(spec, shape, around, later=sum(part.bytes for part in parts[1:]))))
     if around.counts_runtime:
         parts.append(Part("slack", slack_bytes(sum(part.bytes for part in parts), around.device)))
         parts.append(Part("runtime", around.machine.runtime_bytes(around.device)))
@@ -104,9 +104,11 @@ def slack_bytes(allocated: int, device: str) -> int:
     return allocated // 32 + (_CUDA_BLOCKS if device == "cuda" else _HEAP_BYTES)
 
 
-def _loading_bytes(spec: ModelSpec, shape: Shape, *, later: int) -> int:
+def _loading_bytes(spec: ModelSpec, shape: Shape, around: Surroundings, *, later: int) -> int:
     """Count what loading takes beyond what running does: the tensors in transit, as stored and as they become."""
     matrix = max(rows * columns for rows, columns in spec.matrices)
+    if around.device != "cpu":  # what is read lies in host memory; a matrix is there whole while it is quantised
+        return max(0, 2 * matrix * DTYPE_BYTES[shape.dtype] - later) if shape.quantize != "none" else 0
     embeddings = spec.vocab_size * spec.hidden_size
     stored = DTYPE_BYTES[spec.dtype] if shape.dtype != spec.dtype or shape.quantize != "none" else 0
     transit = (embeddings + 3 * matrix) * stored  # up to four files' readers at a time

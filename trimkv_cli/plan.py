@@ -157,7 +157,9 @@ def make_plan(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Plan:
         parts=footprint(spec, gate, shape, wish.around),
         budget_bytes=wish.budget_bytes,
         fits=found is not None,
-        offers=() if found else counter_offers(spec, gate, wish, command=options.command, flags=options.flags),
+        offers=()
+        if found or not options.offers
+        else counter_offers(spec, gate, wish, command=options.command, flags=options.flags),
         choices=tuple(_choices(spec, gate, wish, shape, options)),
         warnings=tuple(_warnings(spec, gate, wish, shape, options)),
     )

@@ -54,6 +54,7 @@ class PlanOptions:
     rebases: bool = False  # sequences may outgrow the model's positions
     padded_rows: int = 0  # rows that every decode has, whatever runs
     command: str = "trimkv plan"
+    offers: bool = True  # look for commands that would fit where this does not
 
     def __post_init__(self) -> None:
         sizes = {"--kv-budget": self.kv_budget, "--max-inflight": self.max_inflight, "--context": self.context}

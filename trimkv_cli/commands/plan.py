@@ -5,16 +5,19 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from trimkv_cli.commands.options import Json, ModelName, with_options
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from trimkv_cli.alternatives import Alternative, Solved
     from trimkv_cli.plan import Plan
 
 
@@ -22,13 +25,28 @@ if TYPE_CHECKING:
 def plan(
     name: ModelName = None,
     *,
+    solve: Annotated[
+        str | None,
+        typer.Option("--solve", metavar="kv-budget|rows|context", help="Say the most of this size that fits."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show what the budget holds in each precision of weights and cache.")
+    ] = False,
     json: Json = False,
     engine: EngineOptions,
 ) -> None:
     """Say whether a budget will do: every part in bytes, and commands that would fit where it does not (exit 4).
 
+    A budget costs rows first, then slots beyond what the gates were trained for, then precision (bf16, int8, nf4), then
+    the prefill chunk, which changes results, and last slots that the gates were trained for; each is said.
+
     trimkv plan qwen3-4b-math --budget 10GiB
+
+    trimkv plan qwen3-8b-math --budget 8GiB --device cuda --solve rows
+
+    trimkv plan qwen3-4b-math --budget 12GiB --device cuda --compare
     """
+    from trimkv_cli.alternatives import alternatives, solve_for
     from trimkv_cli.engine.options import DETERMINISTIC_ROWS
     from trimkv_cli.engine.sources import find_source
     from trimkv_cli.plan import make_plan
@@ -39,10 +57,20 @@ def plan(
     kind = _local_device(asked.device)
     padded = DETERMINISTIC_ROWS if asked.deterministic else 0
     options = found.plan_options(asked, device=kind, memory_bytes=_machine_bytes(kind), padded_rows=padded)
-    made = make_plan(found.spec, found.gate, replace(options, command=_command(found.name or found.model_id, asked)))
+    options = replace(options, command=_command(found.name or found.model_id, asked))
+    solved = solve_for(solve, found.spec, found.gate, options) if solve is not None else None
+    others = list(alternatives(found.spec, found.gate, options)) if compare else None
+    made = solved.plan if solved is not None else make_plan(found.spec, found.gate, options)
     answer = AnswerWriter()
     shown = asked.context or found.spec.max_positions
-    answer.push(_as_json(made, found.model_id, shown) if json else _as_text(made, found.model_id, shown))
+    if json:
+        more: dict[str, Any] = {} if solved is None else {"solved": {"unknown": solved.unknown, "value": solved.value}}
+        more |= {} if others is None else {"compare": [asdict(each) for each in others]}
+        answer.push(_as_json(made, found.model_id, shown, requested=asked.budget, more=more))
+    else:
+        answer.push(_as_text(made, found.model_id, shown))
+        answer.push("" if solved is None else f"\n{_say_solved(solved)}")
+        answer.push("" if others is None else "\n\n" + _say_alternatives(others, made))
     answer.close()
     made.ensure_fits()
 
@@ -70,7 +98,9 @@ def _local_device(name: str) -> str:
 
 
 def _machine_bytes(kind: str) -> tuple[int | None, int | None]:
-    """Return this machine's memory, all and free; of a GPU neither is known without torch."""
+    """Return this machine's memory, all and free; of a GPU as its driver says, where it can be asked without torch."""
+    if kind == "cuda":
+        return _gpu_bytes()
     if kind != "cpu" or not hasattr(os, "sysconf"):
         return None, None
     import psutil
@@ -79,7 +109,46 @@ def _machine_bytes(kind: str) -> tuple[int | None, int | None]:
     return int(memory.total), int(memory.available)
 
 
-def _as_json(plan: Plan, model: str, context: int) -> str:
+def _gpu_bytes() -> tuple[int | None, int | None]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
+    except (ImportError, OSError):
+        return None, None
+    except pynvml.NVMLError:
+        return None, None
+    return int(memory.total), int(memory.free)
+
+
+def _say_solved(solved: Solved) -> str:
+    most = {"rows": "sequences at a time", "kv-budget": "slots per head", "context": "tokens of context"}
+    if solved.value == 0:
+        return f"not even 1 of {most[solved.unknown]} fits"
+    return f"up to {solved.value:,} {most[solved.unknown]} fit"
+
+
+def _say_alternatives(others: Sequence[Alternative], plan: Plan) -> str:
+    from trimkv_cli.ui.tables import columns
+    from trimkv_cli.units import format_size
+
+    rows = [("weights", "cache", "one sequence", f"rows of {plan.kv_budget} slots", "most slots", "full cache, tokens")]
+    rows += [
+        (
+            each.weights,
+            each.kv_dtype,
+            format_size(each.bytes),
+            str(each.rows),
+            str(each.kv_budget),
+            str(each.full_context),
+        )
+        for each in others
+    ]
+    return "\n".join(line.rstrip() for line in columns(rows))
+
+
+def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, more: dict[str, Any]) -> str:
     return jsonlib.dumps(
         {
             "fits": plan.fits,
@@ -95,11 +164,13 @@ def _as_json(plan: Plan, model: str, context: int) -> str:
             "parts": [asdict(part) for part in plan.parts],
             "total_bytes": plan.total_bytes,
             "budget_bytes": plan.budget_bytes,
+            "budget": {"requested": requested, "bytes": plan.budget_bytes},
             "kv_bytes_per_sequence": plan.kv_bytes_per_row,
             "full_cache": {"context": context, "bytes": plan.full_cache_bytes(context)},
             "choices": list(plan.choices),
             "warnings": [asdict(warning) for warning in plan.warnings],
             "offers": list(plan.offers),
+            **more,
         },
         indent=2,
     )
@@ -116,16 +187,23 @@ def _as_text(plan: Plan, model: str, context: int) -> str:
 
 
 def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
+    measured = "measured" if plan.around.machine.calibrated(plan.device) else "not measured: trimkv doctor --measure"
     notes = {
-        "weights": plan.dtype,
+        "weights": plan.dtype if plan.quantize == "none" else f"{plan.quantize}, computing in {plan.dtype}",
         "gates": plan.gate.variant,
         "kv": f"{plan.rows} × {plan.kv_budget} slots per head, {plan.kv_dtype}",
         "shared_prefix": "one more sequence, to share a system message",
         "rebase": "the positions of tokens that outgrow the model's",
         "journal": "what one step displaces, to undo it",
-        "workspace": f"one chunk of {plan.prefill_chunk or context} prompt tokens, and sampling",
-        "loading": f"while {plan.spec.dtype} weights become {plan.dtype}",
-        "runtime": "torch and transformers" if plan.device == "cpu" else f"{plan.device} context",
+        "copies": "rows that keep a prefix for others",
+        "undo": "copies of a sequence, to undo turns",
+        "workspace": f"one chunk of {plan.prefill_chunk or context} prompt tokens",
+        "logits": "sampling, beyond the workspace",
+        "dequantised": "the largest matrix, unpacked or repacked",
+        "graphs": "captured steps",
+        "loading": "tensors in transit while the model is read",
+        "slack": "what an allocator takes beyond what is asked",
+        "runtime": f"{'torch and transformers' if plan.device == 'cpu' else f'{plan.device} context'}, {measured}",
     }
     for part in (part for part in plan.parts if part.bytes):
         yield part.name.replace("_", " "), part.bytes, notes.get(part.name, "")
@@ -137,7 +215,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
 
 def _remarks(plan: Plan) -> Iterator[str]:
     yield from plan.choices
-    said_as_choice = ("kv_budget_reduced", "prefill_chunk_reduced", "dtype_reduced")
+    said_as_choice = ("kv_budget_reduced", "prefill_chunk_reduced", "dtype_reduced", "weights_quantised")
     yield from (f"warning: {warning.message}" for warning in plan.warnings if warning.code not in said_as_choice)
     if plan.offers:
         yield "this would fit:"
