@@ -74,10 +74,19 @@ def _sacrifices(wish: Wish) -> Iterator[Iterator[Step]]:
         yield iter([(replace(wish, precisions=(smallest,)), {"--quantize": "nf4"})])
     if wish.chunks[-1] == 0 and wish.kv_flag != "--context":
         lengths = halvings(wish.around.longest_prompt, SMALLEST_CHUNK)[1:]
-        yield ((_with_context(wish, n), {"--context": str(n)}) for n in lengths)
+        yield ((shorter, {"--context": str(n)}) for n in lengths if (shorter := _with_length(wish, n)) is not None)
     if wish.kv_flag is not None:
         sizes = halvings(wish.kv_budgets[-1], SMALLEST_KV_BUDGET)[1:]
         yield ((_with_slots(wish, n), {str(wish.kv_flag): str(n)}) for n in sizes)
+
+
+def _with_length(wish: Wish, context: int) -> Wish | None:
+    """Give up length; a full cache then has a slot for each token, where the user did not fix fewer."""
+    if not wish.full_cache:
+        return _with_context(wish, context)
+    if len(wish.kv_budgets) > 1:
+        return replace(_with_context(wish, context), kv_budgets=(context,))
+    return _with_context(wish, context) if context <= wish.kv_budgets[0] else None
 
 
 def _with_context(wish: Wish, context: int) -> Wish:

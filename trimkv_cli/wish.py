@@ -107,6 +107,7 @@ class Wish:
     around: Surroundings
     budget_bytes: int | None
     kv_flag: str | None = "--kv-budget"  # what makes the KV budget smaller
+    full_cache: bool = False  # it has a slot for each token of the context
     dtype_is_free: bool = True
     can_quantise: bool = True
 
@@ -171,6 +172,7 @@ def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
         ),
         budget_bytes=options.budget,
         kv_flag=_kv_flag(gate, options),
+        full_cache=gate.variant == "none",
         dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
         can_quantise=options.can_quantise,
     )
