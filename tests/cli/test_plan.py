@@ -134,7 +134,7 @@ def test_a_broken_config_is_said_before_missing_weights(tmp_path: Path) -> None:
 
 
 def test_a_whole_prompt_in_one_chunk_can_be_had_with_a_shorter_context() -> None:
-    made = plan("qwen3-4b-math", "--dtype", "bf16", "--prefill-chunk", "0", "--budget", "16GiB")
+    made = plan("qwen3-4b-math", "--dtype", "bf16", "--prefill-chunk", "0", "--budget", "6GiB")
     assert not made["fits"]
     assert any("--context" in offer for offer in made["offers"])
     assert all(plan(*shlex.split(offer)[2:])["fits"] for offer in made["offers"])

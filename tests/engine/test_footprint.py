@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.utils.logging import disable_progress_bar
 
-from trimkv_cli.bench.memory import MODELS, PRECISIONS, measure, save_model
+from trimkv_cli.bench.held import requests
+from trimkv_cli.bench.live_bytes import LiveBytes
+from trimkv_cli.bench.memory import MODELS, PLANNED, PRECISIONS, measure, save_model
+from trimkv_cli.engine.loader import load_engine, plan_for
+from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.engine.sources import find_source
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "tiny" in name])
@@ -18,3 +25,43 @@ def test_what_is_allocated_is_what_was_planned(name: str, tmp_path: Path) -> Non
     for dtype, quantize in PRECISIONS:
         made = measure(folder, dtype=dtype, quantize=quantize, rows=3, kv_budget=40, chunk=64)
         assert 0.98 <= made["planned_over_measured"] <= 1.02, made
+
+
+def test_requests_of_any_length_run_in_what_was_planned_for_three_rows(tmp_path: Path) -> None:
+    """Catches memory that grows with a prompt's length or from one request to the next, and rows beyond the plan."""
+    disable_progress_bar()
+    folder = save_model(MODELS["llama, tiny"], tmp_path / "model")
+    asked = EngineOptions(
+        model=str(folder), offline=True, device="cpu", dtype="fp32", quantize="none", kv_budget="40", prefill_chunk=64
+    )
+    roomy = replace(asked, budget="64GiB", max_inflight=3)
+    budget = plan_for(find_source(roomy, weights=True), roomy, torch.device("cpu")).total_bytes
+    engine = load_engine(replace(asked, budget=str(budget)))
+    plan = engine.facts.plan
+    assert (plan.rows, plan.total_bytes) == (3, budget)
+    with LiveBytes() as first:
+        ends = [event.finish_reason for event in engine.generate(requests(16, 1500)) if event.finish_reason]
+    assert ends == ["length"] * 16
+    assert first.peak <= plan.part_bytes("workspace") + plan.part_bytes("logits")
+    with LiveBytes() as second:
+        list(engine.generate(requests(16, 1500)))
+    assert second.peak <= first.peak
+    assert abs(second.end) < 16_384
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(("dtype", "quantize"), PRECISIONS)
+def test_a_gpu_allocates_what_was_planned(dtype: str, quantize: str, tmp_path: Path) -> None:
+    """Catches a plan that is off by more than 3 % of what CUDA's allocator hands out, and a cap that was not set."""
+    disable_progress_bar()
+    folder = save_model(MODELS["qwen3, 88M"], tmp_path / "model")
+    engine = load_engine(
+        EngineOptions(model=str(folder), offline=True, device="cuda", dtype=dtype, quantize=quantize, budget="4GiB")
+    )
+    torch.cuda.reset_peak_memory_stats()
+    list(engine.generate(requests(12, 3000)))
+    planned = sum(engine.facts.plan.part_bytes(name) for name in PLANNED)
+    assert 0.97 <= planned / torch.cuda.max_memory_allocated() <= 1.03
+    peaks = engine.measured_peaks()
+    assert peaks["reserved_bytes"] <= 4 * 2**30 - engine.facts.plan.part_bytes("runtime")
