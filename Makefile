@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini bench-run test lint format pictures bench-stream bench-gpu clean
+.PHONY: help demo mini bench-mini bench-run test lint format pictures bench-stream bench-speed bench-gpu clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint          ruff, mypy --strict, import directions"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make pictures      draw the README's pictures anew with the built-in model"
+	@echo "make bench-speed   record decode speed beside transformers, and write it into the README (quiet machine, 15 minutes)"
 	@echo "make bench-stream  a long stream through a small cache: bytes, RSS and time per token stay flat"
 	@echo "make clean         remove .venv and everything that was built"
 
@@ -70,6 +71,16 @@ pictures: $(READY)
 
 bench-stream: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.stream
+
+TEN = --shape 10m --random-weights --kv-budget 256 --compare hf --device cpu --dtype fp32 --json
+
+bench-speed: $(READY)
+	$(BIN)/trimkv bench $(TEN) --contexts 1024,8192,32768 > $(RESULTS)/speed-10m-cpu.json
+	$(BIN)/trimkv bench $(TEN) --contexts 8192 --rows 8 > $(RESULTS)/speed-10m-cpu-8-rows.json
+	$(BIN)/trimkv bench $(TEN) --contexts 1024,8192,32768 --compile > $(RESULTS)/speed-10m-cpu-compiled.json
+	$(BIN)/trimkv bench $(TEN) --contexts 8192 --rows 8 --compile > $(RESULTS)/speed-10m-cpu-8-rows-compiled.json
+	$(BIN)/python -m trimkv_cli.bench.overheads --out $(RESULTS)/overheads-10m-cpu.json
+	$(BIN)/python -m trimkv_cli.bench.readme
 
 # Every row that a GPU is to show: its tests first, then the kernels, then the engine from prompt to token.
 BENCH = $(BIN)/trimkv bench --shape qwen3-4b --random-weights --device cuda --dtype bf16 --json

@@ -97,6 +97,7 @@ def main() -> None:
     measured = {
         "shape": "10m",
         "kv_budget": given.kv_budget,
+        "long": given.long,
         **eviction(network, given.kv_budget, given.turns),
         **display(network, given.kv_budget, given.turns),
         **flatness(network, given.kv_budget, given.turns, (1024, given.long)),

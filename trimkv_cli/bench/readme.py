@@ -12,6 +12,7 @@ from typing import Any
 
 from trimkv_cli.bench.batch_table import batch_table
 from trimkv_cli.bench.mini_tables import mini_tables
+from trimkv_cli.bench.speed_table import speed_table
 
 _ROOT = Path(__file__).parents[2]
 _RESULTS = _ROOT / "kernels" / "bench" / "results"
@@ -20,7 +21,8 @@ _BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.
 
 def table() -> str:
     """Return all tables in Markdown."""
-    return "\n\n".join([mini_tables(_RESULTS), _engine_table(), _display_table(), batch_table(_RESULTS)])
+    own = [_engine_table(), _display_table()]
+    return "\n\n".join([mini_tables(_RESULTS), speed_table(_RESULTS), *own, batch_table(_RESULTS)])
 
 
 def _engine_table() -> str:
