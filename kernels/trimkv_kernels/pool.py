@@ -103,10 +103,12 @@ class SlotPool:
             `[B, Hq, D]`.
         """
         rows, heads, head_dim = key.shape
-        keys, values = self.key[layer, :rows], self.value[layer, :rows]
-        keys[:, :, self.size] = key
-        values[:, :, self.size] = value
-        keys, values = (tensor.view(rows * heads, self.size + 1, head_dim) for tensor in (keys, values))
+        here = self._places(rows, layer)
+        _flat(self.key).index_copy_(0, here, key.reshape(-1, head_dim))
+        _flat(self.value).index_copy_(0, here, value.reshape(-1, head_dim))
+        keys, values = (
+            tensor[layer, :rows].view(rows * heads, self.size + 1, head_dim) for tensor in (self.key, self.value)
+        )
         grouped = query.reshape(rows * heads, -1, head_dim)
         if bias is None:
             logits = torch.bmm(grouped * scale, keys.transpose(1, 2))
@@ -134,12 +136,16 @@ class SlotPool:
         self.slot[:, :rows] = loser.clamp(max=self.size - 1)
         at = (self._first[:, :rows] + loser).flatten()
         # Everything is allocated before anything changes: a swap cannot be left half done.
-        places = [tensor[:, :rows, :, self.size] for tensor in self._tensors]
-        pairs = list(zip(self._tensors, places, strict=True))
-        swaps = [(_flat(tensor).index_select(0, at), place.flatten(0, 2)) for tensor, place in pairs]
-        for (tensor, place), (lost, entering) in zip(pairs, swaps, strict=True):
-            _flat(tensor).index_copy_(0, at, entering)
-            place.copy_(lost.view(place.shape))
+        here, flats = self._places(rows), [_flat(tensor) for tensor in self._tensors]
+        swaps = [(flat.index_select(0, at), flat.index_select(0, here)) for flat in flats]
+        for flat, (lost, entering) in zip(flats, swaps, strict=True):
+            flat.index_copy_(0, at, entering)
+            flat.index_copy_(0, here, lost)
+
+    def _places(self, rows: int, layer: int | None = None) -> Tensor:
+        """Return where tokens enter, of one layer or of all: writes by index are what a compiler can do in place."""
+        first = self._first[:, :rows] if layer is None else self._first[layer, :rows]
+        return first.flatten() + self.size
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
