@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini bench-run test lint format pictures bench-stream bench-speed bench-gpu clean
+.PHONY: help demo mini bench-mini bench-run bench-memory test lint format pictures bench-stream bench-speed bench-gpu clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
@@ -16,6 +16,7 @@ help:
 	@echo "make format        let ruff rewrite the code"
 	@echo "make pictures      draw the README's pictures anew with the built-in model"
 	@echo "make bench-speed   record decode speed beside transformers, and write it into the README (quiet machine, 15 minutes)"
+	@echo "make bench-memory  record what is allocated, and what the process takes, against the plan"
 	@echo "make bench-stream  a long stream through a small cache: bytes, RSS and time per token stay flat"
 	@echo "make clean         remove .venv and everything that was built"
 
@@ -68,6 +69,10 @@ format: $(READY)
 pictures: $(READY)
 	$(BIN)/trimkv inspect -f examples/story.txt "What is my dog called?" --kv-budget 24 --greedy \
 		--svg examples/inspect.svg --png examples/retention.png
+
+bench-memory: $(READY)
+	$(BIN)/python -m trimkv_cli.bench.memory --out kernels/bench/results/memory-cpu.json
+	$(BIN)/python -m trimkv_cli.bench.held --out kernels/bench/results/held-cpu.json
 
 bench-stream: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.stream

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from trimkv_cli.footprint import Shape, Surroundings, footprint
 from trimkv_cli.spec import GateSpec, ModelSpec
-from trimkv_cli.wish import QUANTISES, SMALLEST_CHUNK, SMALLEST_KV_BUDGET, Precision, Wish, halvings
+from trimkv_cli.wish import DEFAULT_CHUNK, QUANTISES, SMALLEST_CHUNK, SMALLEST_KV_BUDGET, Precision, Wish, halvings
 
 
 def total_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> int:
@@ -64,8 +64,9 @@ Step = tuple[Wish, dict[str, str]]
 def _sacrifices(wish: Wish) -> Iterator[Iterator[Step]]:
     """Yield, per size that a user fixed, looser and looser wishes with the flags that say so."""
     yield ((replace(wish, rows=(n,)), {"--max-inflight": str(n)}) for n in halvings(wish.rows[-1], 1)[1:])
-    if wish.chunks[-1] == 0 or wish.chunks[-1] > SMALLEST_CHUNK:
-        yield iter([(replace(wish, chunks=(SMALLEST_CHUNK,)), {"--prefill-chunk": str(SMALLEST_CHUNK)})])
+    chunks = [n for n in halvings(DEFAULT_CHUNK, SMALLEST_CHUNK) if wish.chunks[-1] == 0 or n < wish.chunks[-1]]
+    if chunks:
+        yield ((replace(wish, chunks=(n,)), {"--prefill-chunk": str(n)}) for n in chunks)
     if wish.precisions[-1].dtype == "fp32" and wish.dtype_is_free:
         halved = tuple(Precision("bf16", precision.quantize) for precision in wish.precisions[-1:])
         yield iter([(replace(wish, precisions=halved), {"--dtype": "bf16"})])
