@@ -118,11 +118,7 @@ def _loading_bytes(spec: ModelSpec, shape: Shape, around: Surroundings, *, later
 
 
 def _dequantised_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:
-    """Count the largest matrix that is brought back to full precision to be multiplied, or repacked for a CPU."""
-    largest = max(rows * columns for rows, columns in spec.matrices)
-    if shape.quantize == "nf4" and not around.packs_nf4:
-        return largest * DTYPE_BYTES[shape.dtype]
-    if around.device != "cpu" or shape.dtype == "fp32" or not around.counts_runtime:
+    """Count the largest matrix that is brought back to full precision to be multiplied."""
+    if shape.quantize != "nf4" or around.packs_nf4:
         return 0
-    # Not torch's memory but oneDNN's own: the copy of a matrix that a product in 16 bits is made with.
-    return max(largest, spec.vocab_size * spec.hidden_size) * DTYPE_BYTES[shape.dtype]
+    return max(rows * columns for rows, columns in spec.matrices) * DTYPE_BYTES[shape.dtype]

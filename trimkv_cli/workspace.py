@@ -41,7 +41,7 @@ class Step:
 def forward_bytes(spec: ModelSpec, step: Step) -> int:
     """Count the larger of a prefill and a decode."""
     steps = (_attention_bytes(spec, step), _mlp_bytes(spec, step, step.tokens), _decode_bytes(spec, step))
-    return max(*steps, _gate_bytes(spec, step))
+    return max(*steps, _gate_bytes(spec, step), _head_bytes(spec, step))
 
 
 def sampling_bytes(spec: ModelSpec, rows: int) -> int:
@@ -72,6 +72,13 @@ def _gate_bytes(spec: ModelSpec, step: Step) -> int:
     vectors = step.tokens * (3 * spec.hidden_size + 2 * step.gate_hidden) * step.bytes
     together = 2 * step.rows * spec.num_layers * step.gate_hidden * step.bytes
     return max(vectors + _inputs_bytes(spec, step, step.tokens), together)
+
+
+def _head_bytes(spec: ModelSpec, step: Step) -> int:
+    """Count the copy of the output head that a CPU multiplies with in 16 bits, and the logits it makes."""
+    if step.device != "cpu" or step.bytes != 2:
+        return 0
+    return (spec.vocab_size * spec.hidden_size + step.rows * spec.vocab_size) * step.bytes
 
 
 def _attention_bytes(spec: ModelSpec, step: Step) -> int:

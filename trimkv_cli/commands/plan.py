@@ -199,7 +199,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "undo": "copies of a sequence, to undo turns",
         "workspace": f"one chunk of {plan.prefill_chunk or context} prompt tokens",
         "logits": "sampling, beyond the workspace",
-        "dequantised": "the largest matrix, unpacked or repacked",
+        "dequantised": "the largest matrix, unpacked",
         "graphs": "captured steps",
         "loading": "tensors in transit while the model is read",
         "slack": "what an allocator takes beyond what is asked",
