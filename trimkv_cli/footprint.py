@@ -11,7 +11,7 @@ from trimkv_cli.workspace import PENALTY_BYTES, Step, forward_bytes, sampling_by
 
 _RANK_BYTES = 4  # per slot, where positions are given anew
 _QUANTISING_BYTES = 16  # per weight, of the one matrix that is being quantised or repacked
-_HEAP_BYTES = 24 * MIB  # of small things: tokenizer, Python's objects of a run, ends of blocks
+_HEAP_BYTES = 40 * MIB  # of small things: tokenizer, objects of a run, ends of blocks, holes that loading leaves
 _CUDA_BLOCKS = 64 * MIB  # blocks of the caching allocator that are cut and not full
 _GRAPH_BYTES = 64 * MIB  # the private pools of captured steps
 
