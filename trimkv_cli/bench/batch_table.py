@@ -1,4 +1,4 @@
-"""The README's table of what was measured of `trimkv run`."""
+"""The table of what was measured of `trimkv run`."""
 
 from __future__ import annotations
 

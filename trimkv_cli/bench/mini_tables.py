@@ -1,4 +1,4 @@
-"""The README's tables and plot of what the built-in model remembers, from the recorded results."""
+"""The tables and the plot of what the built-in model remembers, from the recorded results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from trimkv_cli.ui.accuracy import accuracy_plot
 
 
 def mini_tables(results: Path) -> str:
-    """Return recall as tables with a plot, the points of long notes, and a long conversation, in Markdown."""
+    """Return recall as tables, the points of long notes, and a long conversation, in Markdown."""
     recall, points, chat = (_rows(results / f"{name}-mini.json") for name in ("recall", "points", "long-chat"))
-    first, *more = dict.fromkeys(row["context"] for row in recall)
-    parts = [_recall(recall, first), _plot(recall, first), *(_recall(recall, length) for length in more)]
-    return "\n\n".join([*parts, _points(points), _long_chat(chat)])
+    lengths = dict.fromkeys(row["context"] for row in recall)
+    return "\n\n".join([*(_recall(recall, length) for length in lengths), _points(points), _long_chat(chat)])
+
+
+def mini_plot(results: Path) -> str:
+    """Return recall at the first length as a plot for a block of text."""
+    recall = _rows(results / "recall-mini.json")
+    return _plot(recall, recall[0]["context"])
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

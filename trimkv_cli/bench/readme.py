@@ -1,6 +1,6 @@
-"""Write the README's tables from the recorded results, so that no number in them is typed.
+"""Write the tables of what was measured from the recorded results, so that no number in them is typed.
 
-python -m trimkv_cli.bench.readme
+The README has the headlines, `kernels/bench/results/README.md` has all: python -m trimkv_cli.bench.readme
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.bench.batch_table import batch_table
-from trimkv_cli.bench.mini_tables import mini_tables
+from trimkv_cli.bench.headline import headline
+from trimkv_cli.bench.mini_tables import mini_plot, mini_tables
 from trimkv_cli.bench.speed_table import speed_table
 
 _ROOT = Path(__file__).parents[2]
@@ -20,6 +21,11 @@ _BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.
 
 
 def table() -> str:
+    """Return the README's table and plot, in Markdown."""
+    return f"{headline(_RESULTS)}\n\n{mini_plot(_RESULTS)}"
+
+
+def all_tables() -> str:
     """Return all tables in Markdown."""
     own = [_engine_table(), _display_table()]
     return "\n\n".join([mini_tables(_RESULTS), speed_table(_RESULTS), *own, batch_table(_RESULTS)])
@@ -71,11 +77,17 @@ def _flip_name(row: dict[str, Any], flips: dict[str, Any]) -> str:
     return f"requests whose tokens differ alone and among 8 ({how}, M = {flips['kv_budget']}{mode})"
 
 
-def fill(readme: str) -> str:
-    """Return the README with a fresh table."""
-    return _BLOCK.sub(lambda block: f"{block[1]}{table()}\n{block[2]}", readme)
+def fill(readme: str, tables: str) -> str:
+    """Return a page with fresh tables."""
+    return _BLOCK.sub(lambda block: f"{block[1]}{tables}\n{block[2]}", readme)
+
+
+def pages() -> dict[Path, str]:
+    """Return the pages that hold tables, as they should read."""
+    tables = {_ROOT / "README.md": table(), _RESULTS / "README.md": all_tables()}
+    return {path: fill(path.read_text(encoding="utf-8"), made) for path, made in tables.items()}
 
 
 if __name__ == "__main__":
-    path = _ROOT / "README.md"
-    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

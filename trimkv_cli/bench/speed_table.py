@@ -1,4 +1,4 @@
-"""The README's table of speed, from the records of `make bench-speed`."""
+"""The table of speed, from the records of `make bench-speed`."""
 
 from __future__ import annotations
 
