@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 _FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
 _PIECES = 8  # products of one matrix that threads share
-_LARGE = 2**18  # numbers of a matrix that are worth waking a thread for
+WORTH_WAKING = 2**24  # multiplications of one product that are worth waking a sleeping thread for
 
 
 class Projection:
@@ -28,12 +28,12 @@ class Projection:
         biases: list[Tensor] = [linear.bias.detach() for linear in linears if "bias" in dict(linear.named_parameters())]
         self.bias = torch.cat(biases) if biases else None
         outputs = sum(linear.out_features for linear in linears)
-        self._shared = threads > 1 and self.weight.numel() >= _LARGE and outputs % _PIECES == 0
+        self._shared = threads > 1 and outputs % _PIECES == 0
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and len(x) == 1 and not self._transposed:
             product = (self.weight * x).sum(-1)[None]
-        elif self._shared:
+        elif self._shared and len(x) * self.weight.numel() >= WORTH_WAKING:
             # MKL runs one vector on one thread.
             product = torch.bmm(x.expand(_PIECES, -1, -1), self._pieces()).transpose(0, 1).reshape(len(x), -1)
         elif self._transposed:

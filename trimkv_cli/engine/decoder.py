@@ -6,7 +6,8 @@ model costs arithmetic. Here the same numbers come out of the same weights, of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from trimkv_cli.cache.gates_together import GatesTogether
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.blocks import Block, Norm, Projection, make_blocks
+from trimkv_cli.engine.blocks import WORTH_WAKING, Block, Norm, Projection, make_blocks
 from trimkv_cli.engine.compiling import compile_step
 from trimkv_cli.errors import UsageError
 
@@ -51,13 +52,18 @@ class Decoder:
         self._head = Projection(
             [model.get_output_embeddings()], threads=torch.get_num_threads(), transposed=False
         )  # as it may be the embedding, too
+        self._widest = max(block.gate_up.weight.numel() for block in blocks)
         self._evicts = evicts
         self._compiled = compiled
         self._run = compile_step(self._step) if compiled else self._step
 
     def step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
-        """Do what `_step` says; a compiled step takes no row for dense, as that would be a second graph."""
-        return self._run(ids, position, dense=dense and not self._compiled)
+        """Do what `_step` says; a compiled step takes no row for dense, as that would be a second graph.
+
+        Threads sleep between steps, and one does small products sooner than others wake.
+        """
+        with _threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
+            return self._run(ids, position, dense=dense and not self._compiled)
 
     def _step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
@@ -115,6 +121,20 @@ def make_decoder(
             hint="leave it out",
         )
     return None
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run torch on so many threads; None = as many as before."""
+    before = torch.get_num_threads()
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _project(
