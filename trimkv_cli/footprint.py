@@ -14,6 +14,7 @@ _QUANTISING_BYTES = 16  # per weight, of the one matrix that is being quantised 
 _HEAP_BYTES = 40 * MIB  # of small things: tokenizer, objects of a run, ends of blocks, holes that loading leaves
 _CUDA_BLOCKS = 64 * MIB  # blocks of the caching allocator that are cut and not full
 _GRAPH_BYTES = 64 * MIB  # the private pools of captured steps
+_QUANTISER_BYTES = 64 * MIB  # of host memory: bitsandbytes, what it imports, and what it leaves in the heap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,7 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
     if around.counts_runtime:
         parts.append(Part("slack", slack_bytes(sum(part.bytes for part in parts), around.device)))
         parts.append(Part("runtime", around.machine.runtime_bytes(around.device)))
+        parts.append(Part("quantiser", _QUANTISER_BYTES if shape.quantize != "none" and around.device == "cpu" else 0))
     return tuple(parts)
 
 

@@ -12,7 +12,7 @@ from typing import Self
 MIB = 1024 * 1024
 # What a process holds before a weight is read: on a CPU torch and transformers, on a GPU its context and workspaces.
 # Guesses until `trimkv doctor --measure` has put this machine's own numbers into the state folder.
-RUNTIME_BYTES: Mapping[str, int] = {"cpu": 448 * MIB, "cuda": 768 * MIB, "mps": 768 * MIB}
+RUNTIME_BYTES: Mapping[str, int] = {"cpu": 480 * MIB, "cuda": 768 * MIB, "mps": 768 * MIB}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

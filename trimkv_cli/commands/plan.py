@@ -204,6 +204,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "loading": "tensors in transit while the model is read",
         "slack": "what an allocator takes beyond what is asked",
         "runtime": f"{'torch and transformers' if plan.device == 'cpu' else f'{plan.device} context'}, {measured}",
+        "quantiser": "bitsandbytes and what it imports",
     }
     for part in (part for part in plan.parts if part.bytes):
         yield part.name.replace("_", " "), part.bytes, notes.get(part.name, "")
