@@ -54,7 +54,7 @@ bench-run: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.readme
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
