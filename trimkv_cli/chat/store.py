@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from trimkv_cli.chat.turns import Turn, turns_from_json
 from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.whole_files import whole_file
 
 FORMAT_VERSION = 1
 TRANSCRIPT = "session.json"
@@ -123,14 +122,8 @@ class SessionStore:
     def write(self, transcript: Transcript) -> None:
         """Write a session's transcript; it appears whole or not at all. Its folder must exist (`create`)."""
         folder = self.path(transcript.name)
-        handle, partial = tempfile.mkstemp(dir=folder, prefix=f".{TRANSCRIPT}.")  # mode 0600
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(transcript.to_json(), file, ensure_ascii=False, indent=1)
-            Path(partial).replace(folder / TRANSCRIPT)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with whole_file(folder / TRANSCRIPT) as partial, partial.open("w", encoding="utf-8") as file:
+            json.dump(transcript.to_json(), file, ensure_ascii=False, indent=1)
         self._drop_others(folder, {*transcript.states.values()})
 
     def create(self, name: str | None = None) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from trimkv_cli.cache.rebase import RebasedRow
 from trimkv_cli.engine.session import RowState
 from trimkv_cli.errors import CacheMismatch, InputError, UsageError
+from trimkv_cli.whole_files import whole_file
 from trimkv_kernels import Slots
 
 FORMAT_VERSION = 1
@@ -55,14 +54,8 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
         tensors |= {f"ranks.{index}": ranks for index, ranks in enumerate(state.rebased.ranks)}
         header["rebased"] = [state.rebased.offset, state.rebased.since]
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-        os.close(handle)
-        try:
+        with whole_file(path) as partial:
             save_file(tensors, partial, metadata={"trimkv": json.dumps(header)})
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot write {path}: {error}", hint="check the path") from error
 
