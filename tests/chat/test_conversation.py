@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,7 @@ import pytest
 from trimkv_cli.errors import ContextOverflow, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from talking import LONG, SAMPLED, after, begin, go_on, load, never, say
-
-
-@pytest.fixture(scope="module")
-def engine() -> Any:
-    return load()
-
-
-@pytest.fixture
-def llm(engine: Any) -> Iterator[Any]:
-    yield engine
-    for request_id in list(engine._scheduler.parked):
-        engine.release(request_id)
+from talking import LONG, SAMPLED, after, begin, go_on, never, say
 
 
 def test_after_undo_the_turn_has_never_been(llm: Any) -> None:

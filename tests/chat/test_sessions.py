@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import stat
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,7 @@ from trimkv_cli.chat.turns import Turn, split_thought
 from trimkv_cli.errors import InputError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from talking import begin, load, never
-
-
-@pytest.fixture(scope="module")
-def engine() -> Any:
-    return load()
-
-
-@pytest.fixture
-def llm(engine: Any) -> Iterator[Any]:
-    yield engine
-    for request_id in list(engine._scheduler.parked):
-        engine.release(request_id)
+from talking import begin, never
 
 
 @pytest.fixture

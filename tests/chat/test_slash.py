@@ -19,7 +19,7 @@ from trimkv_cli.ui.chat.toolbar import status_line
 from trimkv_cli.ui.look import Look
 
 sys.path.insert(0, str(Path(__file__).parent))
-from talking import begin, load
+from talking import begin
 
 
 class Recorder:
@@ -45,11 +45,6 @@ class Recorder:
     def copy(self, text: str) -> bool:
         self.copied.append(text)
         return True
-
-
-@pytest.fixture(scope="module")
-def engine() -> Any:
-    return load()
 
 
 @pytest.fixture
