@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from trimkv_cli.engine import blocks
+from trimkv_cli.engine.blocks import PackedProjection, Projection
+from trimkv_cli.engine.packed import WORTH_PACKING, PackedLinear, pack
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_pieces_of_a_matrix_give_the_product(rows: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches pieces put together in another order, which only large models would meet."""
-    linears = [nn.Linear(24, 16), nn.Linear(24, 8)]
+@pytest.mark.parametrize("outputs", [(128, 64), (24, 8)], ids=["pieces", "whole"])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_layers_that_lie_together_give_their_products(rows: int, outputs: tuple[int, int]) -> None:
+    """Catches pieces of a matrix put together in another order, or rows taken for columns."""
+    linears = [nn.Linear(24, count) for count in outputs]
     x = torch.randn(rows, 24)
     expected = torch.cat([linear(x) for linear in linears], dim=-1)
-    monkeypatch.setattr(blocks, "WORTH_WAKING", 0)
     with torch.inference_mode():
-        made = blocks.Projection(linears, threads=2, transposed=transposed)(x)
-    torch.testing.assert_close(made, expected)
+        torch.testing.assert_close(Projection(linears)(x), expected)
+        torch.testing.assert_close(torch.cat([linear(x) for linear in linears], dim=-1), expected)
+        torch.testing.assert_close(PackedProjection([PackedLinear(linear) for linear in linears])(x), expected)
+
+
+def test_a_packed_model_is_the_same_and_gets_its_layers_back(tiny_model: Callable[..., Any]) -> None:
+    """Catches weights that change on the way there or back, and a model that stays packed when its engine is done."""
+    model = tiny_model("qwen3")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        want = model(ids).logits
+        (packed,) = pack(model, rows=WORTH_PACKING)
+        assert sum(type(module) is PackedLinear for module in model.modules()) == 7 * model.config.num_hidden_layers
+        torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+        packed.remove()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_few_rows_are_not_packed(tiny_model: Callable[..., Any]) -> None:
+    """Catches packing where it makes a step slower."""
+    assert pack(tiny_model("qwen3"), rows=WORTH_PACKING - 1) == []

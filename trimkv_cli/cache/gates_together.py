@@ -50,4 +50,6 @@ def _products(x: Tensor, weights: Tensor) -> Tensor:
     """Multiply `[L, B, K]` by `[L, N, K]`, layer by layer."""
     if torch.compiler.is_compiling() and x.shape[1] == 1 and x.device.type == "cpu":
         return (weights * x).sum(-1)[:, None]
+    if x.shape[1] == 1:  # the wide side first: a batch of one vector each is what MKL is fast at
+        return torch.bmm(weights, x.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(x, weights.transpose(1, 2))

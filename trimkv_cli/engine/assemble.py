@@ -17,8 +17,10 @@ from trimkv_cli.engine.decoder import make_decoder
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.fingerprint import make_fingerprint
 from trimkv_cli.engine.grammars import Grammars
+from trimkv_cli.engine.memory import tidy_heap
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS
+from trimkv_cli.engine.packed import pack
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.scheduler import Scheduler, SchedulerOptions
 from trimkv_cli.engine.text import Text
@@ -48,7 +50,11 @@ def assemble(
     plan, spec = facts.plan, facts.spec
     rows = DETERMINISTIC_ROWS if deterministic else plan.rows
     shares = plan.rows > 1 and plan.prefill_chunk > 0
-    hooks = install(model, gates, sinks=facts.pins.sinks)
+    fingerprint = make_fingerprint(model, gates, plan, facts.pins)
+    hooks: list[Any] = list(install(model, gates, sinks=facts.pins.sinks))
+    if not (deterministic or compiled):
+        with tidy_heap():
+            hooks += pack(model, rows=rows)
     cache = RetentionCache(
         rows=rows + shares,
         kv_budget=plan.kv_budget,
@@ -93,7 +99,7 @@ def assemble(
         runner=runner,
         scheduler=scheduler,
         text=text,
-        fingerprint=make_fingerprint(model, gates, plan, facts.pins),
+        fingerprint=fingerprint,
         hooks=hooks,
         compact=not deterministic,
     )

@@ -49,10 +49,8 @@ class Decoder:
         self._embed = decoder.embed_tokens.weight.detach()
         self._rotary = decoder.rotary_emb
         self._norm = Norm(decoder.norm.weight.detach(), decoder.norm.variance_epsilon)
-        self._head = Projection(
-            [model.get_output_embeddings()], threads=torch.get_num_threads(), transposed=False
-        )  # as it may be the embedding, too
-        self._widest = max(block.gate_up.weight.numel() for block in blocks)
+        self._head = Projection([model.get_output_embeddings()])
+        self._widest = max(block.gate_up.numel for block in blocks)
         self._evicts = evicts
         self._compiled = compiled
         self._run = compile_step(self._step) if compiled else self._step
@@ -112,7 +110,7 @@ def make_decoder(
         UsageError: then it cannot be compiled.
     """
     known = model.device.type == "cpu" and model.dtype == cache.layers[0].slots.key.dtype == torch.float32
-    blocks = make_blocks(model, transposed=not compiled) if known else None
+    blocks = make_blocks(model) if known else None
     if blocks is not None:
         return Decoder(model, blocks, gates, cache, sinks=sinks, compiled=compiled, evicts=evicts)
     if compiled:
