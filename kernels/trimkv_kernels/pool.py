@@ -7,6 +7,8 @@ slot. So the place holds what the step displaced: it is the journal. `reference.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,54 +104,97 @@ class SlotPool:
         Returns:
             `[B, Hq, D]`.
         """
-        rows, heads, head_dim = key.shape
-        here = self._places(rows, layer)
-        _flat(self.key).index_copy_(0, here, key.reshape(-1, head_dim))
-        _flat(self.value).index_copy_(0, here, value.reshape(-1, head_dim))
-        keys, values = (
-            tensor[layer, :rows].view(rows * heads, self.size + 1, head_dim) for tensor in (self.key, self.value)
-        )
-        grouped = query.reshape(rows * heads, -1, head_dim)
-        if bias is None:
-            logits = torch.bmm(grouped * scale, keys.transpose(1, 2))
-        else:
-            added = bias[layer].view(rows * heads, 1, self.size + 1)
-            logits = torch.baddbmm(added, grouped, keys.transpose(1, 2), alpha=scale)
-        return torch.bmm(logits.softmax(-1), values).view(rows, -1, head_dim)
+        added = None if bias is None else bias[layer]
+        run: Any = _attend_as_one if _opaque(key) else _attend
+        attended: Tensor = run(self.key, self.value, self._first, layer, query, key, value, added, scale)
+        return attended
 
     def evict(self, log_beta: Tensor, position: Tensor) -> None:
         """Keep the best M of the M + 1 tokens of every head, in place; `log_beta` `[L, B, Hkv]` of the new ones."""
-        rows = len(position)
-        held, scores = self.position[:, :rows], self.log_beta[:, :rows]
-        # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
-        scores[..., self.size] = log_beta.masked_fill((position < 0)[None, :, None], -torch.inf)
-        now = position[None, :, None, None]
-        scores = scores * (now + 2 - held).clamp(min=1)  # of a row without a token a pinned slot stays +inf
-        if self.recent:
-            first = (position - self.recent).clamp(min=-1).masked_fill(position < 0, -_NEVER - 1)
-            scores.masked_fill_(held > first[None, :, None, None], torch.inf)
-        if self.window is not None:
-            scores.masked_fill_(held <= now - self.window, -torch.inf)
-        lowest = scores.amin(dim=-1, keepdim=True)
-        loser = held.masked_fill(scores > lowest, _NEVER).argmax(dim=-1)  # ties: the newest goes
-        # What loses at once stays where it is: no slot then holds its position, and an undo finds nothing to do.
-        self.slot[:, :rows] = loser.clamp(max=self.size - 1)
-        at = (self._first[:, :rows] + loser).flatten()
-        # Everything is allocated before anything changes: a swap cannot be left half done.
-        here, flats = self._places(rows), [_flat(tensor) for tensor in self._tensors]
-        swaps = [(flat.index_select(0, at), flat.index_select(0, here)) for flat in flats]
-        for flat, (lost, entering) in zip(flats, swaps, strict=True):
-            flat.index_copy_(0, at, entering)
-            flat.index_copy_(0, here, lost)
-
-    def _places(self, rows: int, layer: int | None = None) -> Tensor:
-        """Return where tokens enter, of one layer or of all: writes by index are what a compiler can do in place."""
-        first = self._first[:, :rows] if layer is None else self._first[layer, :rows]
-        return first.flatten() + self.size
+        run: Any = _evict_as_one if _opaque(position) else _evict
+        run(*self._tensors, self.slot, self._first, log_beta, position, self.window, self.recent)
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.key, self.value, self.log_beta, self.position
+
+
+def _opaque(rows: Tensor) -> bool:
+    """Tell whether a compiler shall see one operator: of several rows it would copy the pool for every write."""
+    return torch.compiler.is_compiling() and len(rows) > 1
+
+
+def _attend(
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    rows, heads, head_dim = key.shape
+    here = first[layer, :rows].flatten() + keys.shape[3] - 1
+    _flat(keys).index_copy_(0, here, key.reshape(-1, head_dim))
+    _flat(values).index_copy_(0, here, value.reshape(-1, head_dim))
+    own_keys, own_values = (tensor[layer, :rows].view(rows * heads, -1, head_dim) for tensor in (keys, values))
+    grouped = query.reshape(rows * heads, -1, head_dim)
+    if bias is None:
+        logits = torch.bmm(grouped * scale, own_keys.transpose(1, 2))
+    else:
+        added = bias.view(rows * heads, 1, -1)
+        logits = torch.baddbmm(added, grouped, own_keys.transpose(1, 2), alpha=scale)
+    return torch.bmm(logits.softmax(-1), own_values).view(rows, -1, head_dim)
+
+
+_attend_as_one = torch.library.custom_op("trimkv::attend", _attend, mutates_args=("keys", "values"))
+
+
+_attend_as_one.register_fake(lambda _keys, _values, _first, _layer, query, *_: torch.empty_like(query))
+
+
+def _evict(
+    keys: Tensor,
+    values: Tensor,
+    log_betas: Tensor,
+    positions: Tensor,
+    slot: Tensor,
+    first: Tensor,
+    log_beta: Tensor,
+    position: Tensor,
+    window: int | None,
+    recent: int,
+) -> None:
+    rows, size = len(position), positions.shape[-1] - 1
+    held, scores = positions[:, :rows], log_betas[:, :rows]
+    # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
+    scores[..., -1] = log_beta.masked_fill((position < 0)[None, :, None], -torch.inf)
+    now = position[None, :, None, None]
+    scores = scores * (now + 2 - held).clamp(min=1)  # of a row without a token a pinned slot stays +inf
+    if recent:
+        newest = (position - recent).clamp(min=-1).masked_fill(position < 0, -_NEVER - 1)
+        scores.masked_fill_(held > newest[None, :, None, None], torch.inf)
+    if window is not None:
+        scores.masked_fill_(held <= now - window, -torch.inf)
+    lowest = scores.amin(dim=-1, keepdim=True)
+    loser = held.masked_fill(scores > lowest, _NEVER).argmax(dim=-1)  # ties: the newest goes
+    # What loses at once stays where it is: no slot then holds its position, and an undo finds nothing to do.
+    slot[:, :rows] = loser.clamp(max=size - 1)
+    at, here = (first[:, :rows] + loser).flatten(), first[:, :rows].flatten() + size
+    # Everything is allocated before anything changes: a swap cannot be left half done.
+    flats = [_flat(tensor) for tensor in (keys, values, log_betas, positions)]
+    swaps = [(flat.index_select(0, at), flat.index_select(0, here)) for flat in flats]
+    for flat, (lost, entering) in zip(flats, swaps, strict=True):
+        flat.index_copy_(0, at, entering)
+        flat.index_copy_(0, here, lost)
+
+
+_evict_as_one = torch.library.custom_op(
+    "trimkv::evict", _evict, mutates_args=("keys", "values", "log_betas", "positions", "slot")
+)
+_evict_as_one.register_fake(lambda *_: None)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -38,12 +38,13 @@ def test_one_graph_decodes_every_position(tiny_model: Callable[..., Any], monkey
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_code_gives_the_same_tokens(tiny_model: Callable[..., Any]) -> None:
+def test_compiled_code_gives_the_same_tokens(tiny_model: Callable[..., Any], rows: int) -> None:
     """Catches code that the compiler makes otherwise than the operations say."""
     torch._dynamo.reset()
-    requests = [greedy("a", range(3, 40), 24)]
-    shape = Shape(kv_budget=24, gate="random", rows=1)
+    requests = [greedy(str(row), range(3 + row, 40), 24) for row in range(rows)]
+    shape = Shape(kv_budget=24, gate="random", rows=rows)
     want = run(make_engine(tiny_model("qwen3", num_hidden_layers=1), shape), requests)
     assert run(make_engine(tiny_model("qwen3", num_hidden_layers=1), shape, compiled=True), requests) == want
 

@@ -52,7 +52,7 @@ def assemble(
     shares = plan.rows > 1 and plan.prefill_chunk > 0
     fingerprint = make_fingerprint(model, gates, plan, facts.pins)
     hooks: list[Any] = list(install(model, gates, sinks=facts.pins.sinks))
-    if not (deterministic or compiled):
+    if not deterministic:
         with tidy_heap():
             hooks += pack(model, rows=rows)
     cache = RetentionCache(

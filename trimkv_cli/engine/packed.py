@@ -5,7 +5,9 @@ A packed matrix takes the place of the plain one. One row alone is faster with p
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +25,14 @@ class PackedLinear(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), WORTH_PACKING)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = linear.bias
+        self._number = next(_numbers)
+        _LAYERS[self._number] = self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[…, out_features]` for `[…, in_features]`."""
+        if torch.compiler.is_compiling():
+            compiled: Tensor = _multiply(x, self._number, self.out_features)
+            return compiled
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return product
 
@@ -35,6 +42,20 @@ class PackedLinear(nn.Module):
         linear.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
         linear.bias = self.bias
         return linear
+
+
+# No graph takes a tensor in an opaque layout: to a compiler a packed layer is a number.
+_numbers = count()
+_LAYERS: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+
+
+@torch.library.custom_op("trimkv::multiply", mutates_args=())
+def _multiply(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
+    product: Tensor = _LAYERS[layer](x)
+    return product
+
+
+_multiply.register_fake(lambda x, _layer, out_features: x.new_empty(*x.shape[:-1], out_features))
 
 
 class Packed:
