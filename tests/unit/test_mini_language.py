@@ -94,6 +94,17 @@ def test_loose_points_tell_nothing_that_is_asked_for() -> None:
         assert notes.summary.count("\n") == 6
 
 
+def test_shuffled_points_have_a_facts_words_and_tell_nothing_that_is_asked_for() -> None:
+    """Catch a question about a fact whose words stand in any order, and points that keep theirs."""
+    plain, mixed = (make_notes(Random(3), points=7, length=150, shuffle=shuffle) for shuffle in (0.0, 1.0))
+    assert len(plain.facts) == 7
+    assert len(mixed.facts) == 1
+    assert mixed.points[0] == plain.points[0]
+    for before, after in zip(plain.points[1:], mixed.points[1:], strict=True):
+        assert sorted(before.lower().rstrip(".").split()) == sorted(after.lower().rstrip(".").split())
+    assert sum(before != after for before, after in zip(plain.points, mixed.points, strict=True)) >= 5
+
+
 def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
     """Catch a chain that runs in a circle or skips a step."""
     for seed in range(20):

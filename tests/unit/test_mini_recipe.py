@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trimkv_cli.mini import blocks, recipe
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_multi_turn, make_recall
-from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Encoder, Mixture, make_batch, make_conversation
+from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, Encoder, Mixture, make_batch, make_conversation
 from trimkv_cli.mini.tokenizer import build_tokenizer
 from trimkv_cli.mini.training import Schedule, Trainer, predict
 
@@ -54,7 +54,7 @@ def small_model(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> torch.nn.
     return model
 
 
-@pytest.mark.parametrize("mixture", [EARLY, LATE])
+@pytest.mark.parametrize("mixture", [EARLY, LATE, LAST])
 def test_encoder_writes_what_the_template_writes(
     tokenizer: PreTrainedTokenizerFast, encoder: Encoder, mixture: Mixture
 ) -> None:

@@ -8,7 +8,7 @@ from random import Random
 
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import Conversation, Talk
-from trimkv_cli.mini.sentences import Fact, draw_facts, draw_value, draw_words, filler, loose_sentence
+from trimkv_cli.mini.sentences import Fact, draw_facts, draw_value, draw_words, filler, loose_sentence, shuffled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +34,21 @@ def make_notes(
     value_first: float = 0.0,
     numbers: float = 1.0,
     loose: float = 0.0,
+    shuffle: float = 0.0,
 ) -> Notes:
     """Write about `length` words of filler lines, with `points` (at least one) marked points spread over them.
 
-    The share `loose` of all points but the first tells no fact: words in any order, to be copied as they stand.
+    The share `loose` of all points but the first tells no fact: words in any order, to be copied as they stand. So does
+    the share `shuffle` of the others, whose words are those of a fact.
     """
     facts = draw_facts(rng, points, numbers=numbers)
     told = [fact.tell(rng, unseen=unseen, value_first=value_first) for fact in facts]
     others = [index for index in range(1, points) if loose and rng.random() < loose]
     for index in others:
         told[index] = loose_sentence(rng)
+    mixed = [index for index in range(1, points) if shuffle and index not in others and rng.random() < shuffle]
+    for index in mixed:
+        told[index] = shuffled(rng, told[index])
     mark = rng.choice(words.MARKS)
     lines: list[str] = []
     count = sum(len(point.split()) + 2 for point in told)
@@ -55,7 +60,7 @@ def make_notes(
         lines.insert(places[index], f"{mark} {index + 1}: {told[index]}")
     if rng.random() < 0.5:
         lines.insert(0, rng.choice(words.TITLES))
-    kept = (fact for index, fact in enumerate(facts) if index not in others)
+    kept = (fact for index, fact in enumerate(facts) if index not in (*others, *mixed))
     return Notes(text="\n".join(lines), points=tuple(told), facts=tuple(kept))
 
 

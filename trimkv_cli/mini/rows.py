@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 
@@ -40,10 +40,12 @@ class Mixture:
     value_first: float = 0.2
     numbers: float = 1.6
     loose: float = 0.3  # of the points of notes
+    shuffle: float = 0.0  # of the other points
 
 
 EARLY = Mixture(summaries=0.25, notes=0.1, tasks=0.35, facts=12, fresh=0.3)
 LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.25, facts=20, fresh=0.7)
+LAST = replace(LATE, value_first=0.1, numbers=2.5, shuffle=0.4)  # what was still weak after two fifths of a run
 
 
 class Encoder:
@@ -98,6 +100,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
             value_first=mixture.value_first,
             numbers=mixture.numbers,
             loose=mixture.loose,
+            shuffle=mixture.shuffle,
         )
         ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
         talk.messages += ask(rng, notes).messages

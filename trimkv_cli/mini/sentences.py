@@ -103,6 +103,13 @@ def loose_sentence(rng: Random) -> str:
     return f"{' '.join(drawn).capitalize()}."
 
 
+def shuffled(rng: Random, sentence: str) -> str:
+    """Put the words of a sentence in any order: what usually follows what then says nothing."""
+    drawn = sentence.rstrip(".").split()
+    rng.shuffle(drawn)
+    return f"{' '.join(drawn).capitalize()}."
+
+
 def careless(rng: Random, text: str) -> str:
     """Type some texts as people do: without capitals at the start, without a mark at the end."""
     if rng.random() < 0.15:

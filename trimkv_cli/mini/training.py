@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LATE, Batch, Encoder, make_batch
+from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, Batch, Encoder, Mixture, make_batch
 from trimkv_cli.mini.team import Team
 
 PARTS = 2  # of a step, each with rows of its own, so that one process and two see the same
@@ -41,6 +41,7 @@ class Schedule:
     weight_decay: float = 0.01
     warmup_steps: int = 60
     cooldown: float = 0.35
+    last_from: float = 0.4  # of the run, where the mixture turns to what is hardest
     max_positions: int = 65_536
     checkpoint_s: float = 120.0
     log_steps: int = 25
@@ -135,7 +136,7 @@ class Trainer:
             rows=rows,
             length=length,
             max_positions=self.schedule.max_positions,
-            mixture=LATE if self._last_stage else EARLY,
+            mixture=self._mixture,
         )
         loss, right, answers = weighted_loss(self.model, batch)
         (loss / PARTS).backward()  # type: ignore[no-untyped-call]
@@ -170,6 +171,12 @@ class Trainer:
         """Draw the length of a step: mostly the present one, sometimes an earlier one; in the end more of all."""
         lengths = self.schedule.lengths[: self.progress.stage + 1]
         return lengths[-1] if rng.random() < (0.4 if self._last_stage else 0.8) else rng.choice(lengths)
+
+    @property
+    def _mixture(self) -> Mixture:
+        if not self._last_stage:
+            return EARLY
+        return LATE if self.progress.done(self.schedule) < self.schedule.last_from else LAST
 
     @property
     def _last_stage(self) -> bool:
