@@ -98,6 +98,7 @@ bench-gpu: $(READY)
 	$(BENCH) --kv-budget 1024 --contexts 16384 --rows 8 >> $(ROWS)
 	$(BENCH) --kv-budget 512 --contexts 2048,131072 --rows 1 --compare hf >> $(ROWS)
 	$(BENCH) --kv-budget 512 --contexts 2048 --rows 1 --no-evict >> $(ROWS)
+	$(BIN)/python -m trimkv_cli.bench.readme
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.bench.batch_table import batch_table
+from trimkv_cli.bench.gpu_table import gpu_table
 from trimkv_cli.bench.headline import headline
 from trimkv_cli.bench.mini_tables import mini_plot, mini_tables
 from trimkv_cli.bench.speed_table import speed_table
@@ -28,7 +29,8 @@ def table() -> str:
 def all_tables() -> str:
     """Return all tables in Markdown."""
     own = [_engine_table(), _display_table()]
-    return "\n\n".join([mini_tables(_RESULTS), speed_table(_RESULTS), *own, batch_table(_RESULTS)])
+    tables = [mini_tables(_RESULTS), speed_table(_RESULTS), gpu_table(_RESULTS), *own, batch_table(_RESULTS)]
+    return "\n\n".join(made for made in tables if made)
 
 
 def _engine_table() -> str:
