@@ -38,6 +38,26 @@ def test_one_graph_decodes_every_position(tiny_model: Callable[..., Any], monkey
     assert not counters["graph_break"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_every_engine_and_size_has_a_graph_of_its_own(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an engine that runs the graph of another, or of the size that its cache had before."""
+    whole: Any = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **how: whole(step, **{**how, "backend": "aot_eager"}))
+    torch._dynamo.reset()
+    counters.clear()
+    shapes = [Shape(kv_budget=budget, gate="random", rows=1) for budget in (24, 16)]
+    requests = [greedy("a", PROMPTS[1], 12)]
+    wants = [run(make_engine(tiny_model("qwen3"), shape), requests) for shape in shapes]
+    assert wants[0] != wants[1]
+    engines = [make_engine(tiny_model("qwen3"), shape, compiled=True) for shape in shapes]
+    assert [run(engine, requests) for engine in (*engines, *engines)] == [*wants, *wants]
+    engines[0].resize(16)
+    assert run(engines[0], requests) == wants[1]
+    assert counters["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_code_gives_the_same_tokens(tiny_model: Callable[..., Any], rows: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.blocks import WORTH_WAKING, Block, Norm, Projection, make_blocks
 from trimkv_cli.engine.compiling import compile_step
 from trimkv_cli.errors import UsageError
+
+_numbers = count()
 
 
 class Decoder:
@@ -52,16 +55,21 @@ class Decoder:
         self._head = Projection([model.get_output_embeddings()])
         self._widest = max(block.gate_up.numel for block in blocks)
         self._evicts = evicts
-        self._compiled = compiled
-        self._run = compile_step(self._step) if compiled else self._step
+        self._number = next(_numbers)
+        self._compiled = compile_step(self._step) if compiled else None
 
     def step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
         """Do what `_step` says; a compiled step takes no row for dense, as that would be a second graph.
 
-        Threads sleep between steps, and one does small products sooner than others wake.
+        A graph depends on the engine, the rows and the size of its slots, and on nothing else that changes. Threads
+        sleep between steps, and one does small products sooner than others wake.
         """
         with _threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
-            return self._run(ids, position, dense=dense and not self._compiled)
+            if self._compiled is None:
+                return self._step(ids, position, dense=dense)
+            key = (self._number, len(ids), *(pool.size for pool in self._pools))
+            logits, log_beta = self._compiled(ids, position, dense=False, key=key)
+            return logits, log_beta
 
     def _step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
