@@ -16,7 +16,7 @@ from trimkv_cli.mini.language import Conversation, Message, Talk
 from trimkv_cli.mini.sentences import draw_facts
 from trimkv_cli.mini.tokenizer import TURN_END, TURN_START
 
-ANSWER_WEIGHT, OTHER_WEIGHT = 1.0, 0.05
+ANSWER_WEIGHT = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +41,13 @@ class Mixture:
     numbers: float = 1.6
     loose: float = 0.3  # of the points of notes
     shuffle: float = 0.0  # of the other points
+    other_weight: float = 0.05  # of tokens that are no answer; an answer's have 1
 
 
 EARLY = Mixture(summaries=0.25, notes=0.1, tasks=0.35, facts=12, fresh=0.3)
 LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.25, facts=20, fresh=0.7)
-LAST = replace(LATE, value_first=0.1, numbers=2.5, shuffle=0.4)  # what was still weak after two fifths of a run
+# What was still weak after two fifths of a run; by then what cannot be foretold, filler, only drowns the rare mistakes.
+LAST = replace(LATE, value_first=0.1, numbers=2.5, shuffle=0.4, other_weight=0.005)
 
 
 class Encoder:
@@ -82,7 +84,9 @@ def make_batch(
     return Batch(
         ids=torch.tensor([ids for ids, _ in drawn]),
         positions=torch.tensor(positions),
-        weights=torch.tensor([[ANSWER_WEIGHT if one else OTHER_WEIGHT for one in scored] for _, scored in drawn]),
+        weights=torch.tensor(
+            [[ANSWER_WEIGHT if one else mixture.other_weight for one in scored] for _, scored in drawn]
+        ),
     )
 
 
