@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,21 @@ def test_a_packed_model_is_the_same_and_gets_its_layers_back(tiny_model: Callabl
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_one_matrix_at_a_time_is_there_twice(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a list of plain layers that lives as long as packing does: a second copy of all, which no plan counts."""
+    model = tiny_model("qwen3")
+    plain = [weakref.ref(m) for m in model.get_decoder().layers.modules() if type(m) is nn.Linear]
+    alive, make = [], PackedLinear.__init__
+
+    def watch(packed: PackedLinear, linear: nn.Linear) -> None:
+        alive.append(sum(one() is not None for one in plain))
+        make(packed, linear)
+
+    monkeypatch.setattr(PackedLinear, "__init__", watch)
+    pack(model, rows=WORTH_PACKING)
+    assert alive == list(range(len(plain), 0, -1))
 
 
 def test_few_rows_are_not_packed(tiny_model: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,15 @@ def test_a_job_that_was_done_when_it_was_stopped_is_done() -> None:
     assert len(out.getvalue().splitlines()) == 1
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Heed SIGINT also where the tests run in the background of a shell, which lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_ends_the_process_and_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     for number, ends in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):

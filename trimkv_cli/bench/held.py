@@ -23,6 +23,7 @@ from trimkv_cli.engine.request import Request, SamplingParams
 CASES: dict[str, tuple[str, str, str, int, int, int]] = {
     "64 prompts of 1 to 50,000 tokens": ("llama, tiny", "fp32", "none", 64, 50_000, 3),
     "88M fp32": ("qwen3, 88M", "fp32", "none", 4, 2_000, 2),
+    "88M fp32, packed weights": ("qwen3, 88M", "fp32", "none", 8, 2_000, 4),
     "88M bf16": ("qwen3, 88M", "bf16", "none", 4, 2_000, 2),
     "88M int8": ("qwen3, 88M", "bf16", "int8", 4, 2_000, 2),
     "88M nf4": ("qwen3, 88M", "bf16", "nf4", 4, 2_000, 2),

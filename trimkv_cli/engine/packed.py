@@ -70,10 +70,10 @@ class Packed:
         self._replace(PackedLinear, PackedLinear.unpacked)
 
     def _replace(self, kind: type[nn.Module], make: Any) -> None:
-        """Replace one layer after the other, so that only one matrix is there twice."""
-        for name, module in list(self._layers.named_modules()):
-            if type(module) is kind:
-                self._layers.set_submodule(name, make(module))
+        """Replace one layer after the other, so that only one matrix is there twice: nothing here keeps the others."""
+        names = [name for name, module in self._layers.named_modules() if type(module) is kind]
+        for name in names:
+            self._layers.set_submodule(name, make(self._layers.get_submodule(name)))
 
 
 def pack(model: PreTrainedModel, *, rows: int) -> list[Packed]:
