@@ -105,6 +105,15 @@ def test_shuffled_points_have_a_facts_words_and_tell_nothing_that_is_asked_for()
     assert sum(before != after for before, after in zip(plain.points, mixed.points, strict=True)) >= 5
 
 
+def test_anagrams_have_the_words_of_the_first_point() -> None:
+    """Catch notes whose points are told apart by their words, where numbers should."""
+    notes = make_notes(Random(3), points=7, length=150, anagrams=True)
+    first, *others = [sorted(point.lower().rstrip(".").split()) for point in notes.points]
+    assert all(other == first for other in others)
+    assert len(set(notes.points)) > 4
+    assert [fact.value in notes.points[0] for fact in notes.facts] == [True]
+
+
 def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
     """Catch a chain that runs in a circle or skips a step."""
     for seed in range(20):
@@ -115,6 +124,14 @@ def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
             assert steps[-1].endswith(" -> end")
             assert all(step in table.splitlines() for step in steps)
             assert all(here.split()[2] == there.split()[0] for here, there in pairwise(steps))
+
+
+def test_alike_facts_are_of_one_kind() -> None:
+    """Catch facts that their kind tells apart where their things should."""
+    for seed in range(50):
+        facts = draw_facts(Random(seed), 6, alike=True)
+        assert len({fact.relation for fact in facts}) == 1
+        assert len({fact.thing for fact in facts}) == 6
 
 
 def test_things_are_told_once() -> None:

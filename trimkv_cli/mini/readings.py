@@ -33,22 +33,26 @@ def make_notes(
     unseen: bool = False,
     value_first: float = 0.0,
     numbers: float = 1.0,
+    alike: bool = False,
     loose: float = 0.0,
     shuffle: float = 0.0,
+    anagrams: bool = False,
 ) -> Notes:
     """Write about `length` words of filler lines, with `points` (at least one) marked points spread over them.
 
-    The share `loose` of all points but the first tells no fact: words in any order, to be copied as they stand. So does
-    the share `shuffle` of the others, whose words are those of a fact.
+    Facts may be `alike`, of one kind. The share `loose` of all points but the first tells no fact: words in any order,
+    to be copied as they stand. So does the share `shuffle` of the others, whose words are those of a fact; of
+    `anagrams` all of the others, whose words are those of the first point, so that only numbers tell them apart.
     """
-    facts = draw_facts(rng, points, numbers=numbers)
+    facts = draw_facts(rng, points, numbers=numbers, alike=alike)
     told = [fact.tell(rng, unseen=unseen, value_first=value_first) for fact in facts]
     others = [index for index in range(1, points) if loose and rng.random() < loose]
     for index in others:
         told[index] = loose_sentence(rng)
+    shuffle = 1.0 if anagrams else shuffle
     mixed = [index for index in range(1, points) if shuffle and index not in others and rng.random() < shuffle]
     for index in mixed:
-        told[index] = shuffled(rng, told[index])
+        told[index] = shuffled(rng, told[0 if anagrams else index])
     mark = rng.choice(words.MARKS)
     lines: list[str] = []
     count = sum(len(point.split()) + 2 for point in told)

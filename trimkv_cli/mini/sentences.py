@@ -34,15 +34,20 @@ class Fact:
         return rng.choice(phrases).format(t=self.thing, v="")
 
 
-def draw_facts(rng: Random, count: int, *, numbers: float = 1.0) -> list[Fact]:
+def draw_facts(rng: Random, count: int, *, numbers: float = 1.0, alike: bool = False) -> list[Fact]:
     """Draw facts about different things; one thing in ten is a word that nobody knows.
 
-    Numbers come `numbers` times as often as their share of all things.
+    Numbers come `numbers` times as often as their share of all things. If they are `alike`, all facts are of one
+    kind, so that only their things tell which value is whose.
     """
     facts: dict[str, Fact] = {}
     weights = [len(one.things) * (numbers if one.value == "number" else 1.0) for one in words.RELATIONS]
+    only = None
+    if alike:
+        many = [weight if len(one.things) > 1 else 0 for one, weight in zip(words.RELATIONS, weights, strict=True)]
+        only = rng.choices(words.RELATIONS, weights=many)[0]
     while len(facts) < count:
-        relation = rng.choices(words.RELATIONS, weights=weights)[0]
+        relation = only or rng.choices(words.RELATIONS, weights=weights)[0]
         thing = rng.choice(relation.things)
         if len(relation.things) > 1 and rng.random() < 0.1:
             thing = draw_word(rng)
