@@ -12,7 +12,7 @@ from trimkv_cli.engine.loader import load_engine
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.engine.sources import find_source
-from trimkv_cli.errors import DoesNotFit, UsageError
+from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 from trimkv_cli.eval.exam import EvalOptions
 from trimkv_cli.eval.policies import RandomGate
 from trimkv_cli.eval.results import Row
@@ -85,6 +85,13 @@ def test_all_caches_are_planned_before_a_weight_is_read(own: str) -> None:
     asked = EvalOptions(tasks=(), data=own, budgets=("8",))
     with pytest.raises(DoesNotFit):
         evaluate(find_source(ENGINE, weights=True), replace(ENGINE, budget="1MiB"), asked, say=lambda _: None)
+
+
+def test_a_context_past_the_models_positions_is_refused_before_it_is_written() -> None:
+    """Catches minutes of making questions that the model cannot be asked."""
+    asked = EvalOptions(tasks=("recall",), context=10**9, samples=1)
+    with pytest.raises(ContextOverflow, match="65,536 positions"):
+        evaluate(find_source(ENGINE, weights=True), ENGINE, asked, say=lambda _: None)
 
 
 def test_constant_gates_do_not_stand_for_trained_ones() -> None:

@@ -14,7 +14,7 @@ from trimkv_cli.engine.loader import Parts, load_parts, plan_for
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.sources import Source
 from trimkv_cli.engine.text import Text
-from trimkv_cli.errors import UnsupportedModel, UsageError
+from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.eval.exam import EvalOptions, Exam, Question, make_exams
 from trimkv_cli.eval.likelihood import Said, mean_logprob
 from trimkv_cli.eval.policies import gate_spec, policy_gates
@@ -41,10 +41,16 @@ def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: 
 
     Raises:
         UsageError: gates that are not trained, compared as if they were; a bad line of the user's file.
-        DoesNotFit: one of the caches, or a prompt past the model's positions.
+        ContextOverflow: a context, or a prompt, past the model's positions.
+        DoesNotFit: one of the caches.
     """
     if "gates" in asked.policies and not source.gate.trained:
         raise UsageError(f"{source.gate.id} is no trained gate", hint="--policies full,streaming,random")
+    if asked.tasks and asked.context > source.spec.max_positions:
+        raise ContextOverflow(
+            f"a context of {asked.context:,} is past the model's {source.spec.max_positions:,} positions",
+            hint=f"--context {source.spec.max_positions // 2}",
+        )
     exams = list(make_exams(asked, _text(source, engine)))
     positions = max((exam.positions for exam in exams), default=0)
     options, setups = _plan(source, engine, asked, positions)
