@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import Random
 
 import torch
@@ -40,6 +40,8 @@ class Mixture:
     value_first: float = 0.3
     numbers: float = 2.0
     alike: float = 0.4  # of the conversations and notes tell facts of one kind only
+    reverse: float = 0.5  # of the questions about tables and lists go from what stands last to what stands first
+    openers: float = 0.2  # of the facts are told after other words: "You see, …"
     loose: float = 0.3  # of the points of notes
     shuffle: float = 0.2  # of the other points
     anagrams: float = 0.4  # of the notes have points of the same words
@@ -49,7 +51,7 @@ class Mixture:
 EARLY = Mixture(summaries=0.3, notes=0.1, tasks=0.3, facts=12, fresh=0.3)
 LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.2, facts=20, fresh=0.7)
 # After two fifths of a run what cannot be foretold, filler, only drowns the rare mistakes.
-LAST = replace(LATE, shuffle=0.4, other_weight=0.005)
+LAST = replace(LATE, numbers=2.5, value_first=0.2, shuffle=0.4, other_weight=0.005)
 
 
 class Encoder:
@@ -97,7 +99,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
     count = rng.randint(2, max(4, min(mixture.facts, length // 20)))
     alike = rng.random() < mixture.alike
     facts = draw_facts(rng, count, numbers=mixture.numbers, alike=alike)
-    talk = Talk(rng, facts=facts, fresh=mixture.fresh, value_first=mixture.value_first)
+    talk = Talk(rng, facts=facts, fresh=mixture.fresh, value_first=mixture.value_first, openers=mixture.openers)
     draw = rng.random()
     if draw < mixture.summaries + mixture.notes:
         points = rng.randint(1, max(2, min(16, length // 16)))
@@ -106,6 +108,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
             points=points,
             length=int(length * rng.uniform(0.3, 0.75)),
             value_first=mixture.value_first,
+            openers=mixture.openers,
             numbers=mixture.numbers,
             alike=alike,
             loose=mixture.loose,
@@ -120,7 +123,9 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
             talk.tell()
     while talk.words < length:
         if rng.random() < mixture.tasks:
-            make = rng.choice((readings.make_table, readings.make_steps, readings.make_list))
+            table = partial(readings.make_table, reverse=mixture.reverse)
+            items = partial(readings.make_list, reverse=mixture.reverse)
+            make = rng.choice((table, readings.make_steps, items))
             talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
         language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
     return talk.done()

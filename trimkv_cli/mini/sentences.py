@@ -21,12 +21,19 @@ class Fact:
         """The one answer to every question about the fact."""
         return self.relation.answer.format(t=self.thing, v=self.value)
 
-    def tell(self, rng: Random, *, unseen: bool = False, value_first: float = 0.0) -> str:
-        """Say the fact in one sentence; the share `value_first` of sentences has the value before its thing."""
+    def tell(self, rng: Random, *, unseen: bool = False, value_first: float = 0.0, openers: float = 0.0) -> str:
+        """Say the fact in one sentence.
+
+        The share `value_first` of sentences has the value before its thing, and `openers` begin with other words.
+        """
         phrases = self.relation.unseen_statements if unseen else self.relation.statements
         if value_first and rng.random() < value_first:
             phrases = self.relation.value_first
-        return rng.choice(phrases).format(t=self.thing, v=self.value)
+        said = rng.choice(phrases).format(t=self.thing, v=self.value)
+        if openers and rng.random() < openers:
+            same = said.startswith((self.value, "I "))
+            said = f"{rng.choice(words.OPENERS)} {said if same else said[0].lower() + said[1:]}"
+        return said
 
     def ask(self, rng: Random, *, unseen: bool = False) -> str:
         """Ask for the fact in one sentence."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,7 @@ Work = Callable[[Team], None]
 
 
 def work_together(size: int, work: Work) -> None:
-    """Run `work` in `size` processes of one thread each; `work` must be picklable."""
+    """Run `work` in `size` processes of one thread each, which end with this one; `work` must be picklable."""
     if size == 1:
         torch.set_num_threads(1)
         work(Team())
@@ -45,9 +48,18 @@ def work_together(size: int, work: Work) -> None:
 
 
 def _join(rank: int, size: int, meeting: str, work: Work) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     try:
         work(Team(rank=rank, size=size))
     finally:
         distributed.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent is gone, however that went: nobody would stop it any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
