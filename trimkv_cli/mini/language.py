@@ -107,13 +107,19 @@ class Talk:
 
 
 def make_recall(
-    rng: Random, *, facts: int = 6, length: int = 500, questions: int | None = None, unseen: bool = False
+    rng: Random,
+    *,
+    facts: int = 6,
+    length: int = 500,
+    questions: int | None = None,
+    unseen: bool = False,
+    value_first: float = 0.0,
 ) -> Conversation:
     """Tell `facts` facts within the first half of about `length` words, chat on, and ask for them at the end.
 
     Every fact is asked for once, or `questions` of them. About `TOKENS_PER_WORD` tokens make a word.
     """
-    talk = Talk(rng, unseen=unseen, facts=draw_facts(rng, facts))
+    talk = Talk(rng, unseen=unseen, facts=draw_facts(rng, facts), value_first=value_first)
     asked = rng.sample(talk.facts, k=facts if questions is None else min(questions, facts))
     closing = 7 * len(asked)
     while talk.told < facts:

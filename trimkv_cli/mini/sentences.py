@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -111,8 +112,15 @@ def filler_sentence(rng: Random) -> str:
 def loose_sentence(rng: Random) -> str:
     """Write four to nine words in any order, strange ones among them: a sentence that only copying can repeat."""
     known = f"{filler_sentence(rng)} {filler_sentence(rng)}".lower().replace(".", "").split()
-    drawn = [rng.choice(known) if rng.random() < 0.7 else draw_word(rng) for _ in range(rng.randint(4, 9))]
+    drawn = [_loose_word(rng, known) for _ in range(rng.randint(4, 9))]
     return f"{' '.join(drawn).capitalize()}."
+
+
+def _loose_word(rng: Random, known: Sequence[str]) -> str:
+    draw = rng.random()
+    if draw < 0.3:
+        return draw_word(rng)
+    return rng.choice(words.COMMON if draw < 0.65 else known)
 
 
 def shuffled(rng: Random, sentence: str) -> str:

@@ -188,6 +188,16 @@ OPINIONS = (
 ACKNOWLEDGEMENTS = ("Noted.", "Good to know.", "I will remember that.", "All right, noted.")
 REPLIES = ("I see.", "Yes, indeed.", "That is good.", "How nice.", "Go on.", "Tell me more.", "That sounds fine.")
 
+COMMON = (  # the hundred words that English uses most
+    "the", "be", "to", "of", "and", "a", "in", "that", "have", "I", "it", "for", "not", "on", "with", "he", "as",
+    "you", "do", "at", "this", "but", "his", "by", "from", "they", "we", "say", "her", "she", "or", "an", "will",
+    "my", "one", "all", "would", "there", "their", "what", "so", "up", "out", "if", "about", "who", "get", "which",
+    "go", "me", "when", "make", "can", "like", "time", "no", "just", "him", "know", "take", "people", "into", "year",
+    "your", "good", "some", "could", "them", "see", "other", "than", "then", "now", "look", "only", "come", "its",
+    "over", "think", "also", "back", "after", "use", "two", "how", "our", "work", "first", "well", "way", "even",
+    "new", "want", "because", "any", "these", "give", "day", "most", "us",
+)
+
 MARKS = ("Note", "NOTE", "Important", "Point")
 TITLES = ("Notes of the week", "Diary", "Report", "Minutes of the meeting", "A letter home", "My notes")
 SUMMARY_REQUESTS = (
