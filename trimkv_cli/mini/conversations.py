@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 from trimkv_cli.mini.language import TOKENS_PER_WORD
 from trimkv_cli.mini.rows import EARLY, make_conversation
-
-MIXTURE = replace(EARLY, alike=0.2, anagrams=0.1)  # points of the same words need more slots than gates are trained for
 
 
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
@@ -22,7 +19,7 @@ def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> Non
     rng = Random(seed)
     with out.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            conversation = make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), MIXTURE)
+            conversation = make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), EARLY)
             messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
             file.write(json.dumps({"messages": messages}) + "\n")
 
