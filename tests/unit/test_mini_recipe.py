@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from trimkv_cli.mini import blocks, recipe
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_multi_turn, make_recall
 from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, Encoder, Mixture, make_batch, make_conversation
-from trimkv_cli.mini.team import Team
 from trimkv_cli.mini.tokenizer import build_tokenizer
 from trimkv_cli.mini.training import Schedule, Trainer, predict
 
@@ -185,41 +183,36 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         assert torch.allclose(tensor, two["model"][name], atol=1e-4), name
 
 
-def _wait(folder: Path, team: Team) -> None:
-    (folder / f"{team.rank}.part").write_text(str(os.getpid()))
-    (folder / f"{team.rank}.part").rename(folder / f"{team.rank}.pid")
+_LEAD = """
+import os
+import signal
+import time
+
+from trimkv_cli.mini.team import work_together
+
+
+def wait(team):
+    os.write(1, f"{os.getpid()}\\n".encode())  # whole lines, whoever writes first
     time.sleep(600)
 
 
-_LEAD = """
-import sys
-from functools import partial
-from pathlib import Path
-from tests.unit.test_mini_recipe import _wait
-from trimkv_cli.mini.team import work_together
 if __name__ == "__main__":
-    work_together(2, partial(_wait, Path(sys.argv[1])))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what it does not wait for
+    work_together(2, wait)
 """
 
 
 def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     """Catch a training that goes on, unseen, after it was killed."""
-    (tmp_path / "lead.py").write_text(_LEAD)
+    script = tmp_path / "lead.py"
+    script.write_text(_LEAD)
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    leader = subprocess.Popen([sys.executable, str(tmp_path / "lead.py"), str(tmp_path)], env=environment)
-    try:
-        workers = [psutil.Process(_when_written(tmp_path / f"{rank}.pid")) for rank in (0, 1)]
-    finally:
-        leader.kill()
-        leader.wait()
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    with subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE) as leader:
+        assert leader.stdout is not None
+        try:
+            workers = [psutil.Process(int(leader.stdout.readline())) for _ in range(2)]
+        finally:
+            leader.kill()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
-
-
-def _when_written(path: Path) -> int:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} was never written"
-        time.sleep(0.1)
-    return int(path.read_text())

@@ -58,7 +58,10 @@ def _join(rank: int, size: int, meeting: str, work: Work) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process once its parent is gone, however that went: nobody would stop it any more."""
+    """End this process once its parent is gone, however that went: nobody would stop it any more.
+
+    torch asks for a SIGINT then, on Linux; a process that a shell started in the background ignores it.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
