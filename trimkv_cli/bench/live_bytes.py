@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ class LiveBytes:
         self._profile: Any = profile(profile_memory=True, use_kineto=True)
 
     def __enter__(self) -> Self:
+        gc.collect()  # what others left behind would be freed in between, and counted
         self._profile.__enter__()
         return self
 
