@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +17,6 @@ class LiveBytes:
         self._profile: Any = profile(profile_memory=True, use_kineto=True)
 
     def __enter__(self) -> Self:
-        gc.collect()  # what others left behind would be freed in between, and counted
         self._profile.__enter__()
         return self
 
