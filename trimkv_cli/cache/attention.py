@@ -8,6 +8,7 @@ unchanged; the attention function attends and evicts. All state travels on the `
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,7 +100,7 @@ class _PassThrough(CacheLayerMixin):
 
     def __init__(self, view: RetentionView) -> None:
         super().__init__()
-        self.view = view
+        self.view = weakref.proxy(view)  # a circle would keep a step's tensors until garbage is collected
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
@@ -111,7 +112,8 @@ class _PassThrough(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.view.tokens_fed
+        tokens: int = self.view.tokens_fed
+        return tokens
 
     def get_max_length(self, *_: Any) -> int:
         return -1
