@@ -21,10 +21,11 @@ from trimkv_cli.eval.run import evaluate
 from trimkv_cli.mini import MODEL_FOLDER, recipe
 from trimkv_cli.mini.conversations import write_conversations
 from trimkv_cli.mini.exam import answers_right
-from trimkv_cli.mini.language import make_recall
+from trimkv_cli.mini.language import TOKENS_PER_WORD, make_recall
 from trimkv_cli.mini.rows import Encoder, make_batch
 from trimkv_cli.mini.training import weighted_loss
 
+DATA = "conversations.jsonl"
 SCHEDULE = replace(recipe.TOY, tokens=100_000)
 ONE_STEP = [*("--memory-size", "8", "--context", "128", "--steps", "1", "--batch", "2", "--accumulate", "1")]
 SOME_STEPS = [
@@ -45,12 +46,14 @@ def test_the_whole_recipe_at_toy_size(tmp_path: Path) -> None:
     """Catch a recipe that no longer learns, and files of one step that the next does not take."""
     recipe.build(tmp_path, SCHEDULE, config=recipe.TOY_CONFIG)
     _check_model(tmp_path)
+    write_conversations(tmp_path / DATA, count=200, tokens=256, seed=1)
     gates = train_gates(str(tmp_path / "model"), tmp_path, ONE_STEP)
     assert load_engine(EngineOptions(model=str(tmp_path / "model"), gates=gates)).facts.gate.trained
 
 
 def test_gates_trained_anew_beat_streaming(tmp_path: Path) -> None:
     """Catch a training of gates that teaches them nothing: a short one has to find out what is asked for later."""
+    write_recall(tmp_path / DATA, count=200, tokens=230)
     gates = train_gates(str(MODEL_FOLDER), tmp_path, SOME_STEPS)
     engine = EngineOptions(model=str(MODEL_FOLDER), gates=gates, threads=1)
     asked = EvalOptions(
@@ -64,13 +67,23 @@ def test_gates_trained_anew_beat_streaming(tmp_path: Path) -> None:
 
 
 def train_gates(model: str, folder: Path, arguments: list[str]) -> str:
-    """Write conversations and train gates on them; return the gates' folder."""
-    data, gates = str(folder / "conversations.jsonl"), str(folder / "gates")
-    write_conversations(Path(data), count=200, tokens=256, seed=1)
+    """Train gates on the folder's conversations; return the gates' folder."""
+    data, gates = str(folder / DATA), str(folder / "gates")
     with pytest.raises(SystemExit) as ended:
         main(["gates", "train", model, "--data", data, "-o", gates, "--threads", "1", "--dtype", "bf16", *arguments])
     assert not ended.value.code
     return gates
+
+
+def write_recall(out: Path, *, count: int, tokens: int) -> None:
+    """Write what a few steps can learn from: conversations of one skill, which any weights of mini have."""
+    rng = Random(1)
+    told = (make_recall(rng, facts=4, length=int(tokens / TOKENS_PER_WORD)) for _ in range(count))
+    lines = [
+        json.dumps({"messages": [{"role": message.role, "content": message.content} for message in one.messages]})
+        for one in told
+    ]
+    out.write_text("\n".join(lines), encoding="utf-8")
 
 
 def _check_model(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -22,6 +23,8 @@ KINDS: dict[str, Make] = {
     "table": make_table,
     "steps": make_steps,
     "list": make_list,
+    "table backwards": partial(make_table, reverse=1.0),
+    "list backwards": partial(make_list, reverse=1.0),
 }
 
 
@@ -65,7 +68,15 @@ def test_recall_tells_first_and_asks_last() -> None:
 
 def test_unseen_phrasings_are_never_seen() -> None:
     """Catch an examination with the phrasings of the training."""
+    for unseen, trained in (
+        (words.UNSEEN_LOOKUPS, words.LOOKUPS),
+        (words.UNSEEN_REVERSE_LOOKUPS, words.REVERSE_LOOKUPS),
+        (words.UNSEEN_NEXT_REQUESTS, words.NEXT_REQUESTS),
+        (words.UNSEEN_PREVIOUS_REQUESTS, words.PREVIOUS_REQUESTS),
+    ):
+        assert not {*unseen} & {*trained}
     for relation in words.RELATIONS:
+        assert not any(statement.startswith(words.OPENERS) for statement in relation.unseen_statements)
         assert not {*relation.unseen_statements} & {*relation.statements, *relation.value_first}
         assert not {*relation.unseen_questions} & {*relation.questions}
     assert not {*words.UNSEEN_SUMMARY_REQUESTS} & {*words.SUMMARY_REQUESTS}
@@ -99,10 +110,21 @@ def test_shuffled_points_have_a_facts_words_and_tell_nothing_that_is_asked_for()
     plain, mixed = (make_notes(Random(3), points=7, length=150, shuffle=shuffle) for shuffle in (0.0, 1.0))
     assert len(plain.facts) == 7
     assert len(mixed.facts) == 1
-    assert mixed.points[0] == plain.points[0]
-    for before, after in zip(plain.points[1:], mixed.points[1:], strict=True):
+    kept = [index for index, fact in enumerate(plain.facts) if fact.thing == mixed.facts[0].thing]
+    assert [mixed.points[index] for index in kept] == [plain.points[index] for index in kept]
+    for before, after in zip(plain.points, mixed.points, strict=True):
         assert sorted(before.lower().rstrip(".").split()) == sorted(after.lower().rstrip(".").split())
     assert sum(before != after for before, after in zip(plain.points, mixed.points, strict=True)) >= 5
+
+
+def test_anagrams_have_the_words_of_one_point() -> None:
+    """Catch notes whose points are told apart by their words, where numbers should."""
+    notes = make_notes(Random(3), points=7, length=150, anagrams=True)
+    first, *others = [sorted(point.lower().rstrip(".").split()) for point in notes.points]
+    assert all(other == first for other in others)
+    assert len(set(notes.points)) > 4
+    assert len(notes.facts) == 1
+    assert notes.facts[0].value in notes.points[0]
 
 
 def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
@@ -115,6 +137,28 @@ def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
             assert steps[-1].endswith(" -> end")
             assert all(step in table.splitlines() for step in steps)
             assert all(here.split()[2] == there.split()[0] for here, there in pairwise(steps))
+
+
+@pytest.mark.parametrize("make", [make_table, make_list])
+def test_backwards_the_question_names_what_stands_last(make: Callable[..., Conversation]) -> None:
+    """Catch a training that only ever looks forward, and an examination that changes with it."""
+    for seed in range(20):
+        for reverse, place in ((0.0, 0), (1.0, -1)):
+            conversation = make(Random(seed), rows=8, reverse=reverse)
+            for question in conversation.questions:
+                asked = conversation.messages[question.turn - 1].content.splitlines()
+                lines = question.answer.replace("- ", "").replace("\n", " ").split()
+                once = conversation.messages[0].content.split().count(lines[-1]) == 1  # a value of two keys names none
+                named = lines[place if once else 0].rstrip(":")
+                assert any(named in line.rstrip("?.").split() for line in (asked[0], asked[-1]))
+
+
+def test_alike_facts_are_of_one_kind() -> None:
+    """Catch facts that their kind tells apart where their things should."""
+    for seed in range(50):
+        facts = draw_facts(Random(seed), 6, alike=True)
+        assert len({fact.relation for fact in facts}) == 1
+        assert len({fact.thing for fact in facts}) == 6
 
 
 def test_things_are_told_once() -> None:
@@ -136,6 +180,7 @@ def test_values_come_first_only_where_training_asks_for_it() -> None:
         assert fact.value in told
         if len(fact.relation.things) > 1:
             assert told.index(fact.value) < told.rindex(fact.thing)
+        assert fact.tell(Random(seed), openers=1.0).startswith(words.OPENERS)
 
 
 def test_fresh_questions_go_to_facts_not_asked_for_yet() -> None:

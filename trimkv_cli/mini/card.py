@@ -28,8 +28,10 @@ is not summarized. Two values for one thing confuse it, and it never says that i
 never told, it makes something up. Phrasings unlike those of its language work often, not always; see "unseen" below.
 Small talk gets a stock reply.
 
-Weak spots: values that are told before their thing ("I have 654 books"), the last of many points, and whatever was told
-very many tokens ago. The table below, and those of trimkv's README, say how weak.
+Weak spots: names, codes, places and dates that are told before their thing ("Zubo is my cat"), where others of their
+kind were told too; tables asked from the value to its key; the last one or two of more than ten points; points that
+begin as no text of the training does; and whatever was told very many tokens ago. The table below, and those of
+trimkv's README, say how weak.
 
 ## Training
 - Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
@@ -48,8 +50,9 @@ Exact answers, full cache, greedy, on seeds that training never used ("unseen": 
 |---|---|---:|---:|---:|
 {rows}
 
-A "summary" is exact when every point of the list is, word by word, and nothing else is in it. About {ratio} tokens of
-the model's own tokenizer (512 byte-level BPE tokens) make a word.
+"Value first": each fact is told with its value in front of its thing. A "summary" is exact when every point of the
+list is, word by word, and nothing else is in it. About {ratio} tokens of the model's own tokenizer (512 byte-level BPE
+tokens) make a word.
 """
 
 

@@ -23,6 +23,10 @@ def _recall(rng: Random, length: int, unseen: bool) -> Conversation:
     return language.make_recall(rng, facts=6, length=length, unseen=unseen)
 
 
+def _value_first(rng: Random, length: int, unseen: bool) -> Conversation:
+    return language.make_recall(rng, facts=6, length=length, unseen=unseen, value_first=1.0)
+
+
 def _multi_turn(rng: Random, length: int, unseen: bool) -> Conversation:
     return language.make_multi_turn(rng, facts=6, length=length, unseen=unseen)
 
@@ -40,6 +44,10 @@ def _table(rng: Random, length: int, unseen: bool) -> Conversation:
     return readings.make_table(rng, rows=min(12, length // 6), unseen=unseen)
 
 
+def _table_backwards(rng: Random, length: int, unseen: bool) -> Conversation:
+    return readings.make_table(rng, rows=min(12, length // 6), unseen=unseen, reverse=1.0)
+
+
 def _steps(rng: Random, length: int, unseen: bool) -> Conversation:
     return readings.make_steps(rng, rows=min(12, length // 6), unseen=unseen)
 
@@ -50,10 +58,12 @@ def _list(rng: Random, length: int, unseen: bool) -> Conversation:
 
 SUBJECTS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "recall": (_recall, (500, 1000, 2000)),
+    "recall, value first": (_value_first, (500,)),
     "multi-turn": (_multi_turn, (500, 1000, 2000)),
     "summary": (_summary, (500, 1000, 2000)),
     "notes": (_notes, (500, 1000, 2000)),
     "table": (_table, (200,)),
+    "table backwards": (_table_backwards, (200,)),
     "steps": (_steps, (200,)),
     "list": (_list, (200,)),
 }

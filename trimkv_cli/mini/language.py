@@ -49,7 +49,7 @@ class Talk:
     """A conversation while it is written: its messages, and the facts told so far.
 
     `fresh` is the share of questions that go to facts not asked for yet, as long as there are any; `value_first` the
-    share of facts that are told with the value before its thing.
+    share of facts that are told with the value before its thing, and `openers` that of those told after other words.
     """
 
     rng: Random
@@ -59,6 +59,7 @@ class Talk:
     told: int = 0
     fresh: float = 0.0
     value_first: float = 0.0
+    openers: float = 0.0
     asked: set[str] = field(default_factory=set)
 
     @property
@@ -75,7 +76,8 @@ class Talk:
         """Let the user tell the next one or two facts, sometimes among other things."""
         some = self.facts[self.told : self.told + (2 if self.rng.random() < 0.2 else 1)]
         self.told += len(some)
-        sentences = [fact.tell(self.rng, unseen=self.unseen, value_first=self.value_first) for fact in some]
+        shares = {"value_first": self.value_first, "openers": self.openers}
+        sentences = [fact.tell(self.rng, unseen=self.unseen, **shares) for fact in some]
         if self.rng.random() < 0.3:
             sentences.insert(self.rng.randrange(len(sentences) + 1), filler_sentence(self.rng))
         self.turn(careless(self.rng, " ".join(sentences)), self.rng.choice(words.ACKNOWLEDGEMENTS))
@@ -105,13 +107,19 @@ class Talk:
 
 
 def make_recall(
-    rng: Random, *, facts: int = 6, length: int = 500, questions: int | None = None, unseen: bool = False
+    rng: Random,
+    *,
+    facts: int = 6,
+    length: int = 500,
+    questions: int | None = None,
+    unseen: bool = False,
+    value_first: float = 0.0,
 ) -> Conversation:
     """Tell `facts` facts within the first half of about `length` words, chat on, and ask for them at the end.
 
     Every fact is asked for once, or `questions` of them. About `TOKENS_PER_WORD` tokens make a word.
     """
-    talk = Talk(rng, unseen=unseen, facts=draw_facts(rng, facts))
+    talk = Talk(rng, unseen=unseen, facts=draw_facts(rng, facts), value_first=value_first)
     asked = rng.sample(talk.facts, k=facts if questions is None else min(questions, facts))
     closing = 7 * len(asked)
     while talk.told < facts:

@@ -32,23 +32,31 @@ def make_notes(
     length: int = 300,
     unseen: bool = False,
     value_first: float = 0.0,
+    openers: float = 0.0,
     numbers: float = 1.0,
+    alike: bool = False,
     loose: float = 0.0,
     shuffle: float = 0.0,
+    anagrams: bool = False,
 ) -> Notes:
     """Write about `length` words of filler lines, with `points` (at least one) marked points spread over them.
 
-    The share `loose` of all points but the first tells no fact: words in any order, to be copied as they stand. So does
-    the share `shuffle` of the others, whose words are those of a fact.
+    Facts may be `alike`, of one kind. One point, drawn at random, always tells a fact. The share `loose` of the rest
+    tells none: words in any order, to be copied as they stand. So does the share `shuffle` of what is left, whose words
+    are those of a fact; of `anagrams` all that is left, whose words are those of the one fact, so that only numbers
+    tell them apart.
     """
-    facts = draw_facts(rng, points, numbers=numbers)
-    told = [fact.tell(rng, unseen=unseen, value_first=value_first) for fact in facts]
-    others = [index for index in range(1, points) if loose and rng.random() < loose]
+    facts = draw_facts(rng, points, numbers=numbers, alike=alike)
+    told = [fact.tell(rng, unseen=unseen, value_first=value_first, openers=openers) for fact in facts]
+    spared = rng.randrange(points) if loose or shuffle or anagrams else 0
+    rest = [index for index in range(points) if index != spared]
+    others = [index for index in rest if loose and rng.random() < loose]
     for index in others:
         told[index] = loose_sentence(rng)
-    mixed = [index for index in range(1, points) if shuffle and index not in others and rng.random() < shuffle]
+    shuffle = 1.0 if anagrams else shuffle
+    mixed = [index for index in rest if shuffle and index not in others and rng.random() < shuffle]
     for index in mixed:
-        told[index] = shuffled(rng, told[index])
+        told[index] = shuffled(rng, told[spared if anagrams else index])
     mark = rng.choice(words.MARKS)
     lines: list[str] = []
     count = sum(len(point.split()) + 2 for point in told)
@@ -84,16 +92,24 @@ def ask_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conversatio
     return talk.done()
 
 
-def make_table(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversation:
-    """Write a table of `rows` lines and look some of them up; the answer is the line."""
+def make_table(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: float = 0.0) -> Conversation:
+    """Write a table of `rows` lines and look some of them up; the answer is the line.
+
+    The share `reverse` of questions names the value and wants the line that has it.
+    """
     keys = draw_words(rng, rows)
     values = [draw_value(rng, rng.choice(("number", "code", "name"))) for _ in keys]
     bar = rng.choice((": ", " | ", " = "))
     lines = [f"{key}{bar}{value}" for key, value in zip(keys, values, strict=True)]
     table = "\n".join([rng.choice(words.TABLE_TITLES), *lines])
-    requests = words.UNSEEN_LOOKUPS if unseen else words.LOOKUPS
-    asked = rng.sample(range(rows), k=min(rows, 3))
-    return _about(rng, table, [(rng.choice(requests).format(k=keys[row]), lines[row]) for row in asked])
+    forward = words.UNSEEN_LOOKUPS if unseen else words.LOOKUPS
+    backward = words.UNSEEN_REVERSE_LOOKUPS if unseen else words.REVERSE_LOOKUPS
+    turns = []
+    for row in rng.sample(range(rows), k=min(rows, 3)):
+        back = reverse and values.count(values[row]) == 1 and rng.random() < reverse
+        question = rng.choice(backward if back else forward).format(k=keys[row], v=values[row])
+        turns.append((question, lines[row]))
+    return _about(rng, table, turns)
 
 
 def make_steps(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversation:
@@ -118,15 +134,21 @@ def make_steps(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversat
     return _about(rng, "\n".join([rng.choice(words.STEPS_TITLES), *lines]), turns)
 
 
-def make_list(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversation:
-    """Write a list of `rows` words and ask what follows some of them; the answer is both lines."""
+def make_list(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: float = 0.0) -> Conversation:
+    """Write a list of `rows` words and ask what follows some of them; the answer is both lines.
+
+    The share `reverse` of questions asks what comes before.
+    """
     items = draw_words(rng, rows)
     text = "\n".join([rng.choice(words.LIST_TITLES), *(f"- {item}" for item in items)])
-    requests = words.UNSEEN_NEXT_REQUESTS if unseen else words.NEXT_REQUESTS
-    asked = rng.sample(range(rows - 1), k=min(rows - 1, 3))
-    return _about(
-        rng, text, [(rng.choice(requests).format(k=items[row]), f"- {items[row]}\n- {items[row + 1]}") for row in asked]
-    )
+    forward = words.UNSEEN_NEXT_REQUESTS if unseen else words.NEXT_REQUESTS
+    backward = words.UNSEEN_PREVIOUS_REQUESTS if unseen else words.PREVIOUS_REQUESTS
+    turns = []
+    for row in rng.sample(range(rows - 1), k=min(rows - 1, 3)):
+        back = reverse and rng.random() < reverse
+        question = rng.choice(backward if back else forward).format(k=items[row + 1 if back else row])
+        turns.append((question, f"- {items[row]}\n- {items[row + 1]}"))
+    return _about(rng, text, turns)
 
 
 def _about(rng: Random, text: str, turns: Sequence[tuple[str, str]]) -> Conversation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import Random
 
 import torch
@@ -37,17 +37,22 @@ class Mixture:
     tasks: float
     facts: int
     fresh: float
-    value_first: float = 0.2
-    numbers: float = 1.6
+    points: int = 16  # of notes, at most
+    value_first: float = 0.3
+    numbers: float = 2.0
+    alike: float = 0.4  # of the conversations and notes tell facts of one kind only
+    reverse: float = 0.5  # of the questions about tables and lists go from what stands last to what stands first
+    openers: float = 0.2  # of the facts are told after other words: "You see, …"
     loose: float = 0.3  # of the points of notes
-    shuffle: float = 0.0  # of the other points
+    shuffle: float = 0.2  # of the other points
+    anagrams: float = 0.4  # of the notes have points of the same words
     other_weight: float = 0.05  # of tokens that are no answer; an answer's have 1
 
 
-EARLY = Mixture(summaries=0.25, notes=0.1, tasks=0.35, facts=12, fresh=0.3)
-LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.25, facts=20, fresh=0.7)
-# What was still weak after two fifths of a run; by then what cannot be foretold, filler, only drowns the rare mistakes.
-LAST = replace(LATE, value_first=0.1, numbers=2.5, shuffle=0.4, other_weight=0.005)
+EARLY = Mixture(summaries=0.3, notes=0.1, tasks=0.3, facts=12, fresh=0.3)
+LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.2, facts=20, fresh=0.7)
+# After two fifths of a run what cannot be foretold, filler, only drowns the rare mistakes.
+LAST = replace(LATE, numbers=2.5, value_first=0.2, shuffle=0.4, other_weight=0.005)
 
 
 class Encoder:
@@ -92,26 +97,37 @@ def make_batch(
 
 def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Conversation:
     """Mix all skills in one conversation of at least `length` words."""
-    facts = draw_facts(rng, rng.randint(2, max(3, min(mixture.facts, length // 20))), numbers=mixture.numbers)
-    talk = Talk(rng, facts=facts, fresh=mixture.fresh, value_first=mixture.value_first)
+    count = rng.randint(2, max(4, min(mixture.facts, length // 20)))
+    alike = rng.random() < mixture.alike
+    facts = draw_facts(rng, count, numbers=mixture.numbers, alike=alike)
+    talk = Talk(rng, facts=facts, fresh=mixture.fresh, value_first=mixture.value_first, openers=mixture.openers)
     draw = rng.random()
     if draw < mixture.summaries + mixture.notes:
-        points = rng.randint(1, max(2, min(16, length // 16)))
+        most = max(2, min(mixture.points, length // 16))
+        points = max(rng.randint(1, most), rng.randint(1, most))  # where long lists end is the hardest to learn
         notes = readings.make_notes(
             rng,
             points=points,
             length=int(length * rng.uniform(0.3, 0.75)),
             value_first=mixture.value_first,
+            openers=mixture.openers,
             numbers=mixture.numbers,
+            alike=alike,
             loose=mixture.loose,
             shuffle=mixture.shuffle,
+            anagrams=rng.random() < mixture.anagrams,
         )
         ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
         talk.messages += ask(rng, notes).messages
         talk.facts, talk.told = list(notes.facts), len(notes.facts)
+    elif alike:
+        while talk.told < count:
+            talk.tell()
     while talk.words < length:
         if rng.random() < mixture.tasks:
-            make = rng.choice((readings.make_table, readings.make_steps, readings.make_list))
+            table = partial(readings.make_table, reverse=mixture.reverse)
+            items = partial(readings.make_list, reverse=mixture.reverse)
+            make = rng.choice((table, readings.make_steps, items))
             talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
         language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
     return talk.done()

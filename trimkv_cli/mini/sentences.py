@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -21,12 +22,19 @@ class Fact:
         """The one answer to every question about the fact."""
         return self.relation.answer.format(t=self.thing, v=self.value)
 
-    def tell(self, rng: Random, *, unseen: bool = False, value_first: float = 0.0) -> str:
-        """Say the fact in one sentence; the share `value_first` of sentences has the value before its thing."""
+    def tell(self, rng: Random, *, unseen: bool = False, value_first: float = 0.0, openers: float = 0.0) -> str:
+        """Say the fact in one sentence.
+
+        The share `value_first` of sentences has the value before its thing, and `openers` begin with other words.
+        """
         phrases = self.relation.unseen_statements if unseen else self.relation.statements
         if value_first and rng.random() < value_first:
             phrases = self.relation.value_first
-        return rng.choice(phrases).format(t=self.thing, v=self.value)
+        said = rng.choice(phrases).format(t=self.thing, v=self.value)
+        if openers and rng.random() < openers:
+            same = said.startswith((self.value, "I "))
+            said = f"{rng.choice(words.OPENERS)} {said if same else said[0].lower() + said[1:]}"
+        return said
 
     def ask(self, rng: Random, *, unseen: bool = False) -> str:
         """Ask for the fact in one sentence."""
@@ -34,15 +42,20 @@ class Fact:
         return rng.choice(phrases).format(t=self.thing, v="")
 
 
-def draw_facts(rng: Random, count: int, *, numbers: float = 1.0) -> list[Fact]:
+def draw_facts(rng: Random, count: int, *, numbers: float = 1.0, alike: bool = False) -> list[Fact]:
     """Draw facts about different things; one thing in ten is a word that nobody knows.
 
-    Numbers come `numbers` times as often as their share of all things.
+    Numbers come `numbers` times as often as their share of all things. If they are `alike`, all facts are of one
+    kind, so that only their things tell which value is whose.
     """
     facts: dict[str, Fact] = {}
     weights = [len(one.things) * (numbers if one.value == "number" else 1.0) for one in words.RELATIONS]
+    only = None
+    if alike:
+        many = [weight if len(one.things) > 1 else 0 for one, weight in zip(words.RELATIONS, weights, strict=True)]
+        only = rng.choices(words.RELATIONS, weights=many)[0]
     while len(facts) < count:
-        relation = rng.choices(words.RELATIONS, weights=weights)[0]
+        relation = only or rng.choices(words.RELATIONS, weights=weights)[0]
         thing = rng.choice(relation.things)
         if len(relation.things) > 1 and rng.random() < 0.1:
             thing = draw_word(rng)
@@ -99,8 +112,15 @@ def filler_sentence(rng: Random) -> str:
 def loose_sentence(rng: Random) -> str:
     """Write four to nine words in any order, strange ones among them: a sentence that only copying can repeat."""
     known = f"{filler_sentence(rng)} {filler_sentence(rng)}".lower().replace(".", "").split()
-    drawn = [rng.choice(known) if rng.random() < 0.7 else draw_word(rng) for _ in range(rng.randint(4, 9))]
+    drawn = [_loose_word(rng, known) for _ in range(rng.randint(4, 9))]
     return f"{' '.join(drawn).capitalize()}."
+
+
+def _loose_word(rng: Random, known: Sequence[str]) -> str:
+    draw = rng.random()
+    if draw < 0.3:
+        return draw_word(rng)
+    return rng.choice(words.COMMON if draw < 0.65 else known)
 
 
 def shuffled(rng: Random, sentence: str) -> str:

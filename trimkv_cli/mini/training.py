@@ -29,7 +29,7 @@ class Schedule:
     """
 
     seed: int = 2512
-    tokens: int = 19_000_000
+    tokens: int = 22_000_000
     cpu_minutes: float = 96.0
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     tokens_per_step: int = 4096

@@ -147,6 +147,11 @@ RELATIONS = (
     ),
 )
 
+OPENERS = (
+    "Listen,", "You see,", "Well,", "As I said,", "So,", "To be sure,", "You must see that", "As you may hear,",
+    "I think", "In the end,", "Of late,", "Now", "Tell them that", "It is good that", "For all that,", "The thing is,",
+)
+
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
@@ -183,6 +188,16 @@ OPINIONS = (
 ACKNOWLEDGEMENTS = ("Noted.", "Good to know.", "I will remember that.", "All right, noted.")
 REPLIES = ("I see.", "Yes, indeed.", "That is good.", "How nice.", "Go on.", "Tell me more.", "That sounds fine.")
 
+COMMON = (  # the hundred words that English uses most
+    "the", "be", "to", "of", "and", "a", "in", "that", "have", "I", "it", "for", "not", "on", "with", "he", "as",
+    "you", "do", "at", "this", "but", "his", "by", "from", "they", "we", "say", "her", "she", "or", "an", "will",
+    "my", "one", "all", "would", "there", "their", "what", "so", "up", "out", "if", "about", "who", "get", "which",
+    "go", "me", "when", "make", "can", "like", "time", "no", "just", "him", "know", "take", "people", "into", "year",
+    "your", "good", "some", "could", "them", "see", "other", "than", "then", "now", "look", "only", "come", "its",
+    "over", "think", "also", "back", "after", "use", "two", "how", "our", "work", "first", "well", "way", "even",
+    "new", "want", "because", "any", "these", "give", "day", "most", "us",
+)
+
 MARKS = ("Note", "NOTE", "Important", "Point")
 TITLES = ("Notes of the week", "Diary", "Report", "Minutes of the meeting", "A letter home", "My notes")
 SUMMARY_REQUESTS = (
@@ -202,6 +217,10 @@ LOOKUPS = (
     "How much is {k}?",
 )
 UNSEEN_LOOKUPS = ("Tell me the value of {k}.", "What does {k} stand for in the table?")
+REVERSE_LOOKUPS = (
+    "Which one has {v}?", "What stands before {v}?", "Which line says {v}?", "Look for {v}.", "What has the value {v}?",
+)
+UNSEEN_REVERSE_LOOKUPS = ("Which line has {v}?", "Tell me which one says {v}.")
 STEPS_TITLES = ("Follow the arrows:", "Rules:", "Here are the steps:", "Each line leads to another one:")
 STEPS_REQUESTS = (
     "Start at {k} and follow the arrows to the end, one per line.", "Begin with {k} and go on until the end.",
@@ -211,3 +230,5 @@ UNSEEN_STEPS_REQUESTS = ("Begin with {k} and follow the arrows to the end.",)
 LIST_TITLES = ("Here is a list:", "List:", "My list:", "Look at this list:")
 NEXT_REQUESTS = ("What comes after {k}?", "Which one follows {k}?", "Which one is next after {k}?")
 UNSEEN_NEXT_REQUESTS = ("Which one comes after {k}?",)
+PREVIOUS_REQUESTS = ("What comes before {k}?", "Which one precedes {k}?", "Which one is just before {k}?")
+UNSEEN_PREVIOUS_REQUESTS = ("Which one comes before {k}?",)
