@@ -28,10 +28,10 @@ is not summarized. Two values for one thing confuse it, and it never says that i
 never told, it makes something up. Phrasings unlike those of its language work often, not always; see "unseen" below.
 Small talk gets a stock reply.
 
-Weak spots: names, codes, places and dates that are told before their thing ("Zubo is my cat"), where others of their
-kind were told too; tables asked from the value to its key; the last one or two of more than ten points; points that
-begin as no text of the training does; and whatever was told very many tokens ago. The table below, and those of
-trimkv's README, say how weak.
+Weak spots: what is told before its thing, where others of its kind were told too ("I have 654 books. I have 12 lamps.",
+"Zubo is my cat. Mila is my dog."): then it names any of them; tables asked from the value to its key; points that begin
+as no text of the training does; and whatever was told very many tokens ago. The table below, and those of trimkv's
+README, say how weak.
 
 ## Training
 - Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
