@@ -19,7 +19,7 @@ from trimkv_cli.engine.sources import find_source
 from trimkv_cli.eval.exam import EvalOptions
 from trimkv_cli.eval.run import evaluate
 from trimkv_cli.mini import MODEL_FOLDER, recipe
-from trimkv_cli.mini.conversations import write_conversations
+from trimkv_cli.mini.conversations import write_conversations, write_lines
 from trimkv_cli.mini.exam import answers_right
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_recall
 from trimkv_cli.mini.rows import Encoder, make_batch
@@ -78,12 +78,7 @@ def train_gates(model: str, folder: Path, arguments: list[str]) -> str:
 def write_recall(out: Path, *, count: int, tokens: int) -> None:
     """Write what a few steps can learn from: conversations of one skill, which any weights of mini have."""
     rng = Random(1)
-    told = (make_recall(rng, facts=4, length=int(tokens / TOKENS_PER_WORD)) for _ in range(count))
-    lines = [
-        json.dumps({"messages": [{"role": message.role, "content": message.content} for message in one.messages]})
-        for one in told
-    ]
-    out.write_text("\n".join(lines), encoding="utf-8")
+    write_lines(out, (make_recall(rng, facts=4, length=int(tokens / TOKENS_PER_WORD)) for _ in range(count)))
 
 
 def _check_model(folder: Path) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from trimkv_cli.mini.language import TOKENS_PER_WORD
+from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation
 from trimkv_cli.mini.rows import EARLY, make_conversation
 
 # No more to remember at a time than the slots that gates are trained for can hold: what is worth a slot is learnt as
@@ -22,9 +23,16 @@ MIXTURE = replace(EARLY, facts=6, points=4, alike=0.2, anagrams=0.1)
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
     """Write `count` conversations of about `tokens` tokens, all skills in one, to `out`."""
     rng = Random(seed)
+    drawn = (
+        make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), MIXTURE) for _ in range(count)
+    )
+    write_lines(out, drawn)
+
+
+def write_lines(out: Path, conversations: Iterable[Conversation]) -> None:
+    """Write each conversation to `out` as a line of messages, the form that `gates train` reads."""
     with out.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            conversation = make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), MIXTURE)
+        for conversation in conversations:
             messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
             file.write(json.dumps({"messages": messages}) + "\n")
 
