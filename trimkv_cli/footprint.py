@@ -47,6 +47,11 @@ class Surroundings:
         """Whether nf4 matrices are laid out anew for this machine's CPU."""
         return self.device == "cpu" and self.machine.packs_nf4
 
+    @property
+    def packs_keys(self) -> bool:
+        """Whether keys and values in bf16 are laid out anew for this machine's CPU."""
+        return self.device == "cpu" and self.machine.packs_keys
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -97,6 +102,7 @@ def workspace_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surro
         quantize=shape.quantize,
         device=around.device,
         gate_hidden=gate.hidden if gate.trained else 0,
+        packs_keys=around.packs_keys,
     )
     return forward_bytes(spec, step)
 

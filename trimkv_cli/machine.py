@@ -26,15 +26,18 @@ class Machine:
     cpu_runtime_bytes: int | None = None
     cuda_context_bytes: int | None = None
     packs_nf4: bool = False  # bf16 instructions: bitsandbytes lays nf4 matrices out anew
+    packs_keys: bool = False  # bf16 matrix tiles: torch lays keys and values out anew for each chunk
 
     @classmethod
     def here(cls) -> Self:
         """Describe this machine, with what was measured on it before."""
         measured = {key: size for key, size in _measured().items() if isinstance(size, int) and size > 0}
+        instructions = _cpu_flags()
         return cls(
             cpu_runtime_bytes=measured.get("cpu_runtime_bytes"),
             cuda_context_bytes=measured.get("cuda_context_bytes"),
-            packs_nf4=_has_bf16_instructions(),
+            packs_nf4="avx512_bf16" in instructions,
+            packs_keys="amx_bf16" in instructions,
         )
 
     def runtime_bytes(self, device: str) -> int:
@@ -83,9 +86,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _has_bf16_instructions() -> bool:
-    if not os.path.exists("/proc/cpuinfo"):  # noqa: PTH110 - elsewhere bitsandbytes has no such layout either
-        return False
+def _cpu_flags() -> frozenset[str]:
+    """Return the names of what an x86 CPU can do, as Linux lists them; elsewhere none of these layouts is used."""
+    if not os.path.exists("/proc/cpuinfo"):  # noqa: PTH110
+        return frozenset()
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
         flags = next((line for line in file if line.startswith("flags")), "")
-    return "avx512_bf16" in flags.split()
+    return frozenset(flags.split())

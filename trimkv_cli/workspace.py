@@ -15,6 +15,7 @@ PENALTY_BYTES = 12  # per logit, kept between steps: what was seen, what was mad
 _BLOCK_LOGITS = 1024  # of which sums are taken: a vocabulary is padded to a multiple
 _INT8_BYTES = 16  # per output of a quantised product: sums in 32 bits, scaled twice, and cast
 _EVICTION_BYTES = 64  # per candidate of a chunk: score, rank, order and their intermediates
+_PACKED_FROM = 64  # queries and keys
 _DECODERS = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # families that decode without modules on a CPU
 
 
@@ -31,6 +32,7 @@ class Step:
     device: str
     gate_hidden: int = 0  # width of the gates; 0 for constant ones
     threads: int = 1
+    packs_keys: bool = False  # in bf16, on a CPU with matrix tiles
 
     @property
     def bytes(self) -> int:
@@ -104,7 +106,21 @@ def _attend_bytes(spec: ModelSpec, step: Step, layer: int, rows: int) -> int:
     sees = slots + length
     masks = spec.num_heads if spec.windows[layer] is not None else 1
     masked = rows * length * sees * (step.bytes + 2) * masks
-    return 2 * candidates * kv * step.bytes + masked + step.tokens * spec.num_heads * 4 + _block_bytes(spec, step, sees)
+    joined = 2 * candidates * kv * step.bytes + masked + step.tokens * spec.num_heads * 4
+    packed = _packed_bytes(spec, step, rows=rows, queries=length, sees=sees)
+    return joined + packed + _block_bytes(spec, step, sees)
+
+
+def _packed_bytes(spec: ModelSpec, step: Step, *, rows: int, queries: int, sees: int) -> int:
+    """Count keys and values laid out anew for matrix tiles, and the part that each thread turns at a time.
+
+    torch does so in bf16 from 64 queries and 64 keys on, as its allocator shows; below, it does not pay.
+    """
+    if not step.packs_keys or step.dtype != "bf16" or min(queries, sees) < _PACKED_FROM:
+        return 0
+    keys = sees + sees % 2
+    scratch = step.threads * min(512, keys) * spec.head_dim
+    return (2 * rows * keys * spec.num_kv_heads * spec.head_dim + scratch) * 2
 
 
 def _block_bytes(spec: ModelSpec, step: Step, sees: int) -> int:

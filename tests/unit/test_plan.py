@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
+from trimkv_cli.machine import Machine
 from trimkv_cli.plan import Plan, PlanOptions, make_plan
 from trimkv_cli.profiles import load_profile
 from trimkv_cli.spec import QUANTISATIONS, GateSpec, ModelSpec, full_gate, streaming_gate
@@ -264,3 +265,18 @@ def test_fp8_needs_a_gpu() -> None:
         make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8"))
     halved = make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8", device="cuda"))
     assert halved.kv_bytes_per_row == SPEC.kv_bytes_per_row(512, 1)
+
+
+@pytest.mark.parametrize(("chunk", "dtype", "packs"), [(64, "bf16", True), (63, "bf16", False), (64, "fp32", False)])
+def test_a_plan_counts_the_keys_that_torch_lays_out_anew_on_cpus_with_matrix_tiles(
+    chunk: int, dtype: str, packs: bool
+) -> None:
+    """Catches a workspace that is too small on such CPUs only, where most tests never run."""
+    asked = PlanOptions(kv_budget=512, prefill_chunk=chunk, max_inflight=1, dtype=dtype, device="cpu")
+    with_tiles, without = (
+        make_plan(SPEC, GATE, replace(asked, machine=Machine(packs_keys=tiles))).part_bytes("workspace")
+        for tiles in (True, False)
+    )
+    keys = 512 + chunk
+    packed = 2 * keys * SPEC.num_kv_heads * SPEC.head_dim * 2 + 512 * SPEC.head_dim * 2
+    assert with_tiles - without == (packed if packs else 0)
