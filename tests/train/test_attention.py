@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from trimkv_cli.train import attention
-from trimkv_cli.train.attention import TrainingPass, attend, hidden_states
+from trimkv_cli.train.attention import attend, hidden_states
+from trimkv_cli.train.training_pass import TrainingPass
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_batch, make_trainer

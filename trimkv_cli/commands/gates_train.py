@@ -14,7 +14,7 @@ import typer
 
 from trimkv_cli.commands.options import Offline, Quiet, Revision, option
 from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.train.options import Export, Schedule, TrainedVariant, TrainOptions
+from trimkv_cli.train.options import Export, Schedule, Student, TrainedVariant, TrainOptions
 from trimkv_cli.ui.messages import print_note, print_warning
 from trimkv_cli.ui.plain import neutralise
 
@@ -54,7 +54,14 @@ def train(
     warmup: Annotated[int, _own("--warmup", _LEARNING, "Updates over which the rate rises.")] = 0,
     weight_decay: Annotated[float, _own("--weight-decay", _LEARNING, "Weight decay of AdamW.", "X")] = 0.01,
     clip: Annotated[float, _own("--clip", _LEARNING, "Largest norm of a gradient.", "X")] = 1.0,
-    cap_weight: Annotated[float, _own("--cap-weight", _LEARNING, "Weight of the capacity loss.", "X")] = 1.0,
+    student: Annotated[
+        Student,
+        _own("--student", _LEARNING, "fading: tokens fade, as in the paper; evicting: only kept ones are seen.", None),
+    ] = "fading",
+    cap_weight: Annotated[
+        float | None,
+        _own("--cap-weight", _LEARNING, "Weight of the capacity loss; default: 1 fading, 0 evicting.", "X"),
+    ] = None,
     seed: Annotated[int, _own("--seed", _LEARNING, "Fixes first weights, order and gaps.")] = 0,
     resume: Annotated[
         bool, _own("--resume/--overwrite", _RUN, "Go on from a checkpoint in DIR, or start anew.", None)
@@ -97,7 +104,8 @@ def train(
         gate=gate,
         hidden=hidden,
         bias_init=bias_init,
-        cap_weight=cap_weight,
+        student=student,
+        cap_weight=cap_weight if cap_weight is not None else 1.0 if student == "fading" else 0.0,
         position_gap=position_gap,
         seed=seed,
     )

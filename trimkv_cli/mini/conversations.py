@@ -15,16 +15,18 @@ from random import Random
 from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation
 from trimkv_cli.mini.rows import EARLY, make_conversation
 
-# No more to remember at a time than the slots that gates are trained for can hold: what is worth a slot is learnt as
-# well from little, and the order of what is not is all noise.
-MIXTURE = replace(EARLY, facts=6, points=4, alike=0.2, anagrams=0.1)
+# Half of them hold no more to remember at a time than few slots can: what is worth a slot is learnt best from little.
+# The others hold as much as the model was trained on.
+SPARSE = replace(EARLY, facts=6, points=4, alike=0.2, anagrams=0.1)
+DENSE = replace(SPARSE, facts=12, points=16)
 
 
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
     """Write `count` conversations of about `tokens` tokens, all skills in one, to `out`."""
     rng = Random(seed)
     drawn = (
-        make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), MIXTURE) for _ in range(count)
+        make_conversation(rng, int(tokens * rng.uniform(0.6, 0.9) / TOKENS_PER_WORD), rng.choice((SPARSE, DENSE)))
+        for _ in range(count)
     )
     write_lines(out, drawn)
 

@@ -1,15 +1,15 @@
 """Retention-gated attention for training, hung into unmodified transformers models.
 
 A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states; the attention function adds
-`(t − i) · log_beta_i` to the logits (arXiv 2512.03324v2, equation 3). The same model without the bias is the teacher.
-Both attend in float32 whatever the model computes in, so that KL measures the gates and not rounding.
-All state travels on the `TrainingPass` that a caller gives to the decoder as `training_pass`.
+`(t − i) · log_beta_i` to the logits (arXiv 2512.03324v2, equation 3), or shows each query only what a number of slots
+would hold (`eviction.py`). The same model without either is the teacher. Both attend in float32 whatever the model
+computes in, so that KL measures the gates and not rounding. All state travels on the `TrainingPass` that a caller gives
+to the decoder as `training_pass`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,34 +19,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from trimkv_cli.train.eviction import attend_to_kept
+from trimkv_cli.train.training_pass import TrainingPass
+
 TRAINING_NAME = "trimkv_training"
 QUERY_BLOCK = 512  # queries that need a mask attend in blocks: a mask takes block · T, never T · T
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingPass:
-    """Say what one forward sees, and whether it is the student's.
-
-    Several documents may share a row; none sees another. The student leaves each layer's `log_beta` `[B, Hkv, T]` in
-    `log_betas`.
-    """
-
-    positions: Tensor  # [B, T] int64, increasing within a document
-    documents: Tensor  # [B, T] int64, −1 = padding
-    gated: bool
-    one_document: bool = False  # no row has more than one, so that order alone says what is visible
-    log_betas: dict[int, Tensor] = field(default_factory=dict)
-
-    def distances(self, queries: slice, keys: slice) -> Tensor:
-        """Return how many positions each query is after each key: `[B, Tq, Tk]`, float32."""
-        return (self.positions[:, queries, None] - self.positions[:, None, keys]).float()
-
-    def visible(self, queries: slice, keys: slice, distances: Tensor, window: int | None) -> Tensor:
-        """Return which keys each query may see: `[B, Tq, Tk]`."""
-        index = torch.arange(self.positions.shape[1], device=self.positions.device)
-        seen = index[queries, None] >= index[None, keys]
-        seen = seen & (self.documents[:, queries, None] == self.documents[:, None, keys])
-        return seen if window is None else seen & (distances < window)
 
 
 def install(model: PreTrainedModel, gates: Sequence[nn.Module], windows: Sequence[int | None]) -> None:
@@ -113,14 +90,23 @@ def attend(
 
     `log_beta` `[B, Hkv, T]` makes it the student's attention, differentiable in it.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     inputs = query.float() * scaling, key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
-        if log_beta is not None:
-            inputs = _with_retention(*inputs, log_beta.repeat_interleave(groups, dim=1), training_pass.positions)
-        output = _attend_causally(*inputs, training_pass, window)
+        if log_beta is not None and training_pass.border is not None:
+            output = attend_to_kept(*inputs, log_beta.float(), training_pass, window)
+        else:
+            output = _attend_to_all(*inputs, log_beta, training_pass, window)
     return output[..., : value.shape[3]].to(value.dtype).transpose(1, 2), None
+
+
+def _attend_to_all(
+    query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor | None, now: TrainingPass, window: int | None
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    if log_beta is not None:
+        query, key, value = _with_retention(query, key, value, log_beta.repeat_interleave(groups, dim=1), now.positions)
+    return _attend_causally(query, key, value, now, window)
 
 
 def _with_retention(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimkv_cli.train.attention import TrainingPass
+from trimkv_cli.train.training_pass import TrainingPass
 
 BLOCK = 512
 

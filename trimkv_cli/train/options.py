@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import cos, pi
+from random import Random
 from typing import Any, Literal
 
 from trimkv_cli.errors import UsageError
 
 TrainedVariant = Literal["rg", "rg10"]
 Schedule = Literal["constant", "cosine"]
+Student = Literal["fading", "evicting"]
 Export = Literal["own", "released"]
+SHARPEST = 6.0  # a token whose log score is 1 below the border is seen with a factor of e⁻⁶; at first of e⁻¹
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Border:
+    """What separates the tokens that an evicting student sees from the others: after how many, and how sharply."""
+
+    slots: int
+    sharpness: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +30,8 @@ class TrainOptions:
 
     `context` counts the tokens of a sequence. A sequence's position ids may have random gaps, strictly increasing, of
     `position_gap` positions at most together: the model, the retention bias and the capacity all see the distances.
+    The student sees all tokens, each as far as it has not faded (the paper's), or only those that a number of slots
+    would hold.
     """
 
     memory_size: int
@@ -31,6 +44,7 @@ class TrainOptions:
     warmup: int = 0
     schedule: Schedule = "constant"
     clip: float = 1.0
+    student: Student = "fading"
     gate: TrainedVariant = "rg"
     hidden: int = 512
     bias_init: float = 8.0
@@ -63,10 +77,21 @@ class TrainOptions:
             return self.lr * warm
         return self.lr * warm * (1 + cos(pi * min(1.0, step / self.steps))) / 2
 
+    def border_at(self, step: int, forward: int) -> Border | None:
+        """Draw the border of an evicting student: half of `memory_size` slots to four times as many, evenly in log.
+
+        So the gates learn an order that holds at any budget around the one they are made for. The border sharpens over
+        the run: at first tokens far below it are seen enough to learn from.
+        """
+        if self.student == "fading":
+            return None
+        slots = self.memory_size * 2 ** Random(f"{self.seed} {step} {forward}").uniform(-1, 2)  # noqa: S311
+        return Border(slots=round(slots), sharpness=SHARPEST ** min(1.0, step / self.steps))
+
     def identity(self) -> dict[str, Any]:
-        """Return what a resumed run must share with its checkpoint: a constant rate may go on for more steps."""
+        """Return what a resumed run must share with its checkpoint; its steps only where something hangs on them."""
         values = asdict(self)
-        if self.schedule == "constant":
+        if self.schedule == "constant" and self.student == "fading":
             del values["steps"]
         return values
 

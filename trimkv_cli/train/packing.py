@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trimkv_cli.train.attention import TrainingPass
+from trimkv_cli.train.options import Border
 from trimkv_cli.train.tokens import Tokens
+from trimkv_cli.train.training_pass import TrainingPass
 
 PADDING = -1
 MOST_GAPS = 4
@@ -55,9 +56,13 @@ class Batch(NamedTuple):
     documents: Tensor
     one_document: bool = False
 
-    def make_pass(self, *, gated: bool) -> TrainingPass:
+    def make_pass(self, *, gated: bool, border: Border | None = None) -> TrainingPass:
         return TrainingPass(
-            positions=self.positions, documents=self.documents, gated=gated, one_document=self.one_document
+            positions=self.positions,
+            documents=self.documents,
+            gated=gated,
+            border=border,
+            one_document=self.one_document,
         )
 
 
@@ -143,13 +148,13 @@ class Packer:
 def stretched(length: int, gap: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return strictly increasing positions from 0, with up to four gaps at random places.
 
-    Three sequences of four have gaps; together they are between 1 and `gap` positions long, every order of magnitude
-    as often as another.
+    Three sequences of four have gaps. Together these are between a 64th of `gap` and all of it long, evenly in
+    logarithm; short distances are in every sequence anyway.
     """
     positions = np.arange(length, dtype=np.int64)
     if gap == 0 or length < 2 or rng.random() < 0.25:
         return positions
-    total = min(gap, int(np.exp(rng.uniform(0.0, np.log(gap + 1)))))
+    total = max(1, round(gap * 64 ** -rng.random()))
     count = int(rng.integers(1, MOST_GAPS + 1))
     jumps = np.zeros(length, dtype=np.int64)
     np.add.at(jumps, rng.integers(1, length, size=count), rng.multinomial(total, rng.dirichlet(np.ones(count))))

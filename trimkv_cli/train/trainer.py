@@ -15,8 +15,9 @@ from trimkv_cli.train.attention import checkpoint_layers, hidden_states, install
 from trimkv_cli.train.capacity import capacity_excess, place_weights
 from trimkv_cli.train.losses import distill
 from trimkv_cli.train.new_gates import gate_tensors
-from trimkv_cli.train.options import TrainOptions
+from trimkv_cli.train.options import Border, TrainOptions
 from trimkv_cli.train.packing import PADDING, Batch
+from trimkv_cli.train.training_pass import TrainingPass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +75,25 @@ class Trainer:
         """Update the gates once, from the micro-batches of one step."""
         counts = _Counts.of(batches, self.spec.num_layers * self.spec.num_kv_heads)
         sums = torch.zeros(3, device=self.model.device)
-        for batch in batches:
-            parts = self.losses(batch, counts)
+        for forward, batch in enumerate(batches):
+            parts = self.losses(batch, counts, border=self.options.border_at(self.steps_done, forward))
             (parts[0] + parts[1] + self.options.cap_weight * parts[2]).backward()  # type: ignore[no-untyped-call]
             sums += torch.stack(parts).detach()
         self._update()
         kl, ntp, capacity = sums.tolist()
         return Losses(kl=kl, ntp=ntp, capacity=capacity, total=kl + ntp + self.options.cap_weight * capacity)
 
-    def losses(self, batch: Batch, counts: _Counts | None = None) -> list[Tensor]:
-        """Return KL, NTP and capacity of a micro-batch, its shares of a step's means."""
+    def losses(self, batch: Batch, counts: _Counts | None = None, *, border: Border | None = None) -> list[Tensor]:
+        """Return KL, NTP and capacity of a micro-batch, its shares of a step's means.
+
+        With a border the student sees what lies before it; a capacity of weight 0 is only measured.
+        """
         counts = counts or _Counts.of([batch], self.spec.num_layers * self.spec.num_kv_heads)
         kind = self.model.device.type
         with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             with torch.no_grad():
                 teacher = hidden_states(self.model, batch.ids, batch.make_pass(gated=False))
-            now = batch.make_pass(gated=True)
+            now = batch.make_pass(gated=True, border=border)
             student = hidden_states(self.model, batch.ids, now)
             rows, columns = batch.wanted[:, 1:].nonzero(as_tuple=True)
             kl, ntp = distill(
@@ -99,18 +103,22 @@ class Trainer:
                 _head(self.model),
                 vocab_size=self.spec.vocab_size,
             )
+        return [kl / counts.wanted, ntp / counts.wanted, self._excess(batch, now) / counts.scored]
+
+    def _excess(self, batch: Batch, now: TrainingPass) -> Tensor:
         weights = place_weights(batch.documents)
-        excess = [
-            capacity_excess(
-                now.log_betas[layer],
-                now,
-                weights,
-                memory_size=self.options.memory_size,
-                window=self.spec.windows[layer],
-            )
-            for layer in sorted(now.log_betas)
-        ]
-        return [kl / counts.wanted, ntp / counts.wanted, torch.stack(excess).sum() / counts.scored]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.cap_weight > 0):
+            excess = [
+                capacity_excess(
+                    now.log_betas[layer],
+                    now,
+                    weights,
+                    memory_size=self.options.memory_size,
+                    window=self.spec.windows[layer],
+                )
+                for layer in sorted(now.log_betas)
+            ]
+        return torch.stack(excess).sum()
 
     def _update(self) -> None:
         for group in self.optimizer.param_groups:

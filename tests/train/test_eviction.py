@@ -1,0 +1,118 @@
+"""The student that sees what slots would hold: against the teacher, and against a cache written out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trimkv_cli.train import eviction
+from trimkv_cli.train.attention import hidden_states
+from trimkv_cli.train.eviction import attend_to_kept
+from trimkv_cli.train.options import Border, TrainOptions
+from trimkv_cli.train.training_pass import TrainingPass
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import make_batch, make_trainer
+
+TinyModel = Callable[..., Any]
+SHARP = 1e6
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3"])
+def test_with_a_slot_for_every_token_the_student_is_the_teacher(tiny_model: TinyModel, family: str) -> None:
+    """Catches a mask, window, scale or head that only one of the two attentions has."""
+    trainer = make_trainer(tiny_model(family))
+    batch = make_batch(length=40)
+    with torch.no_grad():
+        teacher = hidden_states(trainer.model, batch.ids, batch.make_pass(gated=False))
+        student = hidden_states(
+            trainer.model, batch.ids, batch.make_pass(gated=True, border=Border(slots=40, sharpness=1))
+        )
+    torch.testing.assert_close(student, teacher, rtol=1e-4, atol=1e-5)
+
+
+def attend_to_best(query: Any, key: Any, value: Any, log_beta: Any, now: TrainingPass, window: int | None) -> Any:
+    """Keep the best scores one query at a time, with a sharp border."""
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    output = torch.zeros(batch, heads, length, value.shape[3])
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(length):
+                seen = [i for i in range(t + 1) if now.documents[b, i] == now.documents[b, t]]
+                age = {i: int(now.positions[b, t] - now.positions[b, i]) for i in seen}
+                seen = [i for i in seen if window is None or age[i] < window]
+                seen.sort(key=lambda i: (age[i] + 2) * float(log_beta[b, h // groups, i]), reverse=True)
+                kept = seen[: now.border.slots]
+                weights = torch.softmax(key[b, h // groups, kept] @ query[b, h, t], 0)
+                output[b, h, t] = weights @ value[b, h // groups, kept]
+    return output
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("block", [256, 5])
+def test_a_sharp_border_keeps_the_best_scores(monkeypatch: pytest.MonkeyPatch, block: int, window: int | None) -> None:
+    """Catches another order than the cache's, tokens of other documents among the best, and blocks that differ."""
+    monkeypatch.setattr(eviction, "QUERY_BLOCK", block)
+    torch.manual_seed(0)
+    now = make_batch(length=23).make_pass(gated=True, border=Border(slots=4, sharpness=SHARP))
+    query, key, value = (torch.randn(2, heads, 23, 8) for heads in (6, 2, 2))
+    log_beta = -torch.rand(2, 2, 23)
+    expected = attend_to_best(query, key, value, log_beta, now, window)
+    torch.testing.assert_close(attend_to_kept(query, key, value, log_beta, now, window), expected)
+
+
+def test_a_token_that_should_have_been_kept_learns_to_last() -> None:
+    """Catches a border without a gradient, on either side of it, and one that depends on how far everything fades."""
+    torch.manual_seed(0)
+    now = TrainingPass(
+        positions=torch.arange(12)[None], documents=torch.zeros(1, 12), gated=True, border=Border(slots=4, sharpness=5)
+    )
+    query, key = torch.ones(1, 1, 12, 4), torch.zeros(1, 1, 12, 4)
+    value = torch.zeros(1, 1, 12, 4)
+    value[0, 0, 2] = 1.0  # what the last query wants
+    gradients = []
+    for scale in (1.0, 1e-4):
+        log_beta = torch.full((1, 1, 12), -0.5 * scale)
+        log_beta[0, 0, 2] = -0.17 * scale  # just below the border
+        lasting = (-torch.log(-log_beta)).requires_grad_()
+        attended = attend_to_kept(query, key, value, -torch.exp(-lasting), now, None)
+        (gradient,) = torch.autograd.grad(attended[0, 0, -1].sum(), lasting)
+        gradients.append(gradient)
+    assert gradients[0][0, 0, 2] > 0.01
+    assert gradients[0].min() < -0.001
+    assert abs(gradients[0].sum()) < 1e-5
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_an_evicting_student_learns(tiny_model: TinyModel) -> None:
+    """Catches slots that do not reach the attention, and losses that do not reach the gates."""
+    trainer = make_trainer(tiny_model("qwen3"), student="evicting", memory_size=6, cap_weight=0.0, lr=3e-2)
+    batch = make_batch(rows=4)
+    before, full = (trainer.losses(batch, border=Border(slots=slots, sharpness=6)) for slots in (6, 24))
+    for _ in range(25):
+        trainer.step([batch])
+    after = trainer.losses(batch, border=Border(slots=6, sharpness=6))
+    assert full[0].item() < 1e-6 < before[0].item()
+    assert (after[0] + after[1]).item() < (before[0] + before[1]).item() - 0.1
+
+
+def test_the_border_of_a_forward_is_the_same_after_a_restart() -> None:
+    """Catches a draw that a resumed run changes, one that leaves its range, and a border that never sharpens."""
+    options = TrainOptions(memory_size=32, context=8, steps=100, student="evicting")
+    drawn = [options.border_at(step, forward) for step in range(100) for forward in range(2)]
+    assert drawn == [options.border_at(step, forward) for step in range(100) for forward in range(2)]
+    slots = [border.slots for border in drawn]
+    assert min(slots) < 20
+    assert max(slots) > 100
+    assert all(16 <= count <= 128 for count in slots)
+    assert slots[::2] != slots[1::2]
+    assert drawn[0].sharpness == 1
+    assert drawn[-1].sharpness > 5
+    assert "steps" in options.identity()
+    assert TrainOptions(memory_size=32, context=8, steps=1).border_at(0, 0) is None

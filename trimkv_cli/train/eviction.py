@@ -1,0 +1,77 @@
+"""The student's attention under eviction: a query sees the tokens that M slots would hold, with a soft border.
+
+The bias of arXiv 2512.03324 (equation 3) trains what fades; this trains what runs: at every step a head holds the M
+tokens with the highest score `(t − i) · log_beta_i`. On a logarithmic scale a score is `lasting_i − log(age)`, where
+`lasting_i = −log(−log_beta_i)`, and the border runs between the M-th and the next one. A sigmoid around it lets
+the gates learn which tokens should have crossed. Only the order counts there, so a gate learns as fast
+which tokens must outlive 50,000 others as which are of use for ten steps.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from trimkv_cli.train.options import Border
+from trimkv_cli.train.training_pass import TrainingPass
+
+QUERY_BLOCK = 256  # queries that attend at a time: what lives is block · T, never T · T
+_LEAST_FADING = 1e-12
+_OUT = -1e4  # the log score of what is not there
+
+
+def attend_to_kept(
+    query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor, now: TrainingPass, window: int | None
+) -> Tensor:
+    """Attend to what lies before the pass's border; differentiable in `log_beta` `[B, Hkv, T]`.
+
+    Query `[B, Hq, T, D]`, scaled, key and value `[B, Hkv, T, D]`, all float32 → `[B, Hq, T, D]`. A query's own token
+    competes like the others. Each step judges all tokens before it anew, so one that was evicted may come back; with
+    trained gates that is rare. Time is O(B · Hq · T²), and a search for the border per query and KV head.
+    """
+    outputs = []
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        queries = slice(start, min(start + QUERY_BLOCK, query.shape[2]))
+        attend_block = partial(_attend_block, now=now, queries=queries, window=window)
+        inputs = query[:, :, queries], *(states[:, :, : queries.stop] for states in (key, value, log_beta))
+        outputs.append(checkpoint(attend_block, *inputs, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outputs, dim=2)
+
+
+def kept_bias(log_beta: Tensor, distances: Tensor, visible: Tensor, border: Border) -> Tensor:
+    """Return the logarithm of how far each key is kept, `[B, Hkv, Tq, Tk]`: 0 well above the border, −inf where unseen.
+
+    `log_beta` `[B, Hkv, Tk]`; `distances` and `visible` `[B, 1, Tq, Tk]`. Who sees no more keys than there
+    are slots sees all.
+    """
+    lasting = -torch.log(-log_beta.clamp(max=-_LEAST_FADING))[:, :, None]
+    scores = (lasting - torch.log(distances.clamp(min=0) + 2)).masked_fill(~visible, _OUT)
+    if scores.shape[3] <= border.slots:
+        return torch.zeros_like(scores).masked_fill(~visible, -torch.inf)
+    level = scores.topk(border.slots + 1, dim=3).values[..., -2:].mean(dim=3, keepdim=True)
+    return functional.logsigmoid(border.sharpness * (scores - level)).masked_fill(~visible, -torch.inf)
+
+
+def _attend_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    *,
+    now: TrainingPass,
+    queries: slice,
+    window: int | None,
+) -> Tensor:
+    assert now.border is not None
+    keys = slice(0, queries.stop)
+    distances = now.distances(queries, keys)
+    visible = now.visible(queries, keys, distances, window)[:, None]
+    bias = kept_bias(log_beta, distances[:, None], visible, now.border)
+    batch, _, length, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, length, width)  # query heads by the KV head that they share
+    weights = (grouped @ key[:, :, None].transpose(3, 4) + bias[:, :, None]).softmax(dim=4)
+    return (weights @ value[:, :, None]).flatten(1, 2)
