@@ -117,7 +117,7 @@ def test_a_length_that_nobody_gave_is_what_the_positions_leave(llm: Any) -> None
     """Catches a message refused for 512 tokens that nobody asked for, and one cut that asked for its length."""
     params = replace(SAMPLED, max_tokens=100_000, temperature=0.0)
     talk = begin(llm, params=params, fits_rest=True)
-    assert say(talk, "My cat is called Zubo.", after(3)).finish_reason == "abort"
+    assert say(talk, "My cat is called Zubo.", after(1)).finish_reason == "abort"
     talk.clear()
     with pytest.raises(ContextOverflow):
         begin(llm, params=params).say("My cat is called Zubo.", never)
