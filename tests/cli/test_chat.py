@@ -94,7 +94,7 @@ def stored(home: Path) -> dict:  # type: ignore[type-arg]
 
 def test_killed_and_continued_without_reading_again(tmp_path: Path) -> None:
     """Catches turns lost by kill -9, a continuation that reads again, and tokens that differ from an unbroken talk."""
-    texts = ("My cat is called Zubo.", "My dog is called Rex. " * 8, "What is my cat called?")
+    texts = ("My cat is called Zubo.", " ".join(["My dog is called Rex."] * 8), "What is my cat called?")
     params = SamplingParams(max_tokens=24, temperature=1.5, seed=7)
     with Terminal(*CHAT[:3], "-n", "24", "--temperature", "1.5", "--seed", "7", home=tmp_path) as terminal:
         terminal.wait(lambda: terminal.asks)

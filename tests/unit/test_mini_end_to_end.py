@@ -29,9 +29,8 @@ DATA = "conversations.jsonl"
 SCHEDULE = replace(recipe.TOY, tokens=100_000)
 ONE_STEP = [*("--memory-size", "8", "--context", "128", "--steps", "1", "--batch", "2", "--accumulate", "1")]
 SOME_STEPS = [
-    *("--student", "evicting", "--memory-size", "12", "--context", "256", "--position-gap", "100", "--steps", "50"),
-    *("--batch", "4"),
-    *("--accumulate", "1", "--hidden", "32", "--lr", "1e-2", "--schedule", "cosine", "--bias-init", "4"),
+    *("--student", "evicting", "--memory-size", "16", "--context", "256", "--steps", "60", "--batch", "4"),
+    *("--accumulate", "1", "--hidden", "64", "--lr", "1e-2", "--schedule", "cosine"),
 ]
 
 
