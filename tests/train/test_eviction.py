@@ -102,6 +102,15 @@ def test_an_evicting_student_learns(tiny_model: TinyModel) -> None:
     assert (after[0] + after[1]).item() < (before[0] + before[1]).item() - 0.1
 
 
+def test_nothing_is_learnt_where_nothing_is_evicted(tiny_model: TinyModel) -> None:
+    """Catches a run that ends when all sequences of a step are shorter than the slots that were drawn."""
+    trainer = make_trainer(tiny_model("qwen3"), student="evicting", memory_size=100, cap_weight=0.0)
+    before = {name: parameter.clone() for name, parameter in trainer.parameters.items()}
+    assert trainer.step([make_batch()]).kl < 1e-6
+    assert trainer.steps_done == 1
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.parameters.items())
+
+
 def test_the_border_of_a_forward_is_the_same_after_a_restart() -> None:
     """Catches a draw that a resumed run changes, one that leaves its range, and a border that never sharpens."""
     options = TrainOptions(memory_size=32, context=8, steps=100, student="evicting")

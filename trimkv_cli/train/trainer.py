@@ -77,7 +77,9 @@ class Trainer:
         sums = torch.zeros(3, device=self.model.device)
         for forward, batch in enumerate(batches):
             parts = self.losses(batch, counts, border=self.options.border_at(self.steps_done, forward))
-            (parts[0] + parts[1] + self.options.cap_weight * parts[2]).backward()  # type: ignore[no-untyped-call]
+            loss = parts[0] + parts[1] + self.options.cap_weight * parts[2]
+            if loss.requires_grad:  # a student with a slot for every token has nothing to learn
+                loss.backward()  # type: ignore[no-untyped-call]
             sums += torch.stack(parts).detach()
         self._update()
         kl, ntp, capacity = sums.tolist()
