@@ -8,7 +8,7 @@ READY := .venv/ready
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
-	@echo "make mini          train the built-in model from nothing into build/mini (at most an hour on two cores)"
+	@echo "make mini          train the built-in model and its gates from nothing into build/mini (70 minutes on two cores)"
 	@echo "make bench-mini    record what MODEL=mini (or a folder) remembers, and write it into the README"
 	@echo "make bench-run     record what batches cost and survive, and write it into the README (about 15 minutes)"
 	@echo "make test          run the tests"
