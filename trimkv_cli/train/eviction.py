@@ -30,8 +30,8 @@ def attend_to_kept(
     """Attend to what lies before the pass's border; differentiable in `log_beta` `[B, Hkv, T]`.
 
     Query `[B, Hq, T, D]`, scaled, key and value `[B, Hkv, T, D]`, all float32 → `[B, Hq, T, D]`. A query's own token
-    competes like the others. Each step judges all tokens before it anew, so one that was evicted may come back; with
-    trained gates that is rare. Time is O(B · Hq · T²), and a search for the border per query and KV head.
+    competes like the others. Each step judges all tokens before it anew, so one that was evicted may come back, which
+    is kinder than a cache. Time is O(B · Hq · T²), and a search for the border per query and KV head.
     """
     outputs = []
     for start in range(0, query.shape[2], QUERY_BLOCK):
