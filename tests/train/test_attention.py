@@ -16,7 +16,7 @@ from trimkv_cli.train.attention import attend, hidden_states
 from trimkv_cli.train.training_pass import TrainingPass
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import make_batch, make_trainer
+from tiny import attend_one_by_one, make_batch, make_trainer
 
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]
 TinyModel = Callable[..., Any]
@@ -76,22 +76,6 @@ def test_a_document_sees_no_other(tiny_model: TinyModel) -> None:
     torch.testing.assert_close(packed, single, rtol=1e-4, atol=1e-5)
 
 
-def attend_plainly(query: Any, key: Any, value: Any, log_beta: Any, now: TrainingPass, scale: float) -> Any:
-    """Equation 3, one query at a time: query head h belongs to KV head h // groups."""
-    batch, heads, length, _ = query.shape
-    groups = heads // key.shape[1]
-    output = torch.zeros(batch, length, heads, value.shape[3])
-    for b in range(batch):
-        for h in range(heads):
-            for t in range(length):
-                seen = [i for i in range(t + 1) if now.documents[b, i] == now.documents[b, t]]
-                age = (now.positions[b, t] - now.positions[b, seen]).float()
-                kv = h // groups
-                logits = scale * key[b, kv, seen] @ query[b, h, t] + age * log_beta[b, kv, seen]
-                output[b, t, h] = torch.softmax(logits, 0) @ value[b, kv, seen]
-    return output
-
-
 @pytest.mark.parametrize("block", [512, 5])
 def test_each_kv_head_fades_for_its_own_query_heads(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Catches a bias on the wrong query heads (3 per KV head), and blocks that lose a gradient."""
@@ -106,7 +90,9 @@ def test_each_kv_head_fades_for_its_own_query_heads(monkeypatch: pytest.MonkeyPa
         lambda lb: attend(
             SimpleNamespace(), query, key, value, None, scaling=0.3, training_pass=now, log_beta=lb, window=None
         )[0],
-        lambda lb: attend_plainly(query, key, value, lb, now, 0.3),
+        lambda lb: attend_one_by_one(  # equation 3 written out
+            query * 0.3, key, value, now, lambda row, head, ages: {i: age * lb[row, head, i] for i, age in ages.items()}
+        ).transpose(1, 2),
     ):
         leaf = log_beta.clone().requires_grad_()
         output = function(leaf)

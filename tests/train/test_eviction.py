@@ -17,7 +17,7 @@ from trimkv_cli.train.options import Border, TrainOptions
 from trimkv_cli.train.training_pass import TrainingPass
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import make_batch, make_trainer
+from tiny import attend_one_by_one, make_batch, make_trainer
 
 TinyModel = Callable[..., Any]
 SHARP = 1e6
@@ -36,24 +36,6 @@ def test_with_a_slot_for_every_token_the_student_is_the_teacher(tiny_model: Tiny
     torch.testing.assert_close(student, teacher, rtol=1e-4, atol=1e-5)
 
 
-def attend_to_best(query: Any, key: Any, value: Any, log_beta: Any, now: TrainingPass, window: int | None) -> Any:
-    """Keep the best scores one query at a time, with a sharp border."""
-    batch, heads, length, _ = query.shape
-    groups = heads // key.shape[1]
-    output = torch.zeros(batch, heads, length, value.shape[3])
-    for b in range(batch):
-        for h in range(heads):
-            for t in range(length):
-                seen = [i for i in range(t + 1) if now.documents[b, i] == now.documents[b, t]]
-                age = {i: int(now.positions[b, t] - now.positions[b, i]) for i in seen}
-                seen = [i for i in seen if window is None or age[i] < window]
-                seen.sort(key=lambda i: (age[i] + 2) * float(log_beta[b, h // groups, i]), reverse=True)
-                kept = seen[: now.border.slots]
-                weights = torch.softmax(key[b, h // groups, kept] @ query[b, h, t], 0)
-                output[b, h, t] = weights @ value[b, h // groups, kept]
-    return output
-
-
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("block", [256, 5])
 def test_a_sharp_border_keeps_the_best_scores(monkeypatch: pytest.MonkeyPatch, block: int, window: int | None) -> None:
@@ -63,7 +45,13 @@ def test_a_sharp_border_keeps_the_best_scores(monkeypatch: pytest.MonkeyPatch, b
     now = make_batch(length=23).make_pass(gated=True, border=Border(slots=4, sharpness=SHARP))
     query, key, value = (torch.randn(2, heads, 23, 8) for heads in (6, 2, 2))
     log_beta = -torch.rand(2, 2, 23)
-    expected = attend_to_best(query, key, value, log_beta, now, window)
+
+    def keep_best(row: int, head: int, ages: dict[int, int]) -> dict[int, float]:
+        near = [i for i, age in ages.items() if window is None or age < window]
+        near.sort(key=lambda i: (ages[i] + 2) * float(log_beta[row, head, i]), reverse=True)
+        return dict.fromkeys(near[:4], 0.0)
+
+    expected = attend_one_by_one(query, key, value, now, keep_best)
     torch.testing.assert_close(attend_to_kept(query, key, value, log_beta, now, window), expected)
 
 

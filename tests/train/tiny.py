@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trimkv_cli.train.new_gates import describe_gates, new_gates
 from trimkv_cli.train.options import TrainOptions
 from trimkv_cli.train.packing import Batch
 from trimkv_cli.train.trainer import Trainer
+from trimkv_cli.train.training_pass import TrainingPass
 
 OPTIONS: dict[str, Any] = {"memory_size": 4, "context": 24, "steps": 4, "hidden": 8, "bias_init": 2.0, "lr": 1e-2}
 
@@ -41,6 +43,25 @@ def make_batch(rows: int = 2, length: int = 24, *, seed: int = 0) -> Batch:
     wanted = torch.from_numpy(rng.random((rows, length)) < 0.5) & (documents >= 0)
     wanted[:, [0, split]] = False
     return Batch(ids, wanted, positions, documents)
+
+
+def attend_one_by_one(
+    query: Any, key: Any, value: Any, now: TrainingPass, see: Callable[[int, int, dict[int, int]], dict[int, Any]]
+) -> Any:
+    """Attend one query at a time: `[B, Hq, T, D]`; query head h belongs to KV head h // groups.
+
+    `see` gets a row, a KV head and the ages of the tokens so far of the query's document, and returns those that are
+    seen, each with what is added to its logit.
+    """
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    output = torch.zeros(batch, heads, length, value.shape[3])
+    for b, h, t in product(range(batch), range(heads), range(length)):
+        before = [i for i in range(t + 1) if now.documents[b, i] == now.documents[b, t]]
+        seen = see(b, h // groups, {i: int(now.positions[b, t] - now.positions[b, i]) for i in before})
+        logits = torch.stack([key[b, h // groups, i] @ query[b, h, t] + bias for i, bias in seen.items()])
+        output[b, h, t] = torch.softmax(logits, 0) @ value[b, h // groups, list(seen)]
+    return output
 
 
 def save_tiny_model(folder: Path, tiny_model: Callable[..., Any]) -> Path:
