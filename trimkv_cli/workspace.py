@@ -114,7 +114,7 @@ def _attend_bytes(spec: ModelSpec, step: Step, layer: int, rows: int) -> int:
 def _packed_bytes(spec: ModelSpec, step: Step, *, rows: int, queries: int, sees: int) -> int:
     """Count keys and values laid out anew for matrix tiles, and the part that each thread turns at a time.
 
-    torch does so in bf16 from 64 queries and 64 keys on, as its allocator shows; below, it does not pay.
+    torch does so in bf16 from 64 queries and 64 keys on, as its allocator shows.
     """
     if not step.packs_keys or step.dtype != "bf16" or min(queries, sees) < _PACKED_FROM:
         return 0

@@ -123,10 +123,9 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
     elif alike:
         while talk.told < count:
             talk.tell()
+    table, items = (partial(make, reverse=mixture.reverse) for make in (readings.make_table, readings.make_list))
     while talk.words < length:
         if rng.random() < mixture.tasks:
-            table = partial(readings.make_table, reverse=mixture.reverse)
-            items = partial(readings.make_list, reverse=mixture.reverse)
             make = rng.choice((table, readings.make_steps, items))
             talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
         language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
