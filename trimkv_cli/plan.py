@@ -215,8 +215,10 @@ def _warnings(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options
     if slots < wish.trained and slots != wish.kv_budgets[0] and gate.trained:
         message = f"{gate.id} was trained for {trained} slots per head, and the budget leaves {slots}"
         yield Warning(code="kv_budget_below_trained", message=message)
-    if trained is not None and slots > trained and slots != options.default_kv_budget:
-        message = f"{gate.id} was trained for {trained} slots per head, not for {slots}"
+    most = gate.largest_memory_size or trained
+    if most is not None and slots > most and slots != options.default_kv_budget:
+        up_to = "" if most == trained else "up to "
+        message = f"{gate.id} was trained for {up_to}{most} slots per head, not for {slots}"
         yield Warning(code="kv_budget_above_trained", message=message)
     if slots > spec.max_positions:
         message = f"{slots} slots per head are more than the model's {spec.max_positions} positions: some stay empty"

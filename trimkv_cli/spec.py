@@ -129,6 +129,7 @@ class GateSpec:
     id: str
     hidden: int = 512  # width of the gate's MLP
     memory_size: int | None = None  # the M it was trained for
+    largest_memory_size: int | None = None  # the most of them, where it was trained for several
     trained_context: int | None = None
     base_model: str | None = None
     buffer_size: int | None = None  # reported; trimkv evicts at every step
@@ -153,6 +154,7 @@ class GateSpec:
             id=id,
             hidden=_whole(config, "retention_gate_intermediate_size", id) or 512,
             memory_size=_whole(config, "memory_size", id),
+            largest_memory_size=_whole(config, "largest_memory_size", id),
             trained_context=_whole(config, "max_seq_len", id) or _whole(config, "trained_context", id),
             base_model=config.get("base_model"),
             buffer_size=_whole(config, "buffer_size", id),

@@ -144,6 +144,9 @@ def test_a_context_past_the_models_positions_is_refused() -> None:
 def test_more_slots_than_trained_is_a_warning() -> None:
     assert codes(make_plan(SPEC, GATE, PlanOptions(kv_budget=513))) == ["kv_budget_above_trained"]
     assert codes(make_plan(SPEC, GATE, PlanOptions(kv_budget=512))) == []
+    several = replace(GATE, memory_size=128, largest_memory_size=512)
+    assert codes(make_plan(SPEC, several, PlanOptions(kv_budget=513))) == ["kv_budget_above_trained"]
+    assert codes(make_plan(SPEC, several, PlanOptions(kv_budget=512))) == []
 
 
 def test_more_slots_than_positions_are_honoured_and_named() -> None:

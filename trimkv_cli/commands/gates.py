@@ -87,7 +87,9 @@ def _lines(facts: GateFacts) -> Iterator[tuple[str, str]]:
     gate = facts.gate
     yield "gates", gate.id
     yield "variant", f"{gate.variant}, {facts.hidden_size} → {gate.hidden} → {facts.num_kv_heads}, {facts.hidden_act}"
-    yield "trained for", f"{_number(gate.memory_size)} slots per head, contexts up to {_number(gate.trained_context)}"
+    more = f" (and up to {gate.largest_memory_size:,})" if gate.largest_memory_size else ""
+    context = _number(gate.trained_context)
+    yield "trained for", f"{_number(gate.memory_size)} slots per head{more}, contexts up to {context}"
     yield "base model", f"{gate.base_model or 'not said'} ({gate.model_type or 'family not said'})"
     yield "file", f"{facts.file.name}, {format_size(facts.file_bytes)}, {' and '.join(facts.dtypes)}"
     yield "sha256", facts.sha256

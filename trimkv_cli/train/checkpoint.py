@@ -33,11 +33,12 @@ class Progress:
     recent: deque[Losses] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def mean_losses(self) -> dict[str, float]:
-        """Return the means of the last steps' losses."""
+        """Return the means of the last steps' losses, of those that were computed."""
         if not self.recent:
             return {}
         rows = [asdict(losses) for losses in self.recent]
-        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        computed = [name for name, value in rows[0].items() if value is not None]
+        return {name: sum(row[name] for row in rows) / len(rows) for name in computed}
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, progress: Progress, identity: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ from trimkv_cli.train.options import Border
 from trimkv_cli.train.training_pass import TrainingPass
 
 QUERY_BLOCK = 256  # queries that attend at a time: what lives is block · T, never T · T
+KEPT_NUMEL = 1 << 24  # pairs of tokens and heads, at most, whose weights (64 MiB) a layer keeps for the backward pass
 _LEAST_FADING = 1e-12
-_OUT = -1e4  # the log score of what is not there
+_FAR = 1e4  # the log age of what is not there
 
 
 def attend_to_kept(
@@ -31,29 +32,36 @@ def attend_to_kept(
 
     Query `[B, Hq, T, D]`, scaled, key and value `[B, Hkv, T, D]`, all float32 → `[B, Hq, T, D]`. A query's own token
     competes like the others. Each step judges all tokens before it anew, so one that was evicted may come back, which
-    is kinder than a cache. Time is O(B · Hq · T²), and a search for the border per query and KV head.
+    is kinder than a cache. Time is O(B · Hq · T²), and a search for the border per query and KV head. Long sequences
+    are attended to twice, so that memory is O(B · Hq · T) for them.
     """
+    batch, heads, length, _ = query.shape
+    recompute = batch * heads * length * length > KEPT_NUMEL
     outputs = []
-    for start in range(0, query.shape[2], QUERY_BLOCK):
-        queries = slice(start, min(start + QUERY_BLOCK, query.shape[2]))
+    for start in range(0, length, QUERY_BLOCK):
+        queries = slice(start, min(start + QUERY_BLOCK, length))
         attend_block = partial(_attend_block, now=now, queries=queries, window=window)
         inputs = query[:, :, queries], *(states[:, :, : queries.stop] for states in (key, value, log_beta))
-        outputs.append(checkpoint(attend_block, *inputs, use_reentrant=False, preserve_rng_state=False))
+        if recompute:
+            outputs.append(checkpoint(attend_block, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(attend_block(*inputs))
     return torch.cat(outputs, dim=2)
 
 
 def kept_bias(log_beta: Tensor, distances: Tensor, visible: Tensor, border: Border) -> Tensor:
-    """Return the logarithm of how far each key is kept, `[B, Hkv, Tq, Tk]`: 0 well above the border, −inf where unseen.
+    """Return the logarithm of how far each key is kept, `[B, Hkv, Tq, Tk]`: 0 well above the border, −5,000 and less
+    where unseen.
 
     `log_beta` `[B, Hkv, Tk]`; `distances` and `visible` `[B, 1, Tq, Tk]`. Who sees no more keys than there
-    are slots sees all.
+    are slots sees all, all heads alike: `[B, 1, Tq, Tk]`.
     """
+    if distances.shape[3] <= border.slots:
+        return torch.zeros_like(distances).masked_fill(~visible, -torch.inf)
     lasting = -torch.log(-log_beta.clamp(max=-_LEAST_FADING))[:, :, None]
-    scores = (lasting - torch.log(distances.clamp(min=0) + 2)).masked_fill(~visible, _OUT)
-    if scores.shape[3] <= border.slots:
-        return torch.zeros_like(scores).masked_fill(~visible, -torch.inf)
-    level = scores.topk(border.slots + 1, dim=3).values[..., -2:].mean(dim=3, keepdim=True)
-    return functional.logsigmoid(border.sharpness * (scores - level)).masked_fill(~visible, -torch.inf)
+    scores = lasting - torch.log(distances.clamp(min=0) + 2).masked_fill(~visible, _FAR)
+    level = scores.topk(border.slots + 1, dim=3).values[..., -2:].mean(dim=3, keepdim=True).clamp(min=-_FAR / 2)
+    return functional.logsigmoid(border.sharpness * (scores - level))
 
 
 def _attend_block(

@@ -19,6 +19,7 @@ def describe_gates(options: TrainOptions, spec: ModelSpec, model_id: str) -> Gat
         id=model_id,
         hidden=options.hidden,
         memory_size=options.memory_size,
+        largest_memory_size=options.largest_memory_size,
         trained_context=options.context,
         base_model=model_id,
         model_type=spec.model_type,

@@ -13,6 +13,7 @@ TrainedVariant = Literal["rg", "rg10"]
 Schedule = Literal["constant", "cosine"]
 Student = Literal["fading", "evicting"]
 Export = Literal["own", "released"]
+MOST_DOUBLINGS = 2  # of the slots that an evicting student is made for
 SHARPEST = 6.0  # a token whose log score is 1 below the border is seen with a factor of e⁻⁶; at first of e⁻¹
 
 
@@ -62,6 +63,11 @@ class TrainOptions:
             _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
 
     @property
+    def largest_memory_size(self) -> int | None:
+        """Return the most slots that an evicting student may have; a fading one counts on `memory_size` alone."""
+        return self.memory_size * 2**MOST_DOUBLINGS if self.student == "evicting" else None
+
+    @property
     def sequences_per_step(self) -> int:
         return self.batch * self.accumulate
 
@@ -85,7 +91,7 @@ class TrainOptions:
         """
         if self.student == "fading":
             return None
-        slots = self.memory_size * 2 ** Random(f"{self.seed} {step} {forward}").uniform(-1, 2)  # noqa: S311
+        slots = self.memory_size * 2 ** Random(f"{self.seed} {step} {forward}").uniform(-1, MOST_DOUBLINGS)  # noqa: S311
         return Border(slots=round(slots), sharpness=SHARPEST ** min(1.0, step / self.steps))
 
     def identity(self) -> dict[str, Any]:

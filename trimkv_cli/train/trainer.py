@@ -22,11 +22,14 @@ from trimkv_cli.train.training_pass import TrainingPass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """The parts of the loss, means over a step: KL and NTP per wanted token, capacity per token, layer and head."""
+    """The parts of the loss, means over a step: KL and NTP per wanted token, capacity per token, layer and head.
+
+    A capacity that has no weight is not computed, and None.
+    """
 
     kl: float
     ntp: float
-    capacity: float
+    capacity: float | None
     total: float
 
 
@@ -83,12 +86,13 @@ class Trainer:
             sums += torch.stack(parts).detach()
         self._update()
         kl, ntp, capacity = sums.tolist()
-        return Losses(kl=kl, ntp=ntp, capacity=capacity, total=kl + ntp + self.options.cap_weight * capacity)
+        weight = self.options.cap_weight
+        return Losses(kl=kl, ntp=ntp, capacity=capacity if weight else None, total=kl + ntp + weight * capacity)
 
     def losses(self, batch: Batch, counts: _Counts | None = None, *, border: Border | None = None) -> list[Tensor]:
         """Return KL, NTP and capacity of a micro-batch, its shares of a step's means.
 
-        With a border the student sees what lies before it; a capacity of weight 0 is only measured.
+        With a border the student sees what lies before it; a capacity of weight 0 is not computed, and 0.
         """
         counts = counts or _Counts.of([batch], self.spec.num_layers * self.spec.num_kv_heads)
         kind = self.model.device.type
@@ -108,18 +112,19 @@ class Trainer:
         return [kl / counts.wanted, ntp / counts.wanted, self._excess(batch, now) / counts.scored]
 
     def _excess(self, batch: Batch, now: TrainingPass) -> Tensor:
+        if self.options.cap_weight == 0:
+            return torch.zeros((), device=batch.ids.device)
         weights = place_weights(batch.documents)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.cap_weight > 0):
-            excess = [
-                capacity_excess(
-                    now.log_betas[layer],
-                    now,
-                    weights,
-                    memory_size=self.options.memory_size,
-                    window=self.spec.windows[layer],
-                )
-                for layer in sorted(now.log_betas)
-            ]
+        excess = [
+            capacity_excess(
+                now.log_betas[layer],
+                now,
+                weights,
+                memory_size=self.options.memory_size,
+                window=self.spec.windows[layer],
+            )
+            for layer in sorted(now.log_betas)
+        ]
         return torch.stack(excess).sum()
 
     def _update(self) -> None:
