@@ -48,6 +48,11 @@ class Surroundings:
         return self.device == "cpu" and self.machine.packs_nf4
 
     @property
+    def threads(self) -> int:
+        """How many threads hold blocks of their own at a time."""
+        return self.machine.threads if self.device == "cpu" else 1
+
+    @property
     def packs_keys(self) -> bool:
         """Whether keys and values in bf16 are laid out anew for this machine's CPU."""
         return self.device == "cpu" and self.machine.packs_keys
@@ -102,6 +107,7 @@ def workspace_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surro
         quantize=shape.quantize,
         device=around.device,
         gate_hidden=gate.hidden if gate.trained else 0,
+        threads=around.threads,
         packs_keys=around.packs_keys,
     )
     return forward_bytes(spec, step)

@@ -27,6 +27,7 @@ class Machine:
     cuda_context_bytes: int | None = None
     packs_nf4: bool = False  # bf16 instructions: bitsandbytes lays nf4 matrices out anew
     packs_keys: bool = False  # bf16 matrix tiles: torch lays keys and values out anew for each chunk
+    threads: int = 1  # that torch computes with, each on blocks of its own
 
     @classmethod
     def here(cls) -> Self:
@@ -38,6 +39,7 @@ class Machine:
             cuda_context_bytes=measured.get("cuda_context_bytes"),
             packs_nf4="avx512_bf16" in instructions,
             packs_keys="amx_bf16" in instructions,
+            threads=usable_cores(),
         )
 
     def runtime_bytes(self, device: str) -> int:
@@ -48,6 +50,13 @@ class Machine:
     def calibrated(self, device: str) -> bool:
         """Say whether that number was measured here."""
         return {"cpu": self.cpu_runtime_bytes, "cuda": self.cuda_context_bytes}.get(device) is not None
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, and torch uses unless it is told otherwise."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def store(machine: Machine) -> Path:

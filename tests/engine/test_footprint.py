@@ -27,6 +27,19 @@ def test_what_is_allocated_is_what_was_planned(name: str, tmp_path: Path) -> Non
         assert 0.98 <= made["planned_over_measured"] <= 1.02, made
 
 
+def test_every_thread_has_blocks_of_its_own(tmp_path: Path) -> None:
+    """Catches a plan for one thread where two compute."""
+    disable_progress_bar()
+    folder = save_model(MODELS["llama, tiny"], tmp_path / "model")
+    made = [
+        measure(folder, dtype="fp32", quantize="none", rows=3, kv_budget=256, chunk=256, threads=threads)
+        for threads in (1, 2)
+    ]
+    assert made[1]["planned_bytes"] > made[0]["planned_bytes"]
+    for one in made:
+        assert 0.99 <= one["planned_over_measured"] <= 1.01, one
+
+
 def test_requests_of_any_length_run_in_what_was_planned_for_three_rows(tmp_path: Path) -> None:
     """Catches memory that grows with a prompt's length or from one request to the next, and rows beyond the plan."""
     disable_progress_bar()

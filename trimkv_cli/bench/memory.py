@@ -83,7 +83,9 @@ def save_model(config: dict[str, Any], folder: Path, *, dtype: torch.dtype = tor
     return folder
 
 
-def measure(folder: Path, *, dtype: str, quantize: str, rows: int, kv_budget: int, chunk: int) -> dict[str, Any]:
+def measure(
+    folder: Path, *, dtype: str, quantize: str, rows: int, kv_budget: int, chunk: int, threads: int = 1
+) -> dict[str, Any]:
     """Read prompts longer than cache and chunk, sample with every filter on, and count what was allocated."""
     options = EngineOptions(
         model=str(folder),
@@ -94,6 +96,7 @@ def measure(folder: Path, *, dtype: str, quantize: str, rows: int, kv_budget: in
         max_inflight=rows,
         kv_budget=str(kv_budget),
         prefill_chunk=chunk,
+        threads=threads,
     )
     engine = load_engine(options)
     with LiveBytes() as live:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,18 @@ class Source:
             kv_dtype=options.kv_dtype,
             can_quantise=find_spec("bitsandbytes") is not None,
             snapshots=snapshots,
-            machine=Machine.here(),
+            machine=_machine(options),
             device=device,
             padded_rows=padded_rows,
             rebases=options.on_overflow == "rebase",
             command=f"trimkv plan {self.name or self.model_id}",
         )
+
+
+def _machine(options: EngineOptions) -> Machine:
+    """Describe this machine with the threads that the options give it."""
+    here = Machine.here()
+    return replace(here, threads=options.threads or (1 if options.deterministic else here.threads))
 
 
 def find_source(options: EngineOptions, *, weights: bool) -> Source:
