@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def test_released_format() -> None:
     assert len(tensors) == 12
     assert warnings == ()
     assert check_gates(model_spec(), gate, tensors, model_id="somewhere/Qwen3_Base/") == ()
+
+
+def test_gates_made_for_several_budgets_say_so(tmp_path: Path) -> None:
+    """Catches a range of budgets that is lost on the way to the warning about it."""
+    gate, tensors, _, _ = read_gates(GOLDEN / "qwen3_rg")
+    write_gates(tmp_path, replace(gate, largest_memory_size=128), tensors)
+    assert read_gates(tmp_path).gate.largest_memory_size == 128
 
 
 @pytest.mark.parametrize("write", [write_gates, write_released])

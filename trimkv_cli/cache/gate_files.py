@@ -227,7 +227,7 @@ def _config(gate: GateSpec, tensors: Mapping[str, Tensor], hidden_act: str) -> d
         "retention_gate_intermediate_size": gate.hidden,
         "hidden_act": hidden_act,
         "memory_size": gate.memory_size,
-        "largest_memory_size": gate.largest_memory_size,
+        **({"largest_memory_size": gate.largest_memory_size} if gate.largest_memory_size else {}),
         "buffer_size": gate.buffer_size,
         "hidden_size": first["linear1.weight"].shape[1],
         "num_hidden_layers": sum(key.endswith("retention_gate.bias") for key in tensors),
