@@ -39,7 +39,7 @@ class Machine:
             cuda_context_bytes=measured.get("cuda_context_bytes"),
             packs_nf4="avx512_bf16" in instructions,
             packs_keys="amx_bf16" in instructions,
-            threads=usable_cores(),
+            threads=_usable_cores(),
         )
 
     def runtime_bytes(self, device: str) -> int:
@@ -50,13 +50,6 @@ class Machine:
     def calibrated(self, device: str) -> bool:
         """Say whether that number was measured here."""
         return {"cpu": self.cpu_runtime_bytes, "cuda": self.cuda_context_bytes}.get(device) is not None
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use, and torch uses unless it is told otherwise."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def store(machine: Machine) -> Path:
@@ -102,3 +95,10 @@ def _cpu_flags() -> frozenset[str]:
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
         flags = next((line for line in file if line.startswith("flags")), "")
     return frozenset(flags.split())
+
+
+def _usable_cores() -> int:
+    """Return how many cores this process may use: no fewer than torch takes unless it is told."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -146,7 +146,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     disable_progress_bar()
-    torch.set_num_threads(1)
     results = []
     for name, config in MODELS.items():
         if name.replace(", ", "-") not in arguments.models.split(","):

@@ -91,7 +91,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
     device = pick_device(options.device)
     _check_deterministic(options, device)
     plan = plan_for(source, options, device, snapshots=snapshots)
-    torch.set_num_threads(options.threads or (1 if options.deterministic else torch.get_num_threads()))
+    torch.set_num_threads(options.threads_or(torch.get_num_threads()))
     if plan.budget_bytes is not None:
         cap_allocator(device, plan.budget_bytes - plan.part_bytes("runtime"))
     with tidy_heap():

@@ -50,6 +50,10 @@ class EngineOptions:
         if self.on_overflow not in _OVERFLOW:
             raise UsageError(f"--on-overflow {self.on_overflow} is unknown", hint=f"one of {', '.join(_OVERFLOW)}")
 
+    def threads_or(self, default: int) -> int:
+        """Return how many threads torch computes with: `default`, unless these options say."""
+        return self.threads or (1 if self.deterministic else default)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:

@@ -69,6 +69,7 @@ class Source:
         """
         total, free = memory_bytes
         budget = parse_budget(options.budget).resolve(total_bytes=total, free_bytes=free) if options.budget else None
+        here = Machine.here()
         chunk = self.profile.prefill_chunk if self.profile is not None else None
         return PlanOptions(
             budget=budget,
@@ -82,18 +83,12 @@ class Source:
             kv_dtype=options.kv_dtype,
             can_quantise=find_spec("bitsandbytes") is not None,
             snapshots=snapshots,
-            machine=_machine(options),
+            machine=replace(here, threads=options.threads_or(here.threads)),
             device=device,
             padded_rows=padded_rows,
             rebases=options.on_overflow == "rebase",
             command=f"trimkv plan {self.name or self.model_id}",
         )
-
-
-def _machine(options: EngineOptions) -> Machine:
-    """Describe this machine with the threads that the options give it."""
-    here = Machine.here()
-    return replace(here, threads=options.threads or (1 if options.deterministic else here.threads))
 
 
 def find_source(options: EngineOptions, *, weights: bool) -> Source:

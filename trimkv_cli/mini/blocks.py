@@ -1,7 +1,7 @@
 """Causal attention in blocks of queries, to train on a CPU.
 
-The backward pass of torch's own fused attention takes four times as long there on rows of 128 tokens, and autograd's
-of the same blocks twice as long: it fills and adds whole keys for every block.
+The backward pass of torch's own fused attention takes four times as long there on rows of 128 tokens, and what
+autograd makes of these blocks longer than the one below: it fills and adds whole keys for every block.
 """
 
 from __future__ import annotations

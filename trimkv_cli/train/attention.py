@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from trimkv_cli.train.eviction import attend_to_kept
+from trimkv_cli.train.recompute import in_query_blocks, recompute
 from trimkv_cli.train.training_pass import TrainingPass
 
 TRAINING_NAME = "trimkv_training"
@@ -42,7 +42,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     layers: Any = model.get_decoder().layers
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer._gradient_checkpointing_func = recompute
         layer.training = True  # the flag of this module alone: dropout below it stays off
 
 
@@ -135,16 +135,9 @@ def _attend_causally(query: Tensor, key: Tensor, value: Tensor, now: TrainingPas
     """Attend to what the pass lets each query see, all `[B, H, T, D]`; masks exist for a block of queries at a time."""
     if window is None and now.one_document:
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
-    length, outputs = query.shape[2], []
-    for start in range(0, length, QUERY_BLOCK):
-        queries = slice(start, min(start + QUERY_BLOCK, length))
-        attend_block = partial(_attend_block, now=now, queries=queries, window=window)
-        inputs = query[:, :, queries], key[:, :, : queries.stop], value[:, :, : queries.stop]
-        if length <= QUERY_BLOCK or not key.requires_grad:
-            outputs.append(attend_block(*inputs))
-        else:
-            outputs.append(checkpoint(attend_block, *inputs, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(outputs, dim=2)
+    keep = query.shape[2] <= QUERY_BLOCK or not key.requires_grad
+    attend_block = partial(_attend_block, now=now, window=window)
+    return in_query_blocks(attend_block, query, key, value, size=QUERY_BLOCK, keep=keep)
 
 
 def _attend_block(

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from trimkv_cli.train.options import Border
+from trimkv_cli.train.recompute import in_query_blocks
 from trimkv_cli.train.training_pass import TrainingPass
 
-QUERY_BLOCK = 256  # queries that attend at a time: what lives is block · T, never T · T
+QUERY_BLOCK = 256  # queries that attend at a time
 KEPT_NUMEL = 1 << 24  # pairs of tokens and heads, at most, whose weights (64 MiB) a layer keeps for the backward pass
 _LEAST_FADING = 1e-12
 _FAR = 1e4  # the log age of what is not there
@@ -36,24 +36,16 @@ def attend_to_kept(
     are attended to twice, so that memory is O(B · Hq · T) for them.
     """
     batch, heads, length, _ = query.shape
-    recompute = batch * heads * length * length > KEPT_NUMEL
-    outputs = []
-    for start in range(0, length, QUERY_BLOCK):
-        queries = slice(start, min(start + QUERY_BLOCK, length))
-        attend_block = partial(_attend_block, now=now, queries=queries, window=window)
-        inputs = query[:, :, queries], *(states[:, :, : queries.stop] for states in (key, value, log_beta))
-        if recompute:
-            outputs.append(checkpoint(attend_block, *inputs, use_reentrant=False, preserve_rng_state=False))
-        else:
-            outputs.append(attend_block(*inputs))
-    return torch.cat(outputs, dim=2)
+    keep = batch * heads * length * length <= KEPT_NUMEL
+    attend_block = partial(_attend_block, now=now, window=window)
+    return in_query_blocks(attend_block, query, key, value, log_beta, size=QUERY_BLOCK, keep=keep)
 
 
 def kept_bias(log_beta: Tensor, distances: Tensor, visible: Tensor, border: Border) -> Tensor:
-    """Return the logarithm of how far each key is kept, `[B, Hkv, Tq, Tk]`: 0 well above the border, −5,000 and less
-    where unseen.
+    """Return the logarithm of how far each key is kept, `[B, Hkv, Tq, Tk]`.
 
-    `log_beta` `[B, Hkv, Tk]`; `distances` and `visible` `[B, 1, Tq, Tk]`. Who sees no more keys than there
+    It is 0 well above the border, and below −1,000 where nothing is seen. `log_beta` `[B, Hkv, Tk]`; `distances` and
+    `visible` `[B, 1, Tq, Tk]`. Who sees no more keys than there
     are slots sees all, all heads alike: `[B, 1, Tq, Tk]`.
     """
     if distances.shape[3] <= border.slots:

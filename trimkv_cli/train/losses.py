@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+
+from trimkv_cli.train.recompute import recompute
 
 CHUNK_NUMEL = 1 << 25  # logits that exist at a time: 128 MiB in float32
 
@@ -28,7 +29,7 @@ def distill(
     kl = ntp = student.new_zeros((), dtype=torch.float32)
     for start in range(0, len(targets), chunk):
         part = [x[start : start + chunk] for x in (student, teacher, targets)]
-        more = checkpoint(_distill_chunk, *part, head, use_reentrant=False, preserve_rng_state=False)
+        more = recompute(_distill_chunk, *part, head)
         kl, ntp = kl + more[0], ntp + more[1]
     return kl, ntp
 
