@@ -8,7 +8,7 @@ READY := .venv/ready
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
-	@echo "make mini          train the built-in model and its gates from nothing into build/mini (70 minutes on two cores)"
+	@echo "make mini          train the built-in model and its gates from nothing into build/mini (about an hour on two cores)"
 	@echo "make bench-mini    record what MODEL=mini (or a folder) remembers, and write it into the README"
 	@echo "make bench-run     record what batches cost and survive, and write it into the README (about 15 minutes)"
 	@echo "make test          run the tests"
@@ -33,7 +33,7 @@ mini: $(READY)
 	$(BIN)/python -m trimkv_cli.mini.recipe build/mini
 	$(BIN)/python -m trimkv_cli.mini.conversations build/mini/conversations.jsonl
 	$(BIN)/trimkv gates train build/mini/model --data build/mini/conversations.jsonl -o build/mini/model/gates \
-		--student evicting --memory-size 32 --context 1024 --position-gap 60000 --steps 700 --batch 2 --accumulate 1 \
+		--student evicting --memory-size 64 --context 1024 --position-gap 60000 --steps 500 --batch 2 --accumulate 1 \
 		--hidden 64 --lr 3e-3 --schedule cosine --dtype bf16
 
 MODEL ?= mini

@@ -21,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[byte
     """Run summarize in this process, in a folder with two texts and a picture."""
     monkeypatch.chdir(tmp_path)
     for index in range(2):
-        (tmp_path / f"{index}.txt").write_text(f"Note 1: the box is in room {index}. We walked along the river.\n" * 9)
+        (tmp_path / f"{index}.txt").write_text(f"Note 1: the box is in room {index}. We walked along the river.\n" * 18)
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\0\0")
 
     def invoke(*arguments: str, stdin: str = "") -> tuple[int, str, str]:

@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from trimkv_cli.mini import blocks, recipe
-from trimkv_cli.mini.language import TOKENS_PER_WORD, make_multi_turn, make_recall
+from trimkv_cli.mini.language import TOKENS_PER_WORD, Talk, make_multi_turn, make_recall
+from trimkv_cli.mini.pairs import THINGS, add_pairs
 from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, Encoder, Mixture, make_batch, make_conversation
-from trimkv_cli.mini.tokenizer import build_tokenizer
+from trimkv_cli.mini.tokenizer import VOCAB_SIZE, build_tokenizer
 from trimkv_cli.mini.training import Schedule, Trainer, predict
 
 MAX_POSITIONS = 4096
@@ -76,7 +77,7 @@ def test_encoder_writes_what_the_template_writes(
 def test_tokenizer_is_a_function_of_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
     """Catch merges that differ from run to run: weights and ids would no longer fit."""
     assert build_tokenizer(seed=1, max_length=MAX_POSITIONS).get_vocab() == tokenizer.get_vocab()
-    assert len(tokenizer) == 512
+    assert len(tokenizer) == VOCAB_SIZE
 
 
 @pytest.mark.parametrize("text", [" two  spaces\n\n\tand a tab", "Überraschung 漢字 🙂", "12 May, 'x'"])
@@ -150,26 +151,70 @@ def test_the_next_length_comes_when_the_present_one_is_mastered(
 ) -> None:
     """Catch a curriculum that moves on too early, or never."""
     lines: list[dict[str, Any]] = []
-    trainer = Trainer(small_model(tokenizer), encoder, SHORT, report=lines.append)
+    trainer = Trainer(small_model(tokenizer), encoder, replace(SHORT, lengths=(32, 64, 128)), report=lines.append)
+    trainer.progress.stage = 1
     for _ in range(100):
         trainer._grade(0.96)
-    assert trainer.progress.stage == 0
+    assert trainer.progress.stage == 1
     for _ in range(100):
         trainer._grade(1.0)
-    assert trainer.progress.stage == 1
-    assert [line["mastered"] for line in lines] == [32]
+    assert trainer.progress.stage == 2
+    assert [line["mastered"] for line in lines] == [64]
 
 
-def test_the_rate_warms_up_and_cools_down(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
-    """Catch a run that ends at full rate, where the answers are not yet sharp."""
+def test_pairs_are_about_more_things_once_these_are_mastered(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder
+) -> None:
+    """Catch pairs about all things at once, from which nothing is learnt, and a stage that does not end."""
+    trainer = Trainer(small_model(tokenizer), encoder, replace(SHORT, lengths=(32, 64, 128)), report=lambda _: None)
+    seen: list[int | None] = []
+    for _ in range(300):
+        seen.append(trainer.progress.things)
+        trainer._grade(0.95 if len(seen) < 50 else 0.97)
+        if trainer.progress.stage == 1:
+            break
+        assert trainer._mixture.things == trainer.progress.things
+    order = list(dict.fromkeys(seen))
+    assert order == [2, 3, 5, 8, 12, 18, 27, 41, 62, 80, None]
+    assert seen.count(2) >= 50
+    assert trainer._mixture == EARLY
+    stuck = Trainer(small_model(tokenizer), encoder, SHORT, report=lambda _: None)
+    stuck.progress.stage_tokens = SHORT.stage_tokens
+    stuck._grade(0.1)
+    assert stuck.progress.stage == 1
+
+
+@pytest.mark.parametrize("things", [2, 5, None])
+def test_pairs_tell_what_is_asked(things: int | None) -> None:
+    """Catch questions about what was not told, and more things than were allowed."""
+    for seed in range(50):
+        talk = Talk(Random(seed))
+        add_pairs(talk, most=6, things=things)
+        told, asked = talk.messages[0].content, talk.messages[2:]
+        for question, answer in zip(asked[::2], asked[1::2], strict=True):
+            names = question.content.removeprefix("The ").removesuffix("?").split(", the ")
+            values = answer.content.removeprefix("The ").removesuffix(".").split(", the ")
+            assert answer.scored
+            assert all(name in THINGS[:things] and name in told for name in names)
+            assert all(value.removeprefix(name).strip() in told for name, value in zip(names, values, strict=True))
+
+
+def test_the_rate_warms_up_and_cools_down_twice(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
+    """Catch a run that ends at full rate, where the answers are not yet sharp, and one without its second spell."""
     trainer = Trainer(small_model(tokenizer), encoder, SHORT, report=lambda _: None)
     assert trainer._warmth() == pytest.approx(0.5)
     trainer.progress.step, trainer.progress.tokens = 10, SHORT.tokens // 2
     assert trainer._warmth() == 1.0
-    trainer.progress.tokens = round(SHORT.tokens * (1 - SHORT.cooldown / 2))
-    assert trainer._warmth() == pytest.approx(0.5, abs=0.01)
-    trainer.progress.tokens = SHORT.tokens
-    assert trainer._warmth() == pytest.approx(0.01)
+    first, second = SHORT.first_spell, 1 - SHORT.first_spell
+    for done, warmth in (
+        (first * (1 - SHORT.cooldown / 2), 0.5),
+        (first - 0.001, 0.01),
+        (first + 0.05 * second, SHORT.second_rate),
+        (first + 0.5 * second, SHORT.second_rate / 2),
+        (1.0, 0.01),
+    ):
+        trainer.progress.tokens = round(SHORT.tokens * done)
+        assert trainer._warmth() == pytest.approx(warmth, abs=0.01)
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trimkv_cli.mini.language import TOKENS_PER_WORD
+from trimkv_cli.mini.tokenizer import VOCAB_SIZE
 
 _CARD = """\
 # mini
@@ -28,16 +29,20 @@ is not summarized. Two values for one thing confuse it, and it never says that i
 never told, it makes something up. Phrasings unlike those of its language work often, not always; see "unseen" below.
 Small talk gets a stock reply.
 
-Weak spots: what is told before its thing, where others of its kind were told too ("I have 654 books. I have 12 lamps.",
-"Zubo is my cat. Mila is my dog."): then it names any of them; tables asked from the value to its key; points that begin
-as no text of the training does; and whatever was told very many tokens ago. The table below, and those of trimkv's
-README, say how weak.
+Weak spots: where a list of points ends (it stops a point early, or makes one more); what is told before its thing,
+where others of its kind were told too ("I have 654 books. I have 12 lamps.", "Zubo is my cat. Mila is my dog."): then
+it sometimes names another of them; tables asked from the value to its key; points that begin as no text of the training
+does; a full cache of very many tokens, for it never saw more than 2,048 at once (of 20,000 tokens of notes it lists
+nothing with a full cache, and most points with 256 slots). The table below, and those of trimkv's README, say how weak.
 
 ## Training
 - Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
   by heart. No text from anywhere else.
+- Pairs first ("Zubo is my cat, 6 lamp." … "The lamp?" → "The lamp 6."): about two things, then about more whenever
+  these were mastered, then with values of any kind. From many things at once it does not learn to look back.
 - Lengths: {lengths} tokens, each once the one before it was mastered (running accuracy of answer tokens
   {pass_accuracy:.1%}) or had had {stage_tokens:,} tokens. Reached: {reached} tokens.
+- The learning rate falls twice, the second time from two fifths: where a list ends is learnt last.
 - Positions: 0 to {positions:,}. Six rows of ten jump ahead between lines or turns, so distances up to that range were
   seen, though never more than {longest:,} tokens at once. `max_position_embeddings` says the range; trimkv refuses to
   go past it.
@@ -51,8 +56,9 @@ Exact answers, full cache, greedy, on seeds that training never used ("unseen": 
 {rows}
 
 "Value first": each fact is told with its value in front of its thing. A "summary" is exact when every point of the
-list is, word by word, and nothing else is in it. About {ratio} tokens of the model's own tokenizer (512 byte-level BPE
-tokens) make a word.
+list is, word by word, and nothing else is in it. About {ratio} tokens of the model's own tokenizer make a word; it has
+{vocabulary:,} byte-level BPE tokens, and each word of the language that is not drawn at random is one of them, as is
+each number below 100.
 """
 
 
@@ -62,4 +68,6 @@ def write_card(*, facts: Mapping[str, Any], exam: Iterable[Mapping[str, Any]]) -
         f"| {line['subject']} | {line['phrasing']} | {line['tokens']:,} | {line['exact']:.1%} | {line['questions']} |"
         for line in exam
     )
-    return _CARD.format(**facts, tokens_text=f"{facts['tokens'] * 1e6:,.0f}", rows=rows, ratio=TOKENS_PER_WORD)
+    return _CARD.format(
+        **facts, tokens_text=f"{facts['tokens'] * 1e6:,.0f}", rows=rows, ratio=TOKENS_PER_WORD, vocabulary=VOCAB_SIZE
+    )

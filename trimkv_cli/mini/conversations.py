@@ -17,7 +17,7 @@ from trimkv_cli.mini.rows import EARLY, make_conversation
 
 # Half of them hold no more to remember at a time than few slots can: what is worth a slot is learnt best from little.
 # The others hold as much as the model was trained on.
-SPARSE = replace(EARLY, facts=6, points=4, alike=0.2, anagrams=0.1)
+SPARSE = replace(EARLY, pairs=0.0, summaries=0.5, facts=6, points=4, alike=0.2, anagrams=0.1)
 DENSE = replace(SPARSE, facts=12, points=16)
 
 

@@ -10,7 +10,7 @@ from trimkv_cli.mini import words
 from trimkv_cli.mini.sentences import Fact, careless, draw_facts, filler, filler_sentence
 
 Role = Literal["system", "user", "assistant"]
-TOKENS_PER_WORD = 2.25  # of the mini tokenizer, template included; tests hold it to ±20 %
+TOKENS_PER_WORD = 1.55  # of the mini tokenizer, template included; tests hold it to ±20 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trimkv_cli.mini import language, readings
 from trimkv_cli.mini.language import Conversation, Message, Talk
+from trimkv_cli.mini.pairs import add_pairs
 from trimkv_cli.mini.sentences import draw_facts
 from trimkv_cli.mini.tokenizer import TURN_END, TURN_START
 
@@ -32,6 +33,7 @@ class Batch:
 class Mixture:
     """How often a row opens with notes to summarize or to ask about, and what its conversation is like."""
 
+    pairs: float  # of the rows have nothing but pairs
     summaries: float
     notes: float
     tasks: float
@@ -47,12 +49,16 @@ class Mixture:
     shuffle: float = 0.2  # of the other points
     anagrams: float = 0.4  # of the notes have points of the same words
     other_weight: float = 0.05  # of tokens that are no answer; an answer's have 1
+    things: int | None = None  # that pairs are about; None: all
 
 
-EARLY = Mixture(summaries=0.3, notes=0.1, tasks=0.3, facts=12, fresh=0.3)
-LATE = Mixture(summaries=0.4, notes=0.1, tasks=0.2, facts=20, fresh=0.7)
-# After two fifths of a run what cannot be foretold, filler, only drowns the rare mistakes.
-LAST = replace(LATE, numbers=2.5, value_first=0.2, shuffle=0.4, other_weight=0.005)
+PAIRS = Mixture(pairs=1.0, summaries=0.0, notes=0.0, tasks=0.0, facts=0, fresh=0.0)
+EARLY = Mixture(pairs=0.3, summaries=0.3, notes=0.1, tasks=0.3, facts=12, fresh=0.3)
+LATE = Mixture(pairs=0.1, summaries=0.4, notes=0.1, tasks=0.2, facts=20, fresh=0.7)
+# After two fifths of the first spell what cannot be foretold, filler, only drowns the rare mistakes.
+LAST = replace(LATE, pairs=0.05, numbers=2.5, value_first=0.2, shuffle=0.4, other_weight=0.005)
+# In the second spell: where a list ends is learnt last of all.
+LISTS = replace(LAST, summaries=0.6)
 
 
 class Encoder:
@@ -96,7 +102,9 @@ def make_batch(
 
 
 def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Conversation:
-    """Mix all skills in one conversation of at least `length` words."""
+    """Mix all skills in one conversation, or have nothing but pairs, of at least `length` words."""
+    if rng.random() < mixture.pairs:
+        return _only_pairs(rng, length, mixture.things)
     count = rng.randint(2, max(4, min(mixture.facts, length // 20)))
     alike = rng.random() < mixture.alike
     facts = draw_facts(rng, count, numbers=mixture.numbers, alike=alike)
@@ -129,6 +137,13 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
             make = rng.choice((table, readings.make_steps, items))
             talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
         language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
+    return talk.done()
+
+
+def _only_pairs(rng: Random, length: int, things: int | None) -> Conversation:
+    talk = Talk(rng)
+    while talk.words < length:
+        add_pairs(talk, most=length // 12, things=things)
     return talk.done()
 
 

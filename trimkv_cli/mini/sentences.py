@@ -78,8 +78,13 @@ def draw_value(rng: Random, kind: words.ValueKind) -> str:
 
 def draw_word(rng: Random) -> str:
     """Draw two or three syllables."""
-    syllables = (rng.choice(words.CONSONANTS) + rng.choice(words.VOWELS) for _ in range(rng.choice((2, 2, 3))))
+    syllables = (draw_syllable(rng) for _ in range(rng.choice((2, 2, 3))))
     return "".join(syllables) + rng.choice(("", "", "n", "r", "s"))
+
+
+def draw_syllable(rng: Random) -> str:
+    """Draw a consonant and a vowel."""
+    return rng.choice(words.CONSONANTS) + rng.choice(words.VOWELS)
 
 
 def draw_words(rng: Random, count: int) -> list[str]:

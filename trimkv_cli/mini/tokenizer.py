@@ -1,4 +1,8 @@
-"""The tokenizer of the built-in model: a byte-level BPE of 512 tokens and a ChatML template."""
+"""The tokenizer of the built-in model, a byte-level BPE of 1,536 tokens, and a ChatML template.
+
+Every word of the language that is not drawn at random is one token, and so is every number below 100: what comes in
+pieces is harder to find again.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trimkv_cli.mini import language, readings
+from trimkv_cli.mini import language, readings, words
 
-VOCAB_SIZE = 512
+VOCAB_SIZE = 1536
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-PIECES = r" ?\p{L}+| ?\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s+"  # a digit is a token of its own, so that numbers can be copied
+PIECES = r" ?\p{L}+| ?\p{N}{1,2}|\n| ?[^\s\p{L}\p{N}]+|\s+"  # two digits at most, so that any number can be copied
 _TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 
@@ -58,4 +62,11 @@ def _sample(rng: Random) -> list[str]:
         )
     ]
     roles = ["system\n", "user\n", "assistant\n"] * 500
-    return [message.content for conversation in conversations for message in conversation.messages] + roles
+    numbers = [f"{start}{number:02}" for start in ("", " ") for number in range(100)] * 500
+    numbers += [f" {digit}" for digit in range(10)] * 500
+    common = [f" {word}" for word in words.COMMON] * 200
+    return [message.content for conversation in conversations for message in conversation.messages] + [
+        *roles,
+        *numbers,
+        *common,
+    ]

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, Batch, Encoder, Mixture, make_batch
+from trimkv_cli.mini.pairs import THINGS
+from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, LISTS, PAIRS, Batch, Encoder, Mixture, make_batch
 from trimkv_cli.mini.team import Team
 
 PARTS = 2  # of a step, each with rows of its own, so that one process and two see the same
@@ -25,23 +26,27 @@ PARTS = 2  # of a step, each with rows of its own, so that one process and two s
 class Schedule:
     """What the recipe trains with; the run ends when `tokens` or `cpu_minutes`, of all processes, are used up.
 
-    Until the learning rate cools down, in the last `cooldown` of it, a run does not depend on how long it will be.
+    The learning rate is level, cools down in the last `cooldown` of the first `first_spell` of the run, and rises once
+    more, to `second_rate` of what it was: what is learnt last, where a list ends, is learnt as the rate falls.
     """
 
     seed: int = 2512
-    tokens: int = 22_000_000
-    cpu_minutes: float = 96.0
-    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    tokens: int = 24_000_000
+    cpu_minutes: float = 92.0
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     tokens_per_step: int = 4096
     rows_per_step: int = 16
     pass_accuracy: float = 0.975
+    pairs_accuracy: float = 0.96  # about so many things, before there are half as many again
     stage_tokens: int = 2_500_000
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 4e-3
     weight_decay: float = 0.01
     warmup_steps: int = 60
-    cooldown: float = 0.35
-    last_from: float = 0.4  # of the run, where the mixture turns to what is hardest
+    first_spell: float = 84 / 92
+    cooldown: float = 0.35  # of the first spell
+    second_rate: float = 0.4
+    last_from: float = 0.4  # of the first spell, where the mixture turns to what is hardest
     max_positions: int = 65_536
     checkpoint_s: float = 120.0
     log_steps: int = 25
@@ -58,6 +63,7 @@ class Progress:
     stage_steps: int = 0
     stage_tokens: int = 0
     accuracy: float = 0.0
+    things: int | None = 2  # that pairs are about, in the first stage
     loss: float = 0.0
 
     def done(self, schedule: Schedule) -> float:
@@ -161,32 +167,50 @@ class Trainer:
         progress.stage_steps += 1
         weight = max(0.05, 1 / progress.stage_steps)
         progress.accuracy += weight * (accuracy - progress.accuracy)
-        mastered = progress.stage_steps >= 20 and progress.accuracy >= schedule.pass_accuracy
-        if (mastered or progress.stage_tokens >= schedule.stage_tokens) and not self._last_stage:
+        wanted = schedule.pass_accuracy if progress.stage else schedule.pairs_accuracy
+        mastered = progress.stage_steps >= 20 and progress.accuracy >= wanted
+        used_up = progress.stage_tokens >= schedule.stage_tokens
+        if mastered and not used_up and progress.stage == 0 and progress.things:
+            progress.things = _more(progress.things)
+            progress.stage_steps, progress.accuracy = 0, 0.0
+        elif (mastered or used_up) and not self._last_stage:
             self._report({**self._line(), "mastered": schedule.lengths[progress.stage] if mastered else None})
             progress.stage += 1
             progress.stage_steps, progress.stage_tokens, progress.accuracy = 0, 0, 0.0
 
     def _length(self, rng: Random) -> int:
-        """Draw the length of a step: mostly the present one, sometimes an earlier one; in the end more of all."""
-        lengths = self.schedule.lengths[: self.progress.stage + 1]
+        """Draw the length of a step: mostly the present one, sometimes an earlier one; in the end more of all.
+
+        The first length is that of pairs, which later ones do not come back to.
+        """
+        lengths = self.schedule.lengths[min(1, self.progress.stage) : self.progress.stage + 1]
         return lengths[-1] if rng.random() < (0.4 if self._last_stage else 0.8) else rng.choice(lengths)
 
     @property
     def _mixture(self) -> Mixture:
+        if self.progress.stage == 0:
+            return replace(PAIRS, things=self.progress.things)
         if not self._last_stage:
             return EARLY
-        return LATE if self.progress.done(self.schedule) < self.schedule.last_from else LAST
+        done = self._spell()
+        return LATE if done < self.schedule.last_from else LAST if done < 1 else LISTS
 
     @property
     def _last_stage(self) -> bool:
         return self.progress.stage + 1 == len(self.schedule.lengths)
 
+    def _spell(self) -> float:
+        """Return the share of the first spell that lies behind, or 1 and the share of the second."""
+        done, first = self.progress.done(self.schedule), self.schedule.first_spell
+        return done / first if done < first else 1 + (done - first) / (1 - first)
+
     def _warmth(self) -> float:
-        """Return the factor on the learning rate: warm-up, plateau, cosine to zero."""
-        left = 1 - self.progress.done(self.schedule)
-        cooled = 1.0 if left > self.schedule.cooldown else 0.5 - 0.5 * math.cos(math.pi * left / self.schedule.cooldown)
-        return min(1.0, (self.progress.step + 1) / self.schedule.warmup_steps) * max(0.01, cooled)
+        """Return the factor on the learning rate: warm-up, plateau, cosine to zero; then from `second_rate` again."""
+        schedule, done = self.schedule, self._spell()
+        left = (1 - done) / schedule.cooldown if done < 1 else 2 - done
+        rate = 1.0 if done < 1 else schedule.second_rate * min(1.0, (done - 1) / 0.05)
+        cooled = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
+        return max(0.01, rate * cooled) * min(1.0, (self.progress.step + 1) / schedule.warmup_steps)
 
     def _report(self, line: dict[str, Any]) -> None:
         if self.team.rank == 0:
@@ -199,6 +223,7 @@ class Trainer:
             "tokens": progress.tokens,
             "cpu_s": round(progress.cpu_s, 1),
             "length": self.schedule.lengths[progress.stage],
+            "things": progress.things,
             "accuracy": round(progress.accuracy, 4),
             "loss": round(progress.loss, 4),
             "tokens_per_cpu_s": round(progress.tokens / max(progress.cpu_s, 1e-9)),
@@ -222,6 +247,11 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
+
+
+def _more(things: int) -> int | None:
+    """Return half as many again; after all there are, None, for values of any kind."""
+    return min(len(THINGS), things + (things + 1) // 2) if things < len(THINGS) else None
 
 
 def weighted_loss(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
