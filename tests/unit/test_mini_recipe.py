@@ -19,7 +19,17 @@ from transformers import PreTrainedTokenizerFast
 from trimkv_cli.mini import blocks, recipe
 from trimkv_cli.mini.language import TOKENS_PER_WORD, Talk, make_multi_turn, make_recall
 from trimkv_cli.mini.pairs import THINGS, add_pairs
-from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, Encoder, Mixture, make_batch, make_conversation
+from trimkv_cli.mini.rows import (
+    ANSWER_WEIGHT,
+    EARLY,
+    LAST,
+    LATE,
+    LISTS,
+    Encoder,
+    Mixture,
+    make_batch,
+    make_conversation,
+)
 from trimkv_cli.mini.tokenizer import VOCAB_SIZE, build_tokenizer
 from trimkv_cli.mini.training import Schedule, Trainer, predict
 
@@ -59,7 +69,7 @@ def small_model(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> torch.nn.
     return model
 
 
-@pytest.mark.parametrize("mixture", [EARLY, LATE, LAST])
+@pytest.mark.parametrize("mixture", [EARLY, LATE, LAST, LISTS])
 def test_encoder_writes_what_the_template_writes(
     tokenizer: PreTrainedTokenizerFast, encoder: Encoder, mixture: Mixture
 ) -> None:
@@ -215,6 +225,16 @@ def test_the_rate_warms_up_and_cools_down_twice(tokenizer: PreTrainedTokenizerFa
     ):
         trainer.progress.tokens = round(SHORT.tokens * done)
         assert trainer._warmth() == pytest.approx(warmth, abs=0.01)
+
+
+def test_the_last_stage_turns_to_what_is_hardest_and_then_to_lists(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder
+) -> None:
+    """Catch a mixture that never comes, and one that comes while lengths still grow."""
+    trainer = Trainer(small_model(tokenizer), encoder, replace(SHORT, lengths=(32, 64, 128)), report=lambda _: None)
+    for stage, done, mixture in ((1, 0.95, EARLY), (2, 0.3, LATE), (2, 0.5, LAST), (2, 0.95, LISTS)):
+        trainer.progress.stage, trainer.progress.tokens = stage, round(SHORT.tokens * done)
+        assert trainer._mixture == mixture
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:

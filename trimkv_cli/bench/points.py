@@ -14,10 +14,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from trimkv_cli.bench.record import write_record
 from trimkv_cli.eval.scoring import count_points
-from trimkv_cli.mini import readings
-from trimkv_cli.mini.language import TOKENS_PER_WORD
+from trimkv_cli.mini import MODEL_FOLDER, readings
 
 FLAGS = "--kv-budget {kv_budget} --prefill-chunk 32 --greedy --json -q"
 
@@ -43,7 +44,10 @@ def measure(model: str, *, files: int, tokens: int, points: int, kv_budget: int)
 
 
 def _words(tokens: int) -> int:
-    return round(tokens / TOKENS_PER_WORD)
+    """Return the length of notes that are about `tokens` tokens of mini's tokenizer; a conversation has more a word."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    sample = readings.make_notes(Random("bench points"), points=1, length=1000)  # noqa: S311
+    return round(tokens * 1000 / len(tokenizer.encode(sample.text)))
 
 
 def _text(record: dict[str, Any]) -> str:
