@@ -25,8 +25,9 @@ FLAGS = "--kv-budget {kv_budget} --prefill-chunk 32 --greedy --json -q"
 
 def measure(model: str, *, files: int, tokens: int, points: int, kv_budget: int) -> dict[str, Any]:
     """Summarize `files` generated notes files of about `tokens` tokens, seeds and phrasings as no training had them."""
+    length = _words(tokens)
     asked = [
-        readings.make_notes(Random(f"bench points {tokens} {i}"), points=points, length=_words(tokens), unseen=True)  # noqa: S311
+        readings.make_notes(Random(f"bench points {tokens} {i}"), points=points, length=length, unseen=True)  # noqa: S311
         for i in range(files)
     ]
     said = [_summarize(model, notes.text, FLAGS.format(kv_budget=kv_budget)) for notes in asked]

@@ -32,8 +32,8 @@ Small talk gets a stock reply.
 Weak spots: where a list of points ends (it stops a point early, or makes one more); what is told before its thing,
 where others of its kind were told too ("I have 654 books. I have 12 lamps.", "Zubo is my cat. Mila is my dog."): then
 it sometimes names another of them; tables asked from the value to its key; points that begin as no text of the training
-does; a full cache of very many tokens, for it never saw more than 2,048 at once (of 20,000 tokens of notes it lists
-nothing with a full cache, and most points with 256 slots). The table below, and those of trimkv's README, say how weak.
+does; and whatever was told very many tokens ago, most of all with a full cache: it never saw more than {longest:,}
+at once. The table below, and those of trimkv's README, say how weak.
 
 ## Training
 - Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
@@ -42,7 +42,7 @@ nothing with a full cache, and most points with 256 slots). The table below, and
   these were mastered, then with values of any kind. From many things at once it does not learn to look back.
 - Lengths: {lengths} tokens, each once the one before it was mastered (running accuracy of answer tokens
   {pass_accuracy:.1%}) or had had {stage_tokens:,} tokens. Reached: {reached} tokens.
-- The learning rate falls twice, the second time from two fifths: where a list ends is learnt last.
+- The learning rate falls twice, the second time from {second_rate:.0%}: where a list ends is learnt last.
 - Positions: 0 to {positions:,}. Six rows of ten jump ahead between lines or turns, so distances up to that range were
   seen, though never more than {longest:,} tokens at once. `max_position_embeddings` says the range; trimkv refuses to
   go past it.

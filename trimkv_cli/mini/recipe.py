@@ -107,6 +107,7 @@ def describe(out: Path, schedule: Schedule) -> None:
         "longest": schedule.lengths[progress.stage],
         "pass_accuracy": schedule.pass_accuracy,
         "stage_tokens": schedule.stage_tokens,
+        "second_rate": schedule.second_rate,
         "positions": schedule.max_positions,
     }
     lines = []
