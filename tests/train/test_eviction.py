@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from trimkv_cli.train import eviction
 from trimkv_cli.train.attention import hidden_states
 from trimkv_cli.train.eviction import attend_to_kept
-from trimkv_cli.train.options import Border, TrainOptions
-from trimkv_cli.train.training_pass import TrainingPass
+from trimkv_cli.train.options import SOFTEST, Border, TrainOptions
+from trimkv_cli.train.training_pass import Reading, TrainingPass
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import attend_one_by_one, make_batch, make_trainer
@@ -28,12 +29,25 @@ def test_with_a_slot_for_every_token_the_student_is_the_teacher(tiny_model: Tiny
     """Catches a mask, window, scale or head that only one of the two attentions has."""
     trainer = make_trainer(tiny_model(family))
     batch = make_batch(length=40)
+    asked, real = batch.asked()
+    reading, border = Reading(), Border(slots=40, sharpness=1)
     with torch.no_grad():
-        teacher = hidden_states(trainer.model, batch.ids, batch.make_pass(gated=False))
-        student = hidden_states(
-            trainer.model, batch.ids, batch.make_pass(gated=True, border=Border(slots=40, sharpness=1))
-        )
-    torch.testing.assert_close(student, teacher, rtol=1e-4, atol=1e-5)
+        teacher = hidden_states(trainer.model, batch.ids, batch.make_pass(gated=False, reading=reading))
+        now = batch.make_pass(gated=True, border=border, reading=reading, columns=asked)
+        student = hidden_states(trainer.model, batch.ids, now)
+    assert 0 < asked.shape[1] < 40
+    torch.testing.assert_close(student[real], teacher.take_along_dim(asked[:, :, None], 1)[real], rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokens_before_wanted_ones_are_asked() -> None:
+    """Catches a shift by one, rows of unequal counts, and a row that nothing is wanted of."""
+    batch = make_batch(rows=3, length=12)
+    batch.wanted[:] = torch.zeros(3, 12)
+    batch.wanted[0, [3, 4, 11]] = True
+    batch.wanted[1, 7] = True
+    asked, real = batch.asked()
+    assert [row[mask].tolist() for row, mask in zip(asked, real, strict=True)] == [[2, 3, 10], [6], []]
+    assert asked.shape == (3, 3)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -56,6 +70,11 @@ def test_a_sharp_border_keeps_the_best_scores(
 
     expected = attend_one_by_one(query, key, value, now, keep_best)
     torch.testing.assert_close(attend_to_kept(query, key, value, log_beta, now, window), expected)
+    columns = torch.tensor([[2, 9, 10, 20, 22, 22], [0, 1, 5, 6, 21, 22]])  # answers alone attend just as they would
+    picked, wanted = (each.take_along_dim(columns[:, None, :, None], dim=2) for each in (query, expected))
+    torch.testing.assert_close(
+        attend_to_kept(picked, key, value, log_beta, replace(now, columns=columns), window), wanted
+    )
 
 
 def test_a_token_that_should_have_been_kept_learns_to_last() -> None:
@@ -112,7 +131,7 @@ def test_the_border_of_a_forward_is_the_same_after_a_restart() -> None:
     assert max(slots) > 100
     assert all(16 <= count <= 128 for count in slots)
     assert slots[::2] != slots[1::2]
-    assert drawn[0].sharpness == 1
+    assert drawn[0].sharpness == SOFTEST
     assert drawn[-1].sharpness > 5
     assert "steps" in options.identity()
     assert TrainOptions(memory_size=32, context=8, steps=1).border_at(0, 0) is None

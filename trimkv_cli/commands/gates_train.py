@@ -56,7 +56,7 @@ def train(
     clip: Annotated[float, _own("--clip", _LEARNING, "Largest norm of a gradient.", "X")] = 1.0,
     student: Annotated[
         Student,
-        _own("--student", _LEARNING, "fading: tokens fade, as in the paper; evicting: only kept ones are seen.", None),
+        _own("--student", _LEARNING, "fading: tokens fade, as in the paper; evicting: answers see what is kept.", None),
     ] = "fading",
     cap_weight: Annotated[
         float | None,

@@ -2,9 +2,9 @@
 
 A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states; the attention function adds
 `(t − i) · log_beta_i` to the logits (arXiv 2512.03324v2, equation 3), or shows each query only what a number of slots
-would hold (`eviction.py`). The same model without either is the teacher. Both attend in float32 whatever the model
-computes in, so that KL measures the gates and not rounding. All state travels on the `TrainingPass` that a caller gives
-to the decoder as `training_pass`.
+would hold of what the teacher has read (`eviction.py`). The same model without either is the teacher. Both attend in
+float32 whatever the model computes in, so that KL measures the gates and not rounding. All state travels on the
+`TrainingPass` that a caller gives to the decoder as `training_pass`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 def hidden_states(model: PreTrainedModel, token_ids: Tensor, training_pass: TrainingPass) -> Tensor:
-    """Run the decoder over `[B, T]` ids; return what enters the output embedding, `[B, T, hidden]`."""
+    """Run the decoder over `[B, T]` ids, or those of the pass's columns; return what enters the output embedding.
+
+    It is `[B, T, hidden]`, or `[B, Tq, hidden]`.
+    """
     decoder: Any = model.get_decoder()
-    output = decoder(
-        input_ids=token_ids, position_ids=training_pass.positions, use_cache=False, training_pass=training_pass
-    )
+    ids, positions = (training_pass.at(each, slice(None)) for each in (token_ids, training_pass.positions))
+    output = decoder(input_ids=ids, position_ids=positions, use_cache=False, training_pass=training_pass)
     states: Tensor = output.last_hidden_state
     return states
 
@@ -65,6 +67,8 @@ def _make_hook(layer_index: int, gate: nn.Module, window: int | None) -> Hook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         now: TrainingPass = kwargs["training_pass"]
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if now.reading is not None:
+            hidden = now.reading.hidden.setdefault(layer_index, hidden)
         log_beta = gate(hidden, now.positions).transpose(1, 2) if now.gated else None
         if log_beta is not None:
             now.log_betas.setdefault(layer_index, log_beta)  # a checkpointed layer comes here twice
@@ -86,10 +90,14 @@ def attend(
     window: int | None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`.
+    """Attend causally: query `[B, Hq, Tq, D]`, key and value `[B, Hkv, Tq, D]` → `[B, Tq, Hq, D]`.
 
     `log_beta` `[B, Hkv, T]` makes it the student's attention, differentiable in it.
     """
+    if training_pass.reading is not None:
+        layer: Any = module.layer_idx
+        key = training_pass.reading.keys.setdefault(layer, key)
+        value = training_pass.reading.values.setdefault(layer, value)
     inputs = query.float() * scaling, key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
         if log_beta is not None and training_pass.border is not None:

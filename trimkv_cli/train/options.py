@@ -14,7 +14,9 @@ Schedule = Literal["constant", "cosine"]
 Student = Literal["fading", "evicting"]
 Export = Literal["own", "released"]
 MOST_DOUBLINGS = 2  # of the slots that an evicting student is made for
-SHARPEST = 6.0  # a token whose log score is 1 below the border is seen with a factor of e⁻⁶; at first of e⁻¹
+# A token whose log score is 1 below the border is seen with a factor of e⁻³ at first, of e⁻³⁰ in the end: a head that
+# looks for one token finds it through a softer border, and would not learn that a cache has lost it.
+SOFTEST, SHARPEST = 3.0, 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +33,8 @@ class TrainOptions:
 
     `context` counts the tokens of a sequence. A sequence's position ids may have random gaps, strictly increasing, of
     `position_gap` positions at most together: the model, the retention bias and the capacity all see the distances.
-    The student sees all tokens, each as far as it has not faded (the paper's), or only those that a number of slots
-    would hold.
+    The student sees all tokens, each as far as it has not faded (the paper's), or its answers see only those that a
+    number of slots would hold.
     """
 
     memory_size: int
@@ -92,7 +94,7 @@ class TrainOptions:
         if self.student == "fading":
             return None
         slots = self.memory_size * 2 ** Random(f"{self.seed} {step} {forward}").uniform(-1, MOST_DOUBLINGS)  # noqa: S311
-        return Border(slots=round(slots), sharpness=SHARPEST ** min(1.0, step / self.steps))
+        return Border(slots=round(slots), sharpness=SOFTEST * (SHARPEST / SOFTEST) ** min(1.0, step / self.steps))
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must share with its checkpoint; its steps only where something hangs on them."""

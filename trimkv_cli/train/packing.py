@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimkv_cli.train.options import Border
 from trimkv_cli.train.tokens import Tokens
-from trimkv_cli.train.training_pass import TrainingPass
+from trimkv_cli.train.training_pass import Reading, TrainingPass
 
 PADDING = -1
 MOST_GAPS = 4
@@ -56,14 +56,30 @@ class Batch(NamedTuple):
     documents: Tensor
     one_document: bool = False
 
-    def make_pass(self, *, gated: bool, border: Border | None = None) -> TrainingPass:
+    def make_pass(
+        self,
+        *,
+        gated: bool,
+        border: Border | None = None,
+        reading: Reading | None = None,
+        columns: Tensor | None = None,
+    ) -> TrainingPass:
         return TrainingPass(
             positions=self.positions,
             documents=self.documents,
             gated=gated,
             border=border,
             one_document=self.one_document,
+            reading=reading,
+            columns=columns,
         )
+
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """Return the columns `[B, N]` of the tokens whose next one is wanted, and which of them are no padding."""
+        wanted = self.wanted[:, 1:]
+        order = wanted.int().sort(dim=1, descending=True, stable=True).indices
+        most = max(1, int(wanted.sum(dim=1).max()))
+        return order[:, :most], wanted.gather(1, order[:, :most])
 
 
 class Packer:

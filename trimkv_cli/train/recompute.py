@@ -13,17 +13,22 @@ recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def in_query_blocks(
-    attend_block: Callable[..., Tensor], query: Tensor, *states: Tensor, size: int, keep: bool
+    attend_block: Callable[..., Tensor],
+    query: Tensor,
+    *states: Tensor,
+    size: int,
+    keep: bool,
+    reach: Callable[[slice], int] = lambda queries: queries.stop,
 ) -> Tensor:
-    """Attend from `size` queries at a time, `[B, H, T, D]`, to the `states` of the tokens up to them, `[B, Hkv, T, …]`.
+    """Attend from `size` queries at a time, `[B, H, Tq, D]`, to the `states` that they `reach`, `[B, Hkv, T, …]`.
 
     What lives at a time is size · T, never T · T, unless the backward pass is to find all of it kept. `attend_block` is
-    called with the queries, those states, and where the queries are: `queries=slice`.
+    called with the queries, those states, and which the queries are: `queries=slice`.
     """
     length, outputs = query.shape[2], []
     for start in range(0, length, size):
         queries = slice(start, min(start + size, length))
         attend = partial(attend_block, queries=queries)
-        inputs = query[:, :, queries], *(each[:, :, : queries.stop] for each in states)
+        inputs = query[:, :, queries], *(each[:, :, : reach(queries)] for each in states)
         outputs.append(attend(*inputs) if keep else recompute(attend, *inputs))
     return torch.cat(outputs, dim=2)

@@ -17,7 +17,7 @@ from trimkv_cli.train.losses import distill
 from trimkv_cli.train.new_gates import gate_tensors
 from trimkv_cli.train.options import Border, TrainOptions
 from trimkv_cli.train.packing import PADDING, Batch
-from trimkv_cli.train.training_pass import TrainingPass
+from trimkv_cli.train.training_pass import Reading, TrainingPass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,18 +92,23 @@ class Trainer:
     def losses(self, batch: Batch, counts: _Counts | None = None, *, border: Border | None = None) -> list[Tensor]:
         """Return KL, NTP and capacity of a micro-batch, its shares of a step's means.
 
-        With a border the student sees what lies before it; a capacity of weight 0 is not computed, and 0.
+        With a border the student is an evicting one, which computes nothing but what is asked for: its answers see
+        what lies before the border of what the teacher has read. A capacity of weight 0 is not computed, and 0.
         """
         counts = counts or _Counts.of([batch], self.spec.num_layers * self.spec.num_kv_heads)
         kind = self.model.device.type
         with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            reading = Reading() if border is not None else None
             with torch.no_grad():
-                teacher = hidden_states(self.model, batch.ids, batch.make_pass(gated=False))
-            now = batch.make_pass(gated=True, border=border)
+                teacher = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, reading=reading))
+            asked, real = batch.asked()
+            now = batch.make_pass(gated=True, border=border, reading=reading, columns=asked if reading else None)
             student = hidden_states(self.model, batch.ids, now)
-            rows, columns = batch.wanted[:, 1:].nonzero(as_tuple=True)
+            if reading is None:
+                student = student.take_along_dim(asked[:, :, None], dim=1)
+            rows, columns = real.nonzero(as_tuple=True)[0], asked[real]
             kl, ntp = distill(
-                student[rows, columns],
+                student[real],
                 teacher[rows, columns],
                 batch.ids[rows, columns + 1],
                 _head(self.model),

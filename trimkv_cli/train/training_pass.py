@@ -10,12 +10,22 @@ from torch import Tensor
 from trimkv_cli.train.options import Border
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the teacher's forward left of each layer: what entered its attention `[B, T, hidden]`, keys and values."""
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)  # [B, Hkv, T, D], as values
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPass:
     """Say what one forward sees, and whether it is the student's.
 
     Several documents may share a row; none sees another. The student leaves each layer's `log_beta` `[B, Hkv, T]` in
-    `log_betas`; it sees all tokens, fading, or with a border those before it.
+    `log_betas`. A fading one sees all tokens. An evicting one has a border, and computes the `columns` alone: it sees
+    what the slots would hold there of the teacher's `reading`.
     """
 
     positions: Tensor  # [B, T] int64, increasing within a document
@@ -23,15 +33,25 @@ class TrainingPass:
     gated: bool
     border: Border | None = None
     one_document: bool = False  # no row has more than one, so that order alone says what is visible
+    reading: Reading | None = None
+    columns: Tensor | None = None  # [B, Tq] int64: which tokens are queries; None: all
     log_betas: dict[int, Tensor] = field(default_factory=dict)
+
+    def reach(self, queries: slice) -> int:
+        """Return how many tokens some of the queries may see."""
+        return queries.stop if self.columns is None else int(self.columns[:, queries].max()) + 1
+
+    def at(self, each: Tensor, queries: slice) -> Tensor:
+        """Return what the queries have of `each` token `[B, T]`: `[B, Tq]`."""
+        return each[:, queries] if self.columns is None else each.gather(1, self.columns[:, queries])
 
     def distances(self, queries: slice, keys: slice) -> Tensor:
         """Return how many positions each query is after each key: `[B, Tq, Tk]`, float32."""
-        return (self.positions[:, queries, None] - self.positions[:, None, keys]).float()
+        return (self.at(self.positions, queries)[:, :, None] - self.positions[:, None, keys]).float()
 
     def visible(self, queries: slice, keys: slice, distances: Tensor, window: int | None) -> Tensor:
         """Return which keys each query may see: `[B, Tq, Tk]`."""
-        index = torch.arange(self.positions.shape[1], device=self.positions.device)
-        seen = index[queries, None] >= index[None, keys]
-        seen = seen & (self.documents[:, queries, None] == self.documents[:, None, keys])
+        index = torch.arange(self.positions.shape[1], device=self.positions.device).expand_as(self.positions)
+        seen = self.at(index, queries)[:, :, None] >= index[:, None, keys]
+        seen = seen & (self.at(self.documents, queries)[:, :, None] == self.documents[:, None, keys])
         return seen if window is None else seen & (distances < window)
