@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from random import Random
@@ -12,7 +14,8 @@ import pytest
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import Conversation, Talk, make_multi_turn, make_recall
 from trimkv_cli.mini.readings import ask_notes, make_list, make_notes, make_steps, make_table, summarize_notes
-from trimkv_cli.mini.sentences import draw_facts
+from trimkv_cli.mini.rows import EARLY, make_conversation
+from trimkv_cli.mini.sentences import draw_facts, filler, filler_sentence
 
 Make = Callable[[Random], Conversation]
 KINDS: dict[str, Make] = {
@@ -191,3 +194,30 @@ def test_fresh_questions_go_to_facts_not_asked_for_yet() -> None:
             talk.ask()
         assert len({question.answer for question in talk.done().questions}) == 6
         talk.ask()
+
+
+def test_the_share_of_strange_filler_is_the_one_asked_for() -> None:
+    """Catch filler that stays tame where gates are to learn what must not be kept."""
+    known = {word for sentence in filler(Random(0), 3000, strange=0.0).split(".") for word in sentence.lower().split()}
+    for share in (0.08, 0.4):
+        rng = Random(1)
+        sentences = [filler_sentence(rng, strange=share) for _ in range(2000)]
+        strange = sum(not known.issuperset(sentence.lower().rstrip(".").split()) for sentence in sentences)
+        assert strange / len(sentences) == pytest.approx(share, abs=0.03)
+
+
+def test_a_mixtures_strange_filler_is_in_its_notes_and_in_its_talk() -> None:
+    """Catch a mixture whose share of strange filler reaches only a part of its conversations."""
+    mixture = replace(EARLY, pairs=0.0, summaries=1.0, tasks=0.0, points=1)
+    for share, least, most in ((0.0, 0, 0), (0.6, 4, 200)):
+        notes, _, *talk = make_conversation(Random(3), 2000, replace(mixture, strange=share)).messages
+        for text in (notes.content, " ".join(message.content for message in talk)):
+            assert least <= len(re.findall(r"\d (?:birds|ships|clouds|trees)", text)) <= most
+
+
+def test_notes_are_as_long_as_a_mixture_asks_for() -> None:
+    """Catch lists whose notes are short, whatever the gates are to learn of long ones."""
+    mixture = replace(EARLY, pairs=0.0, summaries=1.0, tasks=0.0, points=4)
+    for share in (0.3, 0.9):
+        notes, *_ = make_conversation(Random(5), 1000, replace(mixture, reading=(share, share))).messages
+        assert len(notes.content.split()) == pytest.approx(1000 * share, abs=40)

@@ -7,7 +7,7 @@ from random import Random
 from typing import Literal
 
 from trimkv_cli.mini import words
-from trimkv_cli.mini.sentences import Fact, careless, draw_facts, filler, filler_sentence
+from trimkv_cli.mini.sentences import STRANGE, Fact, careless, draw_facts, filler, filler_sentence
 
 Role = Literal["system", "user", "assistant"]
 TOKENS_PER_WORD = 1.55  # of the mini tokenizer, template included; tests hold it to ±20 %
@@ -49,7 +49,8 @@ class Talk:
     """A conversation while it is written: its messages, and the facts told so far.
 
     `fresh` is the share of questions that go to facts not asked for yet, as long as there are any; `value_first` the
-    share of facts that are told with the value before its thing, and `openers` that of those told after other words.
+    share of facts that are told with the value before its thing, and `openers` that of those told after other words;
+    `strange` is the share of filler that holds a number or a strange word.
     """
 
     rng: Random
@@ -60,6 +61,7 @@ class Talk:
     fresh: float = 0.0
     value_first: float = 0.0
     openers: float = 0.0
+    strange: float = STRANGE
     asked: set[str] = field(default_factory=set)
 
     @property
@@ -79,7 +81,7 @@ class Talk:
         shares = {"value_first": self.value_first, "openers": self.openers}
         sentences = [fact.tell(self.rng, unseen=self.unseen, **shares) for fact in some]
         if self.rng.random() < 0.3:
-            sentences.insert(self.rng.randrange(len(sentences) + 1), filler_sentence(self.rng))
+            sentences.insert(self.rng.randrange(len(sentences) + 1), filler_sentence(self.rng, strange=self.strange))
         self.turn(careless(self.rng, " ".join(sentences)), self.rng.choice(words.ACKNOWLEDGEMENTS))
 
     def ask(self, fact: Fact | None = None) -> None:
@@ -88,7 +90,7 @@ class Talk:
         self.asked.add(fact.thing)
         question = careless(self.rng, fact.ask(self.rng, unseen=self.unseen))
         if self.rng.random() < 0.1:
-            question = f"{filler_sentence(self.rng)} {question}"
+            question = f"{filler_sentence(self.rng, strange=self.strange)} {question}"
         self.turn(question, fact.answer, scored=True)
 
     def _pick(self) -> Fact:
@@ -99,7 +101,8 @@ class Talk:
 
     def chat(self) -> None:
         """Let both talk about other things."""
-        self.turn(careless(self.rng, filler(self.rng, self.rng.choice((1, 1, 2, 3)))), self.rng.choice(words.REPLIES))
+        said = filler(self.rng, self.rng.choice((1, 1, 2, 3)), strange=self.strange)
+        self.turn(careless(self.rng, said), self.rng.choice(words.REPLIES))
 
     def done(self) -> Conversation:
         """Close the conversation."""

@@ -8,7 +8,16 @@ from random import Random
 
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import Conversation, Talk
-from trimkv_cli.mini.sentences import Fact, draw_facts, draw_value, draw_words, filler, loose_sentence, shuffled
+from trimkv_cli.mini.sentences import (
+    STRANGE,
+    Fact,
+    draw_facts,
+    draw_value,
+    draw_words,
+    filler,
+    loose_sentence,
+    shuffled,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +47,7 @@ def make_notes(
     loose: float = 0.0,
     shuffle: float = 0.0,
     anagrams: bool = False,
+    strange: float = STRANGE,
 ) -> Notes:
     """Write about `length` words of filler lines, with `points` (at least one) marked points spread over them.
 
@@ -61,7 +71,7 @@ def make_notes(
     lines: list[str] = []
     count = sum(len(point.split()) + 2 for point in told)
     while count < length:
-        lines.append(filler(rng, rng.randint(1, 3)))
+        lines.append(filler(rng, rng.randint(1, 3), strange=strange))
         count += len(lines[-1].split())
     places = sorted(rng.randrange(len(lines) + 1) for _ in told)
     for index in reversed(range(points)):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from trimkv_cli.mini import language, readings
 from trimkv_cli.mini.language import Conversation, Message, Talk
 from trimkv_cli.mini.pairs import add_pairs
-from trimkv_cli.mini.sentences import draw_facts
+from trimkv_cli.mini.sentences import STRANGE, draw_facts
 from trimkv_cli.mini.tokenizer import TURN_END, TURN_START
 
 ANSWER_WEIGHT = 1.0
@@ -40,6 +40,7 @@ class Mixture:
     facts: int
     fresh: float
     points: int = 16  # of notes, at most
+    reading: tuple[float, float] = (0.3, 0.75)  # of a conversation's words are its notes, from … to
     value_first: float = 0.3
     numbers: float = 2.0
     alike: float = 0.4  # of the conversations and notes tell facts of one kind only
@@ -48,6 +49,7 @@ class Mixture:
     loose: float = 0.3  # of the points of notes
     shuffle: float = 0.2  # of the other points
     anagrams: float = 0.4  # of the notes have points of the same words
+    strange: float = STRANGE  # of the filler holds a number or a strange word
     other_weight: float = 0.05  # of tokens that are no answer; an answer's have 1
     things: int | None = None  # that pairs are about; None: all
 
@@ -108,7 +110,14 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
     count = rng.randint(2, max(4, min(mixture.facts, length // 20)))
     alike = rng.random() < mixture.alike
     facts = draw_facts(rng, count, numbers=mixture.numbers, alike=alike)
-    talk = Talk(rng, facts=facts, fresh=mixture.fresh, value_first=mixture.value_first, openers=mixture.openers)
+    talk = Talk(
+        rng,
+        facts=facts,
+        fresh=mixture.fresh,
+        value_first=mixture.value_first,
+        openers=mixture.openers,
+        strange=mixture.strange,
+    )
     draw = rng.random()
     if draw < mixture.summaries + mixture.notes:
         most = max(2, min(mixture.points, length // 16))
@@ -116,7 +125,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
         notes = readings.make_notes(
             rng,
             points=points,
-            length=int(length * rng.uniform(0.3, 0.75)),
+            length=int(length * rng.uniform(*mixture.reading)),
             value_first=mixture.value_first,
             openers=mixture.openers,
             numbers=mixture.numbers,
@@ -124,6 +133,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
             loose=mixture.loose,
             shuffle=mixture.shuffle,
             anagrams=rng.random() < mixture.anagrams,
+            strange=mixture.strange,
         )
         ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
         talk.messages += ask(rng, notes).messages

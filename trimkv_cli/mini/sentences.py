@@ -8,6 +8,8 @@ from random import Random
 
 from trimkv_cli.mini import words
 
+STRANGE = 0.08  # of the sentences that matter to nobody hold a number or a strange word
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
@@ -95,20 +97,20 @@ def draw_words(rng: Random, count: int) -> list[str]:
     return list(drawn)
 
 
-def filler(rng: Random, sentences: int) -> str:
+def filler(rng: Random, sentences: int, *, strange: float = STRANGE) -> str:
     """Write sentences that matter to nobody."""
-    return " ".join(filler_sentence(rng) for _ in range(sentences))
+    return " ".join(filler_sentence(rng, strange=strange) for _ in range(sentences))
 
 
-def filler_sentence(rng: Random) -> str:
-    """Write one sentence that matters to nobody; a few hold a number or a strange word."""
+def filler_sentence(rng: Random, *, strange: float = STRANGE) -> str:
+    """Write one sentence that matters to nobody; the share `strange` holds a number or a strange word."""
     draw = rng.random()
     if draw < 0.3:
         return rng.choice(words.OPINIONS)
     subject, verb, thing = rng.choice(words.SUBJECTS), rng.choice(words.VERBS), rng.choice(words.OBJECTS)
-    if draw < 0.34:
+    if draw < 0.3 + strange / 2:
         thing = f"{rng.randint(2, 99)} {rng.choice(('birds', 'ships', 'clouds', 'trees'))}"
-    elif draw < 0.38:
+    elif draw < 0.3 + strange:
         thing = f"the {draw_word(rng)}"
     sentence = f"{subject} {verb} {thing}{rng.choice(words.TAILS)}."
     return sentence[0].upper() + sentence[1:]
