@@ -33,8 +33,8 @@ mini: $(READY)
 	$(BIN)/python -m trimkv_cli.mini.recipe build/mini
 	$(BIN)/python -m trimkv_cli.mini.conversations build/mini/conversations.jsonl
 	$(BIN)/trimkv gates train build/mini/model --data build/mini/conversations.jsonl -o build/mini/model/gates \
-		--student evicting --memory-size 64 --context 1024 --position-gap 60000 --steps 500 --batch 2 --accumulate 1 \
-		--hidden 64 --lr 3e-3 --schedule cosine --dtype bf16
+		--student evicting --memory-size 64 --context 2048 --position-gap 60000 --steps 1000 --batch 1 --accumulate 1 \
+		--hidden 64 --lr 1.2e-2 --schedule cosine --dtype bf16
 
 MODEL ?= mini
 RESULTS := kernels/bench/results

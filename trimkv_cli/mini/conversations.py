@@ -14,7 +14,6 @@ from random import Random
 
 from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation
 from trimkv_cli.mini.rows import EARLY, make_conversation
-from trimkv_cli.mini.sentences import STRANGE
 
 # Half of them hold no more to remember at a time than few slots can: what is worth a slot is learnt best from little.
 # The others hold as much as the model was trained on. What must not take a slot is learnt from long notes with few
@@ -23,22 +22,22 @@ SPARSE = replace(
     EARLY,
     pairs=0.0,
     summaries=0.8,
-    reading=(0.6, 0.95),
-    strange=2 * STRANGE,
+    reading=(0.8, 0.98),
+    strange=0.2,
     openers=0.6,
     facts=6,
     points=4,
     alike=0.2,
     anagrams=0.1,
 )
-DENSE = replace(SPARSE, facts=12, points=12)
+DENSE = replace(SPARSE, facts=12, points=10)
 
 
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
-    """Write `count` conversations of about `tokens` tokens, all skills in one, to `out`."""
+    """Write `count` conversations of about `tokens` tokens, all skills in one, to `out`; notes have fewer a word."""
     rng = Random(seed)
     drawn = (
-        make_conversation(rng, int(tokens * rng.uniform(0.85, 1.1) / TOKENS_PER_WORD), rng.choice((SPARSE, DENSE)))
+        make_conversation(rng, int(tokens * rng.uniform(0.95, 1.25) / TOKENS_PER_WORD), rng.choice((SPARSE, DENSE)))
         for _ in range(count)
     )
     write_lines(out, drawn)
