@@ -67,7 +67,7 @@ def _make_hook(layer_index: int, gate: nn.Module, window: int | None) -> Hook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         now: TrainingPass = kwargs["training_pass"]
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if now.reading is not None:
+        if now.reading is not None:  # the teacher leaves it there, the student finds it
             hidden = now.reading.hidden.setdefault(layer_index, hidden)
         log_beta = gate(hidden, now.positions).transpose(1, 2) if now.gated else None
         if log_beta is not None:
