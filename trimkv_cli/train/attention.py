@@ -145,7 +145,7 @@ def _attend_causally(query: Tensor, key: Tensor, value: Tensor, now: TrainingPas
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
     keep = query.shape[2] <= QUERY_BLOCK or not key.requires_grad
     attend_block = partial(_attend_block, now=now, window=window)
-    return in_query_blocks(attend_block, query, key, value, size=QUERY_BLOCK, keep=keep)
+    return in_query_blocks(attend_block, query, key, value, size=QUERY_BLOCK, keep=keep, reach=now.reach)
 
 
 def _attend_block(

@@ -79,7 +79,7 @@ def _attend_block(
     window: int | None,
 ) -> Tensor:
     assert now.border is not None
-    keys = slice(0, now.reach(queries))
+    keys = slice(0, key.shape[2])
     distances = now.distances(queries, keys)
     visible = now.visible(queries, keys, distances, window)[:, None]
     bias = kept_bias(log_beta, distances[:, None], visible, now.border)

@@ -18,7 +18,7 @@ def in_query_blocks(
     *states: Tensor,
     size: int,
     keep: bool,
-    reach: Callable[[slice], int] = lambda queries: queries.stop,
+    reach: Callable[[slice], int],
 ) -> Tensor:
     """Attend from `size` queries at a time, `[B, H, Tq, D]`, to the `states` that they `reach`, `[B, Hkv, T, …]`.
 
