@@ -107,7 +107,8 @@ def _exit_code(arguments: list[str]) -> int:
     except TrimkvError as error:
         return _report(error.message, error.hint, error.exit_code)
     except TyperException as error:
-        return _report(error.format_message(), _usage_hint(error), error.exit_code)
+        message = error.format_message().replace("Value error, ", "")  # pydantic's, which typer passes on
+        return _report(message, _usage_hint(error), error.exit_code)
     except OSError as error:
         return _report_os_error(error)
     except Exception as error:  # noqa: BLE001  # the last line of defence: any fault becomes one line

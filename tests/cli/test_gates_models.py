@@ -140,3 +140,14 @@ def test_models_pull_without_network(cache: Path) -> None:
     done = trimkv("models", "pull", "some/model")
     assert (done.returncode, done.stdout) == (6, "")
     assert "hint: when the network is back: trimkv models pull some/model" in done.stderr
+
+
+def test_gates_train_names_the_choices() -> None:
+    """Catches the words of a validator in front of our users' error."""
+    train = ["gates", "train", "mini", "--data", "no.jsonl", "-o", "no", "--memory-size", "8", "--context", "64"]
+    done = trimkv(*train, "--steps", "1", "--student", "sleeping")
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[0]
+        == "error: Invalid value for '--student': 'sleeping' is not one of 'fading', 'evicting'."
+    )
