@@ -21,7 +21,7 @@ from trimkv_cli.mini.rows import EARLY, make_conversation
 SPARSE = replace(
     EARLY,
     pairs=0.0,
-    summaries=0.8,
+    summaries=0.65,
     reading=(0.8, 0.98),
     strange=0.2,
     openers=0.6,
@@ -34,10 +34,13 @@ DENSE = replace(SPARSE, facts=12, points=10)
 
 
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
-    """Write `count` conversations of about `tokens` tokens, all skills in one, to `out`; notes have fewer a word."""
+    """Write `count` conversations, all skills in one, to `out`; few are longer than `tokens` tokens.
+
+    What is cut off asks for what stood before the cut, and teaches nothing.
+    """
     rng = Random(seed)
     drawn = (
-        make_conversation(rng, int(tokens * rng.uniform(0.95, 1.25) / TOKENS_PER_WORD), rng.choice((SPARSE, DENSE)))
+        make_conversation(rng, int(tokens * rng.uniform(0.8, 1.0) / TOKENS_PER_WORD), rng.choice((SPARSE, DENSE)))
         for _ in range(count)
     )
     write_lines(out, drawn)

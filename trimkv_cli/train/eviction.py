@@ -25,7 +25,7 @@ from trimkv_cli.train.training_pass import TrainingPass
 
 QUERY_BLOCK = 256  # queries that attend at a time
 KEPT_NUMEL = 1 << 24  # pairs of tokens and heads, at most, whose weights (64 MiB) a layer keeps for the backward pass
-_LEAST_FADING = 1e-12
+_LEAST_FADING = 1e-30  # less has no gradient
 _FAR = 1e4  # the log age of what is not there
 
 
