@@ -101,6 +101,8 @@ class TrainOptions:
         values = asdict(self)
         if self.schedule == "constant" and self.student == "fading":
             del values["steps"]
+        if self.student == "evicting":
+            values["border_sharpness"] = [SOFTEST, SHARPEST]
         return values
 
 

@@ -97,15 +97,10 @@ class Trainer:
         """
         counts = counts or _Counts.of([batch], self.spec.num_layers * self.spec.num_kv_heads)
         kind = self.model.device.type
+        asked, real = batch.asked()
         with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            reading = Reading() if border is not None else None
-            with torch.no_grad():
-                teacher = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, reading=reading))
-            asked, real = batch.asked()
-            now = batch.make_pass(gated=True, border=border, reading=reading, columns=asked if reading else None)
-            student = hidden_states(self.model, batch.ids, now)
-            if reading is None:
-                student = student.take_along_dim(asked[:, :, None], dim=1)
+            read = self._read_fading(batch, asked) if border is None else self._read_evicting(batch, asked, border)
+            teacher, student, now = read
             rows, columns = real.nonzero(as_tuple=True)[0], asked[real]
             kl, ntp = distill(
                 student[real],
@@ -115,6 +110,23 @@ class Trainer:
                 vocab_size=self.spec.vocab_size,
             )
         return [kl / counts.wanted, ntp / counts.wanted, self._excess(batch, now) / counts.scored]
+
+    def _read_fading(self, batch: Batch, asked: Tensor) -> tuple[Tensor, Tensor, TrainingPass]:
+        """Return the teacher's states of all tokens, the student's of those `asked` for, and the student's pass."""
+        teacher = self._teach(batch.make_pass(gated=False), batch)
+        now = batch.make_pass(gated=True)
+        student = hidden_states(self.model, batch.ids, now)
+        return teacher, student.take_along_dim(asked[:, :, None], dim=1), now
+
+    def _read_evicting(self, batch: Batch, asked: Tensor, border: Border) -> tuple[Tensor, Tensor, TrainingPass]:
+        reading = Reading()
+        teacher = self._teach(batch.make_pass(gated=False, reading=reading), batch)
+        now = batch.make_pass(gated=True, border=border, reading=reading, columns=asked)
+        return teacher, hidden_states(self.model, batch.ids, now), now
+
+    @torch.no_grad()
+    def _teach(self, now: TrainingPass, batch: Batch) -> Tensor:
+        return hidden_states(self.model, batch.ids, now)
 
     def _excess(self, batch: Batch, now: TrainingPass) -> Tensor:
         if self.options.cap_weight == 0:
