@@ -17,6 +17,7 @@ def headline(results: Path) -> str:
 
     rows = [
         *_recall(read("recall-mini")["rows"]),
+        ("`make mini`: its weights and gates, from nothing", f"{read('make-mini')['real_s'] / 60:.0f} minutes"),
         *_stream(read("stream-cpu")),
         *_speed(read("speed-10m-cpu")),
         *_batches(read("batching-mini"), read("kills-mini")),
