@@ -68,7 +68,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 pictures: $(READY)
-	$(BIN)/trimkv inspect -f examples/story.txt "What is my dog called?" --kv-budget 96 --greedy \
+	$(BIN)/trimkv inspect -f examples/story.txt "What is my dog called?" --kv-budget 64 --greedy \
 		--svg examples/inspect.svg --png examples/retention.png
 
 bench-memory: $(READY)

@@ -16,9 +16,8 @@ from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation
 from trimkv_cli.mini.rows import EARLY, make_conversation
 
 # Half of them hold no more to remember at a time than few slots can: what is worth a slot is learnt best from little.
-# The others hold as much as the model was trained on: lists end before a number that no gate has learnt to keep. What
-# must not take a slot is learnt from long notes with few points, and from more strange words in the filler than texts
-# have: what is rare there fills a cache in 20,000 tokens.
+# The others hold as much as the model was trained on. What must not take a slot is learnt from long notes with few
+# points, and from more strange words in the filler than texts have: what is rare there fills a cache in 20,000 tokens.
 SPARSE = replace(
     EARLY,
     pairs=0.0,
@@ -31,7 +30,7 @@ SPARSE = replace(
     alike=0.2,
     anagrams=0.1,
 )
-DENSE = replace(SPARSE, facts=EARLY.facts, points=EARLY.points)
+DENSE = replace(SPARSE, facts=12, points=10)
 
 
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:
@@ -40,9 +39,9 @@ def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> Non
     What is cut off asks for what stood before the cut, and teaches nothing.
     """
     rng = Random(seed)
-    words = tokens / TOKENS_PER_WORD
     drawn = (
-        make_conversation(rng, int(words * rng.uniform(0.8, 1.0)), rng.choice((SPARSE, DENSE))) for _ in range(count)
+        make_conversation(rng, int(tokens * rng.uniform(0.8, 1.0) / TOKENS_PER_WORD), rng.choice((SPARSE, DENSE)))
+        for _ in range(count)
     )
     write_lines(out, drawn)
 
