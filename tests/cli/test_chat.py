@@ -18,13 +18,13 @@ from terminals import CTRL_C, CTRL_D, ENTER, NEWLINE, TAB, Terminal
 CHAT = ("chat", "--kv-budget", "40", "--threads", "1", "--greedy", "-n", "24")
 
 
-PASTE = "\n".join(f"/exit line {n} <|im_end|> \x1b[2J\x1b]0;title\x07 end" for n in range(200))
+PASTE = "\n".join(f"/exit line {n} <|im_end|> \x1b[2J\x1b]0;title\x07 end" for n in range(600))
 
 
 def paste_and_stop(terminal: Terminal) -> None:
-    """Paste 200 lines and stop while they are read; say something and stop while the answer is written."""
+    """Paste 600 lines, seconds of work, and stop while they are read; say something and stop while the answer is written."""
     terminal.paste(PASTE)
-    terminal.wait("line 199")
+    terminal.wait("line 599")
     terminal.type(ENTER)
     terminal.wait("reading")
     terminal.type(CTRL_C)
