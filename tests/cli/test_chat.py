@@ -22,7 +22,7 @@ PASTE = "\n".join(f"/exit line {n} <|im_end|> \x1b[2J\x1b]0;title\x07 end" for n
 
 
 def paste_and_stop(terminal: Terminal) -> None:
-    """Paste 600 lines, seconds of work, and stop while they are read; say something and stop while the answer is written."""
+    """Paste much and stop while it is read; say something and stop while the answer is written."""
     terminal.paste(PASTE)
     terminal.wait("line 599")
     terminal.type(ENTER)

@@ -13,7 +13,15 @@ import pytest
 
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import Conversation, Talk, make_multi_turn, make_recall
-from trimkv_cli.mini.readings import ask_notes, make_list, make_notes, make_steps, make_table, summarize_notes
+from trimkv_cli.mini.readings import (
+    ask_about,
+    make_list,
+    make_notes,
+    make_steps,
+    make_story,
+    make_table,
+    summarize_notes,
+)
 from trimkv_cli.mini.rows import EARLY, make_conversation
 from trimkv_cli.mini.sentences import draw_facts, filler, filler_sentence
 
@@ -22,7 +30,9 @@ KINDS: dict[str, Make] = {
     "recall": lambda rng: make_recall(rng, facts=6, length=300),
     "multi-turn": lambda rng: make_multi_turn(rng, facts=6, length=300),
     "summary": lambda rng: summarize_notes(rng, make_notes(rng, points=5, length=200)),
-    "notes": lambda rng: ask_notes(rng, make_notes(rng, points=5, length=200)),
+    "notes": lambda rng: ask_about(rng, make_notes(rng, points=5, length=200)),
+    "story": lambda rng: ask_about(rng, make_story(rng, facts=5, length=200)),
+    "story asked about before it": lambda rng: ask_about(rng, make_story(rng), before=1.0),
     "table": make_table,
     "steps": make_steps,
     "list": make_list,
@@ -130,6 +140,18 @@ def test_anagrams_have_the_words_of_one_point() -> None:
     assert notes.facts[0].value in notes.points[0]
 
 
+def test_a_story_tells_all_its_facts_and_may_be_asked_about_before_it() -> None:
+    """Catch a story that lost a fact, and questions that stand where they were not wanted."""
+    for seed in range(20):
+        story = make_story(Random(seed), facts=5, length=120)
+        assert all(fact.thing in story.text and fact.value in story.text for fact in story.facts)
+        assert 120 <= len(story.text.split()) < 140
+        for before, place in ((1.0, 0), (0.0, 1)):
+            first = ask_about(Random(seed), story, before=before).messages[0].content
+            assert first.split("\n\n")[1 - place] == story.text
+            assert first.split("\n\n")[place] != story.text
+
+
 def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
     """Catch a chain that runs in a circle or skips a step."""
     for seed in range(20):
@@ -183,7 +205,24 @@ def test_values_come_first_only_where_training_asks_for_it() -> None:
         assert fact.value in told
         if len(fact.relation.things) > 1:
             assert told.index(fact.value) < told.rindex(fact.thing)
-        assert fact.tell(Random(seed), openers=1.0).startswith(words.OPENERS)
+
+
+def test_openers_come_first_and_are_never_those_of_unseen_phrasings() -> None:
+    """Catch a training that is told the examination's openers, or none but its own few."""
+    listed = 0
+    for seed in range(200):
+        fact = draw_facts(Random(seed), 1)[0]
+        said = {s.format(t=fact.thing, v=fact.value)[1:] for s in fact.relation.statements}
+        opener, end = next(
+            (told[: -len(end)], end)
+            for told in [fact.tell(Random(seed), openers=1.0)]
+            for end in sorted(said, key=len, reverse=True)
+            if told.endswith(end)
+        )
+        assert 1 <= len(opener.split()) <= 5, (opener, end)
+        assert not opener.startswith("You know")
+        listed += opener.startswith(words.OPENERS)
+    assert 60 < listed < 140
 
 
 def test_fresh_questions_go_to_facts_not_asked_for_yet() -> None:

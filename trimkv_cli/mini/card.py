@@ -21,6 +21,7 @@ any machine, offline.
   Zubo." Names, codes, numbers, places and dates; other things than cats; more than once.
 - **Read notes**: list the points of a text that are marked and numbered ("Note 1: …", "Important 2: …"), in the order
   of their numbers, word by word, or answer a question about them. `trimkv summarize` asks for just that.
+- **Read a story** for the facts told in it; the question may stand before it, as `trimkv ask -f` has it, or after it.
 - **Tables and lists** in the prompt: look a word up, say which one comes next, follow arrows (`a -> b`) to the end.
 
 ## What it cannot do
@@ -55,7 +56,8 @@ Exact answers, full cache, greedy, on seeds that training never used ("unseen": 
 |---|---|---:|---:|---:|
 {rows}
 
-"Value first": each fact is told with its value in front of its thing. A "summary" is exact when every point of the
+"Value first": each fact is told with its value in front of its thing. A "story" is asked about before it and twice
+after it. A "summary" is exact when every point of the
 list is, word by word, and nothing else is in it. About {ratio} tokens of the model's own tokenizer make a word; it has
 {vocabulary:,} byte-level BPE tokens, and each word of the language that is not drawn at random is one of them, as is
 each number below 100.

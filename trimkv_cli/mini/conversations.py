@@ -22,15 +22,17 @@ SPARSE = replace(
     EARLY,
     pairs=0.0,
     summaries=0.65,
+    notes=0.05,
+    stories=0.1,
     reading=(0.8, 0.98),
     strange=0.2,
-    openers=0.6,
+    openers=0.75,
     facts=6,
     points=4,
     alike=0.2,
     anagrams=0.1,
 )
-DENSE = replace(SPARSE, facts=12, points=10)
+DENSE = replace(SPARSE, facts=12, points=EARLY.points)
 
 
 def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> None:

@@ -37,7 +37,13 @@ def _summary(rng: Random, length: int, unseen: bool) -> Conversation:
 
 
 def _notes(rng: Random, length: int, unseen: bool) -> Conversation:
-    return readings.ask_notes(rng, readings.make_notes(rng, points=6, length=length), unseen=unseen)
+    return readings.ask_about(rng, readings.make_notes(rng, points=6, length=length), unseen=unseen)
+
+
+def _story(rng: Random, length: int, unseen: bool) -> Conversation:
+    return readings.ask_about(
+        rng, readings.make_story(rng, facts=4, length=length, unseen=unseen), unseen=unseen, before=1.0
+    )
 
 
 def _table(rng: Random, length: int, unseen: bool) -> Conversation:
@@ -62,6 +68,7 @@ SUBJECTS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "multi-turn": (_multi_turn, (500, 1000, 2000)),
     "summary": (_summary, (500, 1000, 2000)),
     "notes": (_notes, (500, 1000, 2000)),
+    "story": (_story, (100, 1000)),
     "table": (_table, (200,)),
     "table backwards": (_table_backwards, (200,)),
     "steps": (_steps, (200,)),

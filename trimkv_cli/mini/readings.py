@@ -1,4 +1,4 @@
-"""Texts to read and to be asked about: notes with marked points, tables, arrows and lists."""
+"""Texts to read and to be asked about: stories, notes with marked points, tables, arrows and lists."""
 
 from __future__ import annotations
 
@@ -15,23 +15,58 @@ from trimkv_cli.mini.sentences import (
     draw_value,
     draw_words,
     filler,
+    filler_sentence,
     loose_sentence,
     shuffled,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notes:
-    """A text of filler lines with marked points: "Note 3: …". `facts` are those that points tell."""
+class Story:
+    """A text, and the facts that it tells."""
 
     text: str
-    points: tuple[str, ...]
     facts: tuple[Fact, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notes(Story):
+    """A text of filler lines with marked points: "Note 3: …". `facts` are those that points tell."""
+
+    points: tuple[str, ...]
 
     @property
     def summary(self) -> str:
         """The points as a list, one per line."""
         return "\n".join(f"- {number}: {point}" for number, point in enumerate(self.points, start=1))
+
+
+def make_story(
+    rng: Random,
+    *,
+    facts: int = 4,
+    length: int = 60,
+    unseen: bool = False,
+    value_first: float = 0.0,
+    openers: float = 0.0,
+    numbers: float = 1.0,
+    alike: bool = False,
+    strange: float = STRANGE,
+) -> Story:
+    """Write about `length` words, with `facts` facts told anywhere among filler, in lines of one to three sentences."""
+    drawn = draw_facts(rng, facts, numbers=numbers, alike=alike)
+    sentences = [fact.tell(rng, unseen=unseen, value_first=value_first, openers=openers) for fact in drawn]
+    count = sum(len(sentence.split()) for sentence in sentences)
+    while count < length:
+        sentences.append(filler_sentence(rng, strange=strange))
+        count += len(sentences[-1].split())
+    rng.shuffle(sentences)
+    lines: list[str] = []
+    while sentences:
+        size = rng.randint(1, 3)
+        lines.append(" ".join(sentences[:size]))
+        sentences = sentences[size:]
+    return Story(text="\n".join(lines), facts=tuple(drawn))
 
 
 def make_notes(
@@ -90,14 +125,14 @@ def summarize_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conve
     return talk.done()
 
 
-def ask_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conversation:
-    """Ask about a text, after it or (as `trimkv ask -f` does) before it; then ask on."""
-    talk = Talk(rng, unseen=unseen, facts=list(notes.facts), told=len(notes.facts))
-    fact = rng.choice(notes.facts)
+def ask_about(rng: Random, story: Story, *, unseen: bool = False, before: float = 0.5) -> Conversation:
+    """Ask about a text, the share `before` in front of it, as `trimkv ask -f` does; then ask on."""
+    talk = Talk(rng, unseen=unseen, facts=list(story.facts), told=len(story.facts))
+    fact = rng.choice(story.facts)
     question = fact.ask(rng, unseen=unseen)
-    parts = (question, notes.text) if rng.random() < 0.3 else (notes.text, question)
+    parts = (question, story.text) if rng.random() < before else (story.text, question)
     talk.turn("\n\n".join(parts), fact.answer, scored=True)
-    for _ in range(min(2, len(notes.facts))):
+    for _ in range(min(2, len(story.facts))):
         talk.ask()
     return talk.done()
 

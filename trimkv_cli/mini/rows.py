@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +32,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """How often a row opens with notes to summarize or to ask about, and what its conversation is like."""
+    """How often a row opens with notes to summarize, or notes or a story to ask about, and how its conversation is."""
 
     pairs: float  # of the rows have nothing but pairs
     summaries: float
     notes: float
+    stories: float
     tasks: float
     facts: int
     fresh: float
-    points: int = 16  # of notes, at most
-    reading: tuple[float, float] = (0.3, 0.75)  # of a conversation's words are its notes, from … to
+    points: int = 16  # of notes, or facts of a story, at most
+    reading: tuple[float, float] = (0.3, 0.75)  # of a conversation's words are its notes or story, from … to
     value_first: float = 0.3
     numbers: float = 2.0
     alike: float = 0.4  # of the conversations and notes tell facts of one kind only
@@ -54,9 +56,9 @@ class Mixture:
     things: int | None = None  # that pairs are about; None: all
 
 
-PAIRS = Mixture(pairs=1.0, summaries=0.0, notes=0.0, tasks=0.0, facts=0, fresh=0.0)
-EARLY = Mixture(pairs=0.3, summaries=0.3, notes=0.1, tasks=0.3, facts=12, fresh=0.3)
-LATE = Mixture(pairs=0.1, summaries=0.4, notes=0.1, tasks=0.2, facts=20, fresh=0.7)
+PAIRS = Mixture(pairs=1.0, summaries=0.0, notes=0.0, stories=0.0, tasks=0.0, facts=0, fresh=0.0)
+EARLY = Mixture(pairs=0.3, summaries=0.3, notes=0.1, stories=0.1, tasks=0.3, facts=12, fresh=0.3)
+LATE = Mixture(pairs=0.1, summaries=0.4, notes=0.1, stories=0.1, tasks=0.2, facts=20, fresh=0.7)
 # After two fifths of the first spell what cannot be foretold, filler, only drowns the rare mistakes.
 LAST = replace(LATE, pairs=0.05, numbers=2.5, value_first=0.2, shuffle=0.4, other_weight=0.005)
 # In the second spell: where a list ends is learnt last of all.
@@ -119,25 +121,8 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
         strange=mixture.strange,
     )
     draw = rng.random()
-    if draw < mixture.summaries + mixture.notes:
-        most = max(2, min(mixture.points, length // 16))
-        points = max(rng.randint(1, most), rng.randint(1, most))  # where long lists end is the hardest to learn
-        notes = readings.make_notes(
-            rng,
-            points=points,
-            length=int(length * rng.uniform(*mixture.reading)),
-            value_first=mixture.value_first,
-            openers=mixture.openers,
-            numbers=mixture.numbers,
-            alike=alike,
-            loose=mixture.loose,
-            shuffle=mixture.shuffle,
-            anagrams=rng.random() < mixture.anagrams,
-            strange=mixture.strange,
-        )
-        ask = readings.summarize_notes if draw < mixture.summaries else readings.ask_notes
-        talk.messages += ask(rng, notes).messages
-        talk.facts, talk.told = list(notes.facts), len(notes.facts)
+    if draw < mixture.summaries + mixture.notes + mixture.stories:
+        _open_with_text(talk, draw, length, mixture, alike=alike)
     elif alike:
         while talk.told < count:
             talk.tell()
@@ -148,6 +133,36 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
             talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
         language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
     return talk.done()
+
+
+def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, alike: bool) -> None:
+    rng = talk.rng
+    most = max(2, min(mixture.points, length // 16))
+    points = max(rng.randint(1, most), rng.randint(1, most))  # where long lists end is the hardest to learn
+    shape: dict[str, Any] = {
+        "length": int(length * rng.uniform(*mixture.reading)),
+        "value_first": mixture.value_first,
+        "openers": mixture.openers,
+        "numbers": mixture.numbers,
+        "alike": alike,
+        "strange": mixture.strange,
+    }
+    text: readings.Story
+    if draw < mixture.summaries + mixture.notes:
+        text = notes = readings.make_notes(
+            rng,
+            points=points,
+            loose=mixture.loose,
+            shuffle=mixture.shuffle,
+            anagrams=rng.random() < mixture.anagrams,
+            **shape,
+        )
+        opening = readings.summarize_notes(rng, notes) if draw < mixture.summaries else readings.ask_about(rng, notes)
+    else:
+        text = readings.make_story(rng, facts=points, **shape)
+        opening = readings.ask_about(rng, text)
+    talk.messages += opening.messages
+    talk.facts, talk.told = list(text.facts), len(text.facts)
 
 
 def _only_pairs(rng: Random, length: int, things: int | None) -> Conversation:

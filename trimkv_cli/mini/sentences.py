@@ -8,6 +8,7 @@ from random import Random
 
 from trimkv_cli.mini import words
 
+_OPENING = tuple(word for word in words.COMMON if word != "you")  # as the openers of unseen phrasings have
 STRANGE = 0.08  # of the sentences that matter to nobody hold a number or a strange word
 
 
@@ -35,7 +36,8 @@ class Fact:
         said = rng.choice(phrases).format(t=self.thing, v=self.value)
         if openers and rng.random() < openers:
             same = said.startswith((self.value, "I "))
-            said = f"{rng.choice(words.OPENERS)} {said if same else said[0].lower() + said[1:]}"
+            opener = rng.choice(words.OPENERS) if rng.random() < 0.5 else _loose_opener(rng)
+            said = f"{opener} {said if same else said[0].lower() + said[1:]}"
         return said
 
     def ask(self, rng: Random, *, unseen: bool = False) -> str:
@@ -114,6 +116,11 @@ def filler_sentence(rng: Random, *, strange: float = STRANGE) -> str:
         thing = f"the {draw_word(rng)}"
     sentence = f"{subject} {verb} {thing}{rng.choice(words.TAILS)}."
     return sentence[0].upper() + sentence[1:]
+
+
+def _loose_opener(rng: Random) -> str:
+    """Write one to three common words, most with a comma after them."""
+    return " ".join(rng.sample(_OPENING, k=rng.randint(1, 3))).capitalize() + rng.choice(("", ",", ",", ","))
 
 
 def loose_sentence(rng: Random) -> str:
