@@ -42,6 +42,7 @@ RESULTS := kernels/bench/results
 
 bench-mini: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.recall --model $(MODEL) --out $(RESULTS)/recall-mini.json
+	$(BIN)/python -m trimkv_cli.bench.stories --model $(MODEL) --out $(RESULTS)/stories-mini.json
 	$(BIN)/python -m trimkv_cli.bench.points --model $(MODEL) --out $(RESULTS)/points-mini.json
 	$(BIN)/python -m trimkv_cli.bench.long_chat --model $(MODEL) --out $(RESULTS)/long-chat-mini.json
 	$(BIN)/python -m trimkv_cli.bench.readme

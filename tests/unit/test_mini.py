@@ -45,7 +45,7 @@ def test_files_stay_small() -> None:
     assert sum(file.stat().st_size for file in MODEL_FOLDER.rglob("*") if file.is_file()) <= MAX_BYTES
 
 
-@pytest.mark.parametrize("subject", ["recall", "notes"])
+@pytest.mark.parametrize("subject", ["recall", "notes", "story"])
 def test_it_remembers(subject: str) -> None:
     """Catch weights that were not trained, or damaged on their way; the card has the exact numbers."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()

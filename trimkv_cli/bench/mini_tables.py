@@ -12,10 +12,12 @@ from trimkv_cli.ui.accuracy import accuracy_plot
 
 
 def mini_tables(results: Path) -> str:
-    """Return recall as tables, the points of long notes, and a long conversation, in Markdown."""
-    recall, points, chat = (_rows(results / f"{name}-mini.json") for name in ("recall", "points", "long-chat"))
+    """Return recall as tables, stories, the points of long notes, and a long conversation, in Markdown."""
+    names = ("recall", "stories", "points", "long-chat")
+    recall, stories, points, chat = (_rows(results / f"{name}-mini.json") for name in names)
     lengths = dict.fromkeys(row["context"] for row in recall)
-    return "\n\n".join([*(_recall(recall, length) for length in lengths), _points(points), _long_chat(chat)])
+    made = (*(_recall(recall, length) for length in lengths), _stories(stories), _points(points), _long_chat(chat))
+    return "\n\n".join(made)
 
 
 def mini_plot(results: Path) -> str:
@@ -35,7 +37,7 @@ def _recall(rows: Sequence[dict[str, Any]], length: int) -> str:
         (head, "exact answers", "95 % interval", "log p per answer token", "questions"),
         (
             (
-                row["policy"] if row["kv_budget"] is None else f"{row['policy']}, M = {row['kv_budget']}",
+                _policy(row),
                 f"{row['accuracy']:.0%}",
                 f"{row['ci95'][0]:.0%} to {row['ci95'][1]:.0%}",
                 f"{row['answer_logprob']:.3f}",
@@ -50,6 +52,19 @@ def _recall(rows: Sequence[dict[str, Any]], length: int) -> str:
 def _plot(rows: Sequence[dict[str, Any]], length: int) -> str:
     shown = [Row(**{**row, "ci95": tuple(row["ci95"])}) for row in rows if row["context"] == length]
     return f"```text\n{accuracy_plot('recall', shown)}\n```"
+
+
+def _policy(row: dict[str, Any]) -> str:
+    return row["policy"] if row["kv_budget"] is None else f"{row['policy']}, M = {row['kv_budget']}"
+
+
+def _stories(rows: Sequence[dict[str, Any]]) -> str:
+    columns = dict.fromkeys(f"{row['tokens']:,} tokens, asked {row['asked']}" for row in rows)
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        lines.setdefault(_policy(row), []).append(f"{row['accuracy']:.0%}")
+    head = f"stories of four facts, {rows[0]['n']} questions of each kind"
+    return _markdown((head, *columns), ((policy, *cells) for policy, cells in lines.items()))
 
 
 def _points(rows: Sequence[dict[str, Any]]) -> str:

@@ -49,8 +49,9 @@ class Talk:
     """A conversation while it is written: its messages, and the facts told so far.
 
     `fresh` is the share of questions that go to facts not asked for yet, as long as there are any; `value_first` the
-    share of facts that are told with the value before its thing, and `openers` that of those told after other words;
-    `strange` is the share of filler that holds a number or a strange word.
+    share of facts that are told with the value before its thing, and `openers` that of those told after other words,
+    any words in the share `loose_openers` of them; `strange` is the share of filler that holds a number or a strange
+    word.
     """
 
     rng: Random
@@ -61,6 +62,7 @@ class Talk:
     fresh: float = 0.0
     value_first: float = 0.0
     openers: float = 0.0
+    loose_openers: float = 0.0
     strange: float = STRANGE
     asked: set[str] = field(default_factory=set)
 
@@ -78,7 +80,11 @@ class Talk:
         """Let the user tell the next one or two facts, sometimes among other things."""
         some = self.facts[self.told : self.told + (2 if self.rng.random() < 0.2 else 1)]
         self.told += len(some)
-        shares = {"value_first": self.value_first, "openers": self.openers}
+        shares = {
+            "value_first": self.value_first,
+            "openers": self.openers,
+            "loose_openers": self.loose_openers,
+        }
         sentences = [fact.tell(self.rng, unseen=self.unseen, **shares) for fact in some]
         if self.rng.random() < 0.3:
             sentences.insert(self.rng.randrange(len(sentences) + 1), filler_sentence(self.rng, strange=self.strange))

@@ -49,13 +49,15 @@ def make_story(
     unseen: bool = False,
     value_first: float = 0.0,
     openers: float = 0.0,
+    loose_openers: float = 0.0,
     numbers: float = 1.0,
     alike: bool = False,
     strange: float = STRANGE,
 ) -> Story:
     """Write about `length` words, with `facts` facts told anywhere among filler, in lines of one to three sentences."""
     drawn = draw_facts(rng, facts, numbers=numbers, alike=alike)
-    sentences = [fact.tell(rng, unseen=unseen, value_first=value_first, openers=openers) for fact in drawn]
+    shares = {"value_first": value_first, "openers": openers, "loose_openers": loose_openers}
+    sentences = [fact.tell(rng, unseen=unseen, **shares) for fact in drawn]
     count = sum(len(sentence.split()) for sentence in sentences)
     while count < length:
         sentences.append(filler_sentence(rng, strange=strange))
@@ -77,6 +79,7 @@ def make_notes(
     unseen: bool = False,
     value_first: float = 0.0,
     openers: float = 0.0,
+    loose_openers: float = 0.0,
     numbers: float = 1.0,
     alike: bool = False,
     loose: float = 0.0,
@@ -92,7 +95,8 @@ def make_notes(
     tell them apart.
     """
     facts = draw_facts(rng, points, numbers=numbers, alike=alike)
-    told = [fact.tell(rng, unseen=unseen, value_first=value_first, openers=openers) for fact in facts]
+    shares = {"value_first": value_first, "openers": openers, "loose_openers": loose_openers}
+    told = [fact.tell(rng, unseen=unseen, **shares) for fact in facts]
     spared = rng.randrange(points) if loose or shuffle or anagrams else 0
     rest = [index for index in range(points) if index != spared]
     others = [index for index in rest if loose and rng.random() < loose]
@@ -125,7 +129,7 @@ def summarize_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conve
     return talk.done()
 
 
-def ask_about(rng: Random, story: Story, *, unseen: bool = False, before: float = 0.5) -> Conversation:
+def ask_about(rng: Random, story: Story, *, unseen: bool = False, before: float = 0.3) -> Conversation:
     """Ask about a text, the share `before` in front of it, as `trimkv ask -f` does; then ask on."""
     talk = Talk(rng, unseen=unseen, facts=list(story.facts), told=len(story.facts))
     fact = rng.choice(story.facts)

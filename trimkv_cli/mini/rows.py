@@ -37,10 +37,11 @@ class Mixture:
     pairs: float  # of the rows have nothing but pairs
     summaries: float
     notes: float
-    stories: float
     tasks: float
     facts: int
     fresh: float
+    stories: float = 0.0  # of the rows
+    before: float = 0.3  # of the questions about notes and stories stand in front of them
     points: int = 16  # of notes, or facts of a story, at most
     reading: tuple[float, float] = (0.3, 0.75)  # of a conversation's words are its notes or story, from … to
     value_first: float = 0.3
@@ -48,6 +49,7 @@ class Mixture:
     alike: float = 0.4  # of the conversations and notes tell facts of one kind only
     reverse: float = 0.5  # of the questions about tables and lists go from what stands last to what stands first
     openers: float = 0.2  # of the facts are told after other words: "You see, …"
+    loose_openers: float = 0.0  # of these are any words
     loose: float = 0.3  # of the points of notes
     shuffle: float = 0.2  # of the other points
     anagrams: float = 0.4  # of the notes have points of the same words
@@ -56,9 +58,9 @@ class Mixture:
     things: int | None = None  # that pairs are about; None: all
 
 
-PAIRS = Mixture(pairs=1.0, summaries=0.0, notes=0.0, stories=0.0, tasks=0.0, facts=0, fresh=0.0)
-EARLY = Mixture(pairs=0.3, summaries=0.3, notes=0.1, stories=0.1, tasks=0.3, facts=12, fresh=0.3)
-LATE = Mixture(pairs=0.1, summaries=0.4, notes=0.1, stories=0.1, tasks=0.2, facts=20, fresh=0.7)
+PAIRS = Mixture(pairs=1.0, summaries=0.0, notes=0.0, tasks=0.0, facts=0, fresh=0.0)
+EARLY = Mixture(pairs=0.3, summaries=0.3, notes=0.1, tasks=0.3, facts=12, fresh=0.3)
+LATE = Mixture(pairs=0.1, summaries=0.4, notes=0.1, tasks=0.2, facts=20, fresh=0.7)
 # After two fifths of the first spell what cannot be foretold, filler, only drowns the rare mistakes.
 LAST = replace(LATE, pairs=0.05, numbers=2.5, value_first=0.2, shuffle=0.4, other_weight=0.005)
 # In the second spell: where a list ends is learnt last of all.
@@ -118,6 +120,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
         fresh=mixture.fresh,
         value_first=mixture.value_first,
         openers=mixture.openers,
+        loose_openers=mixture.loose_openers,
         strange=mixture.strange,
     )
     draw = rng.random()
@@ -143,6 +146,7 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
         "length": int(length * rng.uniform(*mixture.reading)),
         "value_first": mixture.value_first,
         "openers": mixture.openers,
+        "loose_openers": mixture.loose_openers,
         "numbers": mixture.numbers,
         "alike": alike,
         "strange": mixture.strange,
@@ -157,10 +161,11 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
             anagrams=rng.random() < mixture.anagrams,
             **shape,
         )
-        opening = readings.summarize_notes(rng, notes) if draw < mixture.summaries else readings.ask_about(rng, notes)
+        ask = partial(readings.ask_about, before=mixture.before)
+        opening = readings.summarize_notes(rng, notes) if draw < mixture.summaries else ask(rng, notes)
     else:
         text = readings.make_story(rng, facts=points, **shape)
-        opening = readings.ask_about(rng, text)
+        opening = readings.ask_about(rng, text, before=mixture.before)
     talk.messages += opening.messages
     talk.facts, talk.told = list(text.facts), len(text.facts)
 

@@ -25,10 +25,19 @@ class Fact:
         """The one answer to every question about the fact."""
         return self.relation.answer.format(t=self.thing, v=self.value)
 
-    def tell(self, rng: Random, *, unseen: bool = False, value_first: float = 0.0, openers: float = 0.0) -> str:
+    def tell(
+        self,
+        rng: Random,
+        *,
+        unseen: bool = False,
+        value_first: float = 0.0,
+        openers: float = 0.0,
+        loose_openers: float = 0.0,
+    ) -> str:
         """Say the fact in one sentence.
 
-        The share `value_first` of sentences has the value before its thing, and `openers` begin with other words.
+        The share `value_first` of sentences has the value before its thing, and `openers` begin with other words; the
+        share `loose_openers` of these with any words.
         """
         phrases = self.relation.unseen_statements if unseen else self.relation.statements
         if value_first and rng.random() < value_first:
@@ -36,7 +45,8 @@ class Fact:
         said = rng.choice(phrases).format(t=self.thing, v=self.value)
         if openers and rng.random() < openers:
             same = said.startswith((self.value, "I "))
-            opener = rng.choice(words.OPENERS) if rng.random() < 0.5 else _loose_opener(rng)
+            listed = not loose_openers or rng.random() < 1 - loose_openers
+            opener = rng.choice(words.OPENERS) if listed else _loose_opener(rng)
             said = f"{opener} {said if same else said[0].lower() + said[1:]}"
         return said
 
@@ -119,8 +129,8 @@ def filler_sentence(rng: Random, *, strange: float = STRANGE) -> str:
 
 
 def _loose_opener(rng: Random) -> str:
-    """Write one to three common words, most with a comma after them."""
-    return " ".join(rng.sample(_OPENING, k=rng.randint(1, 3))).capitalize() + rng.choice(("", ",", ",", ","))
+    """Write one to three common words, and a comma after half of them."""
+    return " ".join(rng.sample(_OPENING, k=rng.randint(1, 3))).capitalize() + rng.choice(("", ","))
 
 
 def loose_sentence(rng: Random) -> str:
