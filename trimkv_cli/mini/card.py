@@ -34,8 +34,8 @@ Weak spots: where a list of points ends (it stops a point early, or makes one mo
 where others of its kind were told too ("I have 654 books. I have 12 lamps.", "Zubo is my cat. Mila is my dog."): then
 it sometimes names another of them; tables asked from the value to its key; points that begin as no text of the training
 does; a question in front of a short text (it often gets the stock reply to a fact; behind the text it is answered); and
-whatever was told very many tokens ago, most of all with a full cache: it never saw more than {longest:,} at once. The table below, and those of
-trimkv's README, say how weak.
+whatever was told very many tokens ago, most of all with a full cache: it never saw more than {longest:,} at once. The
+table below, and those of trimkv's README, say how weak.
 
 ## Training
 - Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
