@@ -23,7 +23,7 @@ from trimkv_cli.mini.readings import (
     summarize_notes,
 )
 from trimkv_cli.mini.rows import EARLY, make_conversation
-from trimkv_cli.mini.sentences import draw_facts, filler, filler_sentence
+from trimkv_cli.mini.sentences import Telling, draw_facts, filler, filler_sentence
 
 Make = Callable[[Random], Conversation]
 KINDS: dict[str, Make] = {
@@ -201,7 +201,7 @@ def test_values_come_first_only_where_training_asks_for_it() -> None:
     for seed in range(20):
         fact = draw_facts(Random(seed), 1)[0]
         assert fact.tell(Random(seed)) in {s.format(t=fact.thing, v=fact.value) for s in fact.relation.statements}
-        told = fact.tell(Random(seed), value_first=1.0)
+        told = fact.tell(Random(seed), telling=Telling(value_first=1.0))
         assert fact.value in told
         if len(fact.relation.things) > 1:
             assert told.index(fact.value) < told.rindex(fact.thing)
@@ -215,14 +215,14 @@ def test_openers_come_first_and_are_never_those_of_unseen_phrasings() -> None:
         said = {s.format(t=fact.thing, v=fact.value)[1:] for s in fact.relation.statements}
         opener, end = next(
             (told[: -len(end)], end)
-            for told in [fact.tell(Random(seed), openers=1.0, loose_openers=0.5)]
+            for told in [fact.tell(Random(seed), telling=Telling(openers=1.0, loose_openers=0.5))]
             for end in sorted(said, key=len, reverse=True)
             if told.endswith(end)
         )
         assert 1 <= len(opener.split()) <= 5, (opener, end)
         assert not opener.startswith("You know")
         listed += opener.startswith(words.OPENERS)
-        assert fact.tell(Random(seed), openers=1.0).startswith(words.OPENERS)
+        assert fact.tell(Random(seed), telling=Telling(openers=1.0)).startswith(words.OPENERS)
     assert 60 < listed < 140
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation
-from trimkv_cli.mini.rows import EARLY, make_conversation
+from trimkv_cli.mini.rows import EARLY, TELLING, make_conversation
 
 # Half of them hold no more to remember at a time than few slots can: what is worth a slot is learnt best from little.
 # The others hold as much as the model was trained on. What must not take a slot is learnt from long notes with few
@@ -27,8 +27,7 @@ SPARSE = replace(
     before=0.5,
     reading=(0.8, 0.98),
     strange=0.2,
-    openers=0.6,
-    loose_openers=0.5,
+    telling=replace(TELLING, openers=0.6, loose_openers=0.5),
     facts=6,
     points=4,
     alike=0.2,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trimkv_cli.mini import language, readings
 from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation
 from trimkv_cli.mini.rows import Encoder
+from trimkv_cli.mini.sentences import Telling
 from trimkv_cli.mini.training import predict
 
 SEED = "exam"
@@ -24,7 +25,7 @@ def _recall(rng: Random, length: int, unseen: bool) -> Conversation:
 
 
 def _value_first(rng: Random, length: int, unseen: bool) -> Conversation:
-    return language.make_recall(rng, facts=6, length=length, unseen=unseen, value_first=1.0)
+    return language.make_recall(rng, facts=6, length=length, unseen=unseen, telling=Telling(value_first=1.0))
 
 
 def _multi_turn(rng: Random, length: int, unseen: bool) -> Conversation:

@@ -7,7 +7,7 @@ from random import Random
 from typing import Literal
 
 from trimkv_cli.mini import words
-from trimkv_cli.mini.sentences import STRANGE, Fact, careless, draw_facts, filler, filler_sentence
+from trimkv_cli.mini.sentences import PLAIN, STRANGE, Fact, Telling, careless, draw_facts, filler, filler_sentence
 
 Role = Literal["system", "user", "assistant"]
 TOKENS_PER_WORD = 1.55  # of the mini tokenizer, template included; tests hold it to ±20 %
@@ -48,10 +48,8 @@ class Conversation:
 class Talk:
     """A conversation while it is written: its messages, and the facts told so far.
 
-    `fresh` is the share of questions that go to facts not asked for yet, as long as there are any; `value_first` the
-    share of facts that are told with the value before its thing, and `openers` that of those told after other words,
-    any words in the share `loose_openers` of them; `strange` is the share of filler that holds a number or a strange
-    word.
+    `fresh` is the share of questions that go to facts not asked for yet, as long as there are any; `strange`
+    the share of filler that holds a number or a strange word.
     """
 
     rng: Random
@@ -60,9 +58,7 @@ class Talk:
     facts: list[Fact] = field(default_factory=list)
     told: int = 0
     fresh: float = 0.0
-    value_first: float = 0.0
-    openers: float = 0.0
-    loose_openers: float = 0.0
+    telling: Telling = PLAIN
     strange: float = STRANGE
     asked: set[str] = field(default_factory=set)
 
@@ -80,12 +76,7 @@ class Talk:
         """Let the user tell the next one or two facts, sometimes among other things."""
         some = self.facts[self.told : self.told + (2 if self.rng.random() < 0.2 else 1)]
         self.told += len(some)
-        shares = {
-            "value_first": self.value_first,
-            "openers": self.openers,
-            "loose_openers": self.loose_openers,
-        }
-        sentences = [fact.tell(self.rng, unseen=self.unseen, **shares) for fact in some]
+        sentences = [fact.tell(self.rng, unseen=self.unseen, telling=self.telling) for fact in some]
         if self.rng.random() < 0.3:
             sentences.insert(self.rng.randrange(len(sentences) + 1), filler_sentence(self.rng, strange=self.strange))
         self.turn(careless(self.rng, " ".join(sentences)), self.rng.choice(words.ACKNOWLEDGEMENTS))
@@ -122,13 +113,13 @@ def make_recall(
     length: int = 500,
     questions: int | None = None,
     unseen: bool = False,
-    value_first: float = 0.0,
+    telling: Telling = PLAIN,
 ) -> Conversation:
     """Tell `facts` facts within the first half of about `length` words, chat on, and ask for them at the end.
 
     Every fact is asked for once, or `questions` of them. About `TOKENS_PER_WORD` tokens make a word.
     """
-    talk = Talk(rng, unseen=unseen, facts=draw_facts(rng, facts), value_first=value_first)
+    talk = Talk(rng, unseen=unseen, facts=draw_facts(rng, facts), telling=telling)
     asked = rng.sample(talk.facts, k=facts if questions is None else min(questions, facts))
     closing = 7 * len(asked)
     while talk.told < facts:

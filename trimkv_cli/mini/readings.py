@@ -9,8 +9,10 @@ from random import Random
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import Conversation, Talk
 from trimkv_cli.mini.sentences import (
+    PLAIN,
     STRANGE,
     Fact,
+    Telling,
     draw_facts,
     draw_value,
     draw_words,
@@ -47,17 +49,14 @@ def make_story(
     facts: int = 4,
     length: int = 60,
     unseen: bool = False,
-    value_first: float = 0.0,
-    openers: float = 0.0,
-    loose_openers: float = 0.0,
+    telling: Telling = PLAIN,
     numbers: float = 1.0,
     alike: bool = False,
     strange: float = STRANGE,
 ) -> Story:
     """Write about `length` words, with `facts` facts told anywhere among filler, in lines of one to three sentences."""
     drawn = draw_facts(rng, facts, numbers=numbers, alike=alike)
-    shares = {"value_first": value_first, "openers": openers, "loose_openers": loose_openers}
-    sentences = [fact.tell(rng, unseen=unseen, **shares) for fact in drawn]
+    sentences = [fact.tell(rng, unseen=unseen, telling=telling) for fact in drawn]
     count = sum(len(sentence.split()) for sentence in sentences)
     while count < length:
         sentences.append(filler_sentence(rng, strange=strange))
@@ -77,9 +76,7 @@ def make_notes(
     points: int = 6,
     length: int = 300,
     unseen: bool = False,
-    value_first: float = 0.0,
-    openers: float = 0.0,
-    loose_openers: float = 0.0,
+    telling: Telling = PLAIN,
     numbers: float = 1.0,
     alike: bool = False,
     loose: float = 0.0,
@@ -95,8 +92,7 @@ def make_notes(
     tell them apart.
     """
     facts = draw_facts(rng, points, numbers=numbers, alike=alike)
-    shares = {"value_first": value_first, "openers": openers, "loose_openers": loose_openers}
-    told = [fact.tell(rng, unseen=unseen, **shares) for fact in facts]
+    told = [fact.tell(rng, unseen=unseen, telling=telling) for fact in facts]
     spared = rng.randrange(points) if loose or shuffle or anagrams else 0
     rest = [index for index in range(points) if index != spared]
     others = [index for index in rest if loose and rng.random() < loose]

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from trimkv_cli.mini import language, readings
 from trimkv_cli.mini.language import Conversation, Message, Talk
 from trimkv_cli.mini.pairs import add_pairs
-from trimkv_cli.mini.sentences import STRANGE, draw_facts
+from trimkv_cli.mini.sentences import STRANGE, Telling, draw_facts
 from trimkv_cli.mini.tokenizer import TURN_END, TURN_START
 
 ANSWER_WEIGHT = 1.0
+TELLING = Telling(value_first=0.3, openers=0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,10 @@ class Mixture:
     before: float = 0.3  # of the questions about notes and stories stand in front of them
     points: int = 16  # of notes, or facts of a story, at most
     reading: tuple[float, float] = (0.3, 0.75)  # of a conversation's words are its notes or story, from … to
-    value_first: float = 0.3
+    telling: Telling = TELLING
     numbers: float = 2.0
     alike: float = 0.4  # of the conversations and notes tell facts of one kind only
     reverse: float = 0.5  # of the questions about tables and lists go from what stands last to what stands first
-    openers: float = 0.2  # of the facts are told after other words: "You see, …"
-    loose_openers: float = 0.0  # of these are any words
     loose: float = 0.3  # of the points of notes
     shuffle: float = 0.2  # of the other points
     anagrams: float = 0.4  # of the notes have points of the same words
@@ -62,7 +61,9 @@ PAIRS = Mixture(pairs=1.0, summaries=0.0, notes=0.0, tasks=0.0, facts=0, fresh=0
 EARLY = Mixture(pairs=0.3, summaries=0.3, notes=0.1, tasks=0.3, facts=12, fresh=0.3)
 LATE = Mixture(pairs=0.1, summaries=0.4, notes=0.1, tasks=0.2, facts=20, fresh=0.7)
 # After two fifths of the first spell what cannot be foretold, filler, only drowns the rare mistakes.
-LAST = replace(LATE, pairs=0.05, numbers=2.5, value_first=0.2, shuffle=0.4, other_weight=0.005)
+LAST = replace(
+    LATE, pairs=0.05, numbers=2.5, telling=replace(TELLING, value_first=0.2), shuffle=0.4, other_weight=0.005
+)
 # In the second spell: where a list ends is learnt last of all.
 LISTS = replace(LAST, summaries=0.6)
 
@@ -118,9 +119,7 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
         rng,
         facts=facts,
         fresh=mixture.fresh,
-        value_first=mixture.value_first,
-        openers=mixture.openers,
-        loose_openers=mixture.loose_openers,
+        telling=mixture.telling,
         strange=mixture.strange,
     )
     draw = rng.random()
@@ -144,9 +143,7 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
     points = max(rng.randint(1, most), rng.randint(1, most))  # where long lists end is the hardest to learn
     shape: dict[str, Any] = {
         "length": int(length * rng.uniform(*mixture.reading)),
-        "value_first": mixture.value_first,
-        "openers": mixture.openers,
-        "loose_openers": mixture.loose_openers,
+        "telling": mixture.telling,
         "numbers": mixture.numbers,
         "alike": alike,
         "strange": mixture.strange,

@@ -13,6 +13,18 @@ STRANGE = 0.08  # of the sentences that matter to nobody hold a number or a stra
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Telling:
+    """How facts are told: which shares of the sentences have a form that is harder to remember."""
+
+    value_first: float = 0.0  # have the value before its thing
+    openers: float = 0.0  # begin with other words: "You see, …"
+    loose_openers: float = 0.0  # of these, with any words
+
+
+PLAIN = Telling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
     """A thing and its value."""
 
@@ -25,27 +37,15 @@ class Fact:
         """The one answer to every question about the fact."""
         return self.relation.answer.format(t=self.thing, v=self.value)
 
-    def tell(
-        self,
-        rng: Random,
-        *,
-        unseen: bool = False,
-        value_first: float = 0.0,
-        openers: float = 0.0,
-        loose_openers: float = 0.0,
-    ) -> str:
-        """Say the fact in one sentence.
-
-        The share `value_first` of sentences has the value before its thing, and `openers` begin with other words; the
-        share `loose_openers` of these with any words.
-        """
+    def tell(self, rng: Random, *, unseen: bool = False, telling: Telling = PLAIN) -> str:
+        """Say the fact in one sentence."""
         phrases = self.relation.unseen_statements if unseen else self.relation.statements
-        if value_first and rng.random() < value_first:
+        if telling.value_first and rng.random() < telling.value_first:
             phrases = self.relation.value_first
         said = rng.choice(phrases).format(t=self.thing, v=self.value)
-        if openers and rng.random() < openers:
+        if telling.openers and rng.random() < telling.openers:
             same = said.startswith((self.value, "I "))
-            listed = not loose_openers or rng.random() < 1 - loose_openers
+            listed = not telling.loose_openers or rng.random() < 1 - telling.loose_openers
             opener = rng.choice(words.OPENERS) if listed else _loose_opener(rng)
             said = f"{opener} {said if same else said[0].lower() + said[1:]}"
         return said
