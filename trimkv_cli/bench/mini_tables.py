@@ -59,7 +59,7 @@ def _policy(row: dict[str, Any]) -> str:
 
 
 def _stories(rows: Sequence[dict[str, Any]]) -> str:
-    columns = dict.fromkeys(f"{row['tokens']:,} tokens, asked {row['asked']}" for row in rows)
+    columns = dict.fromkeys(f"about {row['tokens']:,} tokens, asked {row['asked']}" for row in rows)
     lines: dict[str, list[str]] = {}
     for row in rows:
         lines.setdefault(_policy(row), []).append(f"{row['accuracy']:.0%}")
@@ -87,7 +87,7 @@ def _long_chat(rows: Sequence[dict[str, Any]]) -> str:
     head = f"facts told in the first 500 tokens, {rows[0]['n']} questions about them after"
     return _markdown(
         (head, *(f"{tokens:,}" for tokens in rows[0]["tokens"])),
-        ((f"{row['policy']}, M = {row['kv_budget']}", *(f"{a:.0%}" for a in row["accuracy"])) for row in rows),
+        ((_policy(row), *(f"{a:.0%}" for a in row["accuracy"])) for row in rows),
     )
 
 

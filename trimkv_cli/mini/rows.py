@@ -148,6 +148,7 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
         "alike": alike,
         "strange": mixture.strange,
     }
+    ask = partial(readings.ask_about, before=mixture.before)
     text: readings.Story
     if draw < mixture.summaries + mixture.notes:
         text = notes = readings.make_notes(
@@ -158,11 +159,10 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
             anagrams=rng.random() < mixture.anagrams,
             **shape,
         )
-        ask = partial(readings.ask_about, before=mixture.before)
         opening = readings.summarize_notes(rng, notes) if draw < mixture.summaries else ask(rng, notes)
     else:
         text = readings.make_story(rng, facts=points, **shape)
-        opening = readings.ask_about(rng, text, before=mixture.before)
+        opening = ask(rng, text)
     talk.messages += opening.messages
     talk.facts, talk.told = list(text.facts), len(text.facts)
 
