@@ -23,8 +23,6 @@ SPARSE = replace(
     pairs=0.0,
     summaries=0.65,
     notes=0.05,
-    stories=0.1,
-    before=0.5,
     reading=(0.8, 0.98),
     strange=0.2,
     telling=replace(TELLING, openers=0.6, loose_openers=0.5),
