@@ -30,12 +30,11 @@ is not summarized. Two values for one thing confuse it, and it never says that i
 never told, it makes something up. Phrasings unlike those of its language work often, not always; see "unseen" below.
 Small talk gets a stock reply.
 
-Weak spots: where a list of points ends (it stops a point early, or makes one more); what is told before its thing,
-where others of its kind were told too ("I have 654 books. I have 12 lamps.", "Zubo is my cat. Mila is my dog."): then
-it sometimes names another of them; tables asked from the value to its key; points that begin as no text of the training
-does; a question in front of a short text (it often gets the stock reply to a fact; behind the text it is answered); and
-whatever was told very many tokens ago, most of all with a full cache: it never saw more than {longest:,} at once. The
-table below, and those of trimkv's README, say how weak.
+Weak spots: what is told before its thing, where others of its kind were told too ("I have 654 books. I have 12 lamps.",
+"Zubo is my cat. Mila is my dog."): then it sometimes names another of them; tables asked from the value to its key, or
+in words that the training does not have; points that begin as no text of the training does; in a bounded cache, a word
+of a point or the last point of a list; and whatever was told very many tokens ago, most of all with a full cache: it
+never saw more than {longest:,} at once. The table below, and those of trimkv's README, say how weak.
 
 ## Training
 - Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
@@ -58,10 +57,9 @@ Exact answers, full cache, greedy, on seeds that training never used ("unseen": 
 {rows}
 
 "Value first": each fact is told with its value in front of its thing. A "story" is asked about before it and twice
-after it. A "summary" is exact when every point of the
-list is, word by word, and nothing else is in it. About {ratio} tokens of the model's own tokenizer make a word; it has
-{vocabulary:,} byte-level BPE tokens, and each word of the language that is not drawn at random is one of them, as is
-each number below 100.
+after it. A "summary" is exact when every point of the list is, word by word, and nothing else is in it. About {ratio}
+tokens of the model's own tokenizer make a word; it has {vocabulary:,} byte-level BPE tokens, and each word of the
+language that is not drawn at random is one of them, as is each number below 100.
 """
 
 
