@@ -21,9 +21,8 @@ from trimkv_cli.mini.rows import EARLY, TELLING, make_conversation
 SPARSE = replace(
     EARLY,
     pairs=0.0,
-    summaries=0.75,
+    summaries=0.65,
     notes=0.05,
-    stories=0.05,
     reading=(0.8, 0.98),
     strange=0.2,
     telling=replace(TELLING, openers=0.6, loose_openers=0.5),
