@@ -69,7 +69,7 @@ def main() -> None:
     """Measure at three lengths: what is listed should stay, and so should memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--files", type=int, default=5)
+    parser.add_argument("--files", type=int, default=12)
     parser.add_argument("--points", type=int, default=12)
     parser.add_argument("--kv-budget", type=int, default=256)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2_000, 5_000, 20_000])
