@@ -6,9 +6,6 @@ python -m trimkv_cli.bench.points --out kernels/bench/results/points-mini.json
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from random import Random
@@ -16,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from trimkv_cli.bench.record import write_record
+from trimkv_cli.bench.record import run_trimkv, write_record
 from trimkv_cli.eval.scoring import count_points
 from trimkv_cli.mini import MODEL_FOLDER, readings
 
@@ -59,10 +56,7 @@ def _summarize(model: str, text: str, flags: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "notes.txt"
         path.write_text(text, encoding="utf-8")
-        command = [sys.executable, "-m", "trimkv_cli", "summarize", str(path), "-m", model, *flags.split()]
-        done = subprocess.run(command, capture_output=True, check=True)
-    record: dict[str, Any] = json.loads(done.stdout)
-    return record
+        return run_trimkv(["summarize", str(path), "-m", model, *flags.split()])
 
 
 def main() -> None:

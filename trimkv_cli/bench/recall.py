@@ -6,13 +6,10 @@ python -m trimkv_cli.bench.recall --out kernels/bench/results/recall-mini.json
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from trimkv_cli.bench.record import write_record
+from trimkv_cli.bench.record import run_trimkv, write_record
 
 COMMANDS = (
     "--context 1000 --policies full,gates --budgets 32,64,128 --samples {questions}",
@@ -35,8 +32,7 @@ def main() -> None:
     for command in COMMANDS:
         asked = command.format(questions=arguments.questions, few=max(1, arguments.questions // 8))
         said = _EVAL.format(model=arguments.model, command=asked, seed=arguments.seed)
-        done = subprocess.run([sys.executable, "-m", "trimkv_cli", *said.split()], capture_output=True, check=True)
-        rows += json.loads(done.stdout)["rows"]
+        rows += run_trimkv(said.split())["rows"]
         measured.append(f"trimkv {said}")
     write_record("trimkv_cli.bench.recall", {"measured": measured, "rows": rows}, arguments.out)
 

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def write_record(module: str, measured: dict[str, Any], out: Path | None) -> Non
         print(text)
     else:
         out.write_text(text + "\n", encoding="utf-8")
+
+
+def run_trimkv(arguments: Sequence[str]) -> dict[str, Any]:
+    """Run trimkv in a process of its own and return the JSON object that it prints."""
+    done = subprocess.run([sys.executable, "-m", "trimkv_cli", *arguments], capture_output=True, check=True)
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
 
 
 def surroundings(module: str) -> dict[str, Any]:

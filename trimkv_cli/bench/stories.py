@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from trimkv_cli.bench.record import write_record
+from trimkv_cli.bench.record import run_trimkv, write_record
 from trimkv_cli.mini.language import TOKENS_PER_WORD
 from trimkv_cli.mini.readings import ask_about, make_story
 
@@ -29,9 +27,7 @@ def measure(model: str, *, stories: int, tokens: int, asked: str) -> list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stories.jsonl"
         path.write_text("".join(f"{json.dumps(line)}\n" for line in _lines(stories, tokens, asked)), encoding="utf-8")
-        command = [sys.executable, "-m", "trimkv_cli", "eval", model, "--data", str(path), *EVAL.split()]
-        done = subprocess.run(command, capture_output=True, check=True)
-    rows = json.loads(done.stdout)["rows"]
+        rows = run_trimkv(["eval", model, "--data", str(path), *EVAL.split()])["rows"]
     kept = ("policy", "kv_budget", "accuracy", "n", "ci95", "answer_logprob")
     return [{"tokens": tokens, "asked": asked, **{name: row[name] for name in kept}} for row in rows]
 
