@@ -104,10 +104,10 @@ def test_an_evicting_student_learns(tiny_model: TinyModel) -> None:
     """Catches slots that do not reach the attention, and losses that do not reach the gates."""
     trainer = make_trainer(tiny_model("qwen3"), student="evicting", memory_size=6, cap_weight=0.0, lr=3e-2)
     batch = make_batch(rows=4)
-    before, full = (trainer.losses(batch, border=Border(slots=slots, sharpness=6)) for slots in (6, 24))
+    before, full = (trainer.losses(trainer.teach(batch), border=Border(slots=slots, sharpness=6)) for slots in (6, 24))
     for _ in range(25):
-        trainer.step([batch])
-    after = trainer.losses(batch, border=Border(slots=6, sharpness=6))
+        trainer.step([trainer.teach(batch)])
+    after = trainer.losses(trainer.teach(batch), border=Border(slots=6, sharpness=6))
     assert full[0].item() < 1e-6 < before[0].item()
     assert (after[0] + after[1]).item() < (before[0] + before[1]).item() - 0.1
 
@@ -116,7 +116,7 @@ def test_nothing_is_learnt_where_nothing_is_evicted(tiny_model: TinyModel) -> No
     """Catches a run that ends when all sequences of a step are shorter than the slots that were drawn."""
     trainer = make_trainer(tiny_model("qwen3"), student="evicting", memory_size=100, cap_weight=0.0)
     before = {name: parameter.clone() for name, parameter in trainer.parameters.items()}
-    assert trainer.step([make_batch()]).kl < 1e-6
+    assert trainer.step([trainer.teach(make_batch())]).kl < 1e-6
     assert trainer.steps_done == 1
     assert all(torch.equal(before[name], parameter) for name, parameter in trainer.parameters.items())
 

@@ -75,14 +75,15 @@ def losses(stderr: str) -> dict[int, str]:
 def test_a_run_killed_goes_on_as_if_it_were_not(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches optimiser state, data order or positions that a checkpoint forgets, and what a run leaves behind."""
+    """Catches optimiser state, data order or positions that a checkpoint forgets, one that is ahead, and traces."""
     code, stdout, stderr = train(*arguments, "--steps", "10", "-o", str(tmp_path / "whole"))
     assert (code, stdout) == (0, f"{tmp_path / 'whole'}\n"), stderr
     expected = losses(stderr)
     assert list(expected) == list(range(1, 11))
     assert "\x1b" not in stderr
 
-    process = start(*arguments, "--steps", "10", "-o", str(tmp_path / "killed"))
+    ahead = ("--threads", "2")  # with the teacher in a thread of its own
+    process = start(*arguments, *ahead, "--steps", "10", "-o", str(tmp_path / "killed"))
     assert process.stderr is not None
     while not process.stderr.readline().startswith("step 5/"):
         assert process.poll() is None
@@ -91,7 +92,7 @@ def test_a_run_killed_goes_on_as_if_it_were_not(
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed/gates.json").exists()
 
-    code, _, stderr = train_here(capsys, *arguments, "--steps", "10", "-o", str(tmp_path / "killed"))
+    code, _, stderr = train_here(capsys, *arguments, *ahead, "--steps", "10", "-o", str(tmp_path / "killed"))
     assert code == 0, stderr
     assert re.search(r"going on from step (3|6|9) of ", stderr)
     resumed = losses(stderr)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from trimkv_cli.train.lessons import Counts
 from trimkv_cli.train.packing import Batch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,7 +21,7 @@ FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]
 
 
 def gradients(trainer: Any, batch: Any) -> dict[str, torch.Tensor]:
-    sum(trainer.losses(batch)).backward()
+    sum(trainer.losses(trainer.teach(batch))).backward()
     return {name: parameter.grad.clone() for name, parameter in trainer.parameters.items()}
 
 
@@ -34,7 +35,7 @@ def test_only_gates_learn(tiny_model: TinyModel, family: str, gate: str) -> None
     batch = make_batch()
     assert all(gradient.abs().max() > 0 for gradient in gradients(trainer, batch).values())
     assert all(parameter.grad is None for parameter in model.parameters())
-    trainer.step([batch])
+    trainer.step([trainer.teach(batch)])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -52,7 +53,8 @@ def test_accumulation_changes_nothing(tiny_model: TinyModel) -> None:
     batch = make_batch()
     halves = [Batch(*(field[row : row + 1] for field in batch[:4])) for row in range(2)]
     whole, split = (make_trainer(tiny_model("qwen3"), clip=1e9) for _ in range(2))
-    first, second = whole.step([batch]), split.step(halves)
+    counts = Counts.of(halves)
+    first, second = whole.step([whole.teach(batch)]), split.step(split.teach(half, counts) for half in halves)
     assert first.total == pytest.approx(second.total, rel=1e-5)
     torch.testing.assert_close(whole.parameters, split.parameters, rtol=1e-3, atol=1e-4)
 
@@ -61,7 +63,7 @@ def test_training_lowers_the_loss(tiny_model: TinyModel) -> None:
     """Catches a wrong sign, and losses that do not reach the gates."""
     trainer = make_trainer(tiny_model("qwen3"), memory_size=3, bias_init=6.0, lr=3e-2)
     batch = make_batch(rows=4)
-    losses = [trainer.step([batch]) for _ in range(25)]
+    losses = [trainer.step([trainer.teach(batch)]) for _ in range(25)]
     assert losses[-1].capacity < losses[0].capacity * 0.6
     assert losses[-1].total < losses[0].total - 0.1
 
@@ -70,9 +72,9 @@ def test_bf16_autocast_is_near(tiny_model: TinyModel) -> None:
     """Catches gates or capacity in a dtype that loses them."""
     batch = make_batch()
     trainer = make_trainer(tiny_model("qwen3"))
-    exact = [part.item() for part in trainer.losses(batch)]
+    exact = [part.item() for part in trainer.losses(trainer.teach(batch))]
     trainer.autocast = torch.bfloat16
-    parts = trainer.losses(batch)
+    parts = trainer.losses(trainer.teach(batch))
     assert [part.item() for part in parts] == pytest.approx(exact, rel=0.1, abs=0.02)
     sum(parts).backward()  # type: ignore[union-attr]
     assert all(parameter.grad.dtype == torch.float32 for parameter in trainer.parameters.values())

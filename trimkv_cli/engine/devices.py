@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import psutil
 import torch
 
@@ -43,3 +46,13 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Say whether the CPU multiplies matrices of bf16 faster than of float32: with tiles, or on ARM.
+
+    AVX-512 has instructions for bf16, too, but torch's products take twice as long with these as in float32.
+    """
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(able.get(name) for name in ("amx_bf16", "bf16"))

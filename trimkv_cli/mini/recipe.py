@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a much smaller model, within minutes")
     parser.add_argument("--exam", action="store_true", help="only examine the model that is there")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.workers)
     given = {name: value for name in ("cpu_minutes", "tokens") if (value := getattr(args, name)) is not None}
     schedule = replace(TOY if args.toy else Schedule(), **given)
     if not args.exam:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimkv_cli.engine.devices import multiplies_bf16
 from trimkv_cli.mini.pairs import THINGS
 from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, LISTS, PAIRS, Batch, Encoder, Mixture, make_batch
 from trimkv_cli.mini.team import Team
@@ -256,7 +257,7 @@ def _more(things: int) -> int | None:
 
 def weighted_loss(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
     """Return the weighted next-token loss, the answer tokens that are right, and all answer tokens."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
         logits = predict(model, batch.ids, batch.positions)[:, :-1].float()
     targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")

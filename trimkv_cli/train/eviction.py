@@ -13,6 +13,7 @@ than that reading, and long sequences, in which much competes for few slots, can
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from trimkv_cli.train.options import Border
 from trimkv_cli.train.recompute import in_query_blocks
 from trimkv_cli.train.training_pass import TrainingPass
 
-QUERY_BLOCK = 256  # queries that attend at a time
+QUERY_BLOCK = 64  # queries that attend at a time: what is made of them stays in a core's cache
 KEPT_NUMEL = 1 << 24  # pairs of tokens and heads, at most, whose weights (64 MiB) a layer keeps for the backward pass
 _LEAST_FADING = 1e-30  # less has no gradient
 _FAR = 1e4  # the log age of what is not there
@@ -32,7 +33,7 @@ _FAR = 1e4  # the log age of what is not there
 def attend_to_kept(
     query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor, now: TrainingPass, window: int | None
 ) -> Tensor:
-    """Attend to what lies before the pass's border; differentiable in `log_beta` `[B, Hkv, T]`.
+    """Attend to what lies before the pass's border; differentiable in the query and `log_beta` `[B, Hkv, T]`.
 
     Query `[B, Hq, Tq, D]`, scaled, key and value `[B, Hkv, T, D]`, all float32 → `[B, Hq, Tq, D]`. A query's own token
     competes like the others. Each step judges all tokens before it anew, so one that was evicted may come back, which
@@ -40,39 +41,16 @@ def attend_to_kept(
     much it is done twice, so that memory is O(B · Hq · T).
     """
     keep = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= KEPT_NUMEL
+    lasting = -torch.log(-log_beta.clamp(max=-_LEAST_FADING))
     attend_block = partial(_attend_block, now=now, window=window)
-    return in_query_blocks(attend_block, query, key, value, log_beta, size=QUERY_BLOCK, keep=keep, reach=now.reach)
-
-
-def kept_bias(log_beta: Tensor, distances: Tensor, visible: Tensor, border: Border) -> Tensor:
-    """Return the logarithm of how far each key is kept, `[B, Hkv, Tq, Tk]`.
-
-    It is 0 well above the border, and below −1,000 where nothing is seen. `log_beta` `[B, Hkv, Tk]`; `distances` and
-    `visible` `[B, 1, Tq, Tk]`. Who sees no more keys than there are slots sees all, all heads alike: `[B, 1, Tq, Tk]`.
-    """
-    if distances.shape[3] <= border.slots:
-        return torch.zeros_like(distances).masked_fill(~visible, -torch.inf)
-    lasting = -torch.log(-log_beta.clamp(max=-_LEAST_FADING))[:, :, None]
-    scores = lasting - torch.log(distances.clamp(min=0) + 2).masked_fill(~visible, _FAR)
-    around = _largest(scores, border.slots + 1).topk(2, dim=3, largest=False, sorted=False).values
-    level = around.mean(dim=3, keepdim=True).clamp(min=-_FAR / 2)
-    return -functional.softplus(border.sharpness * (level - scores))  # logsigmoid, in a third of its time
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return the `count` largest of the last dimension, in any order; differentiable."""
-    if scores.device.type != "cpu":
-        return scores.topk(count, dim=3, sorted=False).values
-    first = scores.shape[3] - count  # NumPy's partition is vectorised, topk is not: a third of its time
-    order = np.argpartition(scores.detach().numpy(), first, axis=3)
-    return scores.gather(3, torch.from_numpy(order[..., first:]))
+    return in_query_blocks(attend_block, query, key, value, lasting, size=QUERY_BLOCK, keep=keep, reach=now.reach)
 
 
 def _attend_block(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    log_beta: Tensor,
+    lasting: Tensor,
     *,
     now: TrainingPass,
     queries: slice,
@@ -81,9 +59,65 @@ def _attend_block(
     assert now.border is not None
     keys = slice(0, key.shape[2])
     distances = now.distances(queries, keys)
-    visible = now.visible(queries, keys, distances, window)[:, None]
-    bias = kept_bias(log_beta, distances[:, None], visible, now.border)
+    visible = now.visible(queries, keys, distances, window)
     batch, _, length, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, length, width)  # query heads by the KV head that they share
-    weights = (grouped @ key[:, :, None].transpose(3, 4) + bias[:, :, None]).softmax(dim=4)
-    return (weights @ value[:, :, None]).flatten(1, 2)
+    if key.shape[2] <= now.border.slots:  # all are kept
+        output = functional.scaled_dot_product_attention(
+            grouped, key[:, :, None], value[:, :, None], attn_mask=visible[:, None, None], scale=1.0
+        )
+    else:
+        log_ages = torch.log(distances.clamp(min=0) + 2).masked_fill(~visible, _FAR)[:, None]
+        output = _SoftBorder.apply(grouped, key, value, lasting, log_ages, now.border)  # type: ignore[no-untyped-call]
+    return output.flatten(1, 2)
+
+
+class _SoftBorder(torch.autograd.Function):
+    """Attend with the logarithm of how far each key is kept as a bias: 0 well above the border, −∞ well below.
+
+    Query `[B, Hkv, G, Tq, D]`, lasting
+    `[B, Hkv, Tk]`, log ages `[B, 1, Tq, Tk]` → `[B, Hkv, G, Tq, D]`. Keys and values are the teacher's and get no
+    gradient. What autograd would make of the same steps takes twice as long.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lasting: Tensor, log_ages: Tensor, border: Border
+    ) -> Tensor:
+        scores = lasting[:, :, None] - log_ages
+        around = _around(scores, border.slots)
+        level = scores.gather(3, around).mean(dim=3, keepdim=True).clamp(min=-_FAR / 2)
+        above = scores.sub_(level).mul_(border.sharpness)
+        logits = _of_each_head(query, key.mT)
+        weights = logits.add_(functional.logsigmoid(above)[:, :, None]).softmax(dim=4)
+        output = _of_each_head(weights, value)
+        ctx.save_for_backward(key, value, weights, output, above.sigmoid_(), around)
+        ctx.sharpness = border.sharpness
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        key, value, weights, output, kept, around = ctx.saved_tensors
+        mean = (grads[0] * output).sum(dim=4, keepdim=True)
+        of_logits = _of_each_head(grads[0], value.mT).sub_(mean).mul_(weights)
+        of_scores = of_logits.sum(dim=2).mul_(1 - kept).mul_(ctx.sharpness)
+        of_level = of_scores.sum(dim=3, keepdim=True) / -2  # half of it is each neighbour's
+        of_scores.scatter_add_(3, around, of_level.expand_as(around))
+        return _of_each_head(of_logits, key), None, None, of_scores.sum(dim=2), None, None
+
+
+def _of_each_head(many: Tensor, one: Tensor) -> Tensor:
+    """Multiply `[B, Hkv, G, Tq, x]` by what a KV head's query heads share, `[B, Hkv, x, y]`, without copies of it."""
+    product = many.flatten(2, 3) @ one
+    return product.view(*many.shape[:4], one.shape[3])
+
+
+def _around(scores: Tensor, slots: int) -> Tensor:
+    """Return where the border's neighbours are, the best that is evicted and the worst that is kept: `[…, 2]`."""
+    if scores.device.type != "cpu":
+        return scores.topk(slots + 1, dim=3).indices[..., -2:]
+    first = scores.shape[3] - slots - 1  # NumPy's partition is vectorised, topk is not: a third of its time
+    largest = torch.from_numpy(np.argpartition(scores.numpy(), first, axis=3)[..., first:])
+    evicted, kept = largest[..., :1], largest[..., 1:]
+    worst = scores.gather(3, kept).argmin(dim=3, keepdim=True)
+    return torch.cat([evicted, kept.gather(3, worst)], dim=3)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
 from trimkv_cli.cache.gates import activation_name
 from trimkv_cli.cache.long_rope import LongRope
-from trimkv_cli.engine.devices import pick_device
+from trimkv_cli.engine.devices import multiplies_bf16, pick_device
 from trimkv_cli.engine.loader import load_model
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.sources import Source, find_source
@@ -23,9 +26,10 @@ from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stoppe
 from trimkv_cli.spec import parse_dtype
 from trimkv_cli.train.checkpoint import FILE_NAME, Progress, load_checkpoint, save_checkpoint
 from trimkv_cli.train.documents import DataFiles
+from trimkv_cli.train.lessons import Counts, Lesson, read_ahead
 from trimkv_cli.train.new_gates import describe_gates, new_gates
 from trimkv_cli.train.options import Export, TrainOptions
-from trimkv_cli.train.packing import Packer, stack
+from trimkv_cli.train.packing import Cursor, Packer, stack
 from trimkv_cli.train.tokens import Tokens, encode_document
 from trimkv_cli.train.trainer import Losses, Trainer
 
@@ -132,15 +136,10 @@ def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunOptions,
 
 def _autocast(name: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype of matrix products; `auto` is bf16 where the hardware multiplies it."""
-    dtype = parse_dtype(name, "bf16" if device.type == "cuda" or _multiplies_bf16() else "fp32")
+    dtype = parse_dtype(name, "bf16" if device.type == "cuda" or multiplies_bf16() else "fp32")
     if dtype == "fp16":
         raise UsageError("gates are not trained in fp16: gradients underflow", hint="--dtype bf16 or --dtype fp32")
     return torch.bfloat16 if dtype == "bf16" else None
-
-
-def _multiplies_bf16() -> bool:
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def _identity(source: Source, data: DataFiles, options: TrainOptions, trainer: Trainer) -> dict[str, Any]:
@@ -180,7 +179,7 @@ def _make_packer(data: DataFiles, text: Text, options: TrainOptions, progress: P
         context=options.context,
         seed=options.seed,
         position_gap=options.position_gap,
-        cursor=progress.cursor,
+        cursor=replace(progress.cursor),
     )
 
 
@@ -192,31 +191,48 @@ def _train(
     listener: Listener,
     identity: dict[str, Any],
 ) -> None:
+    options = trainer.options
+    started, tokens_before = time.perf_counter(), progress.cursor.tokens
+    cursors = deque[Cursor]()
+    lessons = _teach(trainer, packer, cursors)
+    two = trainer.model.device.type == "cpu" and torch.get_num_threads() > 1
+    with read_ahead(lessons) if two else nullcontext(lessons) as lessons:
+        while trainer.steps_done < options.steps:
+            lr = options.lr_at(trainer.steps_done)
+            losses = trainer.step(islice(lessons, options.accumulate))
+            progress.recent.append(losses)
+            progress.cursor = cursors.popleft()
+            step, stop = trainer.steps_done, listener.should_stop()
+            if stop or step % run.save_every == 0 or step == options.steps:
+                save_checkpoint(run.output, trainer, progress, identity)
+            listener.step(
+                StepReport(
+                    step=step,
+                    steps=options.steps,
+                    losses=losses,
+                    lr=lr,
+                    tokens=progress.cursor.tokens - tokens_before,
+                    elapsed_s=time.perf_counter() - started,
+                    cut_documents=progress.cursor.cut_documents,
+                    cut_pieces=progress.cursor.cut_pieces,
+                )
+            )
+            if stop and step < options.steps:
+                raise Stopped(
+                    f"stopped after step {step} of {options.steps}", hint="the same command goes on from there"
+                )
+
+
+def _teach(trainer: Trainer, packer: Packer, cursors: deque[Cursor]) -> Iterator[Lesson]:
+    """Give the lessons of all steps that are left, and `cursors` where the data goes on after each."""
     options, device = trainer.options, trainer.model.device
-    started, tokens_before = time.perf_counter(), packer.cursor.tokens
-    while trainer.steps_done < options.steps:
+    for _ in range(trainer.steps_done, options.steps):
         sequences = [packer.next() for _ in range(options.sequences_per_step)]
         starts = range(0, len(sequences), options.batch)
-        lr = options.lr_at(trainer.steps_done)
-        losses = trainer.step([stack(sequences[start : start + options.batch], device) for start in starts])
-        progress.recent.append(losses)
-        step, stop = trainer.steps_done, listener.should_stop()
-        if stop or step % run.save_every == 0 or step == options.steps:
-            save_checkpoint(run.output, trainer, progress, identity)
-        listener.step(
-            StepReport(
-                step=step,
-                steps=options.steps,
-                losses=losses,
-                lr=lr,
-                tokens=packer.cursor.tokens - tokens_before,
-                elapsed_s=time.perf_counter() - started,
-                cut_documents=packer.cursor.cut_documents,
-                cut_pieces=packer.cursor.cut_pieces,
-            )
-        )
-        if stop and step < options.steps:
-            raise Stopped(f"stopped after step {step} of {options.steps}", hint="the same command goes on from there")
+        batches = [stack(sequences[start : start + options.batch], device) for start in starts]
+        cursors.append(replace(packer.cursor))
+        counts = Counts.of(batches)
+        yield from (trainer.teach(batch, counts) for batch in batches)
 
 
 def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Progress, run: RunOptions) -> None:

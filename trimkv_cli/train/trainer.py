@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,11 @@ from trimkv_cli.errors import TrimkvError
 from trimkv_cli.spec import ModelSpec
 from trimkv_cli.train.attention import checkpoint_layers, hidden_states, install
 from trimkv_cli.train.capacity import capacity_excess, place_weights
+from trimkv_cli.train.lessons import Counts, Lesson
 from trimkv_cli.train.losses import distill
 from trimkv_cli.train.new_gates import gate_tensors
 from trimkv_cli.train.options import Border, TrainOptions
-from trimkv_cli.train.packing import PADDING, Batch
+from trimkv_cli.train.packing import Batch
 from trimkv_cli.train.training_pass import Reading, TrainingPass
 
 
@@ -31,21 +32,6 @@ class Losses:
     ntp: float
     capacity: float | None
     total: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Counts:
-    """What a step's losses are divided by: all its micro-batches together, so that splitting it changes nothing."""
-
-    wanted: int
-    scored: int
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch], heads: int) -> _Counts:
-        return cls(
-            wanted=max(1, sum(int(batch.wanted.sum()) for batch in batches)),
-            scored=heads * sum(int((batch.documents != PADDING).sum()) for batch in batches),
-        )
 
 
 class Trainer:
@@ -74,12 +60,11 @@ class Trainer:
         if recompute_layers:
             checkpoint_layers(model)
 
-    def step(self, batches: Sequence[Batch]) -> Losses:
-        """Update the gates once, from the micro-batches of one step."""
-        counts = _Counts.of(batches, self.spec.num_layers * self.spec.num_kv_heads)
+    def step(self, lessons: Iterable[Lesson]) -> Losses:
+        """Update the gates once, from the lessons of one step, each forgotten before the next."""
         sums = torch.zeros(3, device=self.model.device)
-        for forward, batch in enumerate(batches):
-            parts = self.losses(batch, counts, border=self.options.border_at(self.steps_done, forward))
+        for forward, lesson in enumerate(lessons):
+            parts = self.losses(lesson, border=self.options.border_at(self.steps_done, forward))
             loss = parts[0] + parts[1] + self.options.cap_weight * parts[2]
             if loss.requires_grad:  # a student with a slot for every token has nothing to learn
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -89,44 +74,45 @@ class Trainer:
         weight = self.options.cap_weight
         return Losses(kl=kl, ntp=ntp, capacity=capacity if weight else None, total=kl + ntp + weight * capacity)
 
-    def losses(self, batch: Batch, counts: _Counts | None = None, *, border: Border | None = None) -> list[Tensor]:
+    @torch.no_grad()
+    def teach(self, batch: Batch, counts: Counts | None = None) -> Lesson:
+        """Have the model read a micro-batch without gates; any thread may, whatever `step` does meanwhile.
+
+        The counts are its step's; without them it is a step of its own.
+        """
+        reading = Reading() if self.options.student == "evicting" else None
+        with self._precision():
+            states = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, reading=reading))
+        return Lesson(batch=batch, counts=counts or Counts.of([batch]), states=states, reading=reading)
+
+    def losses(self, lesson: Lesson, *, border: Border | None = None) -> list[Tensor]:
         """Return KL, NTP and capacity of a micro-batch, its shares of a step's means.
 
         With a border the student is an evicting one, which computes nothing but what is asked for: its answers see
         what lies before the border of what the teacher has read. A capacity of weight 0 is not computed, and 0.
         """
-        counts = counts or _Counts.of([batch], self.spec.num_layers * self.spec.num_kv_heads)
-        kind = self.model.device.type
+        batch, counts = lesson.batch, lesson.counts
         asked, real = batch.asked()
-        with torch.autocast(kind, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            read = self._read_fading(batch, asked) if border is None else self._read_evicting(batch, asked, border)
-            teacher, student, now = read
-            rows, columns = real.nonzero(as_tuple=True)[0], asked[real]
+        columns = None if border is None else asked
+        now = batch.make_pass(gated=True, border=border, reading=lesson.reading, columns=columns)
+        with self._precision():
+            student = hidden_states(self.model, batch.ids, now)
+            if columns is None:
+                student = student.take_along_dim(asked[:, :, None], dim=1)
             kl, ntp = distill(
                 student[real],
-                teacher[rows, columns],
-                batch.ids[rows, columns + 1],
+                lesson.states.take_along_dim(asked[:, :, None], dim=1)[real],
+                batch.ids.take_along_dim(asked + 1, dim=1)[real],
                 _head(self.model),
                 vocab_size=self.spec.vocab_size,
             )
-        return [kl / counts.wanted, ntp / counts.wanted, self._excess(batch, now) / counts.scored]
+        heads = self.spec.num_layers * self.spec.num_kv_heads
+        return [kl / counts.wanted, ntp / counts.wanted, self._excess(batch, now) / (heads * counts.real)]
 
-    def _read_fading(self, batch: Batch, asked: Tensor) -> tuple[Tensor, Tensor, TrainingPass]:
-        """Return the teacher's states of all tokens, the student's of those `asked` for, and the student's pass."""
-        teacher = self._teach(batch.make_pass(gated=False), batch)
-        now = batch.make_pass(gated=True)
-        student = hidden_states(self.model, batch.ids, now)
-        return teacher, student.take_along_dim(asked[:, :, None], dim=1), now
-
-    def _read_evicting(self, batch: Batch, asked: Tensor, border: Border) -> tuple[Tensor, Tensor, TrainingPass]:
-        reading = Reading()
-        teacher = self._teach(batch.make_pass(gated=False, reading=reading), batch)
-        now = batch.make_pass(gated=True, border=border, reading=reading, columns=asked)
-        return teacher, hidden_states(self.model, batch.ids, now), now
-
-    @torch.no_grad()
-    def _teach(self, now: TrainingPass, batch: Batch) -> Tensor:
-        return hidden_states(self.model, batch.ids, now)
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(
+            self.model.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
 
     def _excess(self, batch: Batch, now: TrainingPass) -> Tensor:
         if self.options.cap_weight == 0:

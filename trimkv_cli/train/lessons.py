@@ -1,0 +1,77 @@
+"""What the teacher makes of each micro-batch; on a CPU a thread of its own reads ahead.
+
+The teacher does not depend on the gates, so nothing that comes out depends on when it reads. Two threads that share
+each of a small model's products are hardly faster than one; two that have work of their own are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimkv_cli.train.packing import PADDING, Batch
+from trimkv_cli.train.training_pass import Reading
+
+AHEAD = 3  # lessons; some take the teacher longer than the student, some not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """The tokens of a step, all its micro-batches together, so that splitting it changes no mean."""
+
+    wanted: int
+    real: int  # no padding
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> Counts:
+        return cls(
+            wanted=max(1, sum(int(batch.wanted.sum()) for batch in batches)),
+            real=sum(int((batch.documents != PADDING).sum()) for batch in batches),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """A micro-batch, its step's counts, and what the teacher makes of it: states `[B, T, hidden]`.
+
+    They enter the output embedding. An evicting student learns from what the teacher has read, too.
+    """
+
+    batch: Batch
+    counts: Counts
+    states: Tensor
+    reading: Reading | None
+
+
+@contextmanager
+def read_ahead(lessons: Iterator[Lesson]) -> Iterator[Iterator[Lesson]]:
+    """Have another thread prepare the next lessons, `AHEAD` at most, while the caller works on the last one.
+
+    The two share this thread's threads. An error comes where its lesson would.
+    """
+    threads = torch.get_num_threads()
+    theirs = threads // 2
+    torch.set_num_threads(threads - theirs)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="teacher", initializer=_settle, initargs=(theirs,)) as pool:
+            yield _drawn(pool, lessons)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _drawn(pool: ThreadPoolExecutor, lessons: Iterator[Lesson]) -> Iterator[Lesson]:
+    waiting = deque(pool.submit(next, lessons, None) for _ in range(AHEAD))
+    while (lesson := waiting.popleft().result()) is not None:
+        waiting.append(pool.submit(next, lessons, None))
+        yield lesson
+
+
+def _settle(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # which each thread decides for itself
