@@ -180,3 +180,17 @@ def test_bad_data_and_foreign_families(
     code, _, stderr = train_here(capsys, *arguments, "--steps", "1", "-o", str(tmp_path / "o"), "--context", "4096")
     assert code == 4
     assert "4,296 positions" in stderr
+
+
+def test_what_teaches_nothing_is_said(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches answers that --context cuts off while the loss reads 0.0000 and nobody says why."""
+    talk = [{"role": "user", "content": "count " * 60}, {"role": "assistant", "content": "ok"}]
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"messages": talk}) + "\n")
+    options = (*SMALL, "--batch", "1", "--steps", "3", "-o", str(tmp_path / "o"))
+    code, _, stderr = train_here(capsys, arguments[0], "--data", str(data), *options)
+    assert code == 0, stderr
+    told = re.findall(r"warning: (.*?) had no answer", stderr)
+    assert told[0] == "1 of 1 sequences so far"
+    assert re.fullmatch(r"[23] of 3 sequences", told[-1])
+    assert "longer than --context" in stderr

@@ -74,7 +74,15 @@ def train(
     gradient_checkpointing: Annotated[
         bool, _own("--gradient-checkpointing", _RUN, "Compute layers twice to save memory.", None)
     ] = False,
-    dtype: Annotated[str, _own("--dtype", "Model", "auto, bf16 (autocast) or fp32.", "TYPE")] = "auto",
+    dtype: Annotated[
+        str,
+        _own(
+            "--dtype",
+            "Model",
+            "auto, bf16 (autocast) or fp32. auto on a CPU is bf16 where it has tiles for it.",
+            "TYPE",
+        ),
+    ] = "auto",
     device: Annotated[str, option("device")] = "auto",
     threads: Annotated[int | None, option("threads")] = None,
     revision: Revision = None,
@@ -142,7 +150,7 @@ class _Progress:
     def __init__(self, *, log_every: int | None, quiet: bool) -> None:
         self._every, self._quiet = log_every, quiet
         self._next_s = 0.0
-        self._cut_shown = 0
+        self._shown: dict[str, int] = {}  # counts of what was warned of, as last shown
         self._before: int | None = None  # steps done before this process
 
     def note(self, text: str) -> None:
@@ -150,7 +158,7 @@ class _Progress:
             print_note(text)
 
     def step(self, report: StepReport) -> None:
-        self._warn_of_cuts(report)
+        self._warn_of_data(report)
         self._before = report.step - 1 if self._before is None else self._before
         if self._quiet or not self._due(report):
             return
@@ -162,13 +170,28 @@ class _Progress:
             return report.step % self._every == 0 or report.step == report.steps
         return report.step == report.steps or time.monotonic() >= self._next_s
 
-    def _warn_of_cuts(self, report: StepReport) -> None:
-        """Say at the first cut document, and at the end of the run, how many were cut."""
-        cut = report.cut_documents
-        if cut > self._cut_shown and (self._cut_shown == 0 or report.step == report.steps):
-            were = "documents so far were" if report.step < report.steps else "documents were"
-            print_warning(f"{cut:,} {were} longer than --context and cut into {report.cut_pieces:,} pieces")
-            self._cut_shown = cut
+    def _warn_of_data(self, report: StepReport) -> None:
+        """Say, at the first one and at the end, how many documents were cut and how many sequences taught nothing."""
+        cursor, last = report.cursor, report.step == report.steps
+        if self._news("cut", cursor.cut_documents, last=last):
+            were = "documents were" if last else "documents so far were"
+            print_warning(
+                f"{cursor.cut_documents:,} {were} longer than --context and cut into {cursor.cut_pieces:,} pieces"
+            )
+        if self._news("unasked", cursor.unasked_sequences, last=last):
+            so_far = "" if last else " so far"
+            print_warning(
+                f"{cursor.unasked_sequences:,} of {cursor.sequences:,} sequences{so_far} had no answer in them "
+                "and taught nothing: answers come later than --context reaches?"
+            )
+
+    def _news(self, name: str, count: int, *, last: bool) -> bool:
+        """Say whether a count is to be shown, the first time or at the end; what was shown last is not shown again."""
+        shown = self._shown.get(name, 0)
+        if count <= shown or (shown and not last):
+            return False
+        self._shown[name] = count
+        return True
 
 
 def _line(report: StepReport, *, done: int) -> str:

@@ -31,6 +31,7 @@ class Cursor:
     tokens: int = 0
     cut_documents: int = 0  # longer than a sequence, and so trained on in pieces
     cut_pieces: int = 0
+    unasked_sequences: int = 0  # without an answer in them, which teach nothing
 
 
 class Packed(NamedTuple):
@@ -114,6 +115,7 @@ class Packer:
             self.cursor.piece += 1
         packed = self._pack(pieces)
         self.cursor.sequences += 1
+        self.cursor.unasked_sequences += not packed.wanted.any()
         self.cursor.tokens += self._context - room
         return packed
 

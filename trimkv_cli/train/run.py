@@ -58,8 +58,7 @@ class StepReport:
     lr: float
     tokens: int
     elapsed_s: float
-    cut_documents: int
-    cut_pieces: int
+    cursor: Cursor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +212,7 @@ def _train(
                     lr=lr,
                     tokens=progress.cursor.tokens - tokens_before,
                     elapsed_s=time.perf_counter() - started,
-                    cut_documents=progress.cursor.cut_documents,
-                    cut_pieces=progress.cursor.cut_pieces,
+                    cursor=progress.cursor,
                 )
             )
             if stop and step < options.steps:
