@@ -34,8 +34,8 @@ mini: $(READY)
 	$(BIN)/python -m trimkv_cli.mini.recipe build/mini
 	$(BIN)/python -m trimkv_cli.mini.conversations build/mini/conversations.jsonl
 	$(BIN)/trimkv gates train build/mini/model --data build/mini/conversations.jsonl -o build/mini/model/gates \
-		--student evicting --memory-size 64 --context 2048 --position-gap 60000 --steps 900 --batch 1 --accumulate 1 \
-		--hidden 64 --lr 6e-3 --warmup 50 --schedule cosine --clip 0.05 --dtype bf16
+		--student evicting --memory-size 64 --context 2048 --position-gap 60000 --steps 1800 --batch 1 --accumulate 1 \
+		--hidden 64 --lr 6e-3 --warmup 50 --schedule cosine --clip 0.05
 
 MODEL ?= mini
 RESULTS := kernels/bench/results

@@ -21,8 +21,9 @@ from trimkv_cli.mini.rows import EARLY, TELLING, make_conversation
 SPARSE = replace(
     EARLY,
     pairs=0.0,
-    summaries=0.65,
+    summaries=0.75,
     notes=0.05,
+    stories=0.05,
     reading=(0.8, 0.98),
     strange=0.2,
     telling=replace(TELLING, openers=0.6, loose_openers=0.5),
@@ -59,7 +60,7 @@ def main() -> None:
     """Read the arguments and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=1200)
+    parser.add_argument("--count", type=int, default=2400)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=20_000)
     arguments = parser.parse_args()

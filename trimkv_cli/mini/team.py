@@ -40,6 +40,7 @@ def work_together(size: int, work: Work) -> None:
     """Run `work` in `size` processes of one thread each, which end with this one; `work` must be picklable."""
     if size == 1:
         torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
         work(Team())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +51,7 @@ def work_together(size: int, work: Work) -> None:
 def _join(rank: int, size: int, meeting: str, work: Work) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # a product of weights near 0 takes many times as long
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     try:
         work(Team(rank=rank, size=size))
