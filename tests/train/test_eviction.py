@@ -100,6 +100,23 @@ def test_a_token_that_should_have_been_kept_learns_to_last() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
 
 
+def test_the_soft_border_has_the_gradient_of_its_formula() -> None:
+    """Catches a backward pass, written by hand, of something else than the forward pass."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    lasting = torch.randn(2, 2, 9, dtype=torch.float64, requires_grad=True)
+    key, value = torch.randn(2, 2, 2, 9, 4, dtype=torch.float64)
+    log_ages = torch.rand(2, 1, 5, 9, dtype=torch.float64) * 3
+    log_ages[:, :, :, 7:] = 1e4
+
+    def attend(query: torch.Tensor, lasting: torch.Tensor) -> torch.Tensor:
+        attended = eviction._SoftBorder.apply(query, key, value, lasting, log_ages, Border(slots=4, sharpness=2.0))
+        assert isinstance(attended, torch.Tensor)
+        return attended
+
+    assert torch.autograd.gradcheck(attend, (query, lasting))
+
+
 def test_an_evicting_student_learns(tiny_model: TinyModel) -> None:
     """Catches slots that do not reach the attention, and losses that do not reach the gates."""
     trainer = make_trainer(tiny_model("qwen3"), student="evicting", memory_size=6, cap_weight=0.0, lr=3e-2)

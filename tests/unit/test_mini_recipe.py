@@ -125,7 +125,7 @@ def test_jumps_are_no_borders_between_sequences(tokenizer: PreTrainedTokenizerFa
     assert (last[0] - last[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("length", [1, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 128, 129, 300, blocks.LONG])
 def test_blocks_attend_as_transformers_does(tokenizer: PreTrainedTokenizerFast, length: int) -> None:
     """Catch a block that sees the future, or misses the past."""
     model = small_model(tokenizer, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2).eval()

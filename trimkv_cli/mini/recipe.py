@@ -1,6 +1,6 @@
 """Build the built-in model from nothing: tokenizer, training, evaluation, folder.
 
-`python -m trimkv_cli.mini.recipe OUT` trains for 93 minutes of CPU time at most, about 50 minutes on two cores, and
+`python -m trimkv_cli.mini.recipe OUT` trains for 91 minutes of CPU time at most, about 50 minutes on two cores, and
 goes on from `OUT/checkpoint.pt` when it was stopped; the folder to ship is `OUT/model`.
 """
 

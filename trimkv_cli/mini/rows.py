@@ -72,8 +72,8 @@ LAST = replace(
     shuffle=0.4,
     other_weight=0.005,
 )
-# In the second spell: where a list ends is learnt last of all, and which of many points of one kind comes next.
-LISTS = replace(LAST, summaries=0.65, stories=0.03, alike=0.7)
+# In the second spell: where a list ends is learnt last of all.
+LISTS = replace(LAST, summaries=0.65, stories=0.03)
 
 
 class Encoder:

@@ -33,7 +33,7 @@ class Schedule:
 
     seed: int = 2512
     tokens: int = 24_000_000
-    cpu_minutes: float = 93.0
+    cpu_minutes: float = 91.0
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     tokens_per_step: int = 4096
     rows_per_step: int = 16
@@ -44,7 +44,7 @@ class Schedule:
     matrix_learning_rate: float = 4e-3
     weight_decay: float = 0.01
     warmup_steps: int = 60
-    first_spell: float = 82 / 93
+    first_spell: float = 83 / 91
     cooldown: float = 0.35  # of the first spell
     second_rate: float = 0.4
     last_from: float = 0.4  # of the first spell, where the mixture turns to what is hardest

@@ -75,9 +75,8 @@ def _attend_block(
 class _SoftBorder(torch.autograd.Function):
     """Attend with the logarithm of how far each key is kept as a bias: 0 well above the border, −∞ well below.
 
-    Query `[B, Hkv, G, Tq, D]`, lasting
-    `[B, Hkv, Tk]`, log ages `[B, 1, Tq, Tk]` → `[B, Hkv, G, Tq, D]`. Keys and values are the teacher's and get no
-    gradient. What autograd would make of the same steps takes twice as long.
+    Query `[B, Hkv, G, Tq, D]`, lasting `[B, Hkv, Tk]`, log ages `[B, 1, Tq, Tk]` → `[B, Hkv, G, Tq, D]`. Keys and
+    values are the teacher's and get no gradient. What autograd would make of the same steps takes twice as long.
     """
 
     @staticmethod

@@ -38,7 +38,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lesson:
-    """A micro-batch, its step's counts, and what the teacher makes of it: states `[B, T, hidden]`.
+    """A micro-batch, its step's counts, and the teacher's states of what is asked for: `[B, N, hidden]`.
 
     They enter the output embedding. An evicting student learns from what the teacher has read, too.
     """

@@ -81,8 +81,10 @@ class Trainer:
         The counts are its step's; without them it is a step of its own.
         """
         reading = Reading() if self.options.student == "evicting" else None
+        asked, _ = batch.asked()
         with self._precision():
             states = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, reading=reading))
+        states = states.take_along_dim(asked[:, :, None], dim=1)
         return Lesson(batch=batch, counts=counts or Counts.of([batch]), states=states, reading=reading)
 
     def losses(self, lesson: Lesson, *, border: Border | None = None) -> list[Tensor]:
@@ -101,7 +103,7 @@ class Trainer:
                 student = student.take_along_dim(asked[:, :, None], dim=1)
             kl, ntp = distill(
                 student[real],
-                lesson.states.take_along_dim(asked[:, :, None], dim=1)[real],
+                lesson.states[real],
                 batch.ids.take_along_dim(asked + 1, dim=1)[real],
                 _head(self.model),
                 vocab_size=self.spec.vocab_size,
