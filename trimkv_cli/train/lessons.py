@@ -1,7 +1,8 @@
 """What the teacher makes of each micro-batch; on a CPU a thread of its own reads ahead.
 
 The teacher does not depend on the gates, so nothing that comes out depends on when it reads. Two threads that share
-each of a small model's products are hardly faster than one; two that have work of their own are.
+each of a small model's products are hardly faster than one; two that have work of their own are. Products of a large
+model are better shared, and its lessons too big to wait.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimkv_cli.spec import ModelSpec
+from trimkv_cli.train.options import TrainOptions
 from trimkv_cli.train.packing import PADDING, Batch
 from trimkv_cli.train.training_pass import Reading
 
-AHEAD = 3  # lessons; some take the teacher longer than the student, some not
+MOST_AHEAD = 3  # lessons; some take the teacher longer than the student, some not
+WAITING_BYTES = 1 << 26  # of lessons that wait, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +53,17 @@ class Lesson:
     reading: Reading | None
 
 
+def lessons_ahead(spec: ModelSpec, options: TrainOptions) -> int:
+    """Return how many lessons of this shape may wait; 0 for those of a large model."""
+    numel = spec.hidden_size
+    if options.student == "evicting":
+        numel += spec.num_layers * (spec.hidden_size + 2 * spec.num_kv_heads * spec.head_dim)
+    return min(MOST_AHEAD, WAITING_BYTES // (4 * options.batch * options.context * numel))
+
+
 @contextmanager
-def read_ahead(lessons: Iterator[Lesson]) -> Iterator[Iterator[Lesson]]:
-    """Have another thread prepare the next lessons, `AHEAD` at most, while the caller works on the last one.
+def read_ahead(lessons: Iterator[Lesson], count: int) -> Iterator[Iterator[Lesson]]:
+    """Have another thread prepare the next lessons, `count` at most, while the caller works on the last one.
 
     The two share this thread's threads. An error comes where its lesson would.
     """
@@ -60,13 +72,13 @@ def read_ahead(lessons: Iterator[Lesson]) -> Iterator[Iterator[Lesson]]:
     torch.set_num_threads(threads - theirs)
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="teacher", initializer=_settle, initargs=(theirs,)) as pool:
-            yield _drawn(pool, lessons)
+            yield _drawn(pool, lessons, count)
     finally:
         torch.set_num_threads(threads)
 
 
-def _drawn(pool: ThreadPoolExecutor, lessons: Iterator[Lesson]) -> Iterator[Lesson]:
-    waiting = deque(pool.submit(next, lessons, None) for _ in range(AHEAD))
+def _drawn(pool: ThreadPoolExecutor, lessons: Iterator[Lesson], count: int) -> Iterator[Lesson]:
+    waiting = deque(pool.submit(next, lessons, None) for _ in range(count))
     while (lesson := waiting.popleft().result()) is not None:
         waiting.append(pool.submit(next, lessons, None))
         yield lesson

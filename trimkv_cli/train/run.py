@@ -26,7 +26,7 @@ from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stoppe
 from trimkv_cli.spec import parse_dtype
 from trimkv_cli.train.checkpoint import FILE_NAME, Progress, load_checkpoint, save_checkpoint
 from trimkv_cli.train.documents import DataFiles
-from trimkv_cli.train.lessons import Counts, Lesson, read_ahead
+from trimkv_cli.train.lessons import Counts, Lesson, lessons_ahead, read_ahead
 from trimkv_cli.train.new_gates import describe_gates, new_gates
 from trimkv_cli.train.options import Export, TrainOptions
 from trimkv_cli.train.packing import Cursor, Packer, stack
@@ -195,7 +195,8 @@ def _train(
     cursors = deque[Cursor]()
     lessons = _teach(trainer, packer, cursors)
     two = trainer.model.device.type == "cpu" and torch.get_num_threads() > 1
-    with read_ahead(lessons) if two else nullcontext(lessons) as lessons:
+    ahead = lessons_ahead(trainer.spec, options) if two else 0
+    with read_ahead(lessons, ahead) if ahead else nullcontext(lessons) as lessons:
         while trainer.steps_done < options.steps:
             lr = options.lr_at(trainer.steps_done)
             losses = trainer.step(islice(lessons, options.accumulate))
