@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from trimkv_cli.engine.devices import on_threads
 from trimkv_cli.spec import ModelSpec
 from trimkv_cli.train.lessons import lessons_ahead, read_ahead
 from trimkv_cli.train.options import TrainOptions
@@ -17,10 +18,8 @@ from trimkv_cli.train.options import TrainOptions
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with on_threads(2):
+        yield
 
 
 @pytest.mark.usefixtures("two_threads")

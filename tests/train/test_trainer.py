@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trimkv_cli.train.lessons import Counts
+from trimkv_cli.train.lessons import Counts, Lesson
 from trimkv_cli.train.packing import Batch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,6 +58,23 @@ def test_accumulation_changes_nothing(tiny_model: TinyModel) -> None:
     first, second = whole.step([whole.teach(batch)]), split.step(split.teach(half, counts) for half in halves)
     assert first.total == pytest.approx(second.total, rel=1e-5)
     torch.testing.assert_close(whole.parameters, split.parameters, rtol=1e-3, atol=1e-4)
+
+
+def test_no_lesson_outlives_its_turn(tiny_model: TinyModel) -> None:
+    """Catches memory for what the teacher has read of two micro-batches at a time."""
+    trainer = make_trainer(tiny_model("qwen3"))
+    before: list[weakref.ref[torch.Tensor]] = []
+
+    def teach() -> Iterator[Lesson]:
+        for seed in range(3):
+            assert all(states() is None for states in before)
+            lesson = trainer.teach(make_batch(seed=seed))
+            before.append(weakref.ref(lesson.states))
+            yield lesson
+            del lesson
+
+    trainer.step(teach())
+    assert len(before) == 3
 
 
 def test_training_lowers_the_loss(tiny_model: TinyModel) -> None:

@@ -6,8 +6,7 @@ model costs arithmetic. Here the same numbers come out of the same weights, of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -19,6 +18,7 @@ from trimkv_cli.cache.gates_together import GatesTogether
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.blocks import WORTH_WAKING, Block, Norm, Projection, make_blocks
 from trimkv_cli.engine.compiling import compile_step
+from trimkv_cli.engine.devices import on_threads
 from trimkv_cli.errors import UsageError
 
 _numbers = count()
@@ -64,7 +64,7 @@ class Decoder:
         A graph depends on the engine, the rows and the size of its slots, and on nothing else that changes. Threads
         sleep between steps, and one does small products sooner than others wake.
         """
-        with _threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
+        with on_threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
             if self._compiled is None:
                 return self._step(ids, position, dense=dense)
             key = (self._number, len(ids), *(pool.size for pool in self._pools))
@@ -127,20 +127,6 @@ def make_decoder(
             hint="leave it out",
         )
     return None
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Run torch on so many threads; None = as many as before."""
-    before = torch.get_num_threads()
-    if count in (None, before):
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _project(

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "trimkv_mini_blocks"
 BLOCK = 128
@@ -21,11 +21,11 @@ LONG = 1024  # tokens
 
 
 def attend(
-    module: torch.nn.Module,  # noqa: ARG001 (transformers decides this signature)
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001
+    attention_mask: Tensor | None,  # noqa: ARG001 (transformers decides this signature)
     scaling: float,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -35,9 +35,8 @@ def attend(
     """
     batch, heads, length, width = query.shape
     if value.dtype == torch.float32 and length >= LONG:
-        key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
-        output = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return output.transpose(1, 2).contiguous(), None
+        output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        return output, None
     grouped = (query * scaling).to(value.dtype).reshape(-1, heads // key.shape[1], length, width)
     output = _Attention.apply(grouped, key.to(value.dtype).flatten(0, 1), value.flatten(0, 1))  # type: ignore[no-untyped-call]
     return output.view(batch, heads, length, width).transpose(1, 2).contiguous(), None

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 
+from trimkv_cli.engine.devices import settle
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Team:
@@ -39,8 +41,7 @@ Work = Callable[[Team], None]
 def work_together(size: int, work: Work) -> None:
     """Run `work` in `size` processes of one thread each, which end with this one; `work` must be picklable."""
     if size == 1:
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
+        settle(1)
         work(Team())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +51,7 @@ def work_together(size: int, work: Work) -> None:
 
 def _join(rank: int, size: int, meeting: str, work: Work) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # a product of weights near 0 takes many times as long
+    settle(1)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     try:
         work(Team(rank=rank, size=size))

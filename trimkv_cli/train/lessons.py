@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimkv_cli.engine.devices import on_threads, settle
 from trimkv_cli.spec import ModelSpec
 from trimkv_cli.train.options import TrainOptions
 from trimkv_cli.train.packing import PADDING, Batch
@@ -42,13 +43,15 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lesson:
-    """A micro-batch, its step's counts, and the teacher's states of what is asked for: `[B, N, hidden]`.
+    """A micro-batch, its step's counts, what it asks for, and the teacher's states of that: `[B, N, hidden]`.
 
     They enter the output embedding. An evicting student learns from what the teacher has read, too.
     """
 
     batch: Batch
     counts: Counts
+    asked: Tensor  # as `Batch.asked` gives them
+    real: Tensor
     states: Tensor
     reading: Reading | None
 
@@ -69,12 +72,11 @@ def read_ahead(lessons: Iterator[Lesson], count: int) -> Iterator[Iterator[Lesso
     """
     threads = torch.get_num_threads()
     theirs = threads // 2
-    torch.set_num_threads(threads - theirs)
-    try:
-        with ThreadPoolExecutor(1, thread_name_prefix="teacher", initializer=_settle, initargs=(theirs,)) as pool:
-            yield _drawn(pool, lessons, count)
-    finally:
-        torch.set_num_threads(threads)
+    with (
+        on_threads(threads - theirs),
+        ThreadPoolExecutor(1, thread_name_prefix="teacher", initializer=settle, initargs=(theirs,)) as pool,
+    ):
+        yield _drawn(pool, lessons, count)
 
 
 def _drawn(pool: ThreadPoolExecutor, lessons: Iterator[Lesson], count: int) -> Iterator[Lesson]:
@@ -82,8 +84,3 @@ def _drawn(pool: ThreadPoolExecutor, lessons: Iterator[Lesson], count: int) -> I
     while (lesson := waiting.popleft().result()) is not None:
         waiting.append(pool.submit(next, lessons, None))
         yield lesson
-
-
-def _settle(threads: int) -> None:
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # which each thread decides for itself

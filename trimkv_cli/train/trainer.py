@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -62,17 +63,19 @@ class Trainer:
 
     def step(self, lessons: Iterable[Lesson]) -> Losses:
         """Update the gates once, from the lessons of one step, each forgotten before the next."""
-        sums = torch.zeros(3, device=self.model.device)
-        for forward, lesson in enumerate(lessons):
-            parts = self.losses(lesson, border=self.options.border_at(self.steps_done, forward))
-            loss = parts[0] + parts[1] + self.options.cap_weight * parts[2]
-            if loss.requires_grad:  # a student with a slot for every token has nothing to learn
-                loss.backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack(parts).detach()
+        sums = sum(map(self._learn, lessons, count()), torch.zeros(3, device=self.model.device))
         self._update()
         kl, ntp, capacity = sums.tolist()
         weight = self.options.cap_weight
         return Losses(kl=kl, ntp=ntp, capacity=capacity if weight else None, total=kl + ntp + weight * capacity)
+
+    def _learn(self, lesson: Lesson, forward: int) -> Tensor:
+        """Add a lesson's share of the gradient, and return that of the losses."""
+        parts = self.losses(lesson, border=self.options.border_at(self.steps_done, forward))
+        loss = parts[0] + parts[1] + self.options.cap_weight * parts[2]
+        if loss.requires_grad:  # a student with a slot for every token has nothing to learn
+            loss.backward()  # type: ignore[no-untyped-call]
+        return torch.stack(parts).detach()
 
     @torch.no_grad()
     def teach(self, batch: Batch, counts: Counts | None = None) -> Lesson:
@@ -81,11 +84,12 @@ class Trainer:
         The counts are its step's; without them it is a step of its own.
         """
         reading = Reading() if self.options.student == "evicting" else None
-        asked, _ = batch.asked()
+        asked, real = batch.asked()
         with self._precision():
             states = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, reading=reading))
         states = states.take_along_dim(asked[:, :, None], dim=1)
-        return Lesson(batch=batch, counts=counts or Counts.of([batch]), states=states, reading=reading)
+        counts = counts or Counts.of([batch])
+        return Lesson(batch=batch, counts=counts, asked=asked, real=real, states=states, reading=reading)
 
     def losses(self, lesson: Lesson, *, border: Border | None = None) -> list[Tensor]:
         """Return KL, NTP and capacity of a micro-batch, its shares of a step's means.
@@ -93,8 +97,7 @@ class Trainer:
         With a border the student is an evicting one, which computes nothing but what is asked for: its answers see
         what lies before the border of what the teacher has read. A capacity of weight 0 is not computed, and 0.
         """
-        batch, counts = lesson.batch, lesson.counts
-        asked, real = batch.asked()
+        batch, counts, asked, real = lesson.batch, lesson.counts, lesson.asked, lesson.real
         columns = None if border is None else asked
         now = batch.make_pass(gated=True, border=border, reading=lesson.reading, columns=columns)
         with self._precision():
