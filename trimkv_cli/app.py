@@ -33,6 +33,7 @@ from trimkv_cli.commands import (
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError
 from trimkv_cli.settings import load_settings
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
+from trimkv_cli.tested import NEWEST, untested
 from trimkv_cli.ui.messages import print_error
 
 _EPILOG = """
@@ -158,8 +159,15 @@ def _report_os_error(error: OSError) -> int:
 
 
 def _report_fault(error: Exception) -> int:
-    hint = "TRIMKV_DEBUG=1 shows where this happened"
-    return _report(f"{type(error).__name__}: {error}", hint, TrimkvError.exit_code)
+    return _report(f"{type(error).__name__}: {error}", _fault_hint(), TrimkvError.exit_code)
+
+
+def _fault_hint() -> str:
+    """Name the package that may be to blame: one whose form may have changed since it was tested."""
+    newer = [name for name in ("transformers", "torch") if name in sys.modules and untested(name)]
+    if newer:
+        return f"{newer[0]} is newer than trimkv was tested with: pip install {newer[0]}=={NEWEST[newer[0]]}"
+    return "TRIMKV_DEBUG=1 shows where this happened"
 
 
 def _usage_hint(error: TyperException) -> str | None:

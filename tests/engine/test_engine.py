@@ -14,6 +14,7 @@ import torch
 
 from trimkv_cli.cache.attention import GenerationView, install
 from trimkv_cli.cache.gates import FullGate
+from trimkv_cli.cache.releases import cache_argument
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.errors import ContextOverflow, UsageError
@@ -69,7 +70,7 @@ def test_generate_over_the_cache_with_left_padding(family: str, tiny_model: Tiny
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    assert torch.equal(model.generate(ids, past_key_values=GenerationView(cache), **arguments), want)
+    assert torch.equal(model.generate(ids, **{cache_argument(model): GenerationView(cache)}, **arguments), want)
 
 
 def brute_force_kept(log_beta: torch.Tensor, ends: list[int], budget: int, window: int | None) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trimkv_cli import tested
 from trimkv_cli.engine import checkup
 from trimkv_cli.engine.checkup import Finding
 from trimkv_cli.errors import GateMismatch
@@ -44,10 +45,19 @@ def test_folder_under_a_file_is_a_fault(tmp_path: Path) -> None:
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catch a missing requirement that passes, and a missing extra that fails."""
-    monkeypatch.setattr(checkup, "_version", lambda _: None)
+    monkeypatch.setattr(checkup, "installed_version", lambda _: None)
     status = {finding.name: finding.status for finding in checkup.versions()}
     assert status["torch"] == "fault"
     assert status["bitsandbytes"] == "note"
+
+
+def test_version_newer_than_tested_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catch a release that nobody has run passing for one that was tested."""
+    monkeypatch.setattr(tested, "installed_version", lambda name: "99.1" if name == "transformers" else "0.1")
+    found = {finding.name: finding for finding in checkup.untested_versions()}
+    assert found.keys() == {"transformers"}
+    assert found["transformers"].status == "note"
+    assert f"newer than {tested.NEWEST['transformers']}" in found["transformers"].detail
 
 
 @pytest.mark.parametrize(("cuda_build", "said"), [(None, "no CUDA"), ("13.0", "driver")])

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import tomli
 
+from trimkv_cli.tested import NEWEST, OLDEST_TRANSFORMERS
+
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONTRACTS = {
@@ -54,6 +56,15 @@ def test_constraints_pin_every_dependency() -> None:
     names = {_name(line) for line in [*project["dependencies"], *extras]}
     assert names - {"trimkv-cli"} <= pins.keys()
     assert not [version for version in pins.values() if "+" in version]
+
+
+def test_newest_tested_versions_are_those_of_the_constraints() -> None:
+    """Catch a `doctor` that calls a release untested which CI runs, or the other way round."""
+    pins = _pins()
+    assert {_name(name): version for name, version in NEWEST.items()}.items() <= pins.items()
+    run_time = {_name(line) for line in PYPROJECT["project"]["dependencies"]}
+    assert {_name(name) for name in NEWEST} == run_time
+    assert f"transformers>={'.'.join(OLDEST_TRANSFORMERS.split('.')[:2])},<6" in PYPROJECT["project"]["dependencies"]
 
 
 def test_version_is_in_one_place() -> None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from trimkv_cli.bench.peak import reset_peak, row_peak_bytes
 from trimkv_cli.bench.shapes import Network
+from trimkv_cli.cache.releases import cache_argument, forward_logits
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.memory import module_bytes
@@ -218,16 +219,16 @@ def _run_plain(network: Network, case: Case) -> _Run:
     cache, clock = DynamicCache(config=model.config), _Clock()
     started = time.perf_counter()
     for chunk in torch.split(ids[:, :-1], _CHUNK, dim=1):
-        model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        forward_logits(model, chunk, cache)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         max_new_tokens=MEASURED_TOKENS,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
         stopping_criteria=[clock],
+        **{cache_argument(model): cache},
     )
     times = clock.times
     seconds = [later - earlier for earlier, later in pairwise(times)][_WARM_UP:]

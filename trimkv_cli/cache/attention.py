@@ -3,7 +3,7 @@
 A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states and passes it on, with the layer's
 part of the cache, as keyword arguments that reach the attention function. `Cache.update` hands K and V through
 unchanged; the attention function attends and evicts. All state travels on the `RetentionView` that a caller gives as
-`past_key_values`.
+the model's cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from trimkv_cli.cache.releases import decoder_layers, entering, given_cache
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
 
 ATTENTION_NAME = "trimkv"
@@ -73,7 +74,7 @@ class RetentionView(Cache):
 
 
 class GenerationView(RetentionView):
-    """Serve `model.generate(past_key_values=…)`: row i of the batch is row i of the cache."""
+    """Serve `model.generate` as its cache: row i of the batch is row i of the cache."""
 
     def step_for(self, layer_index: int, position_ids: Tensor, padding_mask: Tensor | None, batch: int) -> Step:
         """Make the step at the first layer, from position ids `[B | 1, T]` and the mask `[B, all tokens so far]`."""
@@ -123,7 +124,7 @@ class _PassThrough(CacheLayerMixin):
 
 
 def install(model: PreTrainedModel, gates: Sequence[Gate], *, sinks: int = 0) -> list[RemovableHandle]:
-    """Make `model` attend over a `RetentionView` given as `past_key_values`, with one gate per layer.
+    """Make `model` attend over a `RetentionView` given as its cache, with one gate per layer.
 
     The first `sinks` tokens of each sequence are pinned.
 
@@ -133,10 +134,10 @@ def install(model: PreTrainedModel, gates: Sequence[Gate], *, sinks: int = 0) ->
     AttentionInterface.register(ATTENTION_NAME, retention_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
     model.set_attn_implementation(ATTENTION_NAME)
-    layers: Any = model.get_decoder().layers
+    attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
     return [
-        layer.self_attn.register_forward_pre_hook(_make_hook(layer.self_attn.layer_idx, gate, sinks), with_kwargs=True)
-        for layer, gate in zip(layers, gates, strict=True)
+        attention.register_forward_pre_hook(_make_hook(attention.layer_idx, gate, sinks), with_kwargs=True)
+        for attention, gate in zip(attentions, gates, strict=True)
     ]
 
 
@@ -147,8 +148,8 @@ def _make_hook(layer_index: int, gate: Gate, sinks: int) -> Hook:
     def pass_log_beta(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        view: RetentionView = kwargs["past_key_values"]
-        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        view: RetentionView = given_cache(kwargs)
+        hidden = entering(args, kwargs)
         step = view.step_for(layer_index, kwargs["position_ids"], kwargs["attention_mask"], hidden.shape[0])
         log_beta = gate(hidden, step.positions).transpose(1, 2)
         if view.trace is not None:

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from trimkv_cli.cache.releases import rotary_embedding
+
 
 class LongRope:
     """Hold both factor sets of a model, and put one in force for the next forward.
@@ -17,7 +19,7 @@ class LongRope:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._rotary: Any = model.get_decoder().rotary_emb
+        self._rotary = rotary_embedding(model)
         config = self._rotary.config
         original = config.rope_parameters["original_max_position_embeddings"]
         compute = ROPE_INIT_FUNCTIONS["longrope"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trimkv_cli.cache.releases import rotary_embedding
 from trimkv_cli.errors import DoesNotFit, UnsupportedModel
 from trimkv_cli.plan import Plan
 from trimkv_kernels import Slots
@@ -122,7 +123,7 @@ def make_rebase(model: Any, slots: Sequence[Slots], *, plan: Plan, positions: in
     """
     rope_type = str((getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default"))
     _check(plan, rope_type, positions)
-    return Rebase(slots, limit=positions, inv_freq=model.get_decoder().rotary_emb.inv_freq)
+    return Rebase(slots, limit=positions, inv_freq=rotary_embedding(model).inv_freq)
 
 
 def _check(plan: Plan, rope_type: str, positions: int) -> None:

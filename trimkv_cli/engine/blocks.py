@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from trimkv_cli.cache.releases import decoder_layers, rotary_embedding
 from trimkv_cli.engine.packed import PackedLinear
 
 _FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
@@ -92,13 +93,16 @@ class Block:
 def make_blocks(model: PreTrainedModel) -> list[Block] | None:
     """Take the layers of a model apart, its own weights becoming views; None when its form is not one known here."""
     known = getattr(model.config, "model_type", None) in _FAMILIES
-    layers: Any = model.get_decoder().layers
+    layers: Any = decoder_layers(model)
     linears = [module for module in layers.modules() if "Linear" in type(module).__name__]
     plain = all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
-    rotary: Any = model.get_decoder().rotary_emb
+    rotary = rotary_embedding(model)
     if not (known and plain) or 2 * rotary.inv_freq.numel() != _head_dim(layers[0].self_attn):
         return None
-    return [_make_block(layer) for layer in layers]
+    try:
+        return [_make_block(layer) for layer in layers]
+    except AttributeError:  # a release with other names: transformers' own forward serves it
+        return None
 
 
 def _make_block(layer: Any) -> Block:

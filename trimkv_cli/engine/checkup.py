@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -17,6 +16,7 @@ import psutil
 
 from trimkv_cli import __version__
 from trimkv_cli.errors import TrimkvError
+from trimkv_cli.tested import NEWEST, installed_version, untested
 from trimkv_cli.units import format_size
 
 Status = Literal["ok", "note", "fault"]
@@ -45,14 +45,23 @@ def versions() -> Iterator[Finding]:
     yield Finding(name="trimkv", status="ok", detail=__version__)
     yield Finding(name="python", status="ok", detail=f"{platform.python_version()} on {platform.platform(terse=True)}")
     for name in REQUIRED:
-        version = _version(name)
+        version = installed_version(name)
         if version is None:
             yield Finding(name=name, status="fault", detail="not installed", hint=f"pip install {name}")
         else:
             yield Finding(name=name, status="ok", detail=version)
     for name, without in OPTIONAL.items():
-        version = _version(name)
+        version = installed_version(name)
         yield Finding(name=name, status="ok" if version else "note", detail=version or f"not installed: {without}")
+    yield from untested_versions()
+
+
+def untested_versions() -> Iterator[Finding]:
+    """Report the packages that are newer than the newest tested."""
+    for name, newest in NEWEST.items():
+        if untested(name):
+            detail = f"{installed_version(name)} is newer than {newest}, the newest that trimkv was tested with"
+            yield Finding(name=name, status="note", detail=detail, hint=f"pip install {name}=={newest}, if it fails")
 
 
 def processor() -> Iterator[Finding]:
@@ -151,13 +160,6 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     except (TrimkvError, ImportError, OSError, RuntimeError, ValueError) as error:
         hint = error.hint if isinstance(error, TrimkvError) else "pip install --force-reinstall trimkv-cli"
         yield Finding(name=check.__name__, status="fault", detail=_first_line(error), hint=hint)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _writable(name: str, folder: Path) -> Finding:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trimkv_cli.cache.attention import RetentionView, Step
 from trimkv_cli.cache.long_rope import LongRope
+from trimkv_cli.cache.releases import forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.ahead import Ahead, Forward
 from trimkv_cli.engine.decoder import Decoder
@@ -41,7 +42,7 @@ class ModelRunner:
     ) -> None:
         self.cache = cache
         self.sampler = sampler
-        self._model: Any = model
+        self._model = model
         self.device = model.device
         self._decode_rows = decode_rows
         self._long_rope = long_rope
@@ -187,16 +188,13 @@ class ModelRunner:
         """Return the logits `[B, V]` of the last column."""
         self._rotate(long=long_rope)
         positions = step.positions
-        output = self._model(
-            input_ids=ids,
+        return forward_logits(
+            self._model,
+            ids,
+            RetentionView(self.cache, step, self.trace),
             position_ids=self._stand(step),
             attention_mask=positions[:, None, None],  # 4D: transformers makes no mask of its own
-            past_key_values=RetentionView(self.cache, step, self.trace),
-            use_cache=True,
-            logits_to_keep=1,
         )
-        logits: Tensor = output.logits[:, -1]
-        return logits
 
     def _forward_static(self, ids: Tensor, position: Tensor, count: int) -> Tensor:
         """Decode the first `count` rows over all their slots, whatever is in them, reading nothing on the host."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimkv_cli.cache.releases import decoder_layers
+
 WORTH_PACKING = 4  # rows
 
 
@@ -62,7 +64,7 @@ class Packed:
     """The packed layers of a model, until `remove`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._layers: Any = model.get_decoder().layers
+        self._layers = decoder_layers(model)
         self._replace(nn.Linear, PackedLinear)
 
     def remove(self) -> None:

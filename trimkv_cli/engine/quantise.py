@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from trimkv_cli.cache.releases import decoder_layers
 from trimkv_cli.errors import ModelError
 from trimkv_cli.spec import Quantisation
 from trimkv_cli.weights import packable, quantisable
@@ -68,7 +69,7 @@ class _Quantizer(HfQuantizer):
         return _Quantise()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        layers: Any = model.get_decoder().layers
+        layers = decoder_layers(model)
         for name, module in list(layers.named_modules()):
             if type(module) is nn.Linear and quantisable(module.in_features, self.quantization_config.quantize):
                 layers.set_submodule(name, _empty(module, self.quantization_config))

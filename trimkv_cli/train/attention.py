@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from trimkv_cli.cache.releases import decoder_layers, entering
 from trimkv_cli.train.eviction import attend_to_kept
 from trimkv_cli.train.recompute import in_query_blocks, recompute
 from trimkv_cli.train.training_pass import TrainingPass
@@ -31,7 +32,7 @@ def install(model: PreTrainedModel, gates: Sequence[nn.Module], windows: Sequenc
     AttentionInterface.register(TRAINING_NAME, attend)
     AttentionMaskInterface.register(TRAINING_NAME, _no_mask)
     model.set_attn_implementation(TRAINING_NAME)
-    layers: Any = model.get_decoder().layers
+    layers: Any = decoder_layers(model)
     for layer, gate, window in zip(layers, gates, windows, strict=True):
         hook = _make_hook(layer.self_attn.layer_idx, gate, window)
         layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
@@ -39,7 +40,7 @@ def install(model: PreTrainedModel, gates: Sequence[nn.Module], windows: Sequenc
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Keep only each layer's input for the backward pass, and compute the rest again."""
-    layers: Any = model.get_decoder().layers
+    layers: Any = decoder_layers(model)
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = recompute
@@ -66,7 +67,7 @@ def _make_hook(layer_index: int, gate: nn.Module, window: int | None) -> Hook:
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         now: TrainingPass = kwargs["training_pass"]
-        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden = entering(args, kwargs)
         if now.reading is not None:  # the teacher leaves it there, the student finds it
             hidden = now.reading.hidden.setdefault(layer_index, hidden)
         log_beta = gate(hidden, now.positions).transpose(1, 2) if now.gated else None
