@@ -63,7 +63,7 @@ def test_newest_tested_versions_are_those_of_the_constraints() -> None:
     pins = _pins()
     assert {_name(name): version for name, version in NEWEST.items()}.items() <= pins.items()
     run_time = {_name(line) for line in PYPROJECT["project"]["dependencies"]}
-    assert {_name(name) for name in NEWEST} == run_time
+    assert {_name(name) for name in NEWEST} - {"triton"} == run_time
     assert f"transformers>={'.'.join(OLDEST_TRANSFORMERS.split('.')[:2])},<6" in PYPROJECT["project"]["dependencies"]
 
 
