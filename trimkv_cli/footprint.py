@@ -9,6 +9,7 @@ from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Qu
 from trimkv_cli.weights import weight_bytes
 from trimkv_cli.workspace import PENALTY_BYTES, Step, forward_bytes, sampling_bytes
 
+_REORDERED_FROM = 3  # rows that decode together
 _RANK_BYTES = 4  # per slot, where positions are given anew
 _QUANTISING_BYTES = 16  # per weight, of the one matrix that is being quantised or repacked
 _HEAP_BYTES = 40 * MIB  # of small things: tokenizer, objects of a run, ends of blocks, holes that loading leaves
@@ -48,6 +49,11 @@ class Surroundings:
         return self.device == "cpu" and self.machine.packs_nf4
 
     @property
+    def reorders_halves(self) -> bool:
+        """Whether 16-bit matrices are there a second time, laid out anew for this machine's CPU."""
+        return self.device == "cpu" and self.machine.reorders_halves
+
+    @property
     def threads(self) -> int:
         """How many threads hold blocks of their own at a time."""
         return self.machine.threads if self.device == "cpu" else 1
@@ -76,6 +82,7 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
     forward, sampling = workspace_bytes(spec, gate, shape, around), sampling_bytes(spec, rows)
     parts = [
         Part("weights", weight_bytes(spec, shape.dtype, shape.quantize, packs_nf4=around.packs_nf4)),
+        Part("reordered", _reordered_bytes(spec, shape, rows) if around.reorders_halves else 0),
         Part("gates", gate_bytes(spec, gate, shape.dtype)),
         Part("kv", rows * row_bytes),
         Part("shared_prefix", row_bytes if shares_prefix else 0),
@@ -129,6 +136,13 @@ def _loading_bytes(spec: ModelSpec, shape: Shape, around: Surroundings, *, later
     if shape.quantize != "none":
         transit = max(transit, matrix * (DTYPE_BYTES[shape.dtype] + _QUANTISING_BYTES))
     return max(0, transit - later)
+
+
+def _reordered_bytes(spec: ModelSpec, shape: Shape, rows: int) -> int:
+    """Count the decoder's matrices once more: what several rows in 16 bits were seen to take beside them."""
+    if shape.quantize != "none" or DTYPE_BYTES[shape.dtype] != 2 or rows < _REORDERED_FROM:
+        return 0
+    return spec.num_layers * sum(outputs * inputs for outputs, inputs in spec.matrices) * 2
 
 
 def _dequantised_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:

@@ -26,6 +26,7 @@ class Machine:
     cpu_runtime_bytes: int | None = None
     cuda_context_bytes: int | None = None
     packs_nf4: bool = False  # bf16 instructions: bitsandbytes lays nf4 matrices out anew
+    reorders_halves: bool = False  # vectors of 512 bits: torch lays 16-bit matrices out anew for several rows
     packs_keys: bool = False  # bf16 matrix tiles: torch lays keys and values out anew for each chunk
     threads: int = 1  # that torch computes with, each on blocks of its own
 
@@ -38,6 +39,7 @@ class Machine:
             cpu_runtime_bytes=measured.get("cpu_runtime_bytes"),
             cuda_context_bytes=measured.get("cuda_context_bytes"),
             packs_nf4="avx512_bf16" in instructions,
+            reorders_halves="avx512bw" in instructions,
             packs_keys="amx_bf16" in instructions,
             threads=_usable_cores(),
         )

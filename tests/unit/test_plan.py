@@ -283,3 +283,17 @@ def test_a_plan_counts_the_keys_that_torch_lays_out_anew_on_cpus_with_matrix_til
     keys = 512 + chunk
     packed = 2 * keys * SPEC.num_kv_heads * SPEC.head_dim * 2 + 512 * SPEC.head_dim * 2
     assert with_tiles - without == (packed if packs else 0)
+
+
+@pytest.mark.parametrize(("rows", "dtype", "counted"), [(2, "bf16", False), (3, "bf16", True), (6, "fp32", False)])
+def test_a_plan_counts_the_matrices_that_several_rows_in_16_bits_lay_out_anew(
+    rows: int, dtype: str, counted: bool
+) -> None:
+    """Catches a budget that several rows in bf16 break on CPUs with vectors of 512 bits."""
+    asked = PlanOptions(
+        kv_budget=64, max_inflight=rows, dtype=dtype, device="cpu", machine=Machine(reorders_halves=True)
+    )
+    matrices = SPEC.num_layers * sum(outputs * inputs for outputs, inputs in SPEC.matrices) * 2
+    assert make_plan(SPEC, GATE, asked).part_bytes("reordered") == (matrices if counted else 0)
+    plain = make_plan(SPEC, GATE, replace(asked, machine=Machine()))
+    assert plain.part_bytes("reordered") == 0

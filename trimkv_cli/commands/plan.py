@@ -199,6 +199,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "undo": "copies of a sequence, to undo turns",
         "workspace": f"one chunk of {plan.prefill_chunk or context} prompt tokens",
         "logits": "sampling, beyond the workspace",
+        "reordered": "16-bit matrices once more, as this CPU reads them for several rows",
         "dequantised": "the largest matrix, unpacked",
         "graphs": "captured steps",
         "loading": "tensors in transit while the model is read",
