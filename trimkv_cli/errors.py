@@ -4,6 +4,7 @@ TrimkvError                  1  failure at run time
 ├── UsageError               2  flags, sizes, configuration
 │   ├── ConfigError             a profile or settings file
 │   └── InputError              the one input cannot be read or parsed
+│       └── NotUtf8             text that is in no encoding we read
 ├── PartialFailure           3  several inputs, some failed
 ├── DoesNotFit               4  more memory than the budget
 │   └── ContextOverflow         more positions than the model was trained for
@@ -45,6 +46,10 @@ class ConfigError(UsageError):
 
 class InputError(UsageError):
     """Report an input that cannot be read or parsed."""
+
+
+class NotUtf8(InputError):
+    """Report text that holds bytes which are not UTF-8."""
 
 
 class PartialFailure(TrimkvError):

@@ -10,6 +10,7 @@ from typing import Any
 from trimkv_cli.errors import ConfigError
 from trimkv_cli.profiles import SAMPLING_KEYS
 from trimkv_cli.toml_files import check_keys, read_toml
+from trimkv_cli.utf8 import as_text
 
 KEYS: Mapping[str, type] = {
     "model": str,
@@ -50,6 +51,7 @@ KEYS: Mapping[str, type] = {
 LOADS_CODE = ("trust_remote_code",)
 _PREFIX = "TRIMKV_"
 _OTHER_VARIABLES = ("TRIMKV_DEBUG",)
+_TEXTS = ("system", "stop")  # what a model reads; the rest names files and things
 _SIZES = ("budget", "kv_budget")  # text that may be a bare number in TOML
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -112,6 +114,8 @@ def _environment_settings(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:
+    if variable.removeprefix(_PREFIX).lower() in _TEXTS:
+        text = as_text(text, variable)
     try:
         if kind is bool:
             return _BOOLEANS[text.strip().lower()]

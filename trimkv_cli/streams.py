@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import sys
@@ -22,6 +23,9 @@ def repair_streams() -> None:
         sys.stdout = _reopen(1, os.O_RDONLY, "w")  # not open for writing: whoever answers there is told
     if sys.stderr is None:
         sys.stderr = _reopen(2, os.O_WRONLY, "w")
+    if isinstance(sys.stdout, TextIOWrapper):
+        codecs.register_error("trimkv", _as_utf8)
+        sys.stdout.reconfigure(errors="trimkv")
 
 
 def why_not_written(error: OSError) -> str | None:
@@ -36,6 +40,12 @@ def why_not_written(error: OSError) -> str | None:
 def drop_stdout() -> None:
     """Let what stdout still holds go nowhere, so that the interpreter's own flush at exit cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _as_utf8(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Write in UTF-8 what a stream's own encoding does not have, and bytes in a file's name as they are."""
+    assert isinstance(error, UnicodeEncodeError)
+    return error.object[error.start : error.end].encode("utf-8", "surrogateescape"), error.end
 
 
 def _reopen(number: int, flags: int, mode: Literal["r", "w"]) -> TextIOWrapper:

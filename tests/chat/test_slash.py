@@ -71,6 +71,27 @@ def enter(chat: Chat, *lines: str) -> Recorder:
     return screen  # type: ignore[no-any-return]
 
 
+def test_bytes_that_are_not_utf_8_end_neither_the_chat_nor_in_it(chat: Chat, tmp_path: Path) -> None:
+    """Catches a chat that ends with an error of the tokenizer, a line that is lost, and a file that cannot be named."""
+    assert enter(chat, "My caf\udce9 is called Mila.").errors == [
+        "the message is not UTF-8: byte e9 after 'My caf' | the line is there again, with U+FFFD for what is not UTF-8"
+    ]
+    assert chat.draft == "My caf\ufffd is called Mila."
+    assert not chat.conversation.turns
+    for line in ("/system x\udce9", "/set stop x\udce9", "/why x\udce9", "/pin x\udce9", "/save x\udce9"):
+        assert "is not UTF-8: byte e9 after" in enter(chat, line).errors[0]
+    pasted: Any = Recorder()
+    handle(chat, Typed("/exit\udce9", literal=True), pasted)
+    assert chat.draft == " /exit\ufffd"
+    assert len(pasted.errors) == 1
+    enter(chat, "My cat is called K\udcc3\udca4ro.")
+    assert users(chat) == ["My cat is called Käro."]
+    path = f"{tmp_path}/caf\udce9.txt"
+    Path(path).write_text("hello")
+    enter(chat, f"/file {path}")
+    assert [text for _, text in chat.attached] == ["hello"]
+
+
 def users(chat: Chat) -> list[str]:
     return [turn.user for turn in chat.conversation.turns]
 

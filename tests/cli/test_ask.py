@@ -167,3 +167,11 @@ def test_control_characters_of_a_model_cannot_drive_the_terminal(capfdbinary: py
         writer.push(piece)
     writer.close()
     assert capfdbinary.readouterr().out == "one\n\ntwo␛]0;x\n".encode()
+
+
+def test_a_byte_that_is_not_utf_8_is_refused_before_a_model_is_loaded() -> None:
+    """Catches an internal error of the tokenizer, after loading."""
+    for command in ("ask", "inspect"):
+        refused = trimkv(command, "caf\udce9")
+        assert (refused.returncode, refused.stdout) == (2, b"")
+        assert refused.stderr.startswith(b"error: the prompt is not UTF-8: byte e9 after 'caf'\nhint: ")

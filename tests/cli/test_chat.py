@@ -118,3 +118,20 @@ def test_killed_and_continued_without_reading_again(tmp_path: Path) -> None:
     assert read == unbroken.turns[2].prompt_tokens < 20
     assert f"last turn  {read} tokens read" in terminal.text
     assert f"all turns  {read} tokens read" in terminal.text
+
+
+def test_letters_in_a_posix_locale_and_bytes_in_none(tmp_path: Path) -> None:
+    """Catches a chat that shows or takes letters of a UTF-8 terminal as something else, or ends with an error."""
+    posix = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with Terminal(*CHAT, home=tmp_path, environment=posix) as terminal:
+        terminal.wait(lambda: terminal.asks)
+        terminal.type("My cat is called Käro.")
+        terminal.wait("> My cat is called Käro.")
+        terminal.send("")
+        terminal.process.send(b"caf\xe9" + ENTER.encode())
+        terminal.wait("error: the message is not UTF-8: byte e9 after 'caf'")
+        terminal.wait(lambda: terminal.lines[terminal.screen.cursor.y] == "> caf\ufffd")
+        terminal.type(CTRL_C + "/exit" + ENTER)
+        assert terminal.wait_end() == 0
+    turns = json.loads(next((tmp_path / "data").rglob("session.json")).read_bytes())["turns"]
+    assert [turn["user"] for turn in turns] == ["My cat is called Käro."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.document import Document
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.cells import cell_len
@@ -18,7 +21,7 @@ from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
 from trimkv_cli.ui.chat.answer import AnswerView
 from trimkv_cli.ui.chat.blocks import Blocks
 from trimkv_cli.ui.chat.markdown import draw_block
-from trimkv_cli.ui.chat.prompt import ChatPrompt
+from trimkv_cli.ui.chat.prompt import ChatPrompt, edit_outside
 from trimkv_cli.ui.chat.screen import Screen
 from trimkv_cli.ui.chat.thoughts import Thoughts
 from trimkv_cli.ui.chat.toolbar import Status, status_line
@@ -186,6 +189,17 @@ def test_keys() -> None:
     for keys, error in (("\x04", EOFError), ("\x03", KeyboardInterrupt)):
         with pytest.raises(error):
             ask(keys)
+
+
+def test_bytes_of_an_editor_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a byte of Latin-1 that ends the chat instead of being handed on, to be refused."""
+    editor = tmp_path / "editor"
+    editor.write_bytes(b"#!/bin/sh\nprintf 'caf\xe9\\n' >> \"$2\"\n")
+    editor.chmod(0o755)
+    monkeypatch.setenv("VISUAL", f"{editor} -w")
+    buffer = Buffer(document=Document("my \udce4"))
+    asyncio.run(edit_outside(buffer))
+    assert buffer.text == "my \udce4caf\udce9"
 
 
 def test_history_is_private_and_comes_back(tmp_path: Path) -> None:

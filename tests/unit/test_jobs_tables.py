@@ -30,6 +30,16 @@ def test_a_csv_row_is_a_line_whatever_its_cells_hold() -> None:
     ]
 
 
+def test_a_parquet_cell_that_is_not_utf_8_is_one_bad_line(tmp_path: Path) -> None:
+    """Catches a byte that ends the whole job with an error of Python's."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    buffers = pyarrow.array([b"caf\xe9", None, b"ok"], pyarrow.binary()).buffers()
+    table: Any = pyarrow.table({"prompt": pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    lines = read((tmp_path / "in.parquet").read_bytes(), "parquet")
+    assert [(line.number, line.text or line.problem) for line in lines] == [(1, "invalid UTF-8"), (3, "ok")]
+
+
 def test_a_parquet_column_is_read_row_by_row(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table: Any = pyarrow.table({"prompt": ["a", None, "c"] * 200, "number": list(range(600))})

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import orjson
 from filelock import BaseFileLock, FileLock, Timeout
 
 from trimkv_cli.chat.turns import Turn, turns_from_json
@@ -113,7 +114,7 @@ class SessionStore:
         if not path.is_file():
             raise UsageError(f"there is no session {name}", hint="trimkv sessions list")
         try:
-            return replace(Transcript.from_json(json.loads(path.read_bytes())), name=name)  # folders may be renamed
+            return replace(Transcript.from_json(orjson.loads(path.read_bytes())), name=name)  # folders may be renamed
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {error}", hint=f"trimkv sessions rm {name}") from error
         except InputError as error:

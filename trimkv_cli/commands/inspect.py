@@ -73,12 +73,13 @@ def inspect(
 
     ids = _read_ids(prompt_token_ids) if prompt_token_ids is not None else None
     user = gather(prompt, file or []) if ids is None and cache is None else ""
+    system_text = read_system(system, system_file)
     llm = open_engine(replace(engine, max_inflight=1), quiet=quiet)
     if cache is not None:
         findings = _of_cache(llm, cache)
     else:
         if ids is None:
-            ids = render(llm.text, user, system=read_system(system, system_file), raw=raw, think=think).token_ids
+            ids = render(llm.text, user, system=system_text, raw=raw, think=think).token_ids
         findings = _of_answer(llm, ids, sampling, quiet=quiet)
     findings.show(Output(json=json, html=html, png=png, svg=svg, colour=color, ascii_only=ascii_only, quiet=quiet), llm)
 

@@ -14,6 +14,7 @@ from trimkv_cli.engine.text import Message, Prompt, Text
 from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
 from trimkv_cli.ui.messages import print_warning
 from trimkv_cli.ui.plain import AnswerWriter
+from trimkv_cli.utf8 import as_text
 
 
 def read_text(path: str) -> str:
@@ -65,9 +66,10 @@ def gather(prompt: str | None, files: Sequence[str], *, may_be_empty: bool = Fal
 
     Raises:
         UsageError: none of them holds anything, unless that may be.
+        NotUtf8: the prompt is not UTF-8.
     """
     piped = not sys.stdin.isatty() and "-" not in files
-    parts = [prompt or "", *(_document(path) for path in files), read_text("-") if piped else ""]
+    parts = [as_text(prompt or "", "the prompt"), *(_document(path) for path in files), read_text("-") if piped else ""]
     text = "\n\n".join(part.strip("\n") for part in parts if part.strip())
     if not text and not may_be_empty:
         raise UsageError("there is no prompt", hint='trimkv ask "why is the sky blue?", or pipe text into it')
@@ -88,10 +90,13 @@ def read_system(system: str | None, system_file: str | None) -> str | None:
 
     Raises:
         UsageError: both are given.
+        NotUtf8: the message is not UTF-8.
     """
     if system is not None and system_file is not None:
         raise UsageError("--system and --system-file are both given", hint="give one of them")
-    return read_text(system_file) if system_file is not None else system
+    if system_file is not None:
+        return read_text(system_file)
+    return as_text(system, "the system message") if system is not None else None
 
 
 def to_messages(user: str, system: str | None) -> list[Message]:

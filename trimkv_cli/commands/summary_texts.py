@@ -9,6 +9,7 @@ from typing import Literal
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.ui.plain import to_json
+from trimkv_cli.utf8 import as_text
 
 Format = Literal["bullets", "prose", "json"]
 
@@ -34,6 +35,8 @@ class Wish:
     focus: str | None = None
 
     def __post_init__(self) -> None:
+        if self.focus is not None:
+            object.__setattr__(self, "focus", as_text(self.focus, "--focus"))
         if self.length is not None and self.length not in _LENGTHS and not _is_count(self.length):
             raise UsageError(
                 f"--length {self.length} is neither a number of words nor {', '.join(_LENGTHS)}", hint="--length 100"

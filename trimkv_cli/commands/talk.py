@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, cast
 
 from trimkv_cli.commands.slash.command import Chat
 from trimkv_cli.commands.slash.table import is_command, run_command
-from trimkv_cli.errors import ClosedPipe, ContextOverflow, TrimkvError
+from trimkv_cli.errors import ClosedPipe, ContextOverflow, NotUtf8, TrimkvError
 from trimkv_cli.ui.chat.answer import AnswerView, ThoughtStyle
 from trimkv_cli.ui.chat.meter import Meter
 from trimkv_cli.ui.chat.screen import Screen
 from trimkv_cli.ui.chat.toolbar import Status, status_line
 from trimkv_cli.ui.plain import neutralise
+from trimkv_cli.utf8 import as_text, replaced
 
 if TYPE_CHECKING:
     from trimkv_cli.chat.conversation import Steps
@@ -54,13 +55,23 @@ def handle(chat: Chat, typed: Typed, screen: Screen) -> None:
         if is_command(typed.text) and not typed.literal:
             run_command(chat, typed.text)
         elif typed.text.strip() or chat.attached:
-            chat.say(typed.text.strip("\n") if "\n" in typed.text.strip() else typed.text.strip())
+            text = as_text(typed.text, "the message")
+            chat.say(text.strip("\n") if "\n" in text.strip() else text.strip())
     except ClosedPipe:
         raise
+    except NotUtf8 as error:
+        screen.error(error.message, "the line is there again, with U+FFFD for what is not UTF-8")
+        chat.draft = _again(typed)
     except ContextOverflow as error:
         screen.error(error.message, "/set max_tokens N asks for less, /clear begins a new conversation")
     except TrimkvError as error:
         screen.error(error.message, error.hint)
+
+
+def _again(typed: Typed) -> str:
+    """Return what was typed, to be mended; a message that looks like a command stays one."""
+    text = replaced(typed.text)
+    return f" {text}" if typed.literal and is_command(text) else text
 
 
 def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], Steps]) -> None:

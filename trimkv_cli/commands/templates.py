@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 
 from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.utf8 import as_text
 
 _SUFFIXES = (".txt", ".md")
 
@@ -47,7 +48,7 @@ def fill(template: Template, *, name: str, user: str, parameters: Sequence[str])
     Raises:
         UsageError: a place without a value, or a value without a place.
     """
-    values = dict(_parameter(text) for text in parameters)
+    values = dict(_parameter(as_text(text, "a value of -p")) for text in parameters)
     places = set(template.get_identifiers())
     if unknown := sorted(values.keys() - places):
         raise UsageError(f"template {name} has no ${unknown[0]}", hint=f"its places: {_listed(places)}")

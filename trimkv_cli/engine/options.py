@@ -9,6 +9,7 @@ from typing import Any
 from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.pins import Pins
+from trimkv_cli.utf8 import as_text
 
 _FILTERS = {"top_p", "top_k", "min_p", "top_h"}
 _OVERFLOW = ("error", "rebase", "map-reduce")
@@ -72,6 +73,8 @@ class SamplingOptions:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        if self.stop is not None:
+            object.__setattr__(self, "stop", [as_text(text, "--stop") for text in self.stop])
         self.resolve({})  # a value out of range is known before a model is loaded
 
     def resolve(self, defaults: Mapping[str, Any]) -> SamplingParams:

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 
 from trimkv_cli.engine.detokenizer import Detokenizer, hidden_ids
 from trimkv_cli.errors import ModelNotFound, UnsupportedModel, UsageError
+from trimkv_cli.utf8 import as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -203,6 +204,7 @@ class Text:
         return self._system[1]
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
+        text = as_text(text, "the text")  # tokenizers end with an error of their own
         return list(self.tokenizer.encode(text, add_special_tokens=special, verbose=False)) if text or special else []
 
     def _encode_inside(self, parts: Iterable[str]) -> list[int]:

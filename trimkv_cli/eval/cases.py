@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import InputError
+from trimkv_cli.utf8 import as_text
 
 _ROLES = ("system", "user", "assistant")
 
@@ -58,10 +59,10 @@ def _read_line(line: str, where: str) -> Case:
     if (messages is None) == (prompt is None):
         raise _bad(where, "give either messages or prompt")
     if prompt is None:
-        return Case(answer=answer, messages=_read_messages(messages, where))
+        return Case(answer=as_text(answer, where), messages=_read_messages(messages, where))
     if not isinstance(prompt, str) or not prompt:
         raise _bad(where, "prompt must be a text that is not empty")
-    return Case(answer=answer, prompt=prompt)
+    return Case(answer=as_text(answer, where), prompt=as_text(prompt, where))
 
 
 def _read_messages(messages: Any, where: str) -> tuple[Mapping[str, str], ...]:
@@ -73,7 +74,7 @@ def _read_messages(messages: Any, where: str) -> tuple[Mapping[str, str], ...]:
             raise _bad(where, f"messages[{number}] needs a role ({', '.join(_ROLES)}) and a text as content")
     if messages[-1]["role"] != "user":
         raise _bad(where, "the last message must be the user's")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    return tuple({"role": message["role"], "content": as_text(message["content"], where)} for message in messages)
 
 
 def _bad(where: str, what: str) -> InputError:

@@ -67,7 +67,7 @@ class TableReader:
             table: Any = ParquetFile(self._stream)
             self._place(table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[self._column]):
-                yield from batch.column(0).to_pylist()
+                yield from _cells(batch.column(0))
         except ArrowException as error:
             raise InputError(f"the input is no Parquet file that can be read: {error}") from error
 
@@ -76,3 +76,12 @@ class TableReader:
             named = ", ".join(columns[:8]) or "none"
             raise UsageError(f"there is no column {self._column!r}", hint=f"--prompt-column takes one of: {named}")
         return columns.index(self._column)
+
+
+def _cells(column: Any) -> list[object]:
+    """Return the cells of a Parquet column; bytes that are not UTF-8 are kept, for their own row to be refused."""
+    try:
+        cells: list[object] = column.to_pylist()
+    except UnicodeDecodeError:
+        cells = [cell and cell.decode("utf-8", "surrogateescape") for cell in column.cast("binary").to_pylist()]
+    return cells

@@ -9,7 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from trimkv_cli.errors import InputError
+from trimkv_cli.errors import InputError, NotUtf8
+from trimkv_cli.utf8 import as_text
 
 MOST_NAMED = 5
 CONVERSATIONS = (".jsonl", ".ndjson")
@@ -106,7 +107,7 @@ def _parse(data: bytes, place: Place) -> Content:
     if "messages" in line:
         return _messages(line["messages"])
     if isinstance(line.get("text"), str) and line["text"]:
-        return str(line["text"])
+        return _utf8(line["text"])
     raise ValueError('neither "messages" nor "text"')
 
 
@@ -116,6 +117,13 @@ def _decoded(data: bytes) -> str:
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {number} is not UTF-8") from None
+
+
+def _utf8(text: str) -> str:
+    try:
+        return as_text(text, "a text")
+    except NotUtf8 as error:
+        raise ValueError(error.message) from None
 
 
 def _messages(found: Any) -> list[dict[str, str]]:
@@ -130,4 +138,4 @@ def _messages(found: Any) -> list[dict[str, str]]:
         raise ValueError("no assistant message to learn from")
     if found[0]["role"] == "assistant":
         raise ValueError("the first message is the assistant's")
-    return [{key: text for key, text in message.items() if isinstance(text, str)} for message in found]
+    return [{key: _utf8(text) for key, text in message.items() if isinstance(text, str)} for message in found]

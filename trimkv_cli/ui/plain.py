@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any, BinaryIO
 
+from trimkv_cli.utf8 import replaced
+
 # C0 and DEL become their control pictures, C1 (which some terminals obey) the replacement character; newline and tab
 # stay.
 _SAFE = {
@@ -16,8 +18,8 @@ _SAFE = {
 
 
 def neutralise(text: str) -> str:
-    """Replace control characters except newline and tab by visible ones."""
-    return text.translate(_SAFE)
+    """Replace control characters except newline and tab by visible ones, and so what is not UTF-8 in a file's name."""
+    return replaced(text).translate(_SAFE)
 
 
 def to_json(value: Any) -> str:

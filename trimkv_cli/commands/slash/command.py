@@ -79,6 +79,7 @@ class SlashCommand:
     handler: Handler
     arguments: str = ""
     complete: Completer = _nothing
+    takes_path: bool = False  # its argument may hold any bytes that the name of a file may
 
 
 def whole_number(argument: str, default: int) -> int:

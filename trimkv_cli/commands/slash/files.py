@@ -97,11 +97,11 @@ def _complete_copy(_: Chat, __: str) -> Iterable[str]:
 FILES = (
     SlashCommand(
         name="file", arguments="[PATH|none]", help="Attach a text file to the next message.", handler=_file,
-        complete=_complete_path,
+        complete=_complete_path, takes_path=True,
     ),
     SlashCommand(
         name="export", arguments="FILE", help="Write the conversation as .md, .json, .jsonl or .html.",
-        handler=_export, complete=_complete_path,
+        handler=_export, complete=_complete_path, takes_path=True,
     ),
     SlashCommand(
         name="copy", arguments="[code]", help="Copy the last answer, or its last block of code.", handler=_copy,

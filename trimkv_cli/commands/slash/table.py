@@ -14,6 +14,7 @@ from trimkv_cli.commands.slash.settings import SETTINGS
 from trimkv_cli.commands.slash.turns import TURNS
 from trimkv_cli.errors import UsageError
 from trimkv_cli.ui.plain import neutralise
+from trimkv_cli.utf8 import as_path, as_text
 
 COMMANDS: tuple[SlashCommand, ...] = (*BASICS, *TURNS, *SETTINGS, *FILES, *SESSIONS, *MEMORY)
 
@@ -42,9 +43,10 @@ def is_command(text: str) -> bool:
 
 
 def run_command(chat: Chat, line: str) -> None:
-    """Run a typed command; raises what it raises, and UsageError where there is none."""
+    """Run a typed command; raises what it raises, UsageError where there is none, NotUtf8 for bytes in its argument."""
     name, _, argument = line.strip().partition(" ")
-    find(name).handler(chat, argument.strip())
+    command, argument = find(name), argument.strip()
+    command.handler(chat, as_path(argument) if command.takes_path else as_text(argument, f"what follows {name}"))
 
 
 def complete(chat: Chat, text: str) -> Iterator[tuple[str, int, str]]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TextIO, cast
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.input import Input
+from prompt_toolkit.input import Input, create_input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
-from prompt_toolkit.output import ColorDepth, Output
+from prompt_toolkit.output import ColorDepth, Output, create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
@@ -71,9 +78,8 @@ class ChatPrompt:
             prompt_continuation="  ",
             color_depth=None if look.colour else ColorDepth.DEPTH_1_BIT,
             reserve_space_for_menu=8,
-            tempfile_suffix=".md",
-            input=input,
-            output=output,
+            input=input or create_input(_in_utf8(sys.stdin)),
+            output=output or create_output(_in_utf8(sys.stdout)),
         )
         # A terminal that does not say where its cursor is shows no toolbar; that is no reason for a warning.
         self._session.app.renderer.cpr_not_supported_callback = lambda: None
@@ -130,9 +136,37 @@ class ChatPrompt:
 
         @keys.add("c-x", "c-e")
         def edit(event: KeyPressEvent) -> None:
-            event.current_buffer.open_in_editor(validate_and_handle=False)
+            event.app.create_background_task(edit_outside(event.current_buffer))
 
         return keys
+
+
+async def edit_outside(buffer: Buffer) -> None:
+    """Let an editor change the text; one that is not there, or gives up, leaves it as it is."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "message.md"
+        path.write_bytes(buffer.text.encode("utf-8", "surrogateescape"))
+        if await run_in_terminal(lambda: _run_editor(path), in_executor=True):
+            text = path.read_bytes().decode("utf-8", "surrogateescape").removesuffix("\n")
+            buffer.document = Document(text, len(text))
+
+
+def _run_editor(path: Path) -> bool:
+    chosen = (os.environ.get("VISUAL"), os.environ.get("EDITOR"), "editor", "nano", "vim", "vi")
+    for editor in filter(None, chosen):
+        try:
+            return subprocess.call([*shlex.split(editor), str(path)]) == 0
+        except OSError:
+            continue  # it is not there
+    return False
+
+
+def _in_utf8(stream: TextIO) -> TextIO:
+    """Return a terminal's stream, in UTF-8 where the locale says ASCII: terminals send and show UTF-8 all the same."""
+    if codecs.lookup(stream.encoding or "ascii").name != "ascii":
+        return stream
+    opened = open(stream.fileno(), stream.mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    return cast("TextIO", opened)
 
 
 class _Adapter(Completer):
