@@ -5,16 +5,20 @@ from __future__ import annotations
 import builtins
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import modeling_utils
 
+from trimkv_cli.engine import quantise
 from trimkv_cli.engine.loader import load_engine
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.errors import ModelError
-from trimkv_cli.spec import Dtype, Quantisation
+from trimkv_cli.spec import Dtype, ModelSpec, Quantisation
+from trimkv_cli.weights import weight_bytes
 
 BUFFER_BYTES = 2 * 8 * 4 * 2 + 4  # rotary frequencies, kept twice, of up to two sets; a scale of the embeddings
 
@@ -44,6 +48,43 @@ def test_the_weights_take_what_was_planned(family: str, quantize: Quantisation, 
         engine = load_engine(options(path, quantize, dtype))
         planned = engine.facts.plan.part_bytes("weights")
         assert planned <= engine.facts.weight_bytes <= planned + BUFFER_BYTES
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_no_more_is_allocated_ahead_than_the_weights_take(
+    quantize: Quantisation, tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches the unquantised size, allocated at once on a GPU whose budget holds only the quantised one."""
+    asked: list[float] = []
+
+    def record(model: Any, device_map: dict[str, Any], quantizer: Any) -> None:
+        asked.extend(modeling_utils.get_total_byte_count(model, device_map, quantizer).values())
+
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", record)
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path)
+    load_engine(options(tmp_path, quantize, "bf16"))
+    assert asked == [weight_bytes(ModelSpec.from_config(model.config.to_dict()), "bf16", quantize)]
+
+
+class OnGpu:
+    """A matrix that says it is on a GPU, and so does all that is made of it but what is asked to the CPU."""
+
+    def __init__(self, data: Any = None, device: str = "cuda:0", **_: Any) -> None:
+        self.made_from = data
+        self.device = torch.device(device)
+
+    def to(self, device: Any) -> OnGpu:
+        return OnGpu(self, device)
+
+
+def test_int8_on_a_gpu_is_made_while_weights_are_read() -> None:
+    """Catches weights that stay whole until the first forward: bitsandbytes makes int8 of what leaves a CPU."""
+    module = SimpleNamespace(weight=OnGpu())
+    made = quantise._quantised(module, OnGpu())
+    assert made.device == torch.device("cuda:0")
+    given = made.made_from.made_from
+    assert given.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])

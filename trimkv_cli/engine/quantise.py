@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trimkv_cli.cache.releases import decoder_layers
 from trimkv_cli.errors import ModelError
 from trimkv_cli.spec import Quantisation
-from trimkv_cli.weights import packable, quantisable
+from trimkv_cli.weights import matrix_bytes, packable, quantisable
 
 _METHOD = "trimkv"
 
@@ -62,8 +62,15 @@ class _Quantizer(HfQuantizer):
         return device_map or {"": self.quantization_config.device}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        module, name = param_name.rsplit(".", 1)
-        return name == "weight" and isinstance(model.get_submodule(module), _quantised_types())
+        owner, name = param_name.rpartition(".")[::2]
+        return name == "weight" and isinstance(model.get_submodule(owner), _quantised_types())
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Return the bytes of one weight: on a GPU transformers allocates all of them at once, before it reads any."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        rows, columns = param.shape
+        return matrix_bytes(rows, columns, self.quantization_config.quantize, packs_nf4=False) / param.numel()
 
     def get_quantize_ops(self) -> _Quantise:
         return _Quantise()
@@ -94,12 +101,20 @@ class _Quantise(ConversionOps):
         for name, value in input_dict.items():
             full = value[0] if isinstance(value, list) else value
             module: Any = model.get_submodule(name.rpartition(".")[0])
-            old = module.weight
-            options: dict[str, Any] = {"has_fp16_weights": False}
-            if isinstance(module, _bitsandbytes().nn.Linear4bit):
-                options = {"quant_type": "nf4", "compress_statistics": old.compress_statistics, "module": module}
-            made[name] = type(old)(full, requires_grad=False, **options).to(full.device)
+            made[name] = _quantised(module, full)
         return made
+
+
+def _quantised(module: Any, full: Tensor) -> Any:
+    """Return the weight of a quantised layer, where `full` lies."""
+    old = module.weight
+    if isinstance(module, _bitsandbytes().nn.Linear4bit):
+        made = type(old)(
+            full, requires_grad=False, quant_type="nf4", compress_statistics=old.compress_statistics, module=module
+        )
+        return made.to(full.device)
+    # What is on a GPU already stays whole until the first forward: int8 is made on the way there.
+    return type(old)(full.to("cpu"), requires_grad=False, has_fp16_weights=False).to(full.device)
 
 
 def _quantised_types() -> tuple[type, ...]:
