@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
-from trimkv_cli.engine.devices import pick_device
+from trimkv_cli.engine.devices import take_device
 from trimkv_cli.engine.loader import load_parts
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.sources import find_source
@@ -88,7 +88,7 @@ def find_shape(name: str) -> Shape:
 
 def random_network(shape: Shape, options: EngineOptions) -> Network:
     """Build the network with random weights and gates, the same on every call."""
-    device = pick_device(options.device)
+    device = take_device(options.device)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     spec = shape.spec
     dtype = make_plan(spec, shape.gate, PlanOptions(kv_budget=1, dtype=options.dtype, device=device.type)).dtype

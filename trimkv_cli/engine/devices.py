@@ -36,6 +36,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def take_device(name: str) -> torch.device:
+    """Return the device called `name`, on which this process computes from now on.
+
+    Triton, streams and graphs go to the process's current GPU, wherever their tensors lie.
+
+    Raises:
+        UsageError: no such device here, or this process uses another GPU.
+    """
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    others = (index for index in range(torch.cuda.device_count()) if index != device.index)
+    used = next((index for index in others if torch.cuda.memory_allocated(index)), None)
+    if used is not None:
+        raise UsageError(
+            f"this process uses cuda:{used} already, and one process runs on one GPU",
+            hint=f"start another process for {device}",
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
 def device_bytes(device: torch.device) -> int:
     """Return all memory of a GPU, or of the machine."""
     if device.type == "cuda":

@@ -23,7 +23,7 @@ from trimkv_cli.cache.gate_check import check_gates
 from trimkv_cli.cache.gate_files import read_gates
 from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.engine.assemble import assemble
-from trimkv_cli.engine.devices import device_bytes, free_bytes, pick_device
+from trimkv_cli.engine.devices import device_bytes, free_bytes, take_device
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.memory import cap_allocator, module_bytes, tidy_heap
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS, EngineOptions
@@ -88,7 +88,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
         TrimkvError: they do not fit the budget or each other, or their files are broken.
     """
     started = time.perf_counter()
-    device = pick_device(options.device)
+    device = take_device(options.device)
     _check_deterministic(options, device)
     plan = plan_for(source, options, device, snapshots=snapshots)
     torch.set_num_threads(options.threads_or(torch.get_num_threads()))

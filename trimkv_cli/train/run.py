@@ -17,7 +17,7 @@ import torch
 from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
 from trimkv_cli.cache.gates import activation_name
 from trimkv_cli.cache.long_rope import LongRope
-from trimkv_cli.engine.devices import multiplies_bf16, pick_device, settle
+from trimkv_cli.engine.devices import multiplies_bf16, settle, take_device
 from trimkv_cli.engine.loader import load_model
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.sources import Source, find_source
@@ -118,7 +118,7 @@ def _check_output(run: RunOptions) -> None:
 
 
 def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunOptions, source: Source) -> Trainer:
-    device = pick_device(engine.device)
+    device = take_device(engine.device)
     settle(engine.threads)
     autocast = _autocast(engine.dtype, device)
     weights = torch.bfloat16 if autocast is not None and device.type == "cuda" else torch.float32
