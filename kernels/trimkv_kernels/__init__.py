@@ -1,7 +1,7 @@
 """Attention over a bounded set of slots, and the eviction that keeps it bounded."""
 
-from trimkv_kernels.operations import Operations, operations_for
+from trimkv_kernels.operations import Obstacle, Operations, operations_for, triton_obstacle
 from trimkv_kernels.pool import SlotPool
 from trimkv_kernels.slots import Journal, Slots
 
-__all__ = ["Journal", "Operations", "SlotPool", "Slots", "operations_for"]
+__all__ = ["Journal", "Obstacle", "Operations", "SlotPool", "Slots", "operations_for", "triton_obstacle"]

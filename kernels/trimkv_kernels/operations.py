@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,11 +23,46 @@ class Operations(NamedTuple):
     prefill: Callable[..., Tensor]
 
 
+class Obstacle(NamedTuple):
+    """What keeps Triton from running, and what may help."""
+
+    what: str
+    remedy: str
+
+
 def operations_for(device: torch.device) -> Operations:
-    """Return the Triton operations on a CUDA device, elsewhere the reference."""
-    if device.type != "cuda":
+    """Return the Triton operations on a CUDA device on which Triton runs, elsewhere the reference."""
+    if device.type != "cuda" or triton_obstacle(device) is not None:
         return Operations(reference.decode, reference.prefill)
     from trimkv_kernels.decode import decode
     from trimkv_kernels.prefill import prefill
 
     return Operations(decode, prefill)
+
+
+@cache
+def triton_obstacle(device: torch.device) -> Obstacle | None:
+    """Run a trivial kernel, once per device; return what keeps Triton from it, if anything."""
+    try:
+        from trimkv_kernels.trial import run_trial
+
+        with torch.cuda.device(device):
+            run_trial(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  each release and each missing part fails in its own way
+        return _obstacle(error)
+    return None
+
+
+def _obstacle(error: Exception) -> Obstacle:
+    """Say what is missing: Triton builds what launches its kernels in C, against Python's headers."""
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "triton":
+        return Obstacle("triton is not installed", "pip install triton, where there is one for this system")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return Obstacle("triton finds no C compiler", "apt-get install gcc")
+    header = Path(sysconfig.get_config_var("INCLUDEPY") or "") / "Python.h"
+    if not header.is_file():
+        return Obstacle(f"triton finds no {header}", "apt-get install python3-dev")
+    said = str(error).splitlines() or [""]
+    return Obstacle(f"triton fails: {type(error).__name__}: {said[0]}", "pip install --force-reinstall triton")

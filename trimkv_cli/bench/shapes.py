@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine.devices import take_device
-from trimkv_cli.engine.loader import load_parts
+from trimkv_cli.engine.loader import kernel_warnings, load_parts
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.sources import find_source
 from trimkv_cli.errors import UsageError
@@ -61,6 +61,7 @@ class Network:
     model: PreTrainedModel
     gates: Sequence[nn.Module]
     dtype: Dtype
+    warnings: tuple[str, ...] = ()
 
     @property
     def device_name(self) -> str:
@@ -100,7 +101,15 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
     tensors = _random_gates(spec, shape.gate)
     gates = build_gates(shape.gate, spec, tensors, dtype=_TORCH[dtype], device=device)
     loaded = model.eval().requires_grad_(requires_grad=False)
-    return Network(name=shape.name, spec=spec, gate=shape.gate, model=loaded, gates=tuple(gates), dtype=dtype)
+    return Network(
+        name=shape.name,
+        spec=spec,
+        gate=shape.gate,
+        model=loaded,
+        gates=tuple(gates),
+        dtype=dtype,
+        warnings=tuple(warning.message for warning in kernel_warnings(device)),
+    )
 
 
 def load_network(options: EngineOptions) -> Network:
@@ -114,6 +123,7 @@ def load_network(options: EngineOptions) -> Network:
         model=parts.model,
         gates=parts.gates,
         dtype=facts.plan.dtype,
+        warnings=tuple(message for _, message in facts.warnings),
     )
 
 

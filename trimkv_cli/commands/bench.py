@@ -11,7 +11,7 @@ import typer
 from trimkv_cli.commands.options import Gates, Json, Model, Offline, Quiet, option
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import ContextOverflow, UsageError
-from trimkv_cli.ui.messages import print_note
+from trimkv_cli.ui.messages import print_note, print_warning
 from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def bench(
     network = _network(options, shape, random_weights=random_weights)
     budgets = _numbers(kv_budget or str(network.gate.memory_size or 256), "--kv-budget")
     cases = _cases(network, budgets, _numbers(contexts, "--contexts"), _numbers(rows, "--rows"))
+    for message in network.warnings:
+        print_warning(message)
     if not quiet:
         _announce(network, cases)
     measured = _measure(network, cases, options, compare=compare is not None, evict=evict, repeats=repeats)

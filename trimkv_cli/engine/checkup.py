@@ -36,7 +36,7 @@ class Finding:
 
 def checkup() -> Iterator[Finding]:
     """Look at everything, cheapest first; a check that breaks becomes a fault of its own."""
-    for check in (versions, processor, terminal, folders, device, dtypes, mini):
+    for check in (versions, processor, terminal, folders, device, kernels, dtypes, mini):
         yield from _guarded(check)
 
 
@@ -118,6 +118,21 @@ def device() -> Iterator[Finding]:
         yield Finding(name="mps", status="ok", detail="the torch reference runs on it")
     elif not torch.cuda.is_available():
         yield _no_accelerator(cuda_build=torch.version.cuda)
+
+
+def kernels() -> Iterator[Finding]:
+    """Compile and run a trivial kernel on each GPU: Triton needs a C compiler and Python's headers."""
+    import torch
+
+    from trimkv_kernels import triton_obstacle
+
+    for index in range(torch.cuda.device_count()):
+        obstacle = triton_obstacle(torch.device("cuda", index))
+        if obstacle is None:
+            yield Finding(name=f"kernels on cuda:{index}", status="ok", detail="triton compiles and runs")
+        else:
+            detail = f"{obstacle.what}: the slower operations of torch run instead"
+            yield Finding(name=f"kernels on cuda:{index}", status="note", detail=detail, hint=obstacle.remedy)
 
 
 def dtypes() -> Iterator[Finding]:

@@ -36,6 +36,7 @@ from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan, Warning, make_plan
 from trimkv_cli.spec import KvDtype, Quantisation
 from trimkv_cli.units import format_size, parse_budget
+from trimkv_kernels import triton_obstacle
 
 _DTYPES: dict[KvDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -113,7 +114,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
         eos_token_ids=_eos_token_ids(model),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
         notes=(*source.notes, *_echo(options, plan)),
-        warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings)),
+        warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings, *kernel_warnings(device))),
         weight_bytes=module_bytes(model),
         gate_bytes=module_bytes(gates),
         load_s=time.perf_counter() - started,
@@ -247,6 +248,15 @@ def _load_gates(
     warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.model_id)
     gates = build_gates(files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act)
     return gates, (*files.warnings, *warnings)
+
+
+def kernel_warnings(device: torch.device) -> tuple[Warning, ...]:
+    """Warn of a GPU on which Triton does not run."""
+    obstacle = triton_obstacle(device) if device.type == "cuda" else None
+    if obstacle is None:
+        return ()
+    message = f"{obstacle.what}: the slower operations of torch run on {device} instead ({obstacle.remedy})"
+    return (Warning(code="no_triton", message=message),)
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
