@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trimkv_cli.errors import OutOfDeviceMemory, TrimkvError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorCode = Literal["out_of_memory", "not_finite"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,20 @@ class TokenEvent:
     stats: RequestStats | None = None
     logprobs: tuple[TokenLogprob, ...] = ()  # one per token id, when the request asks for them
     error: str | None = None  # what went wrong when finish_reason is "error"
-    error_code: str | None = None  # "out_of_memory" when it was that
+    error_code: ErrorCode | None = None
+
+    @property
+    def fault(self) -> TrimkvError | None:
+        """Return what went wrong as an error with its hint and exit code; None when nothing did."""
+        if self.finish_reason != "error":
+            return None
+        message = self.error or "the engine gave this request up"
+        if self.error_code == "out_of_memory":
+            hint = "a smaller --budget, --kv-budget or --prefill-chunk; trimkv plan shows the parts"
+            return OutOfDeviceMemory(message, hint=hint)
+        if self.error_code == "not_finite":
+            return TrimkvError(message, hint="--dtype bf16 or fp32 reach further; or get the model again")
+        return TrimkvError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -232,6 +232,8 @@ class Conversation:
                 if decoder is not None:
                     events = [_decoded(event, decoder) for event in events]
                 for event in events:
+                    if event.fault is not None and event.error_code == "not_finite":
+                        raise event.fault  # what the row holds is of no use either
                     answer.take(event)
                 yield events
         except TrimkvError:

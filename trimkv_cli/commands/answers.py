@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.commands.memory_report import budget_report, memory_line, memory_report
 from trimkv_cli.engine.request import Request
-from trimkv_cli.errors import OutOfDeviceMemory, UsageError
+from trimkv_cli.errors import UsageError
 from trimkv_cli.events import FinishReason, RequestStats
 from trimkv_cli.ui.messages import print_note, print_warning
 
@@ -38,9 +38,8 @@ def answer(engine: Engine, request: Request, on_text: Callable[[str], None] = la
         if event.text:
             pieces.append(event.text)
             on_text(event.text)
-        if event.error_code == "out_of_memory":
-            hint = "a smaller --budget, --kv-budget or --prefill-chunk; trimkv plan shows the parts"
-            raise OutOfDeviceMemory(event.error or "out of memory", hint=hint)
+        if event.fault is not None:
+            raise event.fault
         if event.finish_reason is not None:
             assert event.stats is not None, "the last event carries stats"
             return Answer(

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 from trimkv_cli.commands.answers import Answer
 from trimkv_cli.commands.summary_texts import cut
 from trimkv_cli.engine.request import Request, SamplingParams
-from trimkv_cli.errors import ContextOverflow, OutOfDeviceMemory, TrimkvError
+from trimkv_cli.errors import ContextOverflow, TrimkvError
 from trimkv_cli.events import TokenEvent
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
 
-_AGAIN = "summarize this file again, by itself"
 _LEAST_ROOM = 64  # tokens that must be left for a summary whose length nobody said
 
 
@@ -120,14 +119,6 @@ def _render(llm: Engine, text: str, task: Task) -> tuple[int, ...]:
     return render(llm.text, user, system=None, raw=False, think=task.think).token_ids
 
 
-def _fault(event: TokenEvent) -> TrimkvError:
-    """Say why the engine gave a request up."""
-    if event.error_code == "out_of_memory":
-        hint = "a smaller --budget, --kv-budget or --prefill-chunk; trimkv plan shows the parts"
-        return OutOfDeviceMemory(event.error or "out of memory", hint=hint)
-    return TrimkvError(event.error or "the engine gave this request up", hint=_AGAIN)
-
-
 @dataclass(slots=True, kw_only=True)
 class _Running:
     """A document whose stage is under way."""
@@ -215,10 +206,11 @@ class Pool:
         if event.finish_reason is None:
             return
         del self._asked[event.request_id]
-        if event.finish_reason == "error" or event.stats is None:
+        if event.fault is not None:
             self._llm.release(event.request_id)
-            yield from self._give_up(running, _fault(event))
+            yield from self._give_up(running, event.fault)
             return
+        assert event.stats is not None, "the last event carries stats"
         answer = Answer(
             request=coming.request,
             text="".join(coming.pieces),

@@ -159,8 +159,8 @@ class Ahead:
         at = self._on_device(indices, torch.int64)
         tokens = self._sampler(logits[at], indices)
         left, position = self._left[at] - 1, self.position[at]
-        ended = (left <= 0) | (self._watch[at] & torch.isin(tokens, self._eos)) | (position < 0)
-        self.ids[at] = tokens
+        ended = (left <= 0) | (self._watch[at] & torch.isin(tokens, self._eos)) | (position < 0) | (tokens < 0)
+        self.ids[at] = tokens.clamp(min=0)
         self._left[at] = left
         self.position[at] = torch.where(ended, -1, position + 1)
         if tokens.device.type != "cuda":

@@ -13,9 +13,10 @@ from trimkv_cli.engine.gauges import Progress
 from trimkv_cli.engine.recovery import attempt
 from trimkv_cli.engine.request import Request
 from trimkv_cli.engine.resizing import Resizing
+from trimkv_cli.engine.sampler import NO_TOKEN
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row
 from trimkv_cli.errors import ContextOverflow, UsageError
-from trimkv_cli.events import CacheStats, FinishReason, RequestStats, TokenEvent
+from trimkv_cli.events import CacheStats, ErrorCode, FinishReason, RequestStats, TokenEvent
 
 __all__ = ["Engine", "EngineFacts"]
 
@@ -144,7 +145,7 @@ class Engine(Resizing):
             _, failure = attempt(lambda: self._runner.move(source, target))
             if failure is None:
                 return []
-        return [self._give_up(self._scheduler.running[target], failure or "")]
+        return [self._out_of_memory(self._scheduler.running[target], failure or "")]
 
     def _start(self, row: Row) -> list[TokenEvent]:
         self._progress[row.request.id].started = time.perf_counter()
@@ -152,13 +153,13 @@ class Engine(Resizing):
             _, failure = attempt(lambda: self._runner.start(row))
             if failure is None:
                 return []
-        return [self._give_up(row, failure or "")]
+        return [self._out_of_memory(row, failure or "")]
 
     def _run(self, batch: Prefill | Decode) -> list[TokenEvent]:
         started = time.perf_counter()
         tokens, failure = attempt(lambda: self._runner.run(batch))
         if tokens is None:
-            return [self._give_up(row, failure or "") for row in self._recovery.undo(batch)]
+            return [self._out_of_memory(row, failure or "") for row in self._recovery.undo(batch)]
         self._seconds[type(batch)] += time.perf_counter() - started
         self._counts["steps"] += 1
         if isinstance(batch, Prefill):
@@ -169,6 +170,8 @@ class Engine(Resizing):
 
     def _accept(self, row: Row, token: int) -> TokenEvent:
         """Append a token to its sequence and say what came of it."""
+        if token == NO_TOKEN:
+            return self._no_token(row)
         request, progress = row.request, self._progress[row.request.id]
         row.output.append(token)
         row.failures, row.saved = 0, None
@@ -201,8 +204,22 @@ class Engine(Resizing):
             error=error if reason == "error" else None,
         )
 
-    def _give_up(self, row: Row, reason: str) -> TokenEvent:
-        """End a request that there is no memory for; what it had before its first token is as it was."""
+    def _out_of_memory(self, row: Row, reason: str) -> TokenEvent:
+        return self._give_up(row, f"out of memory with everything else given up: {reason}", "out_of_memory")
+
+    def _no_token(self, row: Row) -> TokenEvent:
+        """End a request whose next token cannot be told, and forget what it has fed."""
+        failure = self._runner.sampler.failure(row.index)
+        if failure is None and row.request.params.grammar is not None:
+            failure = "no token of the model's vocabulary follows the format"
+        if not row.output:
+            self._runner.restart(row)
+        if failure is not None:
+            return self._give_up(row, failure)
+        return self._give_up(row, f"the model's logits are no numbers in {self.facts.plan.dtype}", "not_finite")
+
+    def _give_up(self, row: Row, error: str, code: ErrorCode | None = None) -> TokenEvent:
+        """End a request that fails; what it had before its first token is as it was."""
         detokenizer = self._progress[row.request.id].detokenizer
         text = detokenizer.finish() if detokenizer is not None and row.output else ""
         return TokenEvent(
@@ -210,8 +227,8 @@ class Engine(Resizing):
             text=text,
             finish_reason="error",
             stats=self._finish(row, begun=bool(row.output)),
-            error=f"out of memory with everything else given up: {reason}",
-            error_code="out_of_memory",
+            error=error,
+            error_code=code,
         )
 
     def _finish(self, row: Row, *, begun: bool = True) -> RequestStats:

@@ -17,7 +17,7 @@ from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.ahead import Ahead, Forward
 from trimkv_cli.engine.decoder import Decoder
 from trimkv_cli.engine.graphs import GraphedForward
-from trimkv_cli.engine.sampler import Sampler
+from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 
 
@@ -110,7 +110,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Prefill | Decode) -> list[tuple[Row, int]]:
-        """Run one batch; return the next token of each row that has one."""
+        """Run one batch; return the next token of each row that has one, `NO_TOKEN` where it cannot be told."""
         return self._prefill(batch) if isinstance(batch, Prefill) else self._decode(batch)
 
     def _prefill(self, batch: Prefill) -> list[tuple[Row, int]]:
@@ -227,7 +227,8 @@ class ModelRunner:
         logprobs = self.sampler.logprobs(logits, [row.index for row in rows], tokens)
         chosen: list[int] = tokens.tolist()
         for row, token in zip(rows, chosen, strict=True):
-            self.sampler.advance(row.index, token)
+            if token != NO_TOKEN:
+                self.sampler.advance(row.index, token)
             row.logprob = logprobs.get(row.index)
         return list(zip(rows, chosen, strict=True))
 

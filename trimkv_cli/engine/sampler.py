@@ -20,6 +20,7 @@ from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import TokenLogprob
 
+NO_TOKEN = -1  # instead of an id: the logits of that row are no numbers
 _IDLE = SamplingParams(temperature=0.0)
 
 
@@ -90,7 +91,8 @@ class _Selection:
 class Sampler:
     """Own the sampling state of up to `max_rows` rows: parameters, step, token counts, grammars.
 
-    A row that was never set, or was cleared, is greedy. The id chosen from logits that hold NaN is some valid id.
+    A row that was never set, or was cleared, is greedy. Where no logit is a finite number, or one is NaN, the id chosen
+    is `NO_TOKEN`.
     Rows with a grammar run in step: their next token has to be told by `advance` before the next call.
     """
 
@@ -171,13 +173,13 @@ class Sampler:
         """Choose one token id per row, int64 [B], from `logits` [B, V] of these distinct rows; advances their steps."""
         chosen = self._select(rows)
         scores = self._adjusted(logits, chosen)
-        tokens = scores.argmax(-1)
+        highest, tokens = scores.max(-1)  # NaN is higher than anything
         if not all(params.greedy for params in chosen.host):
             uniform = random_fraction(chosen.params.seed, self._step[chosen.index])
             tokens = torch.where(chosen.params.greedy, tokens, draw(_warped(scores, chosen), uniform))
             self._step[chosen.index] += 1
         self._penalties.count(chosen.index, chosen.host, tokens)
-        return tokens
+        return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
     def advance(self, row: int, token: int) -> None:
         """Tell `row`, on the host, which token came; only one with a grammar needs to know."""
@@ -198,7 +200,7 @@ class Sampler:
             return {}
         places = to_device(list(wanted), self.device)
         scores = logits[places].float().log_softmax(-1)  # [B', V]
-        own = scores.gather(-1, tokens[places, None]).squeeze(-1).tolist()
+        own = scores.gather(-1, tokens[places, None].clamp(min=0)).squeeze(-1).tolist()
         top = scores.topk(min(self.vocab_size, max(count or 0 for count in wanted.values())), dim=-1)
         values, ids = top.values.tolist(), top.indices.tolist()
         return {

@@ -33,6 +33,8 @@ def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[st
     heard: dict[str, tuple[float, ...]] = {**own, **forced}
     requests = [_with_answer(question) for question in questions if question.request.id in forced]
     for event in engine.generate(requests):
+        if event.fault is not None:
+            raise event.fault
         heard[event.request_id] += tuple(one.logprob for one in event.logprobs)
     values = [value for logprobs in heard.values() for value in logprobs]
     return sum(values) / len(values)

@@ -183,6 +183,8 @@ def _ask(
         said_here.text += event.text
         said_here.token_ids += event.token_ids
         said_here.logprobs += tuple(one.logprob for one in event.logprobs)
+        if event.fault is not None:
+            raise event.fault
         if event.finish_reason is not None:
             done += 1
             yield event.request_id, answers.pop(event.request_id)
