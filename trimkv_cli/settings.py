@@ -39,6 +39,7 @@ KEYS: Mapping[str, type] = {
     "greedy": bool,
     "ignore_eos": bool,
     "system": str,
+    "encoding": str,
     "think": bool,
     "no_stream": bool,
     "quiet": bool,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import select
 import sys
+import threading
+from collections.abc import Callable
 from io import TextIOWrapper
 from typing import Literal
 
+_PATIENCE_S = 2.0
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF}
 
 
@@ -26,6 +30,24 @@ def repair_streams() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         codecs.register_error("trimkv", _as_utf8)
         sys.stdout.reconfigure(errors="trimkv")
+
+
+def say_if_nothing_comes(say: Callable[[str], None]) -> threading.Thread:
+    """Say, two seconds from now, that stdin is waited for, unless something can be read from it by then."""
+    watching = threading.Thread(target=_watch_stdin, args=(say,), daemon=True)
+    watching.start()
+    return watching
+
+
+def _watch_stdin(say: Callable[[str], None]) -> None:
+    try:
+        number = sys.stdin.fileno()
+        ready, _, _ = select.select([number], [], [], _PATIENCE_S)
+    except (OSError, ValueError):
+        return  # no descriptor, or none that can be watched
+    if not ready:
+        typed = os.isatty(number)
+        say(f"waiting for stdin ({'type, then Ctrl-D' if typed else 'a pipe without data; </dev/null gives it none'})")
 
 
 def why_not_written(error: OSError) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from trimkv_cli.errors import NotUtf8
+from trimkv_cli.errors import NotUtf8, UsageError
 
 _NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 
@@ -37,6 +37,22 @@ def replaced(text: str) -> str:
     if text.isascii():
         return text
     return _NO_BYTES.sub("\ufffd", text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def check_encoding(name: str | None) -> str | None:
+    """Return the name of an encoding that Python knows as text.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    try:
+        b"a".decode(name or "utf-8")
+    except LookupError:
+        hint = "--encoding gb18030, or big5, shift_jis, euc_kr, cp1251, cp1252, utf-16 …"
+        raise UsageError(f"there is no encoding {name!r}", hint=hint) from None
+    except UnicodeError:
+        pass  # one letter is not all it takes
+    return name
 
 
 def as_path(name: str) -> str:

@@ -92,6 +92,16 @@ def test_bytes_that_are_not_utf_8_end_neither_the_chat_nor_in_it(chat: Chat, tmp
     assert [text for _, text in chat.attached] == ["hello"]
 
 
+def test_files_are_read_in_any_encoding(chat: Chat, tmp_path: Path) -> None:
+    """Catches a file of the chat that is read otherwise than one of `ask`."""
+    path = tmp_path / "t.html"
+    path.write_bytes("<p>我的猫".encode("gb18030"))
+    assert "is not UTF-8 (byte ce at 3)" in enter(chat, f"/file {path}").errors[0]
+    assert "no encoding 'klingon'" in enter(chat, "/set encoding klingon").errors[0]
+    enter(chat, "/set encoding gb18030", f"/file {path}")
+    assert [text for _, text in chat.attached] == ["我的猫"]
+
+
 def users(chat: Chat) -> list[str]:
     return [turn.user for turn in chat.conversation.turns]
 

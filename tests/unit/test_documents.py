@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import os
+import queue
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trimkv_cli.commands.documents import expand, read_document
+from trimkv_cli.commands.documents import Reader, expand
 from trimkv_cli.commands.html_text import html_to_text
-from trimkv_cli.errors import InputError
+from trimkv_cli.commands.prompts import gather, read_system
+from trimkv_cli.commands.summary_inputs import Inputs, combined
+from trimkv_cli.commands.templates import read_template
+from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.streams import say_if_nothing_comes
+from trimkv_cli.utf8 import check_encoding
 
 PDF = b"""%PDF-1.4
 1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj
@@ -22,10 +31,10 @@ trailer <</Root 1 0 R>>
 """
 
 
-def read(folder: Path, data: bytes, name: str = "file.txt") -> tuple[str, str | None]:
+def read(folder: Path, data: bytes, name: str = "file.txt", encoding: str | None = None) -> tuple[str, str | None]:
     path = folder / name
     path.write_bytes(data)
-    document = read_document(str(path))
+    document = Reader(encoding=encoding).document(str(path))
     return document.text, document.note
 
 
@@ -48,6 +57,120 @@ def test_encodings_are_found_and_what_is_guessed_is_said(
     found, note = read(tmp_path, data)
     assert found == text
     assert (said is None and note is None) or (note is not None and said is not None and said in note)
+
+
+WESTERN = """L’été à Paris, où ça va – très chère Œuvre, 1ª e nº 5 ½ l. El niño: ¿qué? ¡Sí! Þórður átti fjörð.
+GRÖSSE ÄNDERN, Übermäßig öde. På øya er det blåbær; Smørrebrød på Ærø. « Où êtes-vous ? » Söhne®, 20 °C ± 1 µm."""
+OTHERS = [
+    ("我的猫叫祖波，它住在格拉茨。", "gb18030"),
+    ("for you and all the price is 人民币 100", "gb18030"),
+    ("我的貓叫祖波", "big5"),
+    ("今日は良い天気です", "shift_jis"),
+    ("アイウエオ test", "shift_jis"),
+    ("今日は", "euc_jp"),
+    ("今日は", "iso2022_jp"),
+    ("안녕하세요 고양이", "euc_kr"),
+    ("Моя кошка", "cp1251"),
+    ("Моя кошка", "koi8-r"),
+    ("кот", "cp866"),
+    ("Η γάτα μου", "cp1253"),
+    ("החתול שלי", "cp1255"),
+    ("قطتي اسمها", "cp1256"),
+    ("แมวของฉัน", "cp874"),
+    ("café über groß", "cp437"),
+    ("café über groß", "mac_roman"),
+    ("zażółć gęślą jaźń", "cp1250"),
+    ("zażółć gęślą jaźń", "iso8859-2"),
+]
+
+
+def test_western_text_is_guessed_and_that_is_said(tmp_path: Path) -> None:
+    """Catches a letter from Windows that makes a file unreadable, and a guess without a way to say otherwise."""
+    text, note = read(tmp_path, WESTERN.encode("cp1252"))
+    assert text == WESTERN
+    assert note is not None
+    assert "read as Windows-1252; --encoding NAME if it is not" in note
+
+
+@pytest.mark.parametrize(("text", "encoding"), OTHERS)
+def test_other_text_is_asked_for_and_read_when_it_is_named(text: str, encoding: str, tmp_path: Path) -> None:
+    """Catches text that becomes other words without an error."""
+    data = text.encode(encoding)
+    with pytest.raises(InputError, match=r"is not UTF-8 \(.+\), nor says what it is") as caught:
+        read(tmp_path, data)
+    assert "--encoding gb18030" in (caught.value.hint or "")
+    assert read(tmp_path, data, encoding=encoding) == (text, None)
+
+
+def test_a_wrong_name_of_an_encoding_is_an_error(tmp_path: Path) -> None:
+    """Catches a name that nobody knows, one that is no text, and bytes that the named one does not have."""
+    for name in ("klingon", "rot13", "base64"):
+        with pytest.raises(UsageError, match=f"there is no encoding '{name}'") as caught:
+            check_encoding(name)
+        assert "--encoding gb18030" in (caught.value.hint or "")
+    with pytest.raises(InputError, match=r"file.txt is not ascii: byte c3 at 1"):
+        read(tmp_path, "aé".encode(), encoding="ascii")
+    with pytest.raises(InputError, match=r"file.txt is not UTF-8: U\+D800"):
+        read(tmp_path, b"\\ud800", encoding="unicode_escape")
+    assert read(tmp_path, "\ufeffhéllo".encode(), encoding="utf-8")[0] == "héllo"
+
+
+def test_a_page_in_a_smaller_encoding_is_read_as_browsers_do(tmp_path: Path) -> None:
+    """Catches a page that says gb2312 and holds one character more, and one in seven bits that is taken for ASCII."""
+    page = "<meta charset={}><p>镕今日"
+    for said, meant in (("gb2312", "gb18030"), ("iso-2022-jp", "iso2022_jp")):
+        text = page.format(said).replace("镕" if meant != "gb18030" else "日", "")
+        assert read(tmp_path, text.encode(meant), "page.html")[0] == text.partition("<p>")[2] + "\n"
+
+
+def test_every_door_reads_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an encoding that is taken for files and not for stdin, system messages or templates."""
+    path = tmp_path / "t.txt"
+    data = "我的猫 $input".encode("gb18030")
+    path.write_bytes(data)
+
+    def reader(encoding: str | None = "gb18030") -> Reader:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        return Reader(encoding=encoding)
+
+    doors: list[Callable[[Reader], str]] = [
+        lambda reader: gather(None, [], reader),
+        lambda reader: gather(None, ["-"], reader),
+        lambda reader: gather(None, [str(path)], reader).partition("\n")[0],
+        lambda reader: read_system(None, str(path), reader) or "",
+        lambda reader: read_template(str(path), reader).template,
+        lambda reader: Inputs.of(["-"], reader).take(0).text,
+        lambda reader: combined([str(path)], reader).take(0).text.partition("\n\n")[2],
+    ]
+    for door in doors:
+        assert door(reader()) == "我的猫 $input"
+        with pytest.raises(InputError, match="is not UTF-8"):
+            door(reader(None))
+
+
+def test_stdin_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a system message from stdin that is empty because the prompt has taken it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Be brief.")))
+    reader = Reader(quiet=True)
+    assert read_system(None, "-", reader) == "Be brief."
+    assert gather("Hello", [], reader) == "Hello"
+    with pytest.raises(InputError, match="stdin can be read once"):
+        gather("Hello", ["-"], reader)
+
+
+def test_it_is_said_that_stdin_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command that waits in silence for a pipe that nobody closes, and one that complains with data there."""
+    monkeypatch.setattr("trimkv_cli.streams._PATIENCE_S", 0.01)
+    read_end, write_end = os.pipe()
+    said: queue.Queue[str] = queue.Queue()
+    with os.fdopen(read_end) as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        say_if_nothing_comes(said.put)
+        assert said.get(timeout=30).startswith("waiting for stdin (a pipe without data")
+        os.write(write_end, b"data")
+        say_if_nothing_comes(said.put).join(timeout=30)
+        assert said.empty()
+        os.close(write_end)
 
 
 @pytest.mark.parametrize(
@@ -99,4 +222,4 @@ def test_globs_are_expanded_in_order_and_an_empty_one_is_an_error(tmp_path: Path
     with pytest.raises(InputError, match="no file matches"):
         expand([f"{tmp_path}/*.pdf"])
     with pytest.raises(InputError, match="is a folder"):
-        read_document(str(tmp_path))
+        Reader().document(str(tmp_path))

@@ -152,3 +152,20 @@ def test_what_the_source_raises_comes_out_where_items_are_taken() -> None:
         assert feed.take(wait_s=5) == 1
         with pytest.raises(InputError, match="disk gone"):
             feed.take(wait_s=5)
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-8"])
+def test_lines_in_another_encoding(encoding: str, tmp_path: Path) -> None:
+    """Catches lines cut in the middle of a character, and a byte order mark in the first."""
+    path = tmp_path / "in.txt"
+    path.write_bytes("我的猫\nsecond 波\n".encode(encoding))
+    stream = open_input(str(path), encoding=encoding)
+    assert [line.text for line in LineReader(stream, encoding=encoding)] == ["我的猫", "second 波"]
+
+
+def test_a_byte_that_the_encoding_does_not_have_is_the_fault_of_its_line(tmp_path: Path) -> None:
+    """Catches bytes that are taken for UTF-8 although another encoding was named, and a line without its reason."""
+    path = tmp_path / "in.txt"
+    path.write_bytes("one\ntwo é\nthree\n".encode())
+    lines = list(LineReader(open_input(str(path), encoding="ascii"), encoding="ascii"))
+    assert [line.text or line.problem for line in lines] == ["one", "not ascii after 4 letters", "three"]

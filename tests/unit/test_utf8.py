@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trimkv_cli.chat.store import SessionStore
-from trimkv_cli.commands.documents import read_document
+from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.prompts import gather, read_system
 from trimkv_cli.commands.summary_texts import Wish
 from trimkv_cli.commands.templates import fill, read_template
@@ -37,14 +37,14 @@ def test_bytes_are_read_as_utf_8_whatever_the_locale_says() -> None:
 
 def template(folder: Path) -> Any:
     (folder / "t.txt").write_text("$input")
-    return read_template(str(folder / "t.txt"))
+    return read_template(str(folder / "t.txt"), Reader())
 
 
 @pytest.mark.parametrize(
     ("give", "named"),
     [
-        (lambda _: gather(BAD, []), "the prompt"),
-        (lambda _: read_system(BAD, None), "the system message"),
+        (lambda _: gather(BAD, [], Reader()), "the prompt"),
+        (lambda _: read_system(BAD, None, Reader()), "the system message"),
         (lambda _: SamplingOptions(stop=["ok", BAD]), "--stop"),
         (lambda _: Wish(focus=BAD), "--focus"),
         (lambda folder: fill(template(folder), name="t", user="", parameters=[f"input={BAD}"]), "-p"),
@@ -61,7 +61,7 @@ def test_what_comes_through_a_door_is_what_was_meant(tmp_path: Path) -> None:
     """Catches text that is checked, and used as it was all the same."""
     assert SamplingOptions(stop=[POSIX]).stop == ["Käro"]
     assert "Käro" in Wish(focus=POSIX).instruction()
-    assert read_system(POSIX, None) == "Käro"
+    assert read_system(POSIX, None, Reader()) == "Käro"
     assert load_settings(tmp_path, {"TRIMKV_STOP": POSIX})["stop"] == ["Käro"]
 
 
@@ -85,7 +85,7 @@ def test_names_of_files_can_be_opened_and_shown(tmp_path: Path) -> None:
     """Catches a file whose name is not UTF-8 and which therefore cannot be read, or not be named in an error."""
     path = f"{tmp_path}/{BAD}.txt"
     Path(path).write_text("hello")
-    assert read_document(path).text == "hello"
+    assert Reader().document(path).text == "hello"
     with pytest.raises(TrimkvError) as caught:
-        read_document(f"{path}.no")
+        Reader().document(f"{path}.no")
     assert neutralise(caught.value.message).encode().endswith("caf�.txt.no: No such file or directory".encode())

@@ -10,7 +10,9 @@ import typer
 from trimkv_cli.commands.chunks import ChunkWriter
 from trimkv_cli.commands.code_blocks import first_code_block
 from trimkv_cli.commands.completion import complete_template
+from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.options import (
+    Encoding,
     Json,
     Live,
     NoStream,
@@ -82,6 +84,7 @@ def ask(
     ] = None,
     system: System = None,
     system_file: SystemFile = None,
+    encoding: Encoding = None,
     think: Think = None,
     raw: Raw = False,
     json: Json = False,
@@ -121,8 +124,9 @@ def ask(
 
     from trimkv_cli.commands.prompts import read_system
 
-    user = _prompt(prompt, file or [], template, param or [])
-    system_text = read_system(system, system_file)
+    reader = Reader(encoding=encoding, quiet=quiet)
+    system_text = read_system(system, system_file, reader)
+    user = _prompt(prompt, file or [], template, param or [], reader)
 
     from trimkv_cli.commands.answers import open_engine, print_stats, say_if_cut, within_room
     from trimkv_cli.commands.prompts import draw_seed, render
@@ -152,7 +156,7 @@ def ask(
         print_stats(llm, finished)
 
 
-def _prompt(prompt: str | None, files: list[str], template: str | None, parameters: list[str]) -> str:
+def _prompt(prompt: str | None, files: list[str], template: str | None, parameters: list[str], reader: Reader) -> str:
     """Join prompt, files and stdin, and put them into the template where one is named."""
     from trimkv_cli.commands.prompts import gather
     from trimkv_cli.commands.templates import fill, read_template
@@ -160,9 +164,9 @@ def _prompt(prompt: str | None, files: list[str], template: str | None, paramete
     if template is None:
         if parameters:
             raise UsageError("-p fills a template, and none is named", hint="-t NAME")
-        return gather(prompt, files)
-    read = read_template(template)
-    return fill(read, name=template, user=gather(prompt, files, may_be_empty=True), parameters=parameters)
+        return gather(prompt, files, reader)
+    read = read_template(template, reader)
+    return fill(read, name=template, user=gather(prompt, files, reader, may_be_empty=True), parameters=parameters)
 
 
 def _answer(llm: Engine, request: Request, form: _Form, options: EngineOptions) -> Answer:

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from trimkv_cli.commands.completion import complete_session
-from trimkv_cli.commands.options import Ascii, Color, Live, ModelName, Quiet, System, SystemFile, Think, with_options
+from trimkv_cli.commands.options import (
+    Ascii,
+    Color,
+    Encoding,
+    Live,
+    ModelName,
+    Quiet,
+    System,
+    SystemFile,
+    Think,
+    with_options,
+)
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import UsageError
 
@@ -37,6 +48,7 @@ def chat(
     ] = False,
     system: System = None,
     system_file: SystemFile = None,
+    encoding: Encoding = None,
     think: Think = None,
     live: Live = None,
     color: Color = "auto",
@@ -58,6 +70,7 @@ def chat(
         raise UsageError("chat needs a terminal", hint='in a pipeline: echo "hello" | trimkv ask')
 
     from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.commands.documents import Reader
     from trimkv_cli.commands.opening import Opening, as_stored, find_stored, make_prompt, open_chat, said_options
     from trimkv_cli.commands.prompts import read_system
     from trimkv_cli.commands.talk import talk
@@ -69,7 +82,7 @@ def chat(
     engine = replace(engine, model=name or engine.model, max_inflight=1)
     if stored is not None:
         engine = as_stored(engine, stored, said=said | ({"model"} if name else set()))
-    system_text = read_system(system, system_file)
+    system_text = read_system(system, system_file, Reader(encoding=encoding, quiet=quiet))
     screen = Screen(
         lambda: Look.of(sys.stdout, colour=color, ascii_only=ascii_only), moves=live is not False and may_move()
     )
@@ -77,6 +90,7 @@ def chat(
         system=system_text,
         new_system=bool(said & {"system", "system_file"}),
         think=think,
+        encoding=encoding,
         sampling=sampling,
         undo_depth=undo_depth,
         session=session,

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimkv_cli.errors import InputError
+from trimkv_cli.streams import say_if_nothing_comes
+from trimkv_cli.ui.messages import print_note, print_warning
+from trimkv_cli.utf8 import as_text
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -32,6 +35,26 @@ _KINDS = (
     (b"\x7fELF", "a program"),
     (b"SQLite format 3", "a database"),
     (b"PAR1", "a Parquet file"),
+)
+_NAME_IT = "name its encoding: --encoding gb18030, or shift_jis, cp1251 …"
+_ISO_2022 = re.compile(rb"\x1b\$[@AB]|\x1b\$\([CD]")  # 7 bits that pass for ASCII
+_BROWSERS = {
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "iso8859-1": "cp1252",
+    "ascii": "cp1252",
+}
+_LETTERS = "ªºŠšŒœŽžŸÀ-ÖØ-öø-ÿ"
+_SIGNS = "€‚„…†‡‰‹‘’“”•–—›™¡¢£§©«¬®°±²³µ¶·»¼½¾¿×÷\xa0\xad"
+# What Windows-1252 makes of text in other encodings, and hardly ever of its own.
+_NOT_WESTERN = re.compile(
+    f"[^\0-\x7f{_LETTERS}{_SIGNS}]"  # signs that are rare
+    f"|[{_LETTERS}]{{3,}}|(?<![A-Za-z{_LETTERS}])[{_LETTERS}]{{2}}(?![A-Za-z{_LETTERS}])"  # words of such letters alone
+    f"|(?<=[a-z])[ŠŒŽŸÀ-ÖØ-Þ]"  # a capital within a word
+    f"|(?<=[A-Za-z{_LETTERS}])[€‚„“”•†‡‰‹›™¡¢£§©¬®±²³¶»¼½¾¿×÷](?=[A-Za-z{_LETTERS}])"  # a sign within one
+    f"|[ªº](?=[A-Za-z{_LETTERS}])"
 )
 _META_CHARSET = re.compile(rb"<meta[^>]+charset=[\"']?\s*([\w-]+)", re.IGNORECASE)
 _XML_ENCODING = re.compile(rb"<\?xml[^>]+encoding=[\"']([\w-]+)", re.IGNORECASE)
@@ -68,22 +91,65 @@ def expand(patterns: Sequence[str]) -> list[str]:
     return names
 
 
-def read_document(path: str) -> Document:
-    """Read a file, or stdin for "-", as text.
+@dataclass(slots=True, kw_only=True)
+class Reader:
+    """Reads what a command is given as text, files and stdin alike: in `encoding`, or else as each shows itself.
 
-    Raises:
-        InputError: it cannot be read, is binary, or holds no text.
+    What had to be guessed is said as a warning, and without `quiet` that stdin keeps us waiting.
     """
-    name = "stdin" if path == "-" else path
-    data = _read_bytes(path, name)
+
+    encoding: str | None = None
+    quiet: bool = False
+    stdin_taken: bool = False
+
+    def document(self, path: str) -> Document:
+        """Read a file, or stdin for "-", as text; of HTML and PDF what a reader sees.
+
+        Raises:
+            InputError: it cannot be read, is binary, or holds no text.
+        """
+        return self._said(read_document(path, self._bytes(path), encoding=self.encoding))
+
+    def text(self, path: str) -> str:
+        """Read a file, or stdin for "-", as the text it is; raises as `document` does."""
+        name = _name(path)
+        text, note = _decode(self._bytes(path), name, self.encoding)
+        return self._said(Document(name=name, text=text, note=note)).text
+
+    def piped(self) -> str:
+        """Return what is piped in, as `document` does, unless it is something else already."""
+        return "" if self.stdin_taken or sys.stdin.isatty() else self.document("-").text
+
+    def _bytes(self, path: str) -> bytes:
+        if path == "-":
+            if self.stdin_taken:
+                raise InputError("stdin can be read once", hint='give "-" in one place')
+            self.stdin_taken = True
+            if not self.quiet:
+                say_if_nothing_comes(print_note)
+        return _read_bytes(path, _name(path))
+
+    def _said(self, document: Document) -> Document:
+        if document.note is not None:
+            print_warning(document.note)
+        return document
+
+
+def read_document(path: str, data: bytes, *, encoding: str | None = None) -> Document:
+    """Return the text that a file of this name, or stdin for "-", holds; raises as `Reader.document` does."""
+    name = _name(path)
     if data.startswith(b"%PDF-"):
         return Document(name=name, text=_pdf_text(data, name))
-    text, note = _decode(data, name)
+    text, note = _decode(data, name, encoding)
     if Path(path).suffix.lower() in _HTML_SUFFIXES or _HTML_START.match(text):
         from trimkv_cli.commands.html_text import html_to_text
 
         text = html_to_text(text)
     return Document(name=name, text=text, note=note)
+
+
+def _name(path: str) -> str:
+    return "stdin" if path == "-" else path
 
 
 def _read_bytes(path: str, name: str) -> bytes:
@@ -95,39 +161,76 @@ def _read_bytes(path: str, name: str) -> bytes:
         raise InputError(f"cannot read {name}: {error.strerror or error}", hint="check the path") from error
 
 
-def _decode(data: bytes, name: str) -> tuple[str, str | None]:
-    """Decode by byte order mark, as UTF-8, as the document itself says, or by a guess, which is said aloud."""
-    for mark, encoding in _BOMS:
+def _decode(data: bytes, name: str, encoding: str | None) -> tuple[str, str | None]:
+    """Decode as the user says, by byte order mark, as UTF-8, as the document itself says, or by a guess, said aloud.
+
+    Only Western text is guessed: every byte means something in Windows-1252, so that all else would become other words.
+    """
+    if encoding is not None:
+        text = _decode_as(data, encoding, name).removeprefix("\ufeff")
+        if "\0" in text:
+            raise _binary(data, name)
+        return text, None
+    for mark, marked in _BOMS:
         if data.startswith(mark):
-            return _decode_as(data, encoding, name), None
+            return _decode_as(data, marked, name), None
     unmarked = _utf16_without_mark(data)
     if unmarked is not None:
         return _decode_as(data, unmarked, name), f"{name} has no byte order mark: read as {unmarked}"
     if b"\0" in data:
         raise _binary(data, name)
-    try:
+    found = _why_not_utf8(data)
+    if found is None:
         return data.decode("utf-8"), None
-    except UnicodeDecodeError as error:
-        bad = error
     said = _META_CHARSET.search(data[:4096]) or _XML_ENCODING.search(data[:4096])
     if said is not None:
-        return _decode_as(data, said[1].decode("ascii"), name), None
+        return _decode_as(data, _as_browsers_do(said[1].decode("ascii")), name), None
     if _looks_binary(data):
         raise _binary(data, name)
+    if not _looks_western(data):
+        raise InputError(f"{name} is not UTF-8 ({found}), nor says what it is", hint=_NAME_IT)
+    return data.decode("cp1252"), f"{name} is not UTF-8 ({found}): read as Windows-1252; --encoding NAME if it is not"
+
+
+def _why_not_utf8(data: bytes) -> str | None:
     try:
-        return data.decode("cp1252"), f"{name} is not UTF-8 (byte {bad.start:,}): read as Windows-1252"
-    except UnicodeDecodeError:
-        hint = f"iconv -t UTF-8 {name}, or save it as UTF-8"
-        raise InputError(f"{name} is not UTF-8 at byte {bad.start:,}, nor Windows-1252", hint=hint) from None
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"byte {data[error.start]:02x} at {error.start:,}"
+    shift = _ISO_2022.search(data)
+    return None if shift is None else f"ISO-2022 at {shift.start():,}"
+
+
+def _as_browsers_do(charset: str) -> str:
+    """Return the larger encoding that is meant where a page names a smaller one."""
+    try:
+        return _BROWSERS.get(codecs.lookup(charset).name, charset)
+    except LookupError:
+        return charset
 
 
 def _decode_as(data: bytes, encoding: str, name: str) -> str:
     try:
-        return data.decode(encoding)
+        return as_text(data.decode(encoding), name)
     except LookupError as error:
-        raise InputError(f"{name} names an unknown encoding, {encoding}", hint="save it as UTF-8") from error
+        raise InputError(f"{name} names an unknown encoding, {encoding}", hint=_NAME_IT) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not {encoding} at byte {error.start:,}", hint="save it as UTF-8") from error
+        byte = f"byte {data[error.start]:02x} at {error.start:,}" if error.start < len(data) else "its end"
+        raise InputError(f"{name} is not {encoding}: {byte}", hint=_NAME_IT) from error
+    except UnicodeError as error:
+        raise InputError(f"{name} is not {encoding}: {error}", hint=_NAME_IT) from error
+
+
+def _looks_western(data: bytes) -> bool:
+    """Tell text in Windows-1252 by its letters: few, among those of ASCII, small within words, signs between words."""
+    if _ISO_2022.search(data):
+        return False
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    odd = sum(len(found[0]) for found in _NOT_WESTERN.finditer(text))
+    return odd <= sum(not character.isascii() for character in text) // 20
 
 
 def _utf16_without_mark(data: bytes) -> str | None:
@@ -150,7 +253,10 @@ def _looks_binary(data: bytes) -> bool:
 
 def _binary(data: bytes, name: str) -> InputError:
     kind = next((f", {kind}" for mark, kind in _KINDS if data.startswith(mark)), "")
-    return InputError(f"{name} is binary{kind}, not text", hint="convert it to text first")
+    hint = (
+        "convert it to text first" if kind else "convert it to text first, or name its encoding: --encoding utf-16-le"
+    )
+    return InputError(f"{name} is binary{kind}, not text", hint=hint)
 
 
 def _pdf_text(data: bytes, name: str) -> str:

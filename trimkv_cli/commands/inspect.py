@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.inspect_output import Findings, Output, check_places
-from trimkv_cli.commands.options import Ascii, Color, Json, Quiet, Raw, System, SystemFile, Think, with_options
+from trimkv_cli.commands.options import (
+    Ascii,
+    Color,
+    Encoding,
+    Json,
+    Quiet,
+    Raw,
+    System,
+    SystemFile,
+    Think,
+    with_options,
+)
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, UsageError
 
@@ -21,7 +33,10 @@ if TYPE_CHECKING:
 def inspect(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; text piped into stdin is appended.")] = None,
     *,
-    file: Annotated[list[str] | None, typer.Option("-f", "--file", help="Append a text file.", metavar="FILE")] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option("-f", "--file", help="Append a text, HTML or PDF file; may be given again.", metavar="FILE"),
+    ] = None,
     prompt_token_ids: Annotated[
         str | None, typer.Option("--prompt-token-ids", help="A JSON list of token ids instead.", metavar="FILE.json")
     ] = None,
@@ -39,6 +54,7 @@ def inspect(
     ] = None,
     system: System = None,
     system_file: SystemFile = None,
+    encoding: Encoding = None,
     think: Think = None,
     raw: Raw = False,
     json: Json = False,
@@ -71,9 +87,10 @@ def inspect(
     from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.commands.prompts import gather, read_system, render
 
-    ids = _read_ids(prompt_token_ids) if prompt_token_ids is not None else None
-    user = gather(prompt, file or []) if ids is None and cache is None else ""
-    system_text = read_system(system, system_file)
+    reader = Reader(encoding=encoding, quiet=quiet)
+    ids = _read_ids(prompt_token_ids, reader) if prompt_token_ids is not None else None
+    system_text = read_system(system, system_file, reader)
+    user = gather(prompt, file or [], reader) if ids is None and cache is None else ""
     llm = open_engine(replace(engine, max_inflight=1), quiet=quiet)
     if cache is not None:
         findings = _of_cache(llm, cache)
@@ -106,11 +123,9 @@ def _of_cache(llm: Engine, path: str) -> Findings:
     return Findings.of(llm, path, log_beta=None, output_token_ids=())
 
 
-def _read_ids(path: str) -> tuple[int, ...]:
-    from trimkv_cli.commands.prompts import read_text
-
+def _read_ids(path: str, reader: Reader) -> tuple[int, ...]:
     try:
-        ids = json_module.loads(read_text(path))
+        ids = json_module.loads(reader.text(path))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}", hint="write a list of ids: [1, 2, 3]") from error
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):

@@ -30,6 +30,7 @@ class Opening:
     system: str | None
     new_system: bool  # said for this start, so that it replaces a stored one
     think: bool | None
+    encoding: str | None
     sampling: SamplingOptions
     undo_depth: int
     session: str | None
@@ -94,6 +95,7 @@ def open_chat(llm: Engine, engine: EngineOptions, opening: Opening, stored: Tran
         conversation=conversation,
         autosave=autosave,
         display=screen,
+        encoding=opening.encoding,
         run=lambda begin: run_turn(chat, screen, begin),
     )
     if stored is not None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 from trimkv_cli.commands.completion import complete_gates, complete_model, complete_profile
+from trimkv_cli.utf8 import check_encoding
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -22,6 +23,7 @@ class _Flag:
     panel: str
     metavar: str | None = None
     complete: Callable[[str], list[str]] | None = None
+    check: Callable[[Any], Any] | None = None
 
 
 _MODEL, _MEMORY, _SAMPLING, _PROMPT, _OUTPUT = "Model", "Memory", "Sampling", "Prompt", "Output"
@@ -109,6 +111,13 @@ FLAGS = {
     "ignore_eos": _Flag(("--ignore-eos",), "Go on to --max-tokens even past an end-of-text token.", _SAMPLING),
     "system": _Flag(("-s", "--system"), "System message.", _PROMPT, "TEXT"),
     "system_file": _Flag(("--system-file",), "Read the system message from a file.", _PROMPT, "FILE"),
+    "encoding": _Flag(
+        ("--encoding",),
+        "Encoding of files and stdin, as gb18030; default: UTF-8, what they say, or Western (with a warning).",
+        _PROMPT,
+        "NAME",
+        check=check_encoding,
+    ),
     "think": _Flag(("--think/--no-think",), "Let the model reason first, where its template knows how.", _PROMPT),
     "raw": _Flag(("--raw",), "Send the prompt as it is, without the chat template.", _PROMPT),
     "json": _Flag(("--json",), "Print one JSON object instead of text.", _OUTPUT),
@@ -131,6 +140,7 @@ def option(name: str) -> Any:
         rich_help_panel=flag.panel,
         metavar=flag.metavar,
         autocompletion=flag.complete,
+        callback=flag.check,
     )
 
 
@@ -148,6 +158,7 @@ Color = Annotated[Literal["auto", "always", "never"], option("color")]
 Ascii = Annotated[bool, option("ascii")]
 System = Annotated[str | None, option("system")]
 SystemFile = Annotated[str | None, option("system_file")]
+Encoding = Annotated[str | None, option("encoding")]
 Think = Annotated[bool | None, option("think")]
 Raw = Annotated[bool, option("raw")]
 Model = Annotated[str | None, option("model")]

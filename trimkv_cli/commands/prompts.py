@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from trimkv_cli.commands.documents import Reader
 from trimkv_cli.engine.options import SamplingOptions
 from trimkv_cli.engine.text import Message, Prompt, Text
-from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
-from trimkv_cli.ui.messages import print_warning
+from trimkv_cli.errors import UnsupportedModel, UsageError
 from trimkv_cli.ui.plain import AnswerWriter
 from trimkv_cli.utf8 import as_text
-
-
-def read_text(path: str) -> str:
-    """Read a file, or stdin for "-", as UTF-8.
-
-    Raises:
-        InputError: a file that cannot be read or is not UTF-8 text.
-    """
-    name = "stdin" if path == "-" else path
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror or error}", hint="check the path") from error
-    if b"\0" in data:
-        raise InputError(f"{name} is binary, not text", hint="convert it to text first")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8 at byte {error.start}", hint=f"iconv -t UTF-8 {name}, or save it as UTF-8"
-        ) from error
 
 
 def draw_seed(sampling: SamplingOptions) -> SamplingOptions:
@@ -61,31 +39,21 @@ def open_answer(output: str | None) -> Iterator[AnswerWriter]:
         yield AnswerWriter(stream)
 
 
-def gather(prompt: str | None, files: Sequence[str], *, may_be_empty: bool = False) -> str:
-    """Join the prompt, the files and what is piped into stdin; files may be PDF, HTML or text in any usual encoding.
+def gather(prompt: str | None, files: Sequence[str], reader: Reader, *, may_be_empty: bool = False) -> str:
+    """Join the prompt, the files and what is piped into stdin; these may be PDF, HTML or text.
 
     Raises:
         UsageError: none of them holds anything, unless that may be.
         NotUtf8: the prompt is not UTF-8.
     """
-    piped = not sys.stdin.isatty() and "-" not in files
-    parts = [as_text(prompt or "", "the prompt"), *(_document(path) for path in files), read_text("-") if piped else ""]
+    parts = [as_text(prompt or "", "the prompt"), *(reader.document(path).text for path in files), reader.piped()]
     text = "\n\n".join(part.strip("\n") for part in parts if part.strip())
     if not text and not may_be_empty:
         raise UsageError("there is no prompt", hint='trimkv ask "why is the sky blue?", or pipe text into it')
     return text
 
 
-def _document(path: str) -> str:
-    from trimkv_cli.commands.documents import read_document
-
-    document = read_document(path)
-    if document.note is not None:
-        print_warning(document.note)
-    return document.text
-
-
-def read_system(system: str | None, system_file: str | None) -> str | None:
+def read_system(system: str | None, system_file: str | None, reader: Reader) -> str | None:
     """Return the system message from one of the two options.
 
     Raises:
@@ -95,7 +63,7 @@ def read_system(system: str | None, system_file: str | None) -> str | None:
     if system is not None and system_file is not None:
         raise UsageError("--system and --system-file are both given", hint="give one of them")
     if system_file is not None:
-        return read_text(system_file)
+        return reader.text(system_file)
     return as_text(system, "the system message") if system is not None else None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Output, Quiet, Think, with_options
+from trimkv_cli.commands.options import Encoding, Output, Quiet, Think, with_options
 from trimkv_cli.commands.run_settings import (
     Choices,
     ClusterChoices,
@@ -136,6 +136,7 @@ def run(
         str | None,
         typer.Option("--summary-json", metavar="FILE", help="Write the final counts there.", rich_help_panel="Output"),
     ] = None,
+    encoding: Encoding = None,
     think: Think = None,
     quiet: Quiet = False,
     engine: EngineOptions,
@@ -171,6 +172,7 @@ def run(
         max_line_bytes=read_line_bytes(max_line),
         quiet=quiet,
         think=think,
+        encoding=encoding,
         progress=progress,
         summary_json=summary_json,
         limits=read_limits(limits),

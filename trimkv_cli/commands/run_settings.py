@@ -38,6 +38,7 @@ class Choices:
     max_line_bytes: int
     quiet: bool
     think: bool | None
+    encoding: str | None
     progress: ProgressMode
     summary_json: str | None
     limits: Limits

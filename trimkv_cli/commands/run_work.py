@@ -36,6 +36,7 @@ from trimkv_cli.jobs.stopping import Stop, stopped_by_signals
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.tables import TableReader
 from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output
+from trimkv_cli.streams import say_if_nothing_comes
 from trimkv_cli.ui.batch_progress import drawn_line
 from trimkv_cli.ui.live import may_move
 from trimkv_cli.ui.messages import print_note, print_warning
@@ -56,7 +57,7 @@ _CHOSEN = ("deterministic", "on_overflow")  # what changes tokens, and no plan k
 
 def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
     """Run the job; what does not need the model is checked before it is loaded."""
-    stream = open_input(choices.source)
+    stream = _open(choices)
     check_output(choices.output, stream)
     if not is_resumable(choices.output):
         return _Run(choices, options, sampling).go(stream)
@@ -78,7 +79,7 @@ def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpt
 def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
     """Print every problem as `INPUT:LINE: what`, like a compiler."""
     summary = Summary()
-    reader = _reader(choices, open_input(choices.source))
+    reader = _reader(choices, _open(choices))
     rules = _rules(choices, options, sampling, None)
     selection = Selection(limit=choices.limit, shard=choices.shard)
     for parsed in parse_lines(reader, rules, selection):
@@ -224,12 +225,19 @@ def facts_of(engine: Any) -> BackendFacts:
     )
 
 
+def _open(choices: Choices) -> BinaryIO:
+    """Open the input as UTF-8, whatever its lines are written in; a Parquet file's text is always that."""
+    if choices.source == "-" and not choices.quiet:
+        say_if_nothing_comes(print_note)
+    return open_input(choices.source, encoding=None if choices.format == "parquet" else choices.encoding)
+
+
 def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
     if choices.format in ("csv", "parquet"):
         assert choices.prompt_column is not None
         table, column = choices.format, choices.prompt_column
         return TableReader(stream, table, column, max_line_bytes=choices.max_line_bytes)
-    return LineReader(stream, max_line_bytes=choices.max_line_bytes)
+    return LineReader(stream, max_line_bytes=choices.max_line_bytes, encoding=choices.encoding)
 
 
 def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, facts: BackendFacts | None) -> Rules:

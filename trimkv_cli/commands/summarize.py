@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Ascii, Json, Live, NoStream, Output, Quiet, Stats, Think, with_options
+from trimkv_cli.commands.options import Ascii, Encoding, Json, Live, NoStream, Output, Quiet, Stats, Think, with_options
 from trimkv_cli.commands.summary_inputs import Inputs, combined
 from trimkv_cli.commands.summary_output import How, Summaries
 from trimkv_cli.commands.summary_texts import Format, Wish
@@ -32,6 +32,7 @@ def summarize(
     save_cache: Annotated[
         str | None, typer.Option("--save-cache", help="Keep what was read, for trimkv ask --cache.", metavar="KV")
     ] = None,
+    encoding: Encoding = None,
     think: Think = None,
     json: Json = False,
     output: Output = None,
@@ -60,7 +61,7 @@ def summarize(
     unless --on-overflow says what to do: map-reduce summarizes it part by part and then the summaries, rebase reads
     it in one pass and gives what is kept new positions. Nothing is ever cut off.
     """
-    from trimkv_cli.commands.documents import expand
+    from trimkv_cli.commands.documents import Reader, expand
 
     how = How(
         wish=Wish(format=format, length=length, focus=focus),
@@ -77,10 +78,8 @@ def summarize(
     )
     names = expand(files)
     _check(names, how)
-    if combine:
-        _run(combined(names), how, sampling, output)
-    else:
-        _run(Inputs.of(names), how, sampling, output)
+    reader = Reader(encoding=encoding, quiet=quiet)
+    _run(combined(names, reader) if combine else Inputs.of(names, reader), how, sampling, output)
 
 
 def _check(names: Sequence[str], how: How) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+from trimkv_cli.commands.documents import Reader
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.utf8 import as_text
 
@@ -25,16 +26,14 @@ def template_names() -> list[str]:
     return sorted({path.stem for path in folder.iterdir() if path.suffix in _SUFFIXES}) if folder.is_dir() else []
 
 
-def read_template(name: str) -> Template:
+def read_template(name: str, reader: Reader) -> Template:
     """Read a template by its name, or a file by its path.
 
     Raises:
         InputError: there is none, or its places cannot be read.
     """
-    from trimkv_cli.commands.prompts import read_text
-
     path = _find(name)
-    template = Template(read_text(str(path)))
+    template = Template(reader.text(str(path)))
     if not template.is_valid():
         raise InputError(
             f"{path} has a $ that names no place", hint="write $$ for a dollar sign, $input for the prompt"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from trimkv_cli.errors import InputError
 from trimkv_cli.jobs.packing import Unpacked, packing_of
@@ -15,6 +16,7 @@ from trimkv_cli.jobs.packing import Unpacked, packing_of
 MAX_LINE_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 _SLACK = len(_BOM) + len("\r\n") + 1  # read so much past the limit to know that a line is too long
+_MARK = "trimkv.mark"
 _DRAIN_BYTES = 1 << 20
 
 
@@ -27,12 +29,19 @@ class Line:
     problem: str | None = None
 
 
-def open_input(source: str) -> BinaryIO:
-    """Open a file, or stdin for "-", for reading bytes; `.gz` and `.zst` are unpacked.
+def open_input(source: str, *, encoding: str | None = None) -> BinaryIO:
+    """Open a file, or stdin for "-", for reading UTF-8, which an `encoding` is turned into; packed ones are unpacked.
 
     Raises:
         InputError: the file cannot be read.
     """
+    stream = _open(source)
+    if encoding is None or codecs.lookup(encoding).name == "utf-8":
+        return stream
+    return cast(BinaryIO, io.BufferedReader(_InUtf8(stream, encoding)))
+
+
+def _open(source: str) -> BinaryIO:
     if source == "-":
         # A reader of our own: sys.stdin's lock, held by a blocked thread, would abort the interpreter at exit.
         return open(sys.stdin.fileno(), "rb", closefd=False)
@@ -48,23 +57,60 @@ def open_input(source: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(Unpacked(stream, packing, source)))
 
 
+class _InUtf8(io.RawIOBase):
+    """Hand a stream on in UTF-8; a byte that its encoding does not have becomes one that no UTF-8 has, in its line."""
+
+    def __init__(self, stream: BinaryIO, encoding: str) -> None:
+        codecs.register_error(_MARK, lambda error: ("\ud800", error.end))  # type: ignore[attr-defined]
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)(_MARK)
+        self._ready = b""
+        self._ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            block = read_some(self._stream, io.DEFAULT_BUFFER_SIZE)
+            self._ended = not block
+            self._ready = self._decoder.decode(block, final=not block).encode("utf-8", "surrogatepass")
+        piece, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def read_some(stream: BinaryIO, most: int) -> bytes:
+    """Read what is there, at least one byte before the end, without waiting for more."""
+    read1 = getattr(stream, "read1", None)
+    return read1(most) if read1 is not None else stream.read(most)
+
+
 class LineReader:
     """Iterate, once, over the lines of `stream`; a line longer than `max_line_bytes` is passed over, not held.
 
     Whoever iterates also closes the stream: closing it from another thread would wait for a read that may never end.
     """
 
-    def __init__(self, stream: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+    def __init__(self, stream: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES, encoding: str | None = None) -> None:
         self.blank_lines = 0
         self._stream = stream
         self._limit = max_line_bytes
+        self._encoding = encoding
 
     def __iter__(self) -> Iterator[Line]:
         number = 0
         with self._stream:
             while raw := self._read():
                 number += 1
-                line = _line(number, raw.removeprefix(_BOM) if number == 1 else raw, self._limit)
+                line = _line(number, raw.removeprefix(_BOM) if number == 1 else raw, self._limit, self._encoding)
                 if line is None:
                     self.blank_lines += 1
                 else:
@@ -82,7 +128,7 @@ class LineReader:
         return raw
 
 
-def _line(number: int, raw: bytes, limit: int) -> Line | None:
+def _line(number: int, raw: bytes, limit: int, encoding: str | None) -> Line | None:
     data = raw.removesuffix(b"\n").removesuffix(b"\r")
     if len(data) > limit:
         return Line(number=number, problem=f"the line is longer than {limit:,} bytes")
@@ -93,4 +139,8 @@ def _line(number: int, raw: bytes, limit: int) -> Line | None:
     try:
         return Line(number=number, text=data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Line(number=number, problem=f"invalid UTF-8 at byte {error.start + 1}")
+        before = len(data[: error.start].decode("utf-8"))
+        said = (
+            f"invalid UTF-8 at byte {error.start + 1}" if encoding is None else f"not {encoding} after {before} letters"
+        )
+        return Line(number=number, problem=said)

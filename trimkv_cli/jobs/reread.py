@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 from trimkv_cli.errors import UsageError
+from trimkv_cli.jobs.reading import read_some
 
 _BLOCK = 1 << 20
 
@@ -32,7 +33,7 @@ class ReadInput(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        block = _read_some(self._stream, len(buffer))
+        block = read_some(self._stream, len(buffer))
         self._take(block or (b"\n" if self._open_line else b""))
         buffer[: len(block)] = block
         return len(block)
@@ -75,7 +76,7 @@ def check_beginning(stream: BinaryIO, count: int, sha256: str) -> BinaryIO:
         return stream
     kept = None if stream.seekable() else tempfile.TemporaryFile()  # noqa: SIM115  closed with the stream
     digest, left, last = hashlib.sha256(), count, b"\n"
-    while left and (block := _read_some(stream, min(left, _BLOCK))):
+    while left and (block := read_some(stream, min(left, _BLOCK))):
         digest.update(block)
         left, last = left - len(block), block
         if kept is not None:
@@ -108,14 +109,8 @@ class _Chain(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while self._streams:
-            if block := _read_some(self._streams[0], len(buffer)):
+            if block := read_some(self._streams[0], len(buffer)):
                 buffer[: len(block)] = block
                 return len(block)
             self._streams.pop(0).close()
         return 0
-
-
-def _read_some(stream: BinaryIO, most: int) -> bytes:
-    """Read what is there, at least one byte before the end, without waiting for more."""
-    read1 = getattr(stream, "read1", None)
-    return read1(most) if read1 is not None else stream.read(most)

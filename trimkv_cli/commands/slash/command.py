@@ -48,6 +48,7 @@ class Chat:
     interrupts: Interrupts = field(default_factory=Interrupts)
     shown: Shown = field(default_factory=Shown)
     attached: list[tuple[str, str]] = field(default_factory=list)  # name and text of files for the next message
+    encoding: str | None = None  # of files; None: as each shows itself
     draft: str = ""  # what the next input line begins with
     ended: bool = False
 

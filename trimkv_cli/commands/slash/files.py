@@ -16,7 +16,7 @@ from trimkv_cli.errors import UsageError
 
 
 def _file(chat: Chat, argument: str) -> None:
-    from trimkv_cli.commands.prompts import read_text
+    from trimkv_cli.commands.documents import Reader
 
     if not argument:
         names = ", ".join(name for name, _ in chat.attached)
@@ -26,7 +26,7 @@ def _file(chat: Chat, argument: str) -> None:
         chat.attached.clear()
         chat.display.note("nothing is attached any more")
         return
-    text = read_text(str(Path(argument).expanduser()))
+    text = Reader(encoding=chat.encoding).document(str(Path(argument).expanduser())).text
     chat.attached.append((argument, text.strip("\n")))
     chat.display.note(f"{argument}: {len(text):,} characters go with your next message")
 
@@ -96,7 +96,7 @@ def _complete_copy(_: Chat, __: str) -> Iterable[str]:
 
 FILES = (
     SlashCommand(
-        name="file", arguments="[PATH|none]", help="Attach a text file to the next message.", handler=_file,
+        name="file", arguments="[PATH|none]", help="Attach a text, HTML or PDF file to your message.", handler=_file,
         complete=_complete_path, takes_path=True,
     ),
     SlashCommand(

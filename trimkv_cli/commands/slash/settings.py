@@ -12,6 +12,7 @@ from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.units import format_size, parse_budget
+from trimkv_cli.utf8 import check_encoding
 
 _SWITCHES = {"on": True, "off": False}
 _NOT_SETTABLE = {"logit_bias", "grammar", "logprobs"}  # they have no form that can be typed in a line
@@ -37,13 +38,16 @@ def _set(chat: Chat, argument: str) -> None:
         _show(chat, "settings")
     elif name in _VIEWS:
         _set_view(chat, name, value)
+    elif name == "encoding":
+        chat.encoding = check_encoding(value) if value not in ("auto", "off") else None
+        chat.display.note(_line(name, chat.encoding or "auto"))
     elif name in _sampling_names():
         chat.conversation.params = replace(chat.conversation.params, **{name: _parse(name, value)})
         chat.conversation.fits_rest &= name != "max_tokens"
         chat.autosave.write(chat.conversation)
         chat.display.note(_line(name, getattr(chat.conversation.params, name)))
     else:
-        raise UsageError(f"there is no setting {name}", hint=f"one of {', '.join((*_sampling_names(), *_VIEWS))}")
+        raise UsageError(f"there is no setting {name}", hint=f"one of {', '.join(_settings())}")
 
 
 def _set_view(chat: Chat, name: str, value: str) -> None:
@@ -72,6 +76,7 @@ def _show_settings(chat: Chat) -> Iterable[str]:
     params = chat.conversation.params
     yield from (_line(name, getattr(params, name)) for name in _sampling_names())
     yield _line("think", {True: "on", False: "off", None: "auto"}[chat.conversation.think])
+    yield _line("encoding", chat.encoding or "auto")
     yield _line("markdown", "on" if chat.shown.markdown else "off")
     yield _line("thoughts", chat.shown.thoughts)
 
@@ -102,6 +107,10 @@ def _sampling_names() -> list[str]:
     return [field.name for field in fields(SamplingParams) if field.name not in _NOT_SETTABLE]
 
 
+def _settings() -> list[str]:
+    return [*_sampling_names(), *_VIEWS, "encoding"]
+
+
 def _parse(name: str, value: str) -> Any:
     """Read a value of a sampling parameter; `off` is the value that does nothing."""
     kind = get_type_hints(SamplingParams)[name]
@@ -121,7 +130,7 @@ def _parse(name: str, value: str) -> Any:
 def _complete_set(_: Chat, argument: str) -> Iterable[str]:
     name, gap, __ = argument.partition(" ")
     if not gap:
-        return [*_sampling_names(), *_VIEWS]
+        return _settings()
     return [f"{name} {value}" for value in _VIEWS.get(name, ())]
 
 
