@@ -24,14 +24,15 @@ from __future__ import annotations
 
 
 class TrimkvError(Exception):
-    """Carry one line that says what happened and, in `hint`, what to try."""
+    """Carry one line that says what happened, in `hint` what to try, and in `param` which key of a request is meant."""
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.param = param
 
 
 class UsageError(TrimkvError):

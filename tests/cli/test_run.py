@@ -89,7 +89,8 @@ def test_good_lines_are_answered_and_bad_ones_named_whatever_stands_beside_them(
     assert len(body["choices"][0]["token_ids"]) == body["usage"]["completion_tokens"] == 5
     assert body["trimkv"]["cache"]["seen_tokens"] == 7
     assert body["trimkv"]["kv_budget"] == 16
-    assert records[5]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    error = records[5]["response"]["body"]["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
 
 
 def test_results_stream_while_the_input_is_still_open() -> None:

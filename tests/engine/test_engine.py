@@ -192,8 +192,12 @@ def test_what_cannot_be_honoured_is_refused(tiny_model: TinyModel) -> None:
     """Catches clamping: an overlong, empty or foreign prompt must be an error with a reason."""
     engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=512, rows=1))
     engine.check(greedy("fits", [5] * 500, 13))
-    with pytest.raises(ContextOverflow, match="512"):
+    with pytest.raises(ContextOverflow, match="512") as caught:
         engine.check(greedy("long", [5] * 500, 14))
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(ContextOverflow, match="513 prompt tokens") as caught:
+        engine.check(greedy("longer", [5] * 513, 1))
+    assert caught.value.param is None
     with pytest.raises(UsageError, match="empty"):
         engine.check(greedy("empty", [], 4))
     with pytest.raises(UsageError, match="128"):

@@ -172,7 +172,6 @@ def test_a_format_that_cannot_be_followed_any_further_ends_its_request_alone(
     ("params", "message"),
     [
         ({"grammar": grammar({"type": "objct"})}, "cannot be followed"),
-        ({"grammar": grammar(SCHEMA), "ignore_eos": True}, "ignore_eos"),
         ({"logit_bias": ((512, 1.0),)}, "outside the vocabulary"),
     ],
 )
@@ -182,8 +181,9 @@ def test_what_cannot_be_honoured_is_refused_before_it_runs(
     text = Text(tiny_tokenizers.chatml())
     model = tiny_model("qwen3", vocab_size=512)
     engine = make_engine(model, Shape(eos=frozenset({text.tokenizer.eos_token_id})), text=text)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         engine.check(Request(id="a", prompt_token_ids=(5,), params=SamplingParams(**params)))
+    assert caught.value.param == ("response_format" if "grammar" in params else "logit_bias")
 
 
 def test_a_model_without_tokenizer_or_end_follows_no_format(tiny_model: Callable[..., Any]) -> None:

@@ -35,7 +35,7 @@ LINES: list[tuple[bytes, str]] = [
     (chat(stream=True).replace(b"good", b"stream"), "stream: not supported with this value"),
     (chat(messages=[]).replace(b"good", b"empty"), "messages: list should have at least 1 item"),
     (b'{"id": "long", "prompt": "' + b"y" * 101 + b'"}', "101 tokens need more positions"),
-    (b'{"id": "nan", "prompt": "a", "temperature": NaN}', "invalid JSON at column 45"),
+    (b'{"id": "nan", "prompt": "a", "temperature": NaN}', "temperature: input should be a finite number"),
     (b'{"id": "deep", "prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "invalid JSON at column"),
     (b"\x00\x01\x02", "NUL byte at byte 1"),
     (b'{"id": "token", "prompt_token_ids": [99999999999]}', "token id outside the vocabulary"),

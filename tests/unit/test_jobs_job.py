@@ -68,6 +68,8 @@ class FakeEngine:
     def check(self, request: Request) -> None:
         if max(request.prompt_token_ids) > 0x10FFFF:
             raise UsageError("token id outside the vocabulary")
+        if request.params.max_tokens > 1000:
+            raise ContextOverflow("1001 tokens to generate are too many", param="max_tokens")
         if len(request.prompt_token_ids) > self.max_positions:
             raise ContextOverflow(f"{len(request.prompt_token_ids)} tokens need more positions than there are")
 
@@ -221,6 +223,14 @@ def test_every_kind_of_bad_line_gets_one_record_and_stops_nobody() -> None:
     assert no_token["response"]["body"]["error"]["param"] == "prompt_token_ids"
     assert no_template["response"]["body"]["error"]["message"] == "the template cannot end with the assistant"
     assert empty["response"]["body"]["error"]["message"] == "the prompt holds no tokens"
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
+def test_a_length_that_is_too_long_is_told_under_the_key_that_gave_it(key: str) -> None:
+    """Catches "messages" as what is wrong with a line whose prompt is fine."""
+    [record], _ = run([{"messages": [{"role": "user", "content": "a"}], key: 5000}])
+    error = record["response"]["body"]["error"]
+    assert (error["param"], error["code"]) == (key, "context_length_exceeded")
 
 
 def test_results_come_as_they_are_done_or_in_the_order_of_the_input() -> None:

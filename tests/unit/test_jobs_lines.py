@@ -93,6 +93,12 @@ def test_messages_become_what_templates_know() -> None:
     )
 
 
+def test_a_value_that_two_keys_forbid_together_is_named() -> None:
+    """Catches a 400 that names no parameter, and a line that only the run refuses although it can be seen before."""
+    json_object = {"type": "json_object"}
+    assert bad(chat(response_format=json_object, ignore_eos=True)).param == "response_format"
+
+
 def test_thinking_is_passed_to_the_template() -> None:
     assert item({"messages": USER}).think is None
     assert item({"messages": USER}, think=True).think is True
@@ -126,7 +132,9 @@ def test_a_seed_depends_on_run_seed_and_id_alone() -> None:
         ({"max_tokens": "64"}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 8.5}, "max_tokens"),
         ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
+        ({"top_k": 10**30}, "top_k"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -168,7 +176,7 @@ def test_a_bad_body_is_a_400_that_names_the_parameter(body: dict[str, Any], para
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": "a", "messages": USER}, "messages"),
         ({"prompt_token_ids": [-1]}, "prompt_token_ids[0]"),
-        ({"prompt_token_ids": [1.0]}, "prompt_token_ids[0]"),
+        ({"prompt_token_ids": [1.5]}, "prompt_token_ids[0]"),
         ({"prompt_token_ids": []}, "prompt_token_ids"),
         ({"prompt": "a", "id": ""}, "id"),
         ({"prompt": "a", "custom_id": [1]}, "custom_id"),
@@ -181,6 +189,74 @@ def test_a_bad_body_is_a_400_that_names_the_parameter(body: dict[str, Any], para
 def test_a_bad_line_is_a_400_that_names_the_key(line: dict[str, Any], param: str) -> None:
     refused = bad(line)
     assert (refused.status, refused.custom_id, refused.param) == (400, "line-17", param)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        ("max_tokens", 8.0, 8),
+        ("max_completion_tokens", 8.0, 8),
+        ("top_k", -1.0, 0),
+        ("seed", 7.0, 7),
+        ("top_logprobs", 2.0, 2),
+    ],
+)
+def test_a_whole_number_may_be_written_as_a_float(key: str, value: float, kept: int) -> None:
+    """Catches lines of pandas and JavaScript that are refused for 8.0, which JSON Schema calls an integer."""
+    params = item(chat(**{key: value, "logprobs": True})).params
+    name = {"max_completion_tokens": "max_tokens", "top_logprobs": "logprobs"}.get(key, key)
+    assert getattr(params, name) == kept
+    assert type(getattr(params, name)) is int
+
+
+def test_whole_floats_do_in_ids_prompts_and_neutral_values_too() -> None:
+    parsed = item({"id": 5.0, "prompt_token_ids": [1.0, 2], "n": 2.0, "min_tokens": 0.0, "best_of": 1.0}, strict=True)
+    assert (parsed.custom_id, parsed.prompt_token_ids, parsed.choices) == ("5", (1, 2), 2)
+    assert item({"url": "/v1/completions", "body": {"prompt": "a", "logprobs": 2.0}}).params.logprobs == 2
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 + 5, -(2**63) - 1, 10**30])
+def test_a_seed_out_of_range_is_told_the_range(seed: int) -> None:
+    """Catches "should be a valid integer" for an integer, which JSON readers turn into a float from 2^64 on."""
+    refused = bad({"prompt": "x", "seed": seed})
+    assert refused.param == "seed"
+    assert "9223372036854775808" in refused.message
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_number_passes_in_keys_that_nobody_reads_and_is_named_in_others(value: str) -> None:
+    """Catches a line of pandas' refused as no JSON, without its id, for a column that is not even read."""
+    parsed = item(f'{{"id": "a", "prompt": "x NaN", "score": {value}}}')
+    assert (parsed.custom_id, parsed.prompt) == ("a", "x NaN")
+    assert [warning.message for warning in parsed.warnings] == ["unknown key 'score' ignored"]
+    for key in ("temperature", "max_tokens", "top_p", "seed", "prompt"):
+        refused = bad(f'{{"id": "a", "messages": [], "{key}": {value}}}')
+        assert refused.custom_id == "a"
+        assert any(message.startswith(f"{key}: ") for message in (refused.message, *refused.further))
+    assert bad(f'{{"id": "a", "prompt": "x", "logit_bias": {{"1": {value}}}}}').param == "logit_bias.1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/chat/completions",
+        "/v1/chat/completions/",
+        "chat/completions",
+        "https://api.example.com/v1/chat/completions",
+        "/openai/deployments/gpt/chat/completions?api-version=2024-10-21",
+    ],
+)
+def test_an_address_may_have_a_host_a_deployment_or_no_version(url: str) -> None:
+    """Catches batch files made for Azure, and those with whole addresses, that are refused line by line."""
+    parsed = item(chat() | {"url": url, "method": "post"}, strict=True)
+    assert (parsed.kind, parsed.warnings) == ("chat", ())
+    text = {"url": url.replace("chat/", ""), "body": {"prompt": "x"}}
+    assert item(text).kind == "completion"
+
+
+@pytest.mark.parametrize("url", ["/v1/responses", "/v1/completions/x", "/v1/xcompletions", ""])
+def test_another_address_is_named(url: str) -> None:
+    assert bad(chat() | {"url": url}).code == "unknown_url"
 
 
 def test_an_unknown_url_is_not_found() -> None:
@@ -214,7 +290,9 @@ def test_a_parameter_that_is_not_honoured_passes_at_its_neutral_values_only(name
     ("text", "message"),
     [
         ('{"prompt": "a"', "invalid JSON at column"),
-        ('{"prompt": NaN}', "invalid JSON at column 12"),
+        ('{"prompt": nan}', "invalid JSON at column 12"),
+        ('{"prompt": NaN', "invalid JSON at column"),
+        ('{"prompt": "\\ud800", "a": NaN}', "surrogate"),
         ('{"prompt": "a"} x', "invalid JSON at column"),
         ("[" * 100_000, "invalid JSON at column"),
         ('{"a":' * 2000 + "1" + "}" * 2000, "depth limit"),

@@ -43,6 +43,7 @@ class Engine(Resizing):
         facts.pins.check(request.prefix_len, min(slots))
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
+        param = "max_tokens" if self.room(request) >= 1 else None  # else the prompt alone is too long
         asked = f"{before + len(ids)} prompt tokens + {request.params.max_tokens} to generate"
         if needed > self._positions:
             own = facts.spec.max_positions
@@ -52,11 +53,13 @@ class Engine(Resizing):
                 hint="shorten the prompt or lower --max-tokens"
                 if not allowed
                 else "shorten the prompt, lower --max-tokens, or raise --context",
+                param=param,
             )
         if facts.gate.variant == "none" and needed > facts.plan.kv_budget:
             raise ContextOverflow(
                 f"{asked} do not fit the {facts.plan.kv_budget} slots of a cache that may evict nothing",
                 hint=f"--kv-budget {needed}, or gates: --gates streaming",
+                param=param,
             )
 
     def room(self, request: Request) -> int:

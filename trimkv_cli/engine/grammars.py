@@ -33,7 +33,8 @@ class Grammars:
         """
         matcher = self._compile(grammar)
         if matcher.is_error():
-            raise UsageError(f"the format cannot be followed: {matcher.get_error().strip()}")
+            message = f"the format cannot be followed: {matcher.get_error().strip()}"
+            raise UsageError(message, param="response_format")
 
     def matcher(self, grammar: str) -> Any:
         """Start following a grammar that `check` let pass."""
@@ -54,11 +55,13 @@ class Grammars:
             from llguidance.hf import from_tokenizer
 
             if not self._eos:
-                raise UsageError("the model has no token that ends an answer, so that it cannot follow a format")
+                message = "the model has no token that ends an answer, so that it cannot follow a format"
+                raise UsageError(message, param="response_format")
             try:
                 self._analysed = from_tokenizer(self._tokenizer, eos_token=self._eos)
             except ValueError as error:
-                raise UsageError(f"this tokenizer cannot follow a format: {error}") from error
+                message = f"this tokenizer cannot follow a format: {error}"
+                raise UsageError(message, param="response_format") from error
         return self._analysed
 
 

@@ -49,7 +49,14 @@ class SamplingParams:
         }
         for name, good in checks.items():
             if not good:
-                raise UsageError(f"{name} = {getattr(self, name)!r} is out of range", hint=f"{name}: {_RANGES[name]}")
+                message = f"{name} = {getattr(self, name)!r} is out of range"
+                raise UsageError(message, hint=f"{name}: {_RANGES[name]}", param=name)
+        if self.grammar is not None and self.ignore_eos:
+            raise UsageError(
+                "a format ends where it is complete: it cannot go with ignore_eos",
+                hint="leave one of the two out",
+                param="response_format",
+            )
 
     @property
     def greedy(self) -> bool:

@@ -120,13 +120,12 @@ class Sampler:
         """
         bad = next((i for i, _ in params.logit_bias if not 0 <= i < self.vocab_size), None)
         if bad is not None:
-            raise UsageError(f"logit_bias: token id {bad} is outside the vocabulary of {self.vocab_size}")
+            message = f"logit_bias: token id {bad} is outside the vocabulary of {self.vocab_size}"
+            raise UsageError(message, param="logit_bias")
         if params.grammar is None:
             return
         if self._grammars is None:
-            raise UsageError("a format needs a tokenizer, and the model has none")
-        if params.ignore_eos:
-            raise UsageError("a format ends where it is complete: it cannot go with ignore_eos")
+            raise UsageError("a format needs a tokenizer, and the model has none", param="response_format")
         self._grammars.check(params.grammar)
 
     def set_row(self, row: int, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:

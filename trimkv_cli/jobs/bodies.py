@@ -49,7 +49,23 @@ def _one_prompt(value: object) -> object:
     raise PydanticCustomError("prompt", "should be a string or a list of token ids")
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+def _whole(value: object) -> object:
+    """Take 8.0 for 8, as JSON Schema does: pandas and JavaScript write whole numbers so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _whole_numbers(value: object) -> object:
+    return [_whole(each) for each in value] if isinstance(value, list) else value
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+Whole = BeforeValidator(_whole)
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True), BeforeValidator(_whole_numbers)
+]
 _Prompt = Annotated[
     Annotated[str, Tag("text")] | Annotated[TokenIds, Tag("token_ids")],
     Discriminator(lambda value: "text" if isinstance(value, str) else "token_ids"),
@@ -59,7 +75,7 @@ _Prompt = Annotated[
 class Strict(BaseModel):
     """Take JSON types as they are: no "64" for 64, no 1 for true."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     def extras(self) -> Iterator[tuple[str, Any]]:
         """Yield the keys that the model does not name, with their values."""
@@ -109,6 +125,7 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
+Count = Annotated[int, Field(ge=1, lt=2**63), Whole]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,18}$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -120,22 +137,23 @@ class Body(Strict):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     prompt: Annotated[_Prompt | None, BeforeValidator(_one_prompt)] = None
     prompt_token_ids: TokenIds | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None  # −1 and 0 = off
+    top_k: Annotated[int, Field(ge=-1, lt=2**63), Whole] | None = None  # −1 and 0 = off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_h: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None  # a number only for /v1/completions
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), Whole] | None = None
+    # a number only for /v1/completions
+    logprobs: Annotated[bool | Annotated[int, Field(ge=0, le=20)] | None, Whole] = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
     response_format: ResponseFormat | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(gt=-(2**63), lt=2**63), Whole] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more_texts)] = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
@@ -166,7 +184,7 @@ class BatchLine(Strict):
     """One line of the OpenAI batch format."""
 
     custom_id: Any = None
-    method: Literal["POST"] = "POST"
+    method: Annotated[Literal["POST"], BeforeValidator(_upper)] = "POST"
     url: str
     body: dict[str, Any]
 

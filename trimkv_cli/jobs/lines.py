@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -19,8 +20,8 @@ from trimkv_cli.jobs.reading import Line
 Kind: TypeAlias = Literal["chat", "completion", "simple", "text"]
 
 _URLS: dict[str, tuple[Kind, tuple[str, ...]]] = {
-    "/v1/chat/completions": ("chat", ("messages",)),
-    "/v1/completions": ("completion", ("prompt", "prompt_token_ids")),
+    "chat/completions": ("chat", ("messages",)),
+    "completions": ("completion", ("prompt", "prompt_token_ids")),
 }
 _SIMPLE = ("prompt", "messages", "prompt_token_ids")
 
@@ -48,6 +49,7 @@ class Item:
     return_token_ids: bool = False
     choices: int = 1
     max_tokens_said: bool = True  # False: the default, which may become what the positions leave
+    limit_key: str = "max_tokens"  # as the line calls it
     warnings: tuple[Notice, ...] = ()
 
     @property
@@ -113,7 +115,7 @@ def parse_line(line: Line, rules: Rules) -> Item | BadLine:
             max_tokens_said=rules.max_tokens_said,
         )
     try:
-        data = orjson.loads(line.text)
+        data = _from_json(line.text)
     except orjson.JSONDecodeError as error:
         return _unreadable(line.number, f"invalid JSON at column {error.colno}: {error.msg}")
     if not isinstance(data, dict):
@@ -129,12 +131,29 @@ def id_of(line: Line, rules: Rules) -> str | None:
     if rules.text:
         return implied
     try:
-        data = orjson.loads(line.text)
+        data = _from_json(line.text)
         return _custom_id(data) or implied if isinstance(data, dict) else None
     except orjson.JSONDecodeError:
         return None
     except Refused:
         return implied
+
+
+def _from_json(text: str) -> Any:
+    """Read JSON, and NaN and Infinity in it, which Python and pandas write: a key that is read refuses them by name."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        if "NaN" not in text and "Infinity" not in text:
+            raise
+        try:
+            data = json.loads(text)
+            json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError):
+            data = None
+        if data is None:
+            raise
+        return data
 
 
 def derive_seed(run_seed: int, custom_id: str) -> int:
@@ -168,13 +187,20 @@ def _parse_object(number: int, data: dict[str, Any], rules: Rules) -> Item | Bad
 
 def _batch_item(number: int, custom_id: str, data: dict[str, Any], rules: Rules) -> Item:
     outer = BatchLine.model_validate(data)
-    if outer.url not in _URLS:
-        known = " and ".join(_URLS)
-        raise Refused(f"unknown url {outer.url[:64]!r}: use {known}", param="url", code="unknown_url", status=404)
-    kind, sources = _URLS[outer.url]
+    kind, sources = _endpoint(outer.url)
     body = Body.model_validate(outer.body)
     item = _item(number, custom_id, body, kind=kind, sources=sources, rules=rules)
     return replace(item, warnings=(*_notices(outer, None, rules), *item.warnings))
+
+
+def _endpoint(url: str) -> tuple[Kind, tuple[str, ...]]:
+    """Return what an address asks for: with or without a host, a version, a deployment, a query or a last slash."""
+    path = url.partition("?")[0].rstrip("/")
+    for name, endpoint in _URLS.items():
+        if path == name or path.endswith(f"/{name}"):
+            return endpoint
+    known = " or ".join(f"/v1/{name}" for name in _URLS)
+    raise Refused(f"unknown url {url[:64]!r}: use {known}", param="url", code="unknown_url", status=404)
 
 
 def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple[str, ...], rules: Rules) -> Item:
@@ -191,6 +217,7 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
         return_token_ids=bool(body.return_token_ids),
         choices=body.n or 1,
         max_tokens_said=rules.max_tokens_said or "max_tokens" in body.sampling(),
+        limit_key="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         warnings=warnings,
     )
     if source == "messages":
@@ -202,6 +229,7 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
 def _custom_id(data: dict[str, Any]) -> str | None:
     for name in ("custom_id", "id"):
         value = data.get(name)
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
         if value is not None and (isinstance(value, bool) or not isinstance(value, str | int) or value == ""):
             raise Refused(f"{name}: should be a string that is not empty", param=name)
         if value is not None:
@@ -228,7 +256,7 @@ def _params(body: Body, custom_id: str, kind: Kind, defaults: SamplingParams) ->
     try:
         return replace(defaults, **said)
     except UsageError as error:
-        raise Refused(error.message) from error
+        raise Refused(error.message, param=error.param) from error
 
 
 def _logprobs(body: Body, kind: Kind) -> int | None:

@@ -11,7 +11,7 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "stream": (None, False),
     "stream_options": (None,),
     "prompt_logprobs": (None,),
-    "length_penalty": (None, 1, 1.0),
+    "length_penalty": (None, 1),
     "structured_outputs": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
@@ -58,5 +58,9 @@ IDLE = frozenset(
 
 
 def is_harmless(name: str, value: object) -> bool:
-    """Tell whether `name` at this value asks for nothing that is missing; 1 and true are different values."""
-    return any(type(value) is type(harmless) and value == harmless for harmless in HARMLESS[name])
+    """Tell whether `name` at this value asks for nothing that is missing; 1 is 1.0, but not true."""
+    return any(_kind(value) is _kind(harmless) and value == harmless for harmless in HARMLESS[name])
+
+
+def _kind(value: object) -> type:
+    return float if type(value) is int else type(value)

@@ -58,7 +58,9 @@ def fitted(requests: list[Request], item: Item, left: int) -> tuple[list[Request
 
 def refused(item: Item, error: TrimkvError) -> BadLine:
     """Say that the engine cannot take an item."""
-    return _bad(item, error.message, code="context_length_exceeded" if isinstance(error, ContextOverflow) else None)
+    code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+    param = item.limit_key if error.param == "max_tokens" else error.param
+    return _bad(item, error.message, code=code, param=param)
 
 
 def _choices(item: Item, token_ids: Sequence[int], prefix_len: int) -> list[Request]:
@@ -79,5 +81,6 @@ def _choices(item: Item, token_ids: Sequence[int], prefix_len: int) -> list[Requ
     return [first, *others]
 
 
-def _bad(item: Item, message: str, *, code: str | None = None) -> BadLine:
-    return BadLine(line=item.line, custom_id=item.custom_id, status=400, message=message, param=item.source, code=code)
+def _bad(item: Item, message: str, *, code: str | None = None, param: str | None = None) -> BadLine:
+    param = param or item.source
+    return BadLine(line=item.line, custom_id=item.custom_id, status=400, message=message, param=param, code=code)
