@@ -205,3 +205,14 @@ def test_a_broken_tokenizer_is_named(saved: Callable[[], Path]) -> None:
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(UnsupportedModel, match="tokenizer"):
         Text.from_pretrained(folder, offline=True)
+
+
+@pytest.mark.parametrize(
+    ("chat", "end"),
+    [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>"), ("phi3", "<|end|>")],
+)
+def test_what_a_template_puts_after_an_answer_ends_one(texts: dict[str, Text], chat: str, end: str) -> None:
+    """Catches an answer that goes on with invented turns where config.json names no end, or another one."""
+    tokenizer = texts[chat].tokenizer
+    wanted = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id} - {None}
+    assert texts[chat].end_ids == wanted

@@ -111,7 +111,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
         gate=source.gate,
         plan=plan,
         max_positions=options.context or source.spec.max_positions,
-        eos_token_ids=_eos_token_ids(model),
+        eos_token_ids=end_token_ids(model, text),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
         notes=(*source.notes, *_echo(options, plan)),
         warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings, *kernel_warnings(device))),
@@ -259,13 +259,12 @@ def kernel_warnings(device: torch.device) -> tuple[Warning, ...]:
     return (Warning(code="no_triton", message=message),)
 
 
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Collect the ids that end a text, from the generation config, else from the model's."""
-    generation: GenerationConfig | None = model.generation_config
-    said = getattr(generation, "eos_token_id", None)
-    if said is None:
-        said = getattr(model.config, "eos_token_id", None)
-    return frozenset(() if said is None else said if isinstance(said, list) else (said,))
+def end_token_ids(model: PreTrainedModel, text: Text | None) -> frozenset[int]:
+    """Collect the ids that end an answer, from all that name some: both configs, the tokenizer and its template."""
+    named = (getattr(config, "eos_token_id", None) for config in (model.generation_config, model.config))
+    ids = [token_id for said in named for token_id in (said if isinstance(said, list) else [said])]
+    own = text.end_ids if text is not None else frozenset()
+    return own | {token_id for token_id in ids if token_id is not None}
 
 
 def _sampling_defaults(model: PreTrainedModel) -> dict[str, Any]:

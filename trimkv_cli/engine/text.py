@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from trimkv_cli.engine.detokenizer import Detokenizer, hidden_ids
-from trimkv_cli.errors import ModelNotFound, UnsupportedModel, UsageError
+from trimkv_cli.errors import ModelNotFound, TrimkvError, UnsupportedModel, UsageError
 from trimkv_cli.utf8 import as_text
 
 if TYPE_CHECKING:
@@ -91,6 +91,12 @@ class Text:
         return self._template is not None
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokenizer's end of a text, and the special token that the template puts after an answer."""
+        ends = (getattr(self.tokenizer, "eos_token_id", None), self._turn_end())
+        return frozenset(token_id for token_id in ends if token_id is not None)
+
+    @property
     def supports_thinking(self) -> bool:
         """Say whether the template knows `enable_thinking`; where it does not, `think` has no effect."""
         return "enable_thinking" in (self._template or "")
@@ -142,12 +148,7 @@ class Text:
         template's own end of an answer stands for it; else (cut by length or by the user) that end follows it.
         """
         mark, answer = unused_characters([user_text], 2)
-        messages = [
-            {"role": "user", "content": _PROBES[0]},
-            {"role": "assistant", "content": answer},
-            {"role": "user", "content": self._typed.mark(user_text, mark)},
-        ]
-        _, found, tail = self._render(messages, think).rpartition(answer)
+        found, tail = self._after_answer(answer, self._typed.mark(user_text, mark), think)
         if not found:
             raise UnsupportedModel(
                 "the chat template drops earlier answers, so a chat cannot go on turn by turn",
@@ -169,6 +170,27 @@ class Text:
     def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
         """Encode the parts of a rendered conversation one by one: no token reaches from one into the next."""
         return [self._encode_inside([part]) if index else self._encode(part) for index, part in enumerate(parts)]
+
+    def _after_answer(self, answer: str, user_text: str, think: bool | None) -> tuple[bool, str]:
+        """Say whether the template keeps an earlier answer, and what it puts after it."""
+        messages = [
+            {"role": "user", "content": _PROBES[0]},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": user_text},
+        ]
+        _, found, tail = self._render(messages, think).rpartition(answer)
+        return bool(found), tail
+
+    def _turn_end(self) -> int | None:
+        if self._template is None:
+            return None
+        (answer,) = unused_characters([], 1)
+        try:
+            found, tail = self._after_answer(answer, _PROBES[1], None)
+        except TrimkvError:  # a template for single questions
+            return None
+        end = self._leading_token(tail.lstrip()) if found else None
+        return end if end in self.hidden_ids else None
 
     def _render_ids(self, messages: Sequence[Message], think: bool | None) -> list[int]:
         (mark,) = unused_characters([text for message in messages for text in message.values()], 1)
