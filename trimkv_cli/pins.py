@@ -41,17 +41,20 @@ class Pins:
         parts = ["system"] if self.system else []
         return ",".join([*parts, *(f"{name}:{count}" for name, count in counts.items() if count)])
 
-    def count(self, prefix_len: int) -> int:
-        """Count the tokens pinned at once in a sequence whose system message has `prefix_len` tokens."""
-        return max(self.sinks, prefix_len if self.system else 0) + self.recent
+    def count(self, prefix_len: int, sinks: int = 0) -> int:
+        """Count the tokens kept at once in a sequence whose system message has `prefix_len` tokens.
 
-    def check(self, prefix_len: int, slots: int) -> None:
-        """Raise when pinned tokens leave no slot to the others.
+        `sinks` are the first ones, which the gate itself keeps.
+        """
+        return max(sinks, self.sinks, prefix_len if self.system else 0) + self.recent
+
+    def check(self, prefix_len: int, slots: int, *, sinks: int = 0) -> None:
+        """Raise when pinned tokens, and the gate's own `sinks`, leave no slot to the others.
 
         Raises:
             UsageError: there are as many of them as slots, or more.
         """
-        count = self.count(prefix_len)
+        count = self.count(prefix_len, sinks)
         if count >= slots:
             raise UsageError(
                 f"{count} pinned tokens leave none of {slots} slots per head to the others",

@@ -10,7 +10,7 @@ from trimkv_cli.footprint import Part, Shape, Surroundings, footprint
 from trimkv_cli.solve import counter_offers, solve
 from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation
 from trimkv_cli.units import SequenceBytes, format_size
-from trimkv_cli.wish import PlanOptions, Precision, Wish, make_wish
+from trimkv_cli.wish import PlanOptions, Precision, Wish, check_sinks, make_wish
 
 __all__ = ["Part", "Plan", "PlanOptions", "Warning", "make_plan"]
 
@@ -77,6 +77,7 @@ class Plan:
         """
         if kv_budget < 1:
             raise UsageError("a KV budget of 0 keeps no token", hint="give 1 slot per head or more")
+        check_sinks(self.gate, kv_budget)
         plan = self._with_slots(kv_budget)
         needed = max(self.total_bytes, plan.total_bytes) + self._moving_bytes(kv_budget)
         if self.budget_bytes is not None and needed > self.budget_bytes:

@@ -165,6 +165,11 @@ class GateSpec:
     def trained(self) -> bool:
         return self.variant in ("rg", "rg10")
 
+    @property
+    def kept(self) -> int:
+        """The first tokens of a sequence that this gate itself never evicts."""
+        return self.sinks if self.variant == "streaming" else 0
+
     def numel(self, model: ModelSpec) -> int:
         """Count the parameters of the gates of all layers, each layer with its own copy of a shared tensor."""
         if not self.trained:

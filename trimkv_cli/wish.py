@@ -204,10 +204,26 @@ def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_byt
     if gate.variant == "none":
         return _full_budgets(spec, options, asked)
     if asked is not None:
+        check_sinks(gate, asked)
         return (asked,)
     wanted = min(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, spec.max_positions)
     between = [gate.memory_size] if gate.memory_size and gate.memory_size < wanted else []
-    return tuple(sorted({*halvings(wanted, SMALLEST_KV_BUDGET), *between}, reverse=True))
+    check_sinks(gate, wanted)
+    sizes = {*halvings(wanted, SMALLEST_KV_BUDGET), *between}
+    return tuple(size for size in sorted(sizes, reverse=True) if size > gate.kept)
+
+
+def check_sinks(gate: GateSpec, kv_budget: int) -> None:
+    """Raise when the sinks of a streaming gate fill all slots: then no later token would ever be kept.
+
+    Raises:
+        UsageError: there are as many of them as slots, or more.
+    """
+    if gate.kept >= kv_budget:
+        raise UsageError(
+            f"{gate.kept} sinks leave none of {kv_budget} slots per head to later tokens",
+            hint=f"--kv-budget {2 * gate.kept}, or --gates streaming:{kv_budget // 2}",
+        )
 
 
 def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:

@@ -53,7 +53,8 @@ def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
 
 def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS, compiled: bool = False) -> Engine:
     spec = ModelSpec.from_config(model.config.to_dict())
-    gate = full_gate() if shape.gate == "none" else streaming_gate()
+    sinks = 0 if shape.gate == "random" else 4
+    gate = full_gate() if shape.gate == "none" else streaming_gate(sinks)
     gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device=model.device)
     if shape.gate == "random":
         gates = [RandomGate(spec, layer) for layer in range(spec.num_layers)]

@@ -60,9 +60,9 @@ def test_a_cache_that_holds_everything_is_a_full_cache(own: str) -> None:
 
 def test_small_caches_run_under_their_own_policies(own: str) -> None:
     """Catches budgets that do not reach the cache, and rows in the order in which they ran."""
-    rows = _run(own, budgets=("12", "4"), policies=("random", "streaming", "full"))
+    rows = _run(own, budgets=("18", "6"), policies=("random", "streaming", "full"))
     assert [(row.policy, row.kv_budget) for row in rows] == [
-        ("random", 12), ("random", 4), ("streaming", 12), ("streaming", 4), ("full", None)
+        ("random", 18), ("random", 6), ("streaming", 18), ("streaming", 6), ("full", None)
     ]  # fmt: skip
     assert rows[-1].accuracy == 1.0
     assert min(row.accuracy for row in rows) < 1.0

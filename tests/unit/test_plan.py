@@ -297,3 +297,22 @@ def test_a_plan_counts_the_matrices_that_several_rows_in_16_bits_lay_out_anew(
     assert make_plan(SPEC, GATE, asked).part_bytes("reordered") == (matrices if counted else 0)
     plain = make_plan(SPEC, GATE, replace(asked, machine=Machine()))
     assert plain.part_bytes("reordered") == 0
+
+
+@pytest.mark.parametrize(("sinks", "asked"), [(64, 64), (4, 4), (4, 1), (2000, None)])
+def test_sinks_that_fill_all_slots_are_refused(sinks: int, asked: int | None) -> None:
+    """Catches a cache that holds the first tokens for ever and never a later one, without a word."""
+    with pytest.raises(UsageError, match=f"{sinks} sinks leave none of") as caught:
+        make_plan(SPEC, streaming_gate(sinks), PlanOptions(kv_budget=asked))
+    assert f"--kv-budget {2 * sinks}" in str(caught.value.hint)
+
+
+def test_a_budget_never_makes_slots_so_few_that_sinks_fill_them() -> None:
+    """Catches the same where the plan itself chooses the slots, at first or later."""
+    gate = streaming_gate(100)
+    roomy = make_plan(SPEC, gate, PlanOptions(kv_budget=200, max_inflight=1))
+    with pytest.raises(UsageError, match="100 sinks"):
+        roomy.resized(100)
+    for budget in range(roomy.total_bytes // 4, roomy.total_bytes, roomy.total_bytes // 16):
+        found = make_plan(SPEC, gate, PlanOptions(budget=budget, max_inflight=1))
+        assert found.kv_budget > 100 or not found.fits

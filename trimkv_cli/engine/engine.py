@@ -40,7 +40,7 @@ class Engine(Resizing):
             raise UsageError(f"token id {bad} is outside the vocabulary of {size}", hint=f"ids go from 0 to {size - 1}")
         self._runner.sampler.check(request.params)
         slots = (facts.spec.slots(layer, facts.plan.kv_budget) for layer in range(facts.spec.num_layers))
-        facts.pins.check(request.prefix_len, min(slots))
+        facts.pins.check(request.prefix_len, min(slots), sinks=facts.gate.kept)
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
         param = "max_tokens" if self.room(request) >= 1 else None  # else the prompt alone is too long
