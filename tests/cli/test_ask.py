@@ -175,3 +175,16 @@ def test_a_byte_that_is_not_utf_8_is_refused_before_a_model_is_loaded() -> None:
         refused = trimkv(command, "caf\udce9")
         assert (refused.returncode, refused.stdout) == (2, b"")
         assert refused.stderr.startswith(b"error: the prompt is not UTF-8: byte e9 after 'caf'\nhint: ")
+
+
+def test_a_raw_prompt_with_special_tokens_is_warned_about_or_read_as_such() -> None:
+    """Catches a prompt rendered elsewhere whose tokens are read as letters, without a word about it."""
+    prompt = "<|im_start|>user\nMy cat is called Zubo.<|im_end|>\n<|im_start|>assistant\n"
+    ways: tuple[tuple[str, ...], ...] = ((), ("--special-tokens",))
+    plain, special = (trimkv("ask", "--raw", *more, "--json", "-n", "1", prompt) for more in ways)
+    assert b"warning: the prompt holds <|im_start|>, <|im_end|>, read as text: --special-tokens" in plain.stderr
+    assert [w["code"] for w in json.loads(plain.stdout)["trimkv"]["warnings"]] == ["special_tokens_as_text"]
+    assert b"warning" not in special.stderr
+    counts = [json.loads(done.stdout)["usage"]["prompt_tokens"] for done in (plain, special)]
+    assert counts[1] < counts[0] - 10
+    assert trimkv("ask", "--special-tokens", "hi").returncode == 2

@@ -97,6 +97,25 @@ def test_plain_prompts_begin_as_the_tokenizer_begins_them() -> None:
     assert text.encode("a <s>")[0] == bos
     assert text.encode("a <s>").count(bos) == 1
     assert text.encode("") == [bos]
+    assert text.encode("<s>Hello", special=True) == tokenizer.encode("<s>Hello", add_special_tokens=False)
+    assert text.encode("Hello", special=True) == tokenizer.encode("Hello")
+
+
+@every_chat
+def test_a_prompt_rendered_elsewhere_gives_the_tokens_of_its_messages(texts: dict[str, Text], chat: str) -> None:
+    """Catches special tokens that are read as letters although the user says that they are tokens."""
+    text = texts[chat]
+    messages = [user("Hello"), answer("Well."), user("Bye?")]
+    rendered = text.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.encode(rendered, special=True) == list(text.render_chat(messages).token_ids)
+    assert len(text.encode(rendered)) > len(text.encode(rendered, special=True))
+
+
+def test_the_tokens_that_a_prompt_names_are_known(texts: dict[str, Text]) -> None:
+    """Catches a warning without a cause, and none for a prompt that a template has rendered."""
+    text = texts["chatml"]
+    assert text.named_tokens("<|im_start|>user\nHi<|im_end|><|im_start|>") == ["<|im_start|>", "<|im_end|>"]
+    assert text.named_tokens("ordinary <b> text <|im_ <|eot_id|>") == []
 
 
 @pytest.mark.parametrize("chat", ["chatml", "llama3", "gemma", "phi3"])

@@ -31,8 +31,11 @@ class FakePrompt:
 class FakeText:
     """One token per character; a template that marks each message's beginning with 0."""
 
-    def encode(self, text: str) -> list[int]:
-        return [ord(c) for c in text]
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return [1] if special and self.named_tokens(text) else [ord(c) for c in text]
+
+    def named_tokens(self, text: str) -> list[str]:
+        return ["<s>"] if "<s>" in text else []
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
@@ -117,6 +120,10 @@ class FakeEngine:
 RECORDER = Recorder(model="mini", run_seed=0, kv_budget=64, prefill_chunk=512)
 
 
+def by_id(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda record: str(record["custom_id"]))
+
+
 def run(
     lines: Iterable[Any],
     *,
@@ -130,6 +137,26 @@ def run(
     items = parse_lines(LineReader(io.BytesIO("\n".join(texts).encode())), Rules(**rules))
     summary = run_job(engine or FakeEngine(text=FakeText()), items, Writer(out, order=order), recorder)
     return [json.loads(line) for line in out.getvalue().splitlines()], summary
+
+
+def test_special_tokens_of_a_prompt_are_tokens_or_warned_about() -> None:
+    """Catches a prompt rendered elsewhere that is read as letters without a word, and messages that become tokens."""
+    messages = [{"role": "user", "content": "<s>"}]
+    lines = [
+        {"prompt": "<s>a"},
+        {"prompt": "<s>a", "special_tokens": True},
+        {"prompt": "plain"},
+        {"messages": messages},
+    ]
+    records, summary = run([*lines, {"messages": messages, "special_tokens": True}])
+    bodies = [record["response"]["body"] for record in by_id(records)]
+    assert [body["usage"]["prompt_tokens"] for body in bodies[:4]] == [4, 1, 5, 4]
+    said = [[warning["code"] for warning in body["trimkv"]["warnings"]] for body in bodies[:4]]
+    assert said == [["special_tokens_as_text"], [], [], []]
+    assert sum(summary.warnings.values()) == 1
+    assert bodies[4]["error"]["param"] == "special_tokens"
+    flagged, _ = run(["<s>a"], text=True, special_tokens=True)
+    assert flagged[0]["response"]["body"]["usage"]["prompt_tokens"] == 1
 
 
 def test_a_chat_answer_has_the_shape_of_an_openai_batch_result() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +99,10 @@ def print_stats(engine: Engine, finished: Answer) -> None:
     print_note(memory_line(engine))
 
 
-def to_completion(engine: Engine, finished: Answer, options: EngineOptions) -> dict[str, Any]:
-    """Return an OpenAI chat.completion object with the extra key `trimkv` (cli.md section 3)."""
+def to_completion(
+    engine: Engine, finished: Answer, options: EngineOptions, warnings: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Return an OpenAI chat.completion object with the extra key `trimkv`; `warnings` are those about the prompt."""
     stats = finished.stats
     message = {"role": "assistant", "content": finished.text, "refusal": None}
     return {
@@ -114,11 +116,13 @@ def to_completion(engine: Engine, finished: Answer, options: EngineOptions) -> d
             "completion_tokens": stats.completion_tokens,
             "total_tokens": stats.prompt_tokens + stats.completion_tokens,
         },
-        "trimkv": _report(engine, finished, options),
+        "trimkv": _report(engine, finished, options, warnings),
     }
 
 
-def _report(engine: Engine, finished: Answer, options: EngineOptions) -> dict[str, Any]:
+def _report(
+    engine: Engine, finished: Answer, options: EngineOptions, warnings: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
     facts = engine.facts
     p50, p95 = engine.horizon(finished.request.id)
     return {
@@ -130,7 +134,8 @@ def _report(engine: Engine, finished: Answer, options: EngineOptions) -> dict[st
         "timing": _timing(engine, finished),
         "sampling": asdict(finished.request.params),
         "warnings": [
-            {"code": code, "message": message} for code, message in (*facts.warnings, *finished.stats.warnings)
+            {"code": code, "message": message}
+            for code, message in (*facts.warnings, *warnings, *finished.stats.warnings)
         ],
     }
 

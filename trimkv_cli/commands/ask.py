@@ -19,6 +19,7 @@ from trimkv_cli.commands.options import (
     Output,
     Quiet,
     Raw,
+    SpecialTokens,
     Stats,
     System,
     SystemFile,
@@ -46,6 +47,7 @@ class _Form:
     no_stream: bool
     output: str | None
     live: bool | None
+    warnings: tuple[tuple[str, str], ...] = ()  # about the prompt, for the record
 
     def __post_init__(self) -> None:
         chosen = {"--json": self.json, "--stream-json": self.stream_json, "--extract": self.extract}
@@ -87,6 +89,7 @@ def ask(
     encoding: Encoding = None,
     think: Think = None,
     raw: Raw = False,
+    special_tokens: SpecialTokens = False,
     json: Json = False,
     stream_json: Annotated[
         bool, typer.Option("--stream-json", help="One JSON object a line as the answer comes (OpenAI's chunks).")
@@ -122,14 +125,15 @@ def ask(
         raise UsageError("--cache goes on with a conversation that has begun", hint="leave out --raw and --system")
     form = _Form(json=json, stream_json=stream_json, extract=extract, no_stream=no_stream, output=output, live=live)
 
-    from trimkv_cli.commands.prompts import read_system
+    from trimkv_cli.commands.prompts import check_raw, read_system
 
     reader = Reader(encoding=encoding, quiet=quiet)
     system_text = read_system(system, system_file, reader)
+    check_raw(raw=raw, system=system_text, special_tokens=special_tokens)
     user = _prompt(prompt, file or [], template, param or [], reader)
 
     from trimkv_cli.commands.answers import open_engine, print_stats, say_if_cut, within_room
-    from trimkv_cli.commands.prompts import draw_seed, render
+    from trimkv_cli.commands.prompts import draw_seed, names_tokens, render
     from trimkv_cli.commands.saved_reads import next_turn
     from trimkv_cli.engine.request import Request
 
@@ -139,7 +143,8 @@ def ask(
     if cache is not None:
         request = next_turn(llm, cache, user, params=params, think=think)
     else:
-        rendered = render(llm.text, user, system=system_text, raw=raw, think=think)
+        form = replace(form, warnings=names_tokens(llm.text, user, raw=raw, special_tokens=special_tokens))
+        rendered = render(llm.text, user, system=system_text, raw=raw, think=think, special_tokens=special_tokens)
         request = Request(
             id="ask",
             prompt_token_ids=rendered.token_ids,
@@ -187,7 +192,7 @@ def _answer(llm: Engine, request: Request, form: _Form, options: EngineOptions) 
 
         finished = answer(llm, request, take)
         if chunks is not None:
-            chunks.end(to_completion(llm, finished, options))
+            chunks.end(to_completion(llm, finished, options, form.warnings))
         else:
             if not streaming:
                 _write_whole(llm, finished, writer, form, options)
@@ -199,7 +204,7 @@ def _write_whole(llm: Engine, finished: Answer, writer: AnswerWriter, form: _For
     from trimkv_cli.commands.answers import to_completion
 
     if form.json:
-        writer.push(to_json(to_completion(llm, finished, options)))
+        writer.push(to_json(to_completion(llm, finished, options, form.warnings)))
     elif form.extract:
         writer.push(_code(finished.text))
     else:

@@ -17,6 +17,7 @@ from trimkv_cli.commands.options import (
     Json,
     Quiet,
     Raw,
+    SpecialTokens,
     System,
     SystemFile,
     Think,
@@ -57,6 +58,7 @@ def inspect(
     encoding: Encoding = None,
     think: Think = None,
     raw: Raw = False,
+    special_tokens: SpecialTokens = False,
     json: Json = False,
     color: Color = "auto",
     ascii_only: Ascii = False,
@@ -85,18 +87,22 @@ def inspect(
     check_places(html, png, svg)
 
     from trimkv_cli.commands.answers import open_engine
-    from trimkv_cli.commands.prompts import gather, read_system, render
+    from trimkv_cli.commands.prompts import check_raw, gather, names_tokens, read_system, render
 
     reader = Reader(encoding=encoding, quiet=quiet)
     ids = _read_ids(prompt_token_ids, reader) if prompt_token_ids is not None else None
     system_text = read_system(system, system_file, reader)
+    check_raw(raw=raw, system=system_text, special_tokens=special_tokens)
     user = gather(prompt, file or [], reader) if ids is None and cache is None else ""
     llm = open_engine(replace(engine, max_inflight=1), quiet=quiet)
     if cache is not None:
         findings = _of_cache(llm, cache)
     else:
         if ids is None:
-            ids = render(llm.text, user, system=system_text, raw=raw, think=think).token_ids
+            names_tokens(llm.text, user, raw=raw, special_tokens=special_tokens)
+            ids = render(
+                llm.text, user, system=system_text, raw=raw, think=think, special_tokens=special_tokens
+            ).token_ids
         findings = _of_answer(llm, ids, sampling, quiet=quiet)
     findings.show(Output(json=json, html=html, png=png, svg=svg, colour=color, ascii_only=ascii_only, quiet=quiet), llm)
 

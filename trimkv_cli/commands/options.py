@@ -120,6 +120,9 @@ FLAGS = {
     ),
     "think": _Flag(("--think/--no-think",), "Let the model reason first, where its template knows how.", _PROMPT),
     "raw": _Flag(("--raw",), "Send the prompt as it is, without the chat template.", _PROMPT),
+    "special_tokens": _Flag(
+        ("--special-tokens",), "Read the model's own special tokens in a raw prompt as such, not as text.", _PROMPT
+    ),
     "json": _Flag(("--json",), "Print one JSON object instead of text.", _OUTPUT),
     "output": _Flag(("-o", "--output"), "Write to this file instead of stdout.", _OUTPUT, "FILE"),
     "no_stream": _Flag(("--no-stream",), "Print the answer when it is complete.", _OUTPUT),
@@ -161,6 +164,7 @@ SystemFile = Annotated[str | None, option("system_file")]
 Encoding = Annotated[str | None, option("encoding")]
 Think = Annotated[bool | None, option("think")]
 Raw = Annotated[bool, option("raw")]
+SpecialTokens = Annotated[bool, option("special_tokens")]
 Model = Annotated[str | None, option("model")]
 Profile = Annotated[str | None, option("profile")]
 Revision = Annotated[str | None, option("revision")]

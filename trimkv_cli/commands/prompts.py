@@ -12,6 +12,7 @@ from trimkv_cli.commands.documents import Reader
 from trimkv_cli.engine.options import SamplingOptions
 from trimkv_cli.engine.text import Message, Prompt, Text
 from trimkv_cli.errors import UnsupportedModel, UsageError
+from trimkv_cli.ui.messages import print_warning
 from trimkv_cli.ui.plain import AnswerWriter
 from trimkv_cli.utf8 import as_text
 
@@ -73,19 +74,41 @@ def to_messages(user: str, system: str | None) -> list[Message]:
     return [*first, {"role": "user", "content": user}]
 
 
-def render(text: Text | None, user: str, *, system: str | None, raw: bool, think: bool | None) -> Prompt:
+def check_raw(*, raw: bool, system: str | None, special_tokens: bool) -> None:
+    """Refuse flags that a prompt has no use for.
+
+    Raises:
+        UsageError: a system message with `raw`, which has no place for it; special tokens without it.
+    """
+    if raw and system is not None:
+        raise UsageError("--raw sends the prompt alone, without a system message", hint="leave out --system or --raw")
+    if special_tokens and not raw:
+        raise UsageError(
+            "--special-tokens reads a raw prompt; what is said in messages is taken literally", hint="--raw as well"
+        )
+
+
+def render(
+    text: Text | None, user: str, *, system: str | None, raw: bool, think: bool | None, special_tokens: bool = False
+) -> Prompt:
     """Render a first turn through the chat template, or encode it as it is with `raw`.
 
     Raises:
         UnsupportedModel: the model has no tokenizer, or no chat template.
-        UsageError: a system message with `raw`, which has no place for it.
     """
     text = need_text(text)
     if not raw:
         return text.render_chat(to_messages(user, system), think=think)
-    if system is not None:
-        raise UsageError("--raw sends the prompt alone, without a system message", hint="leave out --system or --raw")
-    return Prompt(token_ids=tuple(text.encode(user)))
+    return Prompt(token_ids=tuple(text.encode(user, special=special_tokens)))
+
+
+def names_tokens(text: Text | None, user: str, *, raw: bool, special_tokens: bool) -> tuple[tuple[str, str], ...]:
+    """Warn, on stderr and with code and message, of a raw prompt whose special tokens are read as text."""
+    if not raw or special_tokens or not (named := need_text(text).named_tokens(user)):
+        return ()
+    message = f"the prompt holds {', '.join(named[:4])}, read as text: --special-tokens reads them as tokens"
+    print_warning(message)
+    return (("special_tokens_as_text", message),)
 
 
 def need_text(text: Text | None) -> Text:

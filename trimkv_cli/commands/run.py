@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Encoding, Output, Quiet, Think, with_options
+from trimkv_cli.commands.options import Encoding, Output, Quiet, SpecialTokens, Think, with_options
 from trimkv_cli.commands.run_settings import (
     Choices,
     ClusterChoices,
@@ -137,6 +137,7 @@ def run(
         typer.Option("--summary-json", metavar="FILE", help="Write the final counts there.", rich_help_panel="Output"),
     ] = None,
     encoding: Encoding = None,
+    special_tokens: SpecialTokens = False,
     think: Think = None,
     quiet: Quiet = False,
     engine: EngineOptions,
@@ -150,7 +151,8 @@ def run(
 
     A line is a request in the OpenAI batch format, or simply {"prompt": ...}, {"messages": [...]} or
     {"prompt_token_ids": [...]}, with an optional "id" and with sampling keys, which beat the flags.
-    A prompt is continued as it is; messages go through the model's chat template.
+    A prompt is continued as it is (its special tokens are text unless --special-tokens or "special_tokens": true says
+    otherwise); messages go through the model's chat template, and are always text.
 
     The same command resumes a job that was interrupted: lines that are answered in the output are not run again.
     """
@@ -173,6 +175,7 @@ def run(
         quiet=quiet,
         think=think,
         encoding=encoding,
+        special_tokens=special_tokens,
         progress=progress,
         summary_json=summary_json,
         limits=read_limits(limits),

@@ -39,6 +39,7 @@ class Choices:
     quiet: bool
     think: bool | None
     encoding: str | None
+    special_tokens: bool
     progress: ProgressMode
     summary_json: str | None
     limits: Limits

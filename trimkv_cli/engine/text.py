@@ -1,4 +1,4 @@
-"""Turn text and messages into token ids; what a user typed never becomes a special token."""
+"""Turn text and messages into token ids; what a user typed never becomes a special token, unless they say so."""
 
 from __future__ import annotations
 
@@ -110,12 +110,24 @@ class Text:
         """Start decoding one answer."""
         return Detokenizer(self.tokenizer, stop, hidden=self.hidden_ids)
 
-    def encode(self, text: str) -> list[int]:
-        """Encode a plain prompt, with the BOS (and EOS) that the tokenizer adds by default."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Encode a plain prompt, with the BOS (and EOS) that the tokenizer adds by default.
+
+        With `special` the tokens that it names are tokens, as in a prompt that a template has rendered elsewhere; a BOS
+        that it begins with is not doubled.
+        """
+        before, after = self._wrapping()
+        if special:
+            ids = self._encode(text)
+            begins, ends = ids[: len(before)] == before, ids[len(ids) - len(after) :] == after
+            return [*([] if begins else before), *ids, *([] if ends else after)]
         (mark,) = unused_characters([text], 1)
         first, *rest = self._typed.mark(text, mark).split(mark)
-        before, after = self._wrapping()
         return [*before, *self._encode(first), *self._encode_inside(rest), *after]
+
+    def named_tokens(self, text: str) -> list[str]:
+        """List the special tokens that a plain prompt names, and which `encode` takes for text by default."""
+        return self._typed.found(text)
 
     def token_text(self, token_id: int) -> str:
         """Return what one token says by itself; U+FFFD stands for bytes that are no whole character."""
@@ -266,8 +278,18 @@ class _TokenStarts:
         """Put `mark` after the first character of each token string in `text`, so that it is one no longer."""
         return self._first.sub(lambda found: found[0] + (mark if self._at(text, found.start()) else ""), text)
 
+    def found(self, text: str) -> list[str]:
+        """List, each once, the token strings that stand in `text`; of those at one place the longest."""
+        starts = (match.start() for match in self._first.finditer(text))
+        lengths = ((start, length) for start in starts for length in self._lengths)
+        at = {start: text[start : start + length] for start, length in lengths if self._is_token(text, start, length)}
+        return list(dict.fromkeys(at.values()))
+
+    def _is_token(self, text: str, start: int, length: int) -> bool:
+        return text[start : start + length] in self._tokens
+
     def _at(self, text: str, start: int) -> bool:
-        return any(text[start : start + length] in self._tokens for length in self._lengths)
+        return any(self._is_token(text, start, length) for length in self._lengths)
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:

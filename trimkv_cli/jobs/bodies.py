@@ -157,6 +157,7 @@ class Body(Strict):
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more_texts)] = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    special_tokens: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
 
     def extras(self) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from trimkv_cli.jobs.feed import Feed
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.logprobs import name_tokens
 from trimkv_cli.jobs.records import Answer, Record, Recorder, encode
-from trimkv_cli.jobs.requests import Text, fitted, make_requests, refused
+from trimkv_cli.jobs.requests import Text, fitted, make_requests, refused, with_warnings
 from trimkv_cli.jobs.stopping import Limits, Stop
 from trimkv_cli.jobs.summary import Summary
 
@@ -191,6 +191,7 @@ class _Job:
 
     def _add(self, item: Item, index: int) -> Item | BadLine:
         """Hand the item to the engine; return what is wrong with it if it cannot be run."""
+        item = with_warnings(item, self.engine.text)
         requests = make_requests(item, self.engine.text)
         if isinstance(requests, BadLine):
             self.summary.count_warnings(item)

@@ -45,6 +45,7 @@ class Item:
     messages: tuple[dict[str, str], ...] | None = None
     prompt: str | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    special_tokens: bool = False  # those that `prompt` names are tokens
     think: bool | None = None
     return_token_ids: bool = False
     choices: int = 1
@@ -79,6 +80,7 @@ class Rules:
     """Say how lines are read: what they leave open, and what they may say."""
 
     defaults: SamplingParams = field(default_factory=SamplingParams)
+    special_tokens: bool = False
     think: bool | None = None
     strict: bool = False
     text: bool = False  # every line is a prompt
@@ -111,6 +113,7 @@ def parse_line(line: Line, rules: Rules) -> Item | BadLine:
             kind="text",
             params=params,
             prompt=line.text,
+            special_tokens=rules.special_tokens,
             think=rules.think,
             max_tokens_said=rules.max_tokens_said,
         )
@@ -213,6 +216,7 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
         custom_id=custom_id,
         kind=kind,
         params=params,
+        special_tokens=rules.special_tokens if body.special_tokens is None else body.special_tokens,
         think=rules.think if think is None else think,
         return_token_ids=bool(body.return_token_ids),
         choices=body.n or 1,
@@ -221,6 +225,8 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
         warnings=warnings,
     )
     if source == "messages":
+        if body.special_tokens:
+            raise Refused("special_tokens: is for a prompt; messages are taken literally", param="special_tokens")
         return replace(item, messages=tuple(message.plain() for message in body.messages or ()))
     prompt = getattr(body, source)
     return replace(item, prompt=prompt) if isinstance(prompt, str) else replace(item, prompt_token_ids=tuple(prompt))

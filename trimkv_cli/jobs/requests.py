@@ -23,7 +23,8 @@ class RenderedPrompt(Protocol):
 class Text(Protocol):
     """The part of the engine's tokenizer that a job needs."""
 
-    def encode(self, text: str) -> Sequence[int]: ...
+    def encode(self, text: str, *, special: bool = False) -> Sequence[int]: ...
+    def named_tokens(self, text: str) -> Sequence[str]: ...
     def token_text(self, token_id: int) -> str: ...
     def render_chat(self, messages: Sequence[dict[str, str]], *, think: bool | None = None) -> RenderedPrompt: ...
 
@@ -36,7 +37,7 @@ def make_requests(item: Item, text: Text | None) -> list[Request] | BadLine:
         return _bad(item, "the model has no tokenizer: give prompt_token_ids", code="no_tokenizer")
     try:
         if item.messages is None:
-            token_ids, prefix_len = text.encode(item.prompt or ""), 0
+            token_ids, prefix_len = text.encode(item.prompt or "", special=item.special_tokens), 0
         else:
             rendered = text.render_chat(item.messages, think=item.think)
             token_ids, prefix_len = rendered.token_ids, rendered.prefix_len
@@ -45,6 +46,16 @@ def make_requests(item: Item, text: Text | None) -> list[Request] | BadLine:
     if not token_ids:
         return _bad(item, "the prompt holds no tokens")
     return _choices(item, token_ids, prefix_len)
+
+
+def with_warnings(item: Item, text: Text | None) -> Item:
+    """Warn of a prompt that names special tokens and has them read as text."""
+    if text is None or item.prompt is None or item.special_tokens or not (named := text.named_tokens(item.prompt)):
+        return item
+    message = (
+        f'{", ".join(named[:4])} in a prompt read as text: --special-tokens, or "special_tokens": true in its line'
+    )
+    return replace(item, warnings=(*item.warnings, Notice(code="special_tokens_as_text", message=message)))
 
 
 def fitted(requests: list[Request], item: Item, left: int) -> tuple[list[Request], Item]:

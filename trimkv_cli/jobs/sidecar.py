@@ -57,6 +57,7 @@ def job_fingerprint(
         "think": str(rules.think),
         "input_format": f"column {prompt_column}" if prompt_column else "text" if rules.text else "jsonl",
         "seed": str(rules.defaults.seed),
+        **({"special_tokens": "True"} if rules.special_tokens else {}),
         **sampling,
     }
 
