@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from trimkv_cli.errors import DoesNotFit, TrimkvError, UsageError
+from trimkv_cli.errors import DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
 from trimkv_cli.jobs.backend import BackendFacts, Job
 from trimkv_cli.jobs.feed import Feed
 from trimkv_cli.jobs.lines import BadLine, Item
@@ -18,11 +19,13 @@ from trimkv_cli.jobs.records import encode
 from trimkv_cli.jobs.stopping import Limits
 from trimkv_cli.jobs.worker import Load, Worker
 
-_RETRIES = 3  # of a block whose worker died
+_RETRIES = 1  # that Ray makes of a block whose worker died
 _BLOCKS_PER_WORKER = 2  # one is answered while the next one's lines wait in the engine
 _POLL_S = 0.2
 _MOST_HELD = 4096  # records that wait for their turn before no more lines are taken
-_MOST_FAULTS = 1  # blocks in a row that a worker may lose
+# Blocks in a row that a worker may lose: two that ran side by side, one of them alone, and the line that is at fault.
+_MOST_LOST = 4
+_RESUMES = "what is written is whole: with -o FILE the same command resumes"
 _OBJECT_STORE_BYTES = 128 << 20  # of a cluster of our own: blocks and records are small
 _DEFAULT_CPUS = 4
 
@@ -56,8 +59,11 @@ class RayBackend:
         """
         with Feed(job.lines, ahead=2 * self._block_lines) as feed:
             run = _Run(self._ray, self._workers, feed, job, self.facts, self._block_lines)
-            while run.advance():
-                job.progress(job.summary)
+            try:
+                while run.advance():
+                    job.progress(job.summary)
+            except self._ray.exceptions.RayError as error:
+                raise TrimkvError(f"the cluster is gone: {_first_line(error)}", hint=_RESUMES) from error
         if run.input_error is not None:
             raise run.input_error
 
@@ -88,11 +94,16 @@ class RayBackend:
 
 @dataclass(slots=True)
 class _Block:
-    """Lines that travel together; `attempts` counts the workers that died over them, Ray's own retries aside."""
+    """Lines that travel together; `losses` counts the times that a worker died over them, Ray's own retries aside."""
 
     lines: list[tuple[int, Item]]  # with their places in the input
     worker: Any = None
-    attempts: int = 0
+    losses: int = 0
+
+    @property
+    def room(self) -> int:
+        """Return how much of a worker it takes: a block that was lost runs alone, so that no other dies of it."""
+        return _BLOCKS_PER_WORKER if self.losses else 1
 
 
 class _Run:
@@ -106,15 +117,21 @@ class _Run:
         self.job = job
         self.facts = facts
         self.block_lines = block_lines
-        self.room = dict.fromkeys(workers, _BLOCKS_PER_WORKER)
-        self.faults = dict.fromkeys(workers, 0)  # in a row
+        self.room = dict.fromkeys(workers, _BLOCKS_PER_WORKER)  # of the workers that still get blocks
+        self.lost = dict.fromkeys(workers, 0)  # blocks in a row
+        self.last_error: Exception | None = None
         self.pending: dict[Any, _Block] = {}  # by Ray's reference
-        self.again: list[_Block] = []
+        self.again: deque[_Block] = deque()
+        self.suspects: list[tuple[int, Item, str]] = []  # lines over which workers died: at fault once another answers
         self.taken = 0
         self.input_error: TrimkvError | None = None
 
     def advance(self) -> bool:
-        """Send blocks to workers that have room and take what has come back; False when all is done, or dropped."""
+        """Send blocks to workers that have room and take what has come back; False when all is done, or dropped.
+
+        Raises:
+            TrimkvError: lines are left, and no worker to answer them.
+        """
         summary, stop, limits = self.job.summary, self.job.stop, self.job.limits
         if stop.reason is None:
             self._send()
@@ -125,24 +142,37 @@ class _Run:
         if limits.too_many_errors(summary):
             stop.ask("errors")
         left = bool(self.pending or self.again) or not self.feed.exhausted
-        if stop.reason is not None and (not self.pending or stop.over(limits.grace_s)):
+        if not left:
+            self._give_up_suspects()
+        if stop.reason is not None and (not self.pending or stop.over(limits.grace_for(stop.reason))):
             summary.stopped = stop.reason if left else None
             return False
+        if left and not self.room and not self.pending:
+            raise self._no_worker_left()
         return left
 
     def _send(self) -> None:
-        for worker in [worker for worker, room in self.room.items() for _ in range(room)]:
-            block = self.again.pop() if self.again else self._next_block()
-            if block is None:
-                return
-            limits = Limits(timeout_s=self.job.limits.timeout_s)
-            items = [item for _, item in block.lines]
-            reference = worker.answer.remote(items, self.job.recorder, limits, self.facts.fingerprint)
-            block.worker = worker
-            self.room[worker] -= 1
-            self.pending[reference] = block
+        for worker in list(self.room):
+            while self.room[worker] and (not self.again or self._may_try(worker, self.again[0])):
+                block = self.again.popleft() if self.again else self._new_block()
+                if block is None:
+                    return
+                limits = Limits(timeout_s=self.job.limits.timeout_s)
+                items = [item for _, item in block.lines]
+                reference = worker.answer.remote(items, self.job.recorder, limits, self.facts.fingerprint)
+                block.worker = worker
+                self.room[worker] -= block.room
+                self.pending[reference] = block
 
-    def _next_block(self) -> _Block | None:
+    def _may_try(self, worker: Any, block: _Block) -> bool:
+        """Say whether a lost block may run here: it waits for an idle worker, another than its last where there is one.
+
+        While it waits nobody gets new lines.
+        """
+        is_idle = self.room[worker] == _BLOCKS_PER_WORKER
+        return is_idle and (block.worker is not worker or len(self.room) == 1)
+
+    def _new_block(self) -> _Block | None:
         """Take the lines that are there, without waiting for a block to be full; bad ones need no worker."""
         lines: list[tuple[int, Item]] = []
         while len(lines) < self.block_lines and self.job.sink.held < _MOST_HELD:
@@ -173,31 +203,54 @@ class _Run:
         ready, _ = self.ray.wait(list(self.pending), num_returns=1, timeout=_POLL_S)
         for reference in ready:
             block = self.pending.pop(reference)
-            self.room[block.worker] = self.room.get(block.worker, -1) + 1
+            if block.worker in self.room:  # a worker that was taken out stays out, whatever it still answers
+                self.room[block.worker] += block.room
             try:
                 records = self.ray.get(reference)
+            except self.ray.exceptions.RayTaskError as error:
+                self._refused(block, error)
             except self.ray.exceptions.RayError as error:
-                self._failed(block, error)
-                continue
-            self.faults[block.worker] = 0
-            for (index, _), record in zip(block.lines, records, strict=True):
-                self._write(index, record)
+                self._lost(block, error)
+            else:
+                self.lost[block.worker] = 0
+                self._give_up_suspects()
+                for (index, _), record in zip(block.lines, records, strict=True):
+                    self._write(index, record)
 
-    def _failed(self, block: _Block, error: Exception) -> None:
-        """Give a block to another worker, once; take a worker that fails again and again out."""
-        block.attempts += 1
-        self.faults[block.worker] += 1
-        message = str(error).strip().splitlines()[0]
-        if self.faults[block.worker] > _MOST_FAULTS:
+    def _refused(self, block: _Block, error: Exception) -> None:
+        """Take out a worker that lives and cannot answer: its engine did not load, or is another one."""
+        self.last_error = error
+        self.room.pop(block.worker, None)
+        self.again.append(block)
+
+    def _lost(self, block: _Block, error: Exception) -> None:
+        """Try a block whose worker died again, alone, then line by line; take out a worker that dies of everything."""
+        self.last_error = error
+        block.losses += 1
+        self.lost[block.worker] += 1
+        if self.lost[block.worker] > _MOST_LOST:
             self.room.pop(block.worker, None)
-        if not self.room:
-            raise TrimkvError(f"no worker is left: {message}", hint="the same command resumes")
-        if block.attempts <= 1:
+        if block.losses == 1:
             self.again.append(block)
-            return
-        for index, item in block.lines:
-            record = self.job.recorder.failure(item, code="worker_died", message=message)
-            self._write(index, encode(record))
+        elif len(block.lines) > 1:
+            self.again.extendleft(_Block([line], losses=1) for line in reversed(block.lines))
+        else:
+            self.suspects += [(index, item, _first_line(error)) for index, item in block.lines]
+
+    def _give_up_suspects(self) -> None:
+        for index, item, message in self.suspects:
+            self._write(index, encode(self.job.recorder.failure(item, code="worker_died", message=message)))
+        self.suspects.clear()
+
+    def _no_worker_left(self) -> TrimkvError:
+        assert self.last_error is not None, "a worker goes with an error"
+        cause = getattr(self.last_error, "cause", None)
+        is_memory = isinstance(cause, OutOfDeviceMemory) or isinstance(
+            self.last_error, self.ray.exceptions.OutOfMemoryError
+        )
+        reason = cause.message if isinstance(cause, TrimkvError) else _first_line(self.last_error)
+        kind = OutOfDeviceMemory if is_memory else TrimkvError
+        return kind(f"no worker is left: {reason}", hint=_RESUMES)
 
     def _write(self, index: int, record: bytes) -> None:
         self.job.summary.count_record(orjson.loads(record))
@@ -221,9 +274,8 @@ def _join(options: ClusterOptions) -> Any:
     try:
         ray.init(address=options.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"cannot join a Ray cluster: {reason}", hint="--address auto, or none for a local one"
+            f"cannot join a Ray cluster: {_first_line(error)}", hint="--address auto, or none for a local one"
         ) from error
     return ray
 
@@ -248,4 +300,9 @@ def _load_error(error: Exception) -> TrimkvError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, TrimkvError):
         return cause
-    return TrimkvError(f"no worker could start: {str(error).strip().splitlines()[-1]}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return TrimkvError(f"no worker could start: {lines[-1]}", hint="does trimkv ask load the model?")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

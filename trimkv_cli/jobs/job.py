@@ -141,8 +141,8 @@ class _Job:
         if not self.winding_up:
             self.winding_up = True
             self._drop(running for running in self.running.values() if self._waits(running))
-        grace_s = 0.0 if self.limits.fail_fast and self.stop.reason == "errors" else self.limits.grace_s
-        if self.running and not self.stop.over(grace_s):
+        assert self.stop.reason is not None
+        if self.running and not self.stop.over(self.limits.grace_for(self.stop.reason)):
             return True
         self._drop(self.running.values())
         if self.dropped or not self.feed.exhausted:

@@ -60,6 +60,10 @@ class Limits:
     errors: ErrorLimit = field(default_factory=ErrorLimit)
     fail_fast: bool = False
 
+    def grace_for(self, reason: Reason) -> float:
+        """Return how long rows in flight may still take: the first error of `fail_fast` ends the job at once."""
+        return 0.0 if self.fail_fast and reason == "errors" else self.grace_s
+
     def too_many_errors(self, summary: Summary) -> bool:
         """Tell whether a job has to end for the lines that failed."""
         return self.errors.exceeded(summary) or (self.fail_fast and summary.errors > 0)
