@@ -28,6 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import Case, cpu_cases, gpu_cases
 
+from trimkv_cli.bench.record import own_commit
+
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TESTS = {"cuda": ["-m", "gpu", "tests/kernel/test_triton.py"], "cpu": ["tests/kernel/test_reference.py"]}
@@ -106,10 +108,9 @@ def make_step(case: Case, device: torch.device) -> Callable[[], Any]:
 
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Say where and with what this is measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "command": " ".join(["python", "kernels/bench/run.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
+        "commit": own_commit(),
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "implementation": "triton" if device.type == "cuda" else "reference",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from programs import trimkv
 
+import trimkv_cli
+from trimkv_cli.bench.record import own_commit, surroundings
 from trimkv_cli.bench.shapes import find_shape
 from trimkv_cli.commands.bench import bench
 from trimkv_cli.errors import ContextOverflow, UsageError
@@ -32,6 +36,33 @@ def test_both_sides_are_measured_and_predicted_bytes_come_first() -> None:
         assert row["prefill_tps"] > 0 < row["ttft_s"]
         assert row["predicted_bytes"] > 0 < row["peak_bytes"]
     assert {"command", "commit", "torch", "device", "dtype"} <= result.keys()
+
+
+def test_a_result_is_kept_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a measurement that is lost in the end because `git` is not installed."""
+    monkeypatch.setenv("PATH", "")
+    assert surroundings("trimkv_cli")["commit"] == f"version {trimkv_cli.__version__}"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_that_of_the_code_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the commit of the folder one happens to be in, or of the project whose environment trimkv lies in."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    package = tmp_path / ".venv" / "trimkv_cli"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project")
+    monkeypatch.chdir(tmp_path)
+    assert own_commit() != git("rev-parse", "HEAD")
+    assert own_commit(package) == f"version {trimkv_cli.__version__}"
+    git("add", "-f", ".venv")
+    git("commit", "-q", "-m", "now its own")
+    assert own_commit(package) == git("rev-parse", "HEAD")
 
 
 def test_shapes_are_found_by_profile_and_size() -> None:

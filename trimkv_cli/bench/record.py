@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import transformers
+
+import trimkv_cli
 
 
 def write_record(module: str, measured: dict[str, Any], out: Path | None) -> None:
@@ -32,13 +35,33 @@ def run_trimkv(arguments: Sequence[str]) -> dict[str, Any]:
 
 def surroundings(module: str) -> dict[str, Any]:
     """Say with what `module` measures here and now."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
-        "commit": commit,
+        "commit": own_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def own_commit(folder: Path | None = None) -> str:
+    """Name the commit of trimkv's own code, which lies in `folder`; "version X" where that is in no repository.
+
+    It may lie inside another project's repository, in its virtual environment: then git does not know its files.
+    """
+    folder = folder or Path(__file__).parents[1]
+    known = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+    commit = None if known is None else _git(folder, "rev-parse", "HEAD")
+    return commit or f"version {trimkv_cli.__version__}"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints about a folder; None when it fails or is not there."""
+    around = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, env=around, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
