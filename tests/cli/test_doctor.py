@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from trimkv_cli.engine.calibrate import measure_machine
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,3 +41,13 @@ def test_fault_is_exit_1_with_a_hint(tmp_path: Path) -> None:
     (fault,) = [number for number, line in enumerate(lines) if line.startswith("fault")]
     assert "model cache folder" in lines[fault]
     assert lines[fault + 1].startswith("hint: ")
+
+
+def test_measuring_needs_no_module_that_some_systems_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catch a calibration that always fails on Windows, which has no `resource`, or without the optional NVML."""
+    hidden = "import psutil, sys; sys.modules.update(resource=None, pynvml=None)"  # psutil itself knows its system
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")]))
+    measured = measure_machine().cpu_runtime_bytes
+    assert measured is not None
+    assert measured > 2**26

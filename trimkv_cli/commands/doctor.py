@@ -43,18 +43,19 @@ def doctor(
 def _measured() -> list[Finding]:
     """Calibrate this machine, keep the numbers, and say them."""
     from trimkv_cli.engine.calibrate import measure_machine
-    from trimkv_cli.engine.checkup import Finding
+    from trimkv_cli.engine.checkup import Finding, unmeasured
     from trimkv_cli.machine import store
     from trimkv_cli.units import format_size
 
     machine = measure_machine()
     kept = store(machine)
     sizes = {"cpu runtime": machine.cpu_runtime_bytes, "cuda context": machine.cuda_context_bytes}
-    return [
+    found = [
         Finding(name=name, status="ok", detail=f"{format_size(size)}, kept in {kept}")
         for name, size in sizes.items()
         if size is not None
     ]
+    return [*found, *unmeasured(machine)]
 
 
 def _healthy(findings: list[Finding]) -> bool:

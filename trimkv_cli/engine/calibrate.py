@@ -12,10 +12,11 @@ from trimkv_cli.machine import Machine
 # Everything that a run imports, a model's classes and its tokenizer's included; on a GPU also what the first product
 # allocates outside torch's own allocator.
 _PROGRAM = """
-import json, resource, sys
+import json
 import torch, transformers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 import trimkv_cli.engine.loader, trimkv_cli.jobs.job, trimkv_cli.commands.answers
+from trimkv_cli.engine.memory import nvml_bytes, peak_rss
 from trimkv_cli.engine.text import Text
 try:
     import bitsandbytes
@@ -26,23 +27,16 @@ sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_lay
 model = Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
 found = {}
 if torch.cuda.is_available():
-    before = torch.cuda.mem_get_info()[0]
     model = model.to("cuda", torch.bfloat16)
 with torch.inference_mode():
     model(torch.arange(64, device=model.device)[None] % 64)
 if torch.cuda.is_available():
     torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    # The context was there before the first look at free memory: its size is what NVML sees beyond the allocator.
-    import pynvml
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    import os
-    own = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    if own and own[0]:
-        found["cuda_context_bytes"] = own[0] - torch.cuda.memory_reserved()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found["cpu_runtime_bytes"] = peak if sys.platform == "darwin" else peak * 1024
+    # Free memory does not tell: the context was there before one could look at it.
+    own = nvml_bytes(model.device)
+    if own:
+        found["cuda_context_bytes"] = own - torch.cuda.memory_reserved()
+found["cpu_runtime_bytes"] = peak_rss()
 print(json.dumps(found))
 """
 

@@ -16,6 +16,7 @@ import psutil
 
 from trimkv_cli import __version__
 from trimkv_cli.errors import TrimkvError
+from trimkv_cli.machine import Machine
 from trimkv_cli.tested import NEWEST, installed_version, untested
 from trimkv_cli.units import format_size
 
@@ -167,6 +168,15 @@ def mini() -> Iterator[Finding]:
     right = last.finish_reason == "length" and last.stats.completion_tokens == params.max_tokens
     detail = f"{last.stats.completion_tokens} tokens in a cache of 8 slots per head"
     yield Finding(name="mini model", status="ok" if right else "fault", detail=detail)
+
+
+def unmeasured(machine: Machine) -> Iterator[Finding]:
+    """Report a GPU whose driver did not tell what a process takes of it."""
+    import torch
+
+    if machine.cuda_context_bytes is None and torch.cuda.is_available():
+        detail = "not measured: nvidia-ml-py is missing, or NVML does not say what a process holds (in containers)"
+        yield Finding(name="cuda context", status="note", detail=detail, hint="pip install nvidia-ml-py")
 
 
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -85,10 +85,11 @@ def _glibc() -> Any:
 
 def peak_rss() -> int:
     """Return the largest resident set of this process so far; where the system keeps no such count, the present one."""
-    if sys.platform == "win32":
-        return int(psutil.Process(os.getpid()).memory_info().peak_wset)
-    import resource
-
+    now = psutil.Process().memory_info()
+    try:
+        import resource
+    except ImportError:
+        return int(getattr(now, "peak_wset", now.rss))  # Windows counts the first, others that lack the module nothing
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
