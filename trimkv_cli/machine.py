@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from trimkv_cli.files import whole_file, writing
+
 MIB = 1024 * 1024
 # What a process holds before a weight is read: on a CPU torch and transformers, on a GPU its context and workspaces.
 # Guesses until `trimkv doctor --measure` has put this machine's own numbers into the state folder.
@@ -55,11 +57,18 @@ class Machine:
 
 
 def store(machine: Machine) -> Path:
-    """Write what was measured for later plans, and return the file."""
+    """Write what was measured for later plans, and return the file.
+
+    Raises:
+        TrimkvError: it cannot be written.
+    """
     path = _file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = {key: size for key, size in asdict(machine).items() if key.endswith("_bytes") and size is not None}
-    path.write_text(json.dumps({**_measured(), **kept, "versions": _versions()}, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({**_measured(), **kept, "versions": _versions()}, indent=2) + "\n"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

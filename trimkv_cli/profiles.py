@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import ConfigError, ModelNotFound
+from trimkv_cli.files import check_keys, read_toml
 from trimkv_cli.spec import DTYPE_BYTES, GateSpec, GateVariant, ModelSpec
-from trimkv_cli.toml_files import check_keys, read_toml
 
 BUILT_IN = "builtin:"
 SAMPLING_KEYS: Mapping[str, type] = {

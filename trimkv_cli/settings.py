@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import ConfigError
+from trimkv_cli.files import check_keys, read_toml
 from trimkv_cli.profiles import SAMPLING_KEYS
-from trimkv_cli.toml_files import check_keys, read_toml
 from trimkv_cli.utf8 import as_text
 
 KEYS: Mapping[str, type] = {

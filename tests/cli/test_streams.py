@@ -29,6 +29,14 @@ def test_a_full_disk_is_an_error_line_and_1(command: str) -> None:
     assert len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_under_an_answer_is_told_with_the_file_s_name() -> None:
+    """Catches a message that leaves open which of a command's files could not be written."""
+    done = shell(f"{ASK} -o /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == b"error: cannot write /dev/full: No space left on device"
+
+
 @pytest.mark.parametrize("command", [ASK, "profiles list"])
 def test_a_closed_stdout_is_an_error_unless_nothing_goes_there(command: str, tmp_path: Path) -> None:
     """Catches an answer that is lost in silence, and one refused although -o takes it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 - what torch.load raises when it refuses a file
 from struct import error as StructError
@@ -23,6 +22,7 @@ from torch import Tensor
 from trimkv_cli.cache.gate_check import listed
 from trimkv_cli.cache.gates import TRAINED_VARIANTS, activation_name, tensor_key
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
+from trimkv_cli.files import whole_file, writing
 from trimkv_cli.plan import Warning
 from trimkv_cli.spec import GateSpec
 
@@ -236,15 +236,13 @@ def _config(gate: GateSpec, tensors: Mapping[str, Tensor], hidden_act: str) -> d
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        hint = "is the folder writable, the disk full?"
+    try:
+        with whole_file(path) as partial:
+            write(partial)
+    except RuntimeError as error:  # torch's own writer, which does not say what the system said
+        hint = "is the disk full?"
         raise TrimkvError(f"cannot write {path}: {_one_line(error)}", hint=hint) from None
 
 

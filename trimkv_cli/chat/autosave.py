@@ -41,6 +41,7 @@ class Autosave:
 
         Raises:
             UsageError: the folder cannot be written.
+            TrimkvError: the disk is full.
         """
         if self.name is None and self._enabled and conversation.turns:
             self._create(self._wanted, conversation)
@@ -52,6 +53,7 @@ class Autosave:
 
         Raises:
             UsageError: the folder cannot be written.
+            TrimkvError: the disk is full.
         """
         if self.name is None:
             return
@@ -69,10 +71,7 @@ class Autosave:
             created=self._created,
             updated=time.time(),
         )
-        try:
-            self.store.write(transcript)
-        except OSError as error:
-            raise UsageError(f"cannot save the session: {error}", hint="go on with --no-save-cache") from error
+        self.store.write(transcript)
 
     def save_as(self, name: str, conversation: Conversation) -> None:
         """Give the conversation a name of its own: a stored session is renamed, another one stored.

@@ -17,10 +17,11 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from trimkv_cli.chat.turns import Turn, turns_from_json
 from trimkv_cli.errors import InputError, UsageError
-from trimkv_cli.whole_files import whole_file
+from trimkv_cli.files import sync, whole_file, writing
 
 FORMAT_VERSION = 1
 TRANSCRIPT = "session.json"
+_ELSEWHERE = "--no-history keeps nothing"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -123,7 +124,7 @@ class SessionStore:
     def write(self, transcript: Transcript) -> None:
         """Write a session's transcript; it appears whole or not at all. Its folder must exist (`create`)."""
         folder = self.path(transcript.name)
-        with whole_file(folder / TRANSCRIPT) as partial, partial.open("w", encoding="utf-8") as file:
+        with whole_file(folder / TRANSCRIPT, private=True) as partial, partial.open("w", encoding="utf-8") as file:
             json.dump(transcript.to_json(), file, ensure_ascii=False, indent=1)
         self._drop_others(folder, {*transcript.states.values()})
 
@@ -136,8 +137,11 @@ class SessionStore:
         _make_private(self.folder)
         for wanted in (name,) if name is not None else _names_by_time():
             try:
-                self.path(wanted).mkdir(mode=0o700)
-            except FileExistsError:
+                with writing(self.path(wanted), hint=_ELSEWHERE):
+                    self.path(wanted).mkdir(mode=0o700)
+            except UsageError:
+                if not self.path(wanted).exists():
+                    raise
                 continue
             return wanted
         raise UsageError(f"there is a session {name} already", hint="take another name, or trimkv sessions rm it")
@@ -157,7 +161,9 @@ class SessionStore:
         self.create(target)
         for name in transcript.states.values():
             if (self.path(source) / name).is_file():
-                shutil.copyfile(self.path(source) / name, self.path(target) / name)
+                with writing(self.path(target) / name):
+                    shutil.copyfile(self.path(source) / name, self.path(target) / name)
+                    sync(self.path(target) / name)
         self.write(replace(transcript, name=target, updated=time.time()))
         return target
 
@@ -218,4 +224,5 @@ def _names_by_time() -> Iterator[str]:
 
 
 def _make_private(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with writing(folder, hint=_ELSEWHERE):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)

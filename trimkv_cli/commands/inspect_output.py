@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import MemoryUse
+from trimkv_cli.files import whole_file
 from trimkv_cli.retained import HeadMemory, Retained
 from trimkv_cli.ui.messages import print_note
 from trimkv_cli.ui.plain import to_json
@@ -150,7 +151,5 @@ def _of_head(seen: int, head: HeadMemory) -> list[float]:
 
 
 def _write(path: str, text: str, flag: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8", errors="replace", newline="\n")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", hint=f"check the path given to {flag}") from error
+    with whole_file(Path(path), hint=f"check the path given to {flag}") as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")

@@ -12,6 +12,7 @@ from trimkv_cli.commands.documents import Reader
 from trimkv_cli.engine.options import SamplingOptions
 from trimkv_cli.engine.text import Message, Prompt, Text
 from trimkv_cli.errors import UnsupportedModel, UsageError
+from trimkv_cli.files import writing
 from trimkv_cli.ui.messages import print_warning
 from trimkv_cli.ui.plain import AnswerWriter
 from trimkv_cli.utf8 import as_text
@@ -32,12 +33,10 @@ def open_answer(output: str | None) -> Iterator[AnswerWriter]:
     if output is None:
         yield AnswerWriter()
         return
-    try:
-        stream = Path(output).open("wb")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}", hint="check the path given to -o") from error
+    with writing(output, hint="check the path given to -o"):
+        stream = Path(output).open("wb", buffering=0)  # noqa: SIM115
     with stream:
-        yield AnswerWriter(stream)
+        yield AnswerWriter(stream, output)
 
 
 def gather(prompt: str | None, files: Sequence[str], reader: Reader, *, may_be_empty: bool = False) -> str:

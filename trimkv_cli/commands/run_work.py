@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from trimkv_cli.commands.run_settings import Choices
 from trimkv_cli.commands.watch import watch
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
-from trimkv_cli.errors import UsageError
+from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.backend import Backend, BackendFacts, Job, LocalBackend
 from trimkv_cli.jobs.earlier import Earlier
 from trimkv_cli.jobs.lines import BadLine, Rules
@@ -310,7 +310,5 @@ def _write_summary(choices: Choices, summary: Summary, blank_lines: int) -> None
     if choices.summary_json is None:
         return
     text = json.dumps(summary.as_json(blank_lines=blank_lines), indent=2) + "\n"
-    try:
-        Path(choices.summary_json).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {choices.summary_json}: {error.strerror}", hint="check the path") from error
+    with whole_file(Path(choices.summary_json)) as partial:
+        partial.write_text(text, encoding="utf-8")

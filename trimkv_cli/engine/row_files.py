@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from trimkv_cli.cache.rebase import RebasedRow
 from trimkv_cli.engine.session import RowState
-from trimkv_cli.errors import CacheMismatch, InputError, UsageError
-from trimkv_cli.whole_files import whole_file
+from trimkv_cli.errors import CacheMismatch, InputError
+from trimkv_cli.files import whole_file
 from trimkv_kernels import Slots
 
 FORMAT_VERSION = 1
@@ -36,7 +36,8 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
     """Write a file that only its owner may read; it appears whole or not at all.
 
     Raises:
-        UsageError: the path cannot be written.
+        UsageError: there can be no such file.
+        TrimkvError: the disk is full.
     """
     tensors = {"token_ids": torch.tensor(state.token_ids, dtype=torch.int64)}
     for index, layer in enumerate(state.layers):
@@ -53,11 +54,8 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
     if state.rebased is not None:
         tensors |= {f"ranks.{index}": ranks for index, ranks in enumerate(state.rebased.ranks)}
         header["rebased"] = [state.rebased.offset, state.rebased.since]
-    try:
-        with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={"trimkv": json.dumps(header)})
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot write {path}: {error}", hint="check the path") from error
+    with whole_file(path, private=True) as partial:
+        save_file(tensors, partial, metadata={"trimkv": json.dumps(header)})
 
 
 def read_row(path: Path, *, model_id: str, fingerprint: Mapping[str, str]) -> RowState:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.results import POLICIES, Row
+from trimkv_cli.files import whole_file
 
 # Blue, orange, green and grey that stay apart for colour-blind readers; each line has its own marker too.
 _LOOKS = {
@@ -36,11 +36,12 @@ def draw(rows: Sequence[Row], path: str) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
     panels[-1].legend(frameon=False)
-    try:
-        with mpl.rc_context({"svg.hashsalt": "trimkv"}):  # the same rows give the same file
-            figure.savefig(path, dpi=160, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", hint="check the path given to --plot") from error
+    form = Path(path).suffix.removeprefix(".").lower() or "png"
+    with (
+        mpl.rc_context({"svg.hashsalt": "trimkv"}),  # the same rows give the same file
+        whole_file(Path(path), hint="check the path given to --plot") as partial,
+    ):
+        figure.savefig(partial, dpi=160, format=form, metadata={"Date": None} if form == "svg" else None)
 
 
 def _draw_task(panel: Any, rows: Sequence[Row]) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trimkv_cli.errors import InputError, TrimkvError, UsageError
+from trimkv_cli.files import cannot_write, whole_file, writing
 from trimkv_cli.jobs.earlier import Earlier, scan, successes
 from trimkv_cli.jobs.packing import Broken, Frame, Packing, Unpacked, packing_of, unpacked
 
+_ANOTHER = "give another file to -o"
 _BLOCK = 1 << 16
 _MOST_IN_MEMORY = 1 << 23
 
@@ -32,7 +34,7 @@ def locked(output: Path) -> Iterator[None]:
     except Timeout as error:
         raise UsageError(f"another trimkv run writes {output}", hint="wait for it, or give another -o") from error
     except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}", hint="give another file to -o") from error
+        raise cannot_write(output, error, hint=_ANOTHER) or error from error
     try:
         yield
     finally:
@@ -53,7 +55,7 @@ def read_earlier(output: Path) -> Earlier:
         repair(output)
         return scan(_lines(output), str(output))
     except OSError as error:
-        raise _cannot_take_up(output, error) from error
+        raise TrimkvError(f"cannot take up {output}: {error.strerror}", hint=_ANOTHER) from error
 
 
 def drop_failures(output: Path) -> None:
@@ -63,20 +65,11 @@ def drop_failures(output: Path) -> None:
         TrimkvError: it cannot be written.
     """
     packing = packing_of(output.name)
-    partial = output.with_name(f".{output.name}.trimkv.part")
-    try:
-        with partial.open("wb") as stream:
-            frame = None if packing is None else Frame(packing)
-            for line in successes(_lines(output), str(output)):
-                stream.write(line if frame is None else frame.pack(line))
-            stream.write(b"" if frame is None else frame.finish())
-        partial.replace(output)
-    except OSError as error:
-        raise _cannot_take_up(output, error) from error
-
-
-def _cannot_take_up(output: Path, error: OSError) -> TrimkvError:
-    return TrimkvError(f"cannot take up {output}: {error.strerror}", hint="give another file to -o")
+    with whole_file(output, hint=_ANOTHER) as partial, partial.open("wb") as stream:
+        frame = None if packing is None else Frame(packing)
+        for line in successes(_lines(output), str(output)):
+            stream.write(line if frame is None else frame.pack(line))
+        stream.write(b"" if frame is None else frame.finish())
 
 
 def repair(output: Path) -> None:
@@ -158,10 +151,8 @@ def start_anew(output: Path) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    try:
+    with writing(output, hint=_ANOTHER):
         output.open("wb").close()
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}", hint="give another file to -o") from error
 
 
 def check_provenance(output: Path, *, has_sidecar: bool, adopt: bool) -> None:

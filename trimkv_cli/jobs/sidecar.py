@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -11,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from trimkv_cli.errors import InputError, TrimkvError, UsageError
+from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.lines import Rules
 
 FORMAT = 1
@@ -105,12 +105,8 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
     """Replace a sidecar as a whole.
 
     Raises:
-        TrimkvError: the disk is full, or the folder cannot be written to.
+        UsageError: the folder cannot be written to.
+        TrimkvError: the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path, hint="give another file to -o") as partial:
         partial.write_bytes(orjson.dumps({"format": FORMAT, **asdict(sidecar)}, option=orjson.OPT_INDENT_2) + b"\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TrimkvError(f"cannot write {path}: {error.strerror}", hint="the same command resumes") from error

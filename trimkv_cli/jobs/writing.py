@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 from trimkv_cli.errors import TrimkvError, UsageError
+from trimkv_cli.files import writing
 from trimkv_cli.jobs.packing import Frame, Packing, packing_of
 
 Order = Literal["completion", "input"]
@@ -49,29 +50,31 @@ class Output(Protocol):
 
 
 class _Plain:
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream
+        self._name = name
 
     def write(self, data: bytes) -> None:
-        _write_all(self._stream, data)
+        _write_all(self._stream, data, self._name)
 
 
 class _Packed:
-    def __init__(self, stream: BinaryIO, packing: Packing) -> None:
+    def __init__(self, stream: BinaryIO, packing: Packing, name: str) -> None:
         self._stream = stream
+        self._name = name
         self._packing = packing
         self._frame: Frame | None = None
 
     def write(self, data: bytes) -> None:
         self._frame = self._frame or Frame(self._packing)
-        _write_all(self._stream, self._frame.pack(data))
+        _write_all(self._stream, self._frame.pack(data), self._name)
         if self._frame.packed_bytes >= _FRAME_BYTES:
             self.end()
 
     def end(self) -> None:
         if self._frame is not None:
             frame, self._frame = self._frame, None
-            _write_all(self._stream, frame.finish())
+            _write_all(self._stream, frame.finish(), self._name)
 
 
 @contextmanager
@@ -82,18 +85,16 @@ def open_output(output: str) -> Iterator[Output]:
         UsageError: it cannot be opened.
     """
     if output == "-":
-        yield _Plain(sys.stdout.buffer)
+        yield _Plain(sys.stdout.buffer, output)
         return
-    try:
+    with writing(output, hint="give another file to -o"):
         stream = Path(output).open("ab", buffering=0)  # noqa: SIM115  closed below
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}", hint="give another file to -o") from error
     packing = packing_of(output)
     with stream:
         if packing is None:
-            yield _Plain(stream)
+            yield _Plain(stream, output)
             return
-        packed = _Packed(stream, packing)
+        packed = _Packed(stream, packing, output)
         try:
             yield packed
         finally:
@@ -130,7 +131,7 @@ class Writer:
             self._output.write(ready)
 
 
-def _write_all(stream: BinaryIO, data: bytes) -> None:
+def _write_all(stream: BinaryIO, data: bytes, name: str) -> None:
     """Hand all bytes to the system; an unbuffered stream may take them in several bites."""
     rest = memoryview(data)
     try:
@@ -140,8 +141,15 @@ def _write_all(stream: BinaryIO, data: bytes) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        hint = "the records written so far are whole, except perhaps the last; make room, and the same command resumes"
-        raise TrimkvError(f"cannot write the output: {error.strerror}", hint=hint) from error
+        raise TrimkvError(
+            f"cannot write {'stdout' if name == '-' else name}: {error.strerror}", hint=_full_hint(name)
+        ) from error
+
+
+def _full_hint(output: str) -> str:
+    if not is_resumable(output):
+        return "-o FILE on a disk with room for it, which can be resumed as well"
+    return "the records written so far are whole, except perhaps the last; make room, and the same command resumes"
 
 
 def _same_file(status: os.stat_result, source: BinaryIO) -> bool:

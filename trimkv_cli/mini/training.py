@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimkv_cli.engine.devices import multiplies_bf16
+from trimkv_cli.files import whole_file
 from trimkv_cli.mini.pairs import THINGS
 from trimkv_cli.mini.rows import ANSWER_WEIGHT, EARLY, LAST, LATE, LISTS, PAIRS, Batch, Encoder, Mixture, make_batch
 from trimkv_cli.mini.team import Team
@@ -239,8 +240,8 @@ class Trainer:
             "progress": asdict(self.progress),
             "schedule": json.dumps(asdict(self.schedule)),
         }
-        torch.save(state, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        with whole_file(path) as partial:
+            torch.save(state, partial)
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)

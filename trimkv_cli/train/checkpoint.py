@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimkv_cli.errors import InputError, TrimkvError, UsageError
+from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.files import whole_file, writing
 from trimkv_cli.train.packing import Cursor
 from trimkv_cli.train.trainer import Losses, Trainer
 
@@ -45,7 +45,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, progress: Progress, identity
     """Write the run's state; an earlier one stays until the new one is safe on the disk.
 
     Raises:
-        TrimkvError: the folder cannot be written.
+        UsageError: the folder cannot be written.
+        TrimkvError: the disk is full.
     """
     state = {
         "format_version": FORMAT_VERSION,
@@ -54,15 +55,10 @@ def save_checkpoint(folder: Path, trainer: Trainer, progress: Progress, identity
         "recent": [asdict(losses) for losses in progress.recent],
         "identity": dict(identity),
     }
-    path, partial = folder / FILE_NAME, folder / f".{FILE_NAME}.partial"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / FILE_NAME) as partial:
         save_file(_tensors(trainer), partial, metadata={"trimkv": json.dumps(state)})
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise TrimkvError(f"cannot write {path}: {error}", hint="is the folder writable, the disk full?") from error
 
 
 def load_checkpoint(folder: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Progress | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from trimkv_cli.errors import UsageError
+from trimkv_cli.files import whole_file
 from trimkv_cli.retained import HeadMemory, Retained
 from trimkv_cli.ui.inspection import headline
 from trimkv_cli.ui.inspection_page import LogBeta
@@ -36,10 +37,8 @@ def draw_inspection(retained: Retained, log_beta: LogBeta, path: str, *, model: 
         row[0].set_ylabel(f"layer {layer}", fontsize=7, color=_INK)
     for head, panel in enumerate(panels[0]):
         panel.set_title(f"head {head}", fontsize=7, color=_INK)
-    try:
-        figure.savefig(path, dpi=100, format="png")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", hint="check the path given to --png") from error
+    with whole_file(Path(path), hint="check the path given to --png") as partial:
+        figure.savefig(partial, dpi=100, format="png")
 
 
 def _draw_map(panel: Any, retained: Retained, model: str) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from io import FileIO
 from typing import Any, BinaryIO
 
+from trimkv_cli.files import writing
 from trimkv_cli.utf8 import replaced
 
 # C0 and DEL become their control pictures, C1 (which some terminals obey) the replacement character; newline and tab
@@ -30,8 +33,9 @@ def to_json(value: Any) -> str:
 class AnswerWriter:
     """Write an answer to stdout or a file as it comes: UTF-8, neutralised, flushed per piece, ended by one newline."""
 
-    def __init__(self, stream: BinaryIO | None = None) -> None:
+    def __init__(self, stream: BinaryIO | FileIO | None = None, name: str | None = None) -> None:
         self._stream = sys.stdout.buffer if stream is None else stream
+        self._name = name
         self._held_newlines = ""
 
     def push(self, piece: str) -> None:
@@ -52,5 +56,8 @@ class AnswerWriter:
         self._write("\n")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text.encode("utf-8", "replace"))
-        self._stream.flush()
+        rest = memoryview(text.encode("utf-8", "replace"))
+        with nullcontext() if self._name is None else writing(self._name):
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            self._stream.flush()

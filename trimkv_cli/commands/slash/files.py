@@ -13,6 +13,7 @@ from trimkv_cli.chat.store import Transcript
 from trimkv_cli.chat.turns import split_thought
 from trimkv_cli.commands.slash.command import Chat, SlashCommand
 from trimkv_cli.errors import UsageError
+from trimkv_cli.files import whole_file
 
 
 def _file(chat: Chat, argument: str) -> None:
@@ -37,13 +38,10 @@ def _export(chat: Chat, argument: str) -> None:
     if not argument:
         raise UsageError("/export needs a file", hint="/export talk.md, or .json, .jsonl, .html")
     form, path = form_of(argument), Path(argument).expanduser()
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(export(_transcript(chat), form))
-    except FileExistsError:
-        raise UsageError(f"{path} exists", hint="take another name") from None
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", hint="check the path") from error
+    if path.exists():
+        raise UsageError(f"{path} exists", hint="take another name")
+    with whole_file(path) as partial:
+        partial.write_text(export(_transcript(chat), form), encoding="utf-8")
     chat.display.note(f"wrote {path}")
 
 

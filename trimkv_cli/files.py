@@ -1,0 +1,147 @@
+"""Files of ours: TOML is read and checked against the keys that exist, and whatever is written appears whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from trimkv_cli.errors import ConfigError, TrimkvError, UsageError
+
+# A place that was badly chosen; all else (a full disk, a quota, a device that fails) is no fault of the command line.
+_BAD_PLACES = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST,
+    errno.ELOOP, errno.EINVAL,
+}  # fmt: skip
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a file.
+
+    Raises:
+        ConfigError: unreadable, or not TOML.
+    """
+    import tomli
+
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", hint="save it as UTF-8 that you may read") from None
+    except tomli.TOMLDecodeError as error:
+        hint = 'text needs quotes: model = "Qwen/Qwen3-4B"'
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint=hint) from None
+
+
+_EXAMPLES: Mapping[type, str] = {
+    str: '"text"', int: "512", float: "0.7", bool: "true", list: '["one", "two"]', dict: '{ key = "value" }'
+}  # fmt: skip
+
+
+def check_keys(values: Mapping[str, Any], known: Mapping[str, type], path: Path, *, table: str = "") -> None:
+    """Check that every key exists and has a value of its type; a whole number may stand for a float.
+
+    Raises:
+        ConfigError: naming key, file and the nearest known key.
+    """
+    where = f" in [{table}]" if table else ""
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{where}", hint=suggest(key, known))
+        wanted = (float, int) if known[key] is float else known[key]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and known[key] is not bool):
+            expected = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+            what = expected.get(known[key], "a table" if known[key] is dict else "a list")
+            raise ConfigError(
+                f"{path}: {key} = {value!r}{where} is not {what}", hint=f"{key} = {_EXAMPLES[known[key]]}"
+            )
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """Name the key that was probably meant, else all keys."""
+    names = sorted(known)
+    near = get_close_matches(key.replace("-", "_"), names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
+
+
+@contextmanager
+def whole_file(path: Path, *, private: bool = False, hint: str | None = None) -> Iterator[Path]:
+    """Give a file to write that becomes `path` when the block ends well, and is gone when it does not.
+
+    It is safe on the disk before it takes the place of an earlier one. With `private` only its owner may read it. What
+    is no file (a pipe, a device) is written as it stands.
+
+    Raises:
+        UsageError: there can be no such file.
+        TrimkvError: the disk is full, or fails.
+    """
+    with writing(path, hint=hint):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            yield path
+            return
+        place = path.resolve()  # a link goes on to point there
+        partial = place.with_name(f".{place.name[:200]}.partial")
+        partial.unlink(missing_ok=True)  # what a kill left behind
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+        try:
+            if place.exists() and not private:
+                partial.chmod(place.stat().st_mode & 0o777)
+            yield partial
+            sync(partial)
+            partial.replace(place)
+            sync(place.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: str | Path, *, hint: str | None = None) -> Iterator[None]:
+    """Turn what the system says to writing `path`, through whatever library, into an error that names it.
+
+    Raises:
+        UsageError: the place cannot be written; `hint` says what to do about that.
+        TrimkvError: the disk is full, or fails.
+    """
+    try:
+        yield
+    except TrimkvError:
+        raise
+    except Exception as error:
+        said = cannot_write(path, error, hint=hint)
+        if said is None:
+            raise
+        raise said from error
+
+
+def cannot_write(path: str | Path, error: Exception, *, hint: str | None = None) -> TrimkvError | None:
+    """Return why `path` cannot be written, or None for an error that is about something else."""
+    found = re.search(r"os error (\d+)", str(error))  # as libraries in Rust say it
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number is None or isinstance(error, BrokenPipeError):
+        return None
+    message = f"cannot write {path}: {os.strerror(number)}"
+    if number in _BAD_PLACES:
+        return UsageError(message, hint=hint or "check the path")
+    return TrimkvError(message, hint="make room on its disk, or give another place")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; systems that cannot open a folder have to do."""
+    if path.is_dir():
+        with suppress(OSError):
+            _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDWR)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
