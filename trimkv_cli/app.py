@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,8 +30,9 @@ from trimkv_cli.commands import (
     sessions,
     summarize,
 )
+from trimkv_cli.commands.options import CommandGroup, check_setting
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError
-from trimkv_cli.settings import load_settings
+from trimkv_cli.settings import KEYS, load_layers, overlay
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.tested import NEWEST, untested
 from trimkv_cli.ui.messages import print_error
@@ -46,7 +47,7 @@ config.toml in the config folder, beside your templates. `trimkv doctor` shows a
 written elsewhere. There is no telemetry.
 """
 
-app = typer.Typer(
+app = CommandGroup(
     name="trimkv",
     help="Run a local language model inside a memory budget: the cache keeps what its retention gates say will last.",
     epilog=_EPILOG,
@@ -135,11 +136,24 @@ def _invoke(arguments: list[str]) -> int:
 
 def _defaults(command: Any) -> dict[str, Any]:
     """Return the settings of files and environment as defaults of each command that has such an option."""
-    settings = load_settings(Path.cwd(), os.environ)
-    return {
-        name: {p.name: settings[p.name] for p in sub.params if p.name in settings}
-        for name, sub in command.commands.items()
-    }
+    merged: Mapping[str, Any] = {}
+    for layer in load_layers(Path.cwd(), os.environ):
+        for key, value in layer.values.items():
+            check_setting(key, value, name=layer.name(key))
+        merged = overlay(merged, layer.values)
+    return _defaults_of(command, merged)
+
+
+def _defaults_of(command: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Spread settings over a command's options, and over the commands of a group."""
+    inner = getattr(command, "commands", {})
+    own = {p.name: settings[p.name] for p in command.params if p.name in settings and _takes(p)}
+    return {**own, **{name: _defaults_of(sub, settings) for name, sub in inner.items()}}
+
+
+def _takes(parameter: Any) -> bool:
+    """Tell whether an option means what the setting of its name means: --save-cache is a file elsewhere."""
+    return (KEYS[parameter.name] is bool) == bool(getattr(parameter, "is_flag", False))
 
 
 def _report(message: str, hint: str | None, code: int) -> int:

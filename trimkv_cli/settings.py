@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,31 @@ KEYS: Mapping[str, type] = {
     "system": str,
     "encoding": str,
     "think": bool,
-    "no_stream": bool,
+    "stream": bool,
     "quiet": bool,
     "stats": bool,
     "live": bool,
-    "no_save_cache": bool,
-    "no_history": bool,
+    "save_cache": bool,
+    "history": bool,
     "undo_depth": int,
 }
 LOADS_CODE = ("trust_remote_code",)
+_NEGATED = {f"no_{key}": key for key in ("stream", "save_cache", "history")}  # as they were called at first
+_FILTERS = ("temperature", "top_p", "top_k", "min_p", "top_h")
+# What is said in one place takes these with it that were said in a place below: they go with another choice.
+_REPLACES: Mapping[str, tuple[str, ...]] = {
+    "model": ("profile", "revision", "gates"),
+    "profile": ("model", "revision", "gates"),
+    "greedy": _FILTERS,
+    **dict.fromkeys(_FILTERS, ("greedy",)),
+    "system_file": ("system",),
+    "raw": ("system",),
+    "cache": ("system",),
+    "compile": ("deterministic", "on_overflow"),
+    "deterministic": ("compile",),
+    "on_overflow": ("compile",),
+}
+_ANY_MODELS_GATES = ("auto", "none", "streaming", "keydiff")
 _PREFIX = "TRIMKV_"
 _OTHER_VARIABLES = ("TRIMKV_DEBUG",)
 _TEXTS = ("system", "stop")  # what a model reads; the rest names files and things
@@ -57,23 +74,63 @@ _SIZES = ("budget", "kv_budget")  # text that may be a bare number in TOML
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-def load_settings(cwd: Path, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return option name → value of all layers below the flags.
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The settings of one place: of a file, or without one of the environment."""
+
+    values: Mapping[str, Any]
+    path: Path | None = None
+
+    def name(self, key: str) -> str:
+        """Name one setting so that its owner finds it."""
+        return f"{_PREFIX}{key.upper()}={self.values[key]}" if self.path is None else f"{self.path}: {key}"
+
+
+def load_layers(cwd: Path, environ: Mapping[str, str]) -> list[Layer]:
+    """Return the settings of the user's file, the project's and the environment: what comes later wins.
 
     Raises:
         ConfigError: an unknown key, a value of another type, a project file that would have code loaded.
     """
-    return {**_user_settings(), **_project_settings(cwd), **_environment_settings(environ)}
+    return [*_user_settings(), *_project_settings(cwd), Layer(_environment_settings(environ))]
 
 
-def _user_settings() -> dict[str, Any]:
+def load_settings(cwd: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return option name → value of all layers below the flags; raises as `load_layers`."""
+    merged: Mapping[str, Any] = {}
+    for layer in load_layers(cwd, environ):
+        merged = overlay(merged, layer.values)
+    return dict(merged)
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings `below` with those `above` laid over them; what goes with another choice is gone."""
+    gone = {key for said, value in above.items() for key in _replaced(said, value, below)}
+    return {**{key: value for key, value in below.items() if key not in gone}, **above}
+
+
+def _replaced(said: str, value: Any, below: Mapping[str, Any]) -> Iterator[str]:
+    if value is False or value is None or below.get(said) == value:
+        return
+    for key in _REPLACES.get(said, ()):
+        kept = {
+            "gates": str(below.get("gates")).partition(":")[0] in _ANY_MODELS_GATES,
+            "on_overflow": below.get("on_overflow") != "rebase",
+            "compile": said == "on_overflow" and value != "rebase",
+        }
+        if not kept.get(key, False):
+            yield key
+
+
+def _user_settings() -> Iterator[Layer]:
     from platformdirs import user_config_path
 
     path = user_config_path("trimkv") / "config.toml"
-    return _checked(read_toml(path), path) if path.is_file() else {}
+    if path.is_file():
+        yield Layer(_checked(read_toml(path), path), path)
 
 
-def _project_settings(cwd: Path) -> dict[str, Any]:
+def _project_settings(cwd: Path) -> Iterator[Layer]:
     """Read the nearest project file from `cwd` up to the folder with .git; without one, only `cwd` counts."""
     for folder in _project_folders(cwd):
         for path, values in _files_of(folder):
@@ -81,8 +138,8 @@ def _project_settings(cwd: Path) -> dict[str, Any]:
             for key in settings.keys() & set(LOADS_CODE):
                 hint = f"a project may not have code loaded; put {key} into your own config.toml"
                 raise ConfigError(f"{path}: {key} is not allowed in a project file", hint=hint)
-            return settings
-    return {}
+            yield Layer(settings, path)
+            return
 
 
 def _project_folders(cwd: Path) -> list[Path]:
@@ -107,7 +164,9 @@ def _environment_settings(environ: Mapping[str, str]) -> dict[str, Any]:
         key = variable.removeprefix(_PREFIX).lower()
         if not variable.startswith(_PREFIX) or not text or variable in _OTHER_VARIABLES:
             continue
-        if key in KEYS:
+        if key in _NEGATED:
+            settings[_NEGATED[key]] = not _parse(variable, text, bool)
+        elif key in KEYS:
             settings[key] = _parse(variable, text, KEYS[key])
         elif near := get_close_matches(key, KEYS, n=1, cutoff=0.8):
             raise ConfigError(f"unknown variable {variable}", hint=f"did you mean {_PREFIX}{near[0].upper()}?")
@@ -131,5 +190,8 @@ def _checked(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key in _SIZES:
         if type(settings.get(key)) is int:
             settings[key] = str(settings[key])
-    check_keys(settings, KEYS, path)
-    return settings
+    old = {key: value for key, value in settings.items() if key in _NEGATED}
+    check_keys(settings, {**KEYS, **dict.fromkeys(_NEGATED, bool)}, path)
+    return {key: value for key, value in settings.items() if key not in old} | {
+        _NEGATED[key]: not value for key, value in old.items()
+    }

@@ -15,12 +15,12 @@ from trimkv_cli.commands.options import (
     Encoding,
     Json,
     Live,
-    NoStream,
     Output,
     Quiet,
     Raw,
     SpecialTokens,
     Stats,
+    Stream,
     System,
     SystemFile,
     Think,
@@ -44,13 +44,13 @@ class _Form:
     json: bool
     stream_json: bool
     extract: bool
-    no_stream: bool
+    stream: bool
     output: str | None
     live: bool | None
     warnings: tuple[tuple[str, str], ...] = ()  # about the prompt, for the record
 
     def __post_init__(self) -> None:
-        chosen = {"--json": self.json, "--stream-json": self.stream_json, "--extract": self.extract}
+        chosen = {"--json": self.json, "--stream-json/--no-stream-json": self.stream_json, "--extract": self.extract}
         flags = [flag for flag, given in chosen.items() if given]
         if len(flags) > 1:
             raise UsageError(f"{' and '.join(flags)} are both given", hint="give one of them")
@@ -92,13 +92,19 @@ def ask(
     special_tokens: SpecialTokens = False,
     json: Json = False,
     stream_json: Annotated[
-        bool, typer.Option("--stream-json", help="One JSON object a line as the answer comes (OpenAI's chunks).")
+        bool,
+        typer.Option(
+            "--stream-json/--no-stream-json", help="One JSON object a line as the answer comes (OpenAI's chunks)."
+        ),
     ] = False,
     extract: Annotated[
-        bool, typer.Option("-x", "--extract", help="Print only the first code block; exit 1 when there is none.")
+        bool,
+        typer.Option(
+            "-x", "--extract/--no-extract", help="Print only the first code block; exit 1 when there is none."
+        ),
     ] = False,
     output: Output = None,
-    no_stream: NoStream = False,
+    stream: Stream = True,
     quiet: Quiet = False,
     stats: Stats = False,
     live: Live = None,
@@ -123,7 +129,7 @@ def ask(
     """
     if cache is not None and (raw or system is not None or system_file is not None):
         raise UsageError("--cache goes on with a conversation that has begun", hint="leave out --raw and --system")
-    form = _Form(json=json, stream_json=stream_json, extract=extract, no_stream=no_stream, output=output, live=live)
+    form = _Form(json=json, stream_json=stream_json, extract=extract, stream=stream, output=output, live=live)
 
     from trimkv_cli.commands.prompts import check_raw, read_system
 
@@ -181,7 +187,7 @@ def _answer(llm: Engine, request: Request, form: _Form, options: EngineOptions) 
     from trimkv_cli.ui.live import token_counter
 
     with open_answer(form.output) as writer, token_counter(wanted=form.live) as count:
-        streaming = not (form.json or form.no_stream or form.extract)
+        streaming = not (form.json or not form.stream or form.extract)
         chunks = ChunkWriter(writer.line, request_id=request.id, model=llm.facts.model_id) if form.stream_json else None
         show = writer.push if chunks is None else chunks.push
 

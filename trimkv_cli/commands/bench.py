@@ -31,7 +31,11 @@ def bench(
         ),
     ] = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Fill the --shape with random numbers instead of downloading it.")
+        bool,
+        typer.Option(
+            "--random-weights/--no-random-weights",
+            help="Fill the --shape with random numbers instead of downloading it.",
+        ),
     ] = False,
     contexts: Annotated[
         str, typer.Option("--contexts", metavar="LIST", help="Prompt tokens before decoding is measured.")

@@ -30,22 +30,26 @@ def chat(
     invocation: typer.Context,
     name: ModelName = None,
     *,
-    go_on: Annotated[bool, typer.Option("-C", "--continue", help="Go on with the last session.")] = False,
+    go_on: Annotated[bool, typer.Option("-C", "--continue/--no-continue", help="Go on with the last session.")] = False,
     session: Annotated[
         str | None,
         typer.Option(
             "--session", help="Go on with this session, or begin it.", metavar="NAME", autocompletion=complete_session
         ),
     ] = None,
-    no_save_cache: Annotated[
-        bool, typer.Option("--no-save-cache", help="Store what is said, but not the cache: -C reads it again.")
-    ] = False,
+    save_cache: Annotated[
+        bool,
+        typer.Option(
+            "--save-cache/--no-save-cache", help="Store the cache beside what is said; without it -C reads it again."
+        ),
+    ] = True,
     undo_depth: Annotated[
         int, typer.Option("--undo-depth", min=0, help="Turns whose state is kept for /undo.", metavar="N")
     ] = 3,
-    no_history: Annotated[
-        bool, typer.Option("--no-history", help="Write nothing down: no history of lines, no session.")
-    ] = False,
+    history: Annotated[
+        bool,
+        typer.Option("--history/--no-history", help="Write down the lines and the session; without it nothing."),
+    ] = True,
     system: System = None,
     system_file: SystemFile = None,
     encoding: Encoding = None,
@@ -94,17 +98,17 @@ def chat(
         sampling=sampling,
         undo_depth=undo_depth,
         session=session,
-        private=no_history,
-        save_cache=not no_save_cache,
+        private=not history,
+        save_cache=save_cache,
     )
     # In memory all states to which /undo goes back, or of stored ones the copy that is written.
-    snapshots = undo_depth + 2 if no_history or no_save_cache else 2
+    snapshots = 2 if history and save_cache else undo_depth + 2
     with keys_held_back():
         this = open_chat(open_engine(engine, quiet=quiet, snapshots=snapshots), engine, opening, stored, screen)
         if stored is None and not quiet:
             screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")
         try:
-            talk(this, make_prompt(this, screen, private=no_history), screen)
+            talk(this, make_prompt(this, screen, private=not history), screen)
         finally:
             this.autosave.close()
     if not quiet and this.autosave.name is not None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def doctor(
     *,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure what a process takes without a model, for later plans.")
+        bool,
+        typer.Option("--measure/--no-measure", help="Measure what a process takes without a model, for later plans."),
     ] = False,
     json: Json = False,
 ) -> None:

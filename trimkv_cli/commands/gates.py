@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import Json, Model, Offline, Revision
+from trimkv_cli.commands.options import CommandGroup, Json, Model, Offline, Revision
 from trimkv_cli.engine.places import gates_place, model_place
 from trimkv_cli.errors import UsageError
 from trimkv_cli.ui.messages import print_warning
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from trimkv_cli.cache.gate_facts import GateFacts
     from trimkv_cli.spec import GateSpec
 
-gates_app = typer.Typer(help="Look at trained retention gates.", no_args_is_help=True)
+gates_app = CommandGroup(help="Look at trained retention gates.", no_args_is_help=True)
 
 Gates = Annotated[str, typer.Argument(metavar="GATES", help="A folder, a hub id, or a profile for its gates.")]
 
 
 @gates_app.command()
-def show(gates: Gates, *, revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
+def show(gates: Gates, *, gates_revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
     """Show what a gate folder holds: variant, budget and context it was trained for, biases, checksum.
 
     trimkv gates show qwen3-4b-math
     """
-    place = gates_place(gates, revision)
+    place = gates_place(gates, gates_revision)
     folder = place.folder("gates", offline=offline)
     from trimkv_cli.cache.gate_facts import gate_facts  # torch, only once there is something to read
 
@@ -42,7 +42,7 @@ def show(gates: Gates, *, revision: Revision = None, offline: Offline = False, j
 
 
 @gates_app.command()
-def verify(gates: Gates, *, model: Model = None, revision: Revision = None, offline: Offline = False) -> None:
+def verify(gates: Gates, *, model: Model = None, gates_revision: Revision = None, offline: Offline = False) -> None:
     """Check that gates fit a model: names, shapes and values of every tensor. Exit 6 when they do not.
 
     trimkv gates verify ./gates --model Qwen/Qwen3-4B
@@ -53,7 +53,7 @@ def verify(gates: Gates, *, model: Model = None, revision: Revision = None, offl
     from trimkv_cli.cache.gate_files import read_gates
     from trimkv_cli.folders import read_model_spec
 
-    place = gates_place(gates, revision)
+    place = gates_place(gates, gates_revision)
     gate, tensors, _, warnings = read_gates(place.folder("gates", offline=offline), id=place.id)
     base = model_place(model or _base_model(gate))
     spec = read_model_spec(base.folder("config", offline=offline))

@@ -37,7 +37,7 @@ def train(
     data: Annotated[list[Path], _own("--data", _DATA, "JSONL or text file; may be given several times.", "FILE")],
     output: Annotated[Path, _own("--output", _RUN, "Folder for the gates and the checkpoint.", "DIR", short="-o")],
     memory_size: Annotated[int, _own("--memory-size", _GATES, "Slots per KV head to train for.", "M")],
-    context: Annotated[int, _own("--context", _DATA, "Tokens of a sequence.", short="-c")],
+    sequence: Annotated[int, _own("--context", _DATA, "Tokens of a sequence.", short="-c")],
     steps: Annotated[int, _own("--steps", _LEARNING, "Updates of the gates.")],
     gate: Annotated[TrainedVariant, _own("--gate", _GATES, "rg: two linear layers; rg10: three.", None)] = "rg",
     hidden: Annotated[int, _own("--hidden", _GATES, "Width of a gate.")] = 512,
@@ -72,7 +72,10 @@ def train(
         Export, _own("--export", _RUN, "own, or released: the format of the authors' folders.", None)
     ] = "own",
     gradient_checkpointing: Annotated[
-        bool, _own("--gradient-checkpointing", _RUN, "Compute layers twice to save memory.", None)
+        bool,
+        _own(
+            "--gradient-checkpointing/--no-gradient-checkpointing", _RUN, "Compute layers twice to save memory.", None
+        ),
     ] = False,
     dtype: Annotated[
         str,
@@ -100,7 +103,7 @@ def train(
     """
     options = TrainOptions(
         memory_size=memory_size,
-        context=context,
+        context=sequence,
         steps=steps,
         batch=batch,
         accumulate=accumulate,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import Json, Offline, Revision
+from trimkv_cli.commands.options import CommandGroup, Json, Offline, Revision
 from trimkv_cli.engine.places import MINI, Place, gates_place, model_place, shown_id
 from trimkv_cli.folders import read_model_spec
 from trimkv_cli.mini import MODEL_FOLDER
@@ -20,7 +20,7 @@ from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.ui.tables import columns
 from trimkv_cli.units import format_size
 
-models_app = typer.Typer(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
+models_app = CommandGroup(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
 
 ModelName = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Profile, hub id or folder. Without one, the built-in mini.")

@@ -9,11 +9,16 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from trimkv_cli.commands.completion import complete_gates, complete_model, complete_profile
+from trimkv_cli.engine.options import EngineOptions, SamplingOptions
+from trimkv_cli.errors import ConfigError, UsageError
+from trimkv_cli.settings import overlay
 from trimkv_cli.utf8 import check_encoding
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_MODEL_ARGUMENTS = ("name", "id")  # where a model is an argument and no option
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,10 @@ FLAGS = {
         "TYPE",
     ),
     "device": _Flag(("--device",), "auto, cuda, cuda:N, mps or cpu.", _MODEL, "DEVICE"),
-    "offline": _Flag(("--offline",), "Never use the network; exit 6 when a file is missing.", _MODEL),
-    "trust_remote_code": _Flag(("--trust-remote-code",), "Run Python code that comes with the model.", _MODEL),
+    "offline": _Flag(("--offline/--no-offline",), "Never use the network; exit 6 when a file is missing.", _MODEL),
+    "trust_remote_code": _Flag(
+        ("--trust-remote-code/--no-trust-remote-code",), "Run Python code that comes with the model.", _MODEL
+    ),
     "budget": _Flag(("-b", "--budget"), "All memory that the process may use, as 8GiB or 80%.", _MEMORY, "SIZE"),
     "kv_budget": _Flag(
         ("--kv-budget",),
@@ -92,10 +99,12 @@ FLAGS = {
         "WHAT",
     ),
     "deterministic": _Flag(
-        ("--deterministic",), "The same tokens for a request whatever runs beside it (CPU, fp32; slower).", _MEMORY
+        ("--deterministic/--no-deterministic",),
+        "The same tokens for a request whatever runs beside it (CPU, fp32; slower).",
+        _MEMORY,
     ),
     "threads": _Flag(("--threads",), "CPU threads; default: all cores.", _MEMORY, "N"),
-    "compile": _Flag(("--compile",), "Compile decode steps: slower to start, faster per token.", _MEMORY),
+    "compile": _Flag(("--compile/--no-compile",), "Compile decode steps: slower to start, faster per token.", _MEMORY),
     "max_tokens": _Flag(("-n", "--max-tokens"), "Most tokens to generate.", _SAMPLING, "N"),
     "temperature": _Flag(("--temperature",), "0 = greedy; default: the model's own.", _SAMPLING, "T"),
     "top_p": _Flag(("--top-p",), "Keep the likeliest tokens up to this probability mass.", _SAMPLING, "P"),
@@ -107,8 +116,10 @@ FLAGS = {
     ),
     "seed": _Flag(("--seed",), "Same seed, same prompt, same tokens.", _SAMPLING, "N"),
     "stop": _Flag(("--stop",), "Stop before this text; may be given several times.", _SAMPLING, "TEXT"),
-    "greedy": _Flag(("--greedy",), "Always take the likeliest token (temperature 0).", _SAMPLING),
-    "ignore_eos": _Flag(("--ignore-eos",), "Go on to --max-tokens even past an end-of-text token.", _SAMPLING),
+    "greedy": _Flag(("--greedy/--no-greedy",), "Always take the likeliest token (temperature 0).", _SAMPLING),
+    "ignore_eos": _Flag(
+        ("--ignore-eos/--no-ignore-eos",), "Go on to --max-tokens even past an end-of-text token.", _SAMPLING
+    ),
     "system": _Flag(("-s", "--system"), "System message.", _PROMPT, "TEXT"),
     "system_file": _Flag(("--system-file",), "Read the system message from a file.", _PROMPT, "FILE"),
     "encoding": _Flag(
@@ -119,19 +130,60 @@ FLAGS = {
         check=check_encoding,
     ),
     "think": _Flag(("--think/--no-think",), "Let the model reason first, where its template knows how.", _PROMPT),
-    "raw": _Flag(("--raw",), "Send the prompt as it is, without the chat template.", _PROMPT),
+    "raw": _Flag(("--raw/--no-raw",), "Send the prompt as it is, without the chat template.", _PROMPT),
     "special_tokens": _Flag(
-        ("--special-tokens",), "Read the model's own special tokens in a raw prompt as such, not as text.", _PROMPT
+        ("--special-tokens/--no-special-tokens",),
+        "Read the model's own special tokens in a raw prompt as such, not as text.",
+        _PROMPT,
     ),
-    "json": _Flag(("--json",), "Print one JSON object instead of text.", _OUTPUT),
+    "json": _Flag(("--json/--no-json",), "Print one JSON object instead of text.", _OUTPUT),
     "output": _Flag(("-o", "--output"), "Write to this file instead of stdout.", _OUTPUT, "FILE"),
-    "no_stream": _Flag(("--no-stream",), "Print the answer when it is complete.", _OUTPUT),
-    "quiet": _Flag(("-q", "--quiet"), "Only warnings and errors on stderr.", _OUTPUT),
-    "stats": _Flag(("--stats",), "Print counts, speed and memory to stderr at the end.", _OUTPUT),
+    "stream": _Flag(("--stream/--no-stream",), "Print the answer as it comes, or when it is complete.", _OUTPUT),
+    "quiet": _Flag(("-q", "--quiet/--no-quiet"), "Only warnings and errors on stderr.", _OUTPUT),
+    "stats": _Flag(("--stats/--no-stats",), "Print counts, speed and memory to stderr at the end.", _OUTPUT),
     "color": _Flag(("--color",), "Colour on stdout: auto is only on a terminal and without NO_COLOR.", _OUTPUT),
-    "ascii": _Flag(("--ascii",), "Draw with ASCII characters only.", _OUTPUT),
+    "ascii": _Flag(("--ascii/--no-ascii",), "Draw with ASCII characters only.", _OUTPUT),
     "live": _Flag(("--live/--no-live",), "Show progress and memory while running (only on a terminal).", _OUTPUT),
 }
+
+
+def check_setting(key: str, value: Any, *, name: str) -> None:
+    """Raise when a setting has a value that its option would refuse; `name` says where it stands.
+
+    Raises:
+        ConfigError: such a value.
+    """
+    flag = FLAGS.get(key)
+    try:
+        for group in (EngineOptions, SamplingOptions):
+            if key in {f.name for f in fields(group)}:
+                group(**{key: value})
+        if flag is not None and flag.check is not None:
+            flag.check(value)
+    except UsageError as error:
+        said = f"{flag.declarations[-1]} {value}: " if flag is not None else ""
+        raise ConfigError(f"{name}: {error.message.removeprefix(said)}", hint=error.hint) from None
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose options may come from files and environment, over which what is said on the line wins."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the line; settings that go with another choice than the one said there are left out."""
+        if ctx.default_map:
+            said, *_ = self.make_parser(ctx).parse_args(args=list(args))
+            named = {"model" if key in _MODEL_ARGUMENTS else key: value for key, value in said.items()}
+            left = overlay(ctx.default_map, {key: value for key, value in named.items() if value is not None})
+            ctx.default_map = {key: value for key, value in ctx.default_map.items() if key in left}
+        return super().parse_args(ctx, args)
+
+
+class CommandGroup(typer.Typer):
+    """A table of such commands."""
+
+    def command(self, name: str | None = None, **how: Any) -> Callable[[Command], Command]:
+        """Add a command as Typer does."""
+        return super().command(name, **{"cls": SettingsCommand, **how})
 
 
 def option(name: str) -> Any:
@@ -154,7 +206,7 @@ ModelName = Annotated[
 Json = Annotated[bool, option("json")]
 Output = Annotated[str | None, option("output")]
 Quiet = Annotated[bool, option("quiet")]
-NoStream = Annotated[bool, option("no_stream")]
+Stream = Annotated[bool, option("stream")]
 Stats = Annotated[bool, option("stats")]
 Live = Annotated[bool | None, option("live")]
 Color = Annotated[Literal["auto", "always", "never"], option("color")]

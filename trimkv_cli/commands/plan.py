@@ -30,7 +30,10 @@ def plan(
         typer.Option("--solve", metavar="kv-budget|rows|context", help="Say the most of this size that fits."),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Show what the budget holds in each precision of weights and cache.")
+        bool,
+        typer.Option(
+            "--compare/--no-compare", help="Show what the budget holds in each precision of weights and cache."
+        ),
     ] = False,
     json: Json = False,
     engine: EngineOptions,

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import Json
+from trimkv_cli.commands.options import CommandGroup, Json
 from trimkv_cli.profiles import Profile, list_profiles, load_profile, profile_folders
 
-profiles_app = typer.Typer(help="Look at profiles: a model under a short name.", no_args_is_help=True)
+profiles_app = CommandGroup(help="Look at profiles: a model under a short name.", no_args_is_help=True)
 
 
 @profiles_app.command(name="list")

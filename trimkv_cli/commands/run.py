@@ -53,18 +53,28 @@ def run(
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Refuse lines with unknown keys or another model's name.", rich_help_panel=_INPUT
+            "--strict/--no-strict",
+            help="Refuse lines with unknown keys or another model's name.",
+            rich_help_panel=_INPUT,
         ),
     ] = False,
     retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Try lines again that failed before.", rich_help_panel=_INPUT)
+        bool,
+        typer.Option(
+            "--retry-errors/--no-retry-errors", help="Try lines again that failed before.", rich_help_panel=_INPUT
+        ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew instead of resuming an output.", rich_help_panel=_INPUT)
+        bool,
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Start anew instead of resuming an output.", rich_help_panel=_INPUT
+        ),
     ] = False,
     adopt: Annotated[
         bool,
-        typer.Option("--adopt", help="Resume an output although nothing says what made it.", rich_help_panel=_INPUT),
+        typer.Option(
+            "--adopt/--no-adopt", help="Resume an output although nothing says what made it.", rich_help_panel=_INPUT
+        ),
     ] = False,
     shard: Annotated[
         str,
@@ -80,7 +90,7 @@ def run(
     ] = "16MiB",
     validate: Annotated[
         bool,
-        typer.Option("--validate", help="Only check the input; load no model.", rich_help_panel=_INPUT),
+        typer.Option("--validate/--no-validate", help="Only check the input; load no model.", rich_help_panel=_INPUT),
     ] = False,
     timeout: Annotated[
         str | None,
@@ -100,7 +110,8 @@ def run(
         ),
     ] = None,
     fail_fast: Annotated[
-        bool, typer.Option("--fail-fast", help="Stop at the first line that fails.", rich_help_panel=_ENDS)
+        bool,
+        typer.Option("--fail-fast/--no-fail-fast", help="Stop at the first line that fails.", rich_help_panel=_ENDS),
     ] = False,
     grace: Annotated[
         str,

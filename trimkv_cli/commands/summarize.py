@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Ascii, Encoding, Json, Live, NoStream, Output, Quiet, Stats, Think, with_options
+from trimkv_cli.commands.options import Ascii, Encoding, Json, Live, Output, Quiet, Stats, Stream, Think, with_options
 from trimkv_cli.commands.summary_inputs import Inputs, combined
 from trimkv_cli.commands.summary_output import How, Summaries
 from trimkv_cli.commands.summary_texts import Format, Wish
@@ -28,7 +28,7 @@ def summarize(
         str | None, typer.Option("--length", help="short, medium, long, or about so many words.", metavar="LENGTH")
     ] = None,
     format: Annotated[Format | None, typer.Option("--format", help="json: one object a file, {input, points}.")] = None,
-    combine: Annotated[bool, typer.Option("--combine", help="One summary of all files together.")] = False,
+    combine: Annotated[bool, typer.Option("--combine/--no-combine", help="One summary of all files together.")] = False,
     save_cache: Annotated[
         str | None, typer.Option("--save-cache", help="Keep what was read, for trimkv ask --cache.", metavar="KV")
     ] = None,
@@ -36,7 +36,7 @@ def summarize(
     think: Think = None,
     json: Json = False,
     output: Output = None,
-    no_stream: NoStream = False,
+    stream: Stream = True,
     quiet: Quiet = False,
     stats: Stats = False,
     live: Live = None,
@@ -67,7 +67,7 @@ def summarize(
         wish=Wish(format=format, length=length, focus=focus),
         combine=combine,
         json=json,
-        no_stream=no_stream,
+        stream=stream,
         stats=stats,
         quiet=quiet,
         think=think,

@@ -29,7 +29,7 @@ class How:
     wish: Wish
     combine: bool
     json: bool
-    no_stream: bool
+    stream: bool
     stats: bool
     quiet: bool
     think: bool | None
@@ -48,7 +48,7 @@ class Summaries:
         self._writer = writer
         self._how = how
         self._alone = len(inputs.names) == 1
-        self._streams = self._alone and not (how.json or how.no_stream or how.wish.format == "json")
+        self._streams = self._alone and not (how.json or not how.stream or how.wish.format == "json")
         self._records: dict[int, dict[str, Any]] = {}
         self._done: dict[int, Summed | TrimkvError] = {}
         self._next = 0

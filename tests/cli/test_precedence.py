@@ -1,0 +1,137 @@
+"""What is said on the command line wins over files and environment, and settings reach every command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimkv_cli import app
+from trimkv_cli.settings import KEYS, overlay
+
+
+def commands(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every command of the tree with its full name."""
+    for each, command in getattr(tree, "commands", {}).items():
+        yield from commands(command, f"{name} {each}".strip())
+    if not hasattr(tree, "commands"):
+        yield name, tree
+
+
+ALL = dict(commands(app.command_tree()))
+
+
+def parsed(name: str, *line: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a command gets of a line, over settings."""
+    command = ALL[name]
+    defaults = app._defaults_of(command, settings)
+    with command.make_context(name, list(line), default_map=defaults) as context:
+        return dict(context.params)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_boolean_can_be_turned_off_on_the_line(name: str) -> None:
+    """Catches a flag that a file turns on for good."""
+    flags = [p for p in ALL[name].params if getattr(p, "is_flag", False) and p.name not in ("help", "version")]
+    assert all(p.secondary_opts for p in flags), [p.opts for p in flags if not p.secondary_opts]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_settings_reach_every_option_of_their_name(name: str) -> None:
+    """Catches commands in a group that never hear of a setting."""
+    tree: Any = app.command_tree()
+    settings: dict[str, Any] = {key: {str: "x", bool: True, list: ["x"]}.get(kind, 1) for key, kind in KEYS.items()}
+    defaults = app._defaults_of(tree, settings)
+    for part in name.split():
+        defaults = defaults[part]
+    own = {
+        p.name for p in ALL[name].params if p.name in KEYS and (KEYS[p.name] is bool) == getattr(p, "is_flag", False)
+    }
+    assert own <= defaults.keys()
+    assert name.split(maxsplit=1)[0] != "gates" or "revision" not in defaults or name == "gates train"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "expected"),
+    [
+        ({"profile": "qwen3-4b-math"}, ["-m", "mini"], {"model": "mini", "profile": None}),
+        ({"model": "mini", "revision": "abc"}, ["--profile", "x"], {"model": None, "revision": None, "profile": "x"}),
+        ({"model": "a/b", "gates": "c/d"}, ["-m", "mini"], {"model": "mini", "gates": "auto"}),
+        ({"model": "a/b", "gates": "streaming:8"}, ["-m", "mini"], {"gates": "streaming:8"}),
+        ({"model": "mini", "gates": "c/d"}, ["-m", "mini"], {"gates": "c/d"}),
+        ({"greedy": True}, ["--temperature", "0.7"], {"greedy": False, "temperature": 0.7}),
+        ({"temperature": 0.7, "top_p": 0.5}, ["--greedy"], {"greedy": True, "temperature": None, "top_p": None}),
+        ({"temperature": 0.7}, ["--no-greedy"], {"greedy": False, "temperature": 0.7}),
+        ({"system": "Be short."}, ["--system-file", "f"], {"system": None, "system_file": "f"}),
+        ({"system": "Be short."}, ["--raw"], {"system": None, "raw": True}),
+        ({"system": "Be short."}, ["--no-raw"], {"system": "Be short."}),
+        ({"system": "Be short."}, ["--cache", "f.kv"], {"system": None}),
+        ({"deterministic": True}, ["--compile"], {"deterministic": False, "compile": True}),
+        ({"compile": True}, ["--on-overflow", "rebase"], {"compile": False}),
+        ({"compile": True}, ["--on-overflow", "error"], {"compile": True}),
+        ({"offline": True, "quiet": True}, ["--no-offline", "--no-quiet"], {"offline": False, "quiet": False}),
+        ({"stream": False}, ["--stream"], {"stream": True}),
+        ({"stream": False}, [], {"stream": False}),
+    ],
+)
+def test_the_line_wins(settings: Mapping[str, Any], line: list[str], expected: dict[str, Any]) -> None:
+    """Catches a file that forbids what the line says, or that silently wins over it."""
+    got = parsed("ask", *line, settings=settings)
+    assert {key: got[key] for key in expected} == expected
+
+
+def test_a_model_that_is_an_argument_wins_as_well() -> None:
+    """Catches `trimkv plan MODEL` that a profile in a file contradicts."""
+    got = parsed("plan", "mini", settings={"profile": "qwen3-4b-math", "revision": "abc"})
+    assert (got["name"], got["profile"], got["revision"]) == ("mini", None, None)
+
+
+def test_a_higher_layer_takes_rivals_of_a_lower_one_with_it() -> None:
+    """Catches TRIMKV_PROFILE beside a model in the user's file."""
+    assert overlay({"model": "a", "seed": 1}, {"profile": "b"}) == {"profile": "b", "seed": 1}
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> int:
+    monkeypatch.chdir(folder)
+    return app._exit_code(arguments)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kv_budget", "abc"), ("budget", "8GX"), ("dtype", "int4"), ("device", "gpu"), ("pin", "all"),
+        ("temperature", "-1"), ("on_overflow", "cut"), ("threads", "0"), ("max_inflight", "0"),
+        ("encoding", "utf-9"), ("quantize", "q4"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_a_bad_value_is_named_with_its_place(
+    key: str,
+    value: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches "'abc' is not a size" after the model is loaded, with no word about whose value that is."""
+    if place == "environment":
+        monkeypatch.setenv(f"TRIMKV_{key.upper()}", value)
+    else:
+        text = value if KEYS[key] in (int, float) else f'"{value}"'
+        (tmp_path / "trimkv.toml").write_text(f"{key} = {text}\n")
+    assert run(["ask", "hi"], monkeypatch, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert (f"TRIMKV_{key.upper()}={value}" if place == "environment" else f"trimkv.toml: {key}") in said
+
+
+@pytest.mark.parametrize(
+    "line", [["--kv-budget", "abc"], ["--budget", "8GX"], ["--dtype", "int4"], ["--device", "gpu"]]
+)
+def test_a_bad_flag_is_named(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a mistyped value that is told only once the model is found, without its flag."""
+    assert run(["ask", "hi", *line], monkeypatch, tmp_path) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line[0]} {line[1]}: ")
