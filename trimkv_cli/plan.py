@@ -9,7 +9,7 @@ from trimkv_cli.errors import DoesNotFit, UsageError
 from trimkv_cli.footprint import Part, Shape, Surroundings, footprint
 from trimkv_cli.solve import counter_offers, solve
 from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation
-from trimkv_cli.units import SequenceBytes, format_size
+from trimkv_cli.units import SequenceBytes, format_size, format_sizes
 from trimkv_cli.wish import PlanOptions, Precision, Wish, check_sinks, make_wish
 
 __all__ = ["Part", "Plan", "PlanOptions", "Warning", "make_plan"]
@@ -82,9 +82,9 @@ class Plan:
         needed = max(self.total_bytes, plan.total_bytes) + self._moving_bytes(kv_budget)
         if self.budget_bytes is not None and needed > self.budget_bytes:
             most = self.slots_within(self.budget_bytes)
-            message = f"{kv_budget} slots per head need {format_size(needed)} while they change"
+            written, budget = format_sizes(needed, self.budget_bytes)
             raise DoesNotFit(
-                f"{message}, and the budget is {format_size(self.budget_bytes)}",
+                f"{kv_budget} slots per head need {written} while they change, and the budget is {budget}",
                 hint=f"up to {most} slots per head fit" if most else "a larger --budget",
             )
         return plan
@@ -130,8 +130,9 @@ class Plan:
         """
         if self.fits:
             return
-        needed, budget = format_size(self.total_bytes), format_size(self.budget_bytes or 0)
-        raise DoesNotFit(f"{needed} are needed, and the budget is {budget}", hint=self.offers[0])
+        needed, budget = format_sizes(self.total_bytes, self.budget_bytes or 0)
+        short = format_size(self.total_bytes - (self.budget_bytes or 0))
+        raise DoesNotFit(f"{needed} are needed, and the budget is {budget}: {short} short", hint=self.offers[0])
 
 
 def make_plan(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Plan:

@@ -29,16 +29,23 @@ def parse_size(text: str) -> int:
     return int(whole + fraction) * int(base**power) // int(10 ** len(fraction))
 
 
-def format_size(size_bytes: int) -> str:
-    """Write bytes in the binary unit that leaves one to four digits before the point."""
+def format_size(size_bytes: int, digits: int = 1) -> str:
+    """Write bytes in the binary unit that leaves one to four digits before the point, and `digits` behind it."""
     value = float(size_bytes)
     if value < 1024:
         return f"{size_bytes} B"
     for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
         value /= 1024
-        if round(value, 1) < 1024 or unit == "PiB":
+        if round(value, digits) < 1024 or unit == "PiB":
             break
-    return f"{value:.1f} {unit}"
+    return f"{value:.{digits}f} {unit}"
+
+
+def format_sizes(*sizes: int) -> tuple[str, ...]:
+    """Write sizes that are compared with each other, with so many digits that different ones look different."""
+    tries = (tuple(format_size(size, digits) for size in sizes) for digits in range(1, 15))
+    exact = tuple(f"{size} B" for size in sizes)
+    return next((written for written in tries if len(set(written)) == len(set(sizes))), exact)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from typing import Any
@@ -316,3 +317,14 @@ def test_a_budget_never_makes_slots_so_few_that_sinks_fill_them() -> None:
     for budget in range(roomy.total_bytes // 4, roomy.total_bytes, roomy.total_bytes // 16):
         found = make_plan(SPEC, gate, PlanOptions(budget=budget, max_inflight=1))
         assert found.kv_budget > 100 or not found.fits
+
+
+def test_a_refusal_that_is_close_says_by_how_much() -> None:
+    """Catches the same rounded size given for what is needed and for the budget."""
+    asked = PlanOptions(
+        budget=10 * MIB, kv_budget=8192, max_inflight=8, prefill_chunk=512, dtype="fp32", quantize="none"
+    )
+    needed = make_plan(SPEC, GATE, asked).total_bytes
+    with pytest.raises(DoesNotFit, match=r"40\.0 KiB short") as caught:
+        make_plan(SPEC, GATE, replace(asked, budget=needed - 40 * 2**10)).ensure_fits()
+    assert len(set(re.findall(r"[0-9.]+ [MG]iB", caught.value.message))) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trimkv_cli.errors import UsageError
@@ -11,6 +11,7 @@ from trimkv_cli.units import (
     Budget,
     SequenceBytes,
     format_size,
+    format_sizes,
     parse_budget,
     parse_duration,
     parse_kv_budget,
@@ -54,6 +55,16 @@ def test_a_bad_size_is_a_usage_error_with_an_example(text: str) -> None:
 )
 def test_sizes_are_written_in_the_fitting_unit(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@given(st.lists(st.integers(min_value=0, max_value=2**60), min_size=2, max_size=3))
+@example([1_363_148_800, 1_369_439_921])
+@example([2**50 + 1, 2**50])
+def test_sizes_that_are_compared_look_as_different_as_they_are(sizes: list[int]) -> None:
+    """Catches "1.3 GiB are needed, and the budget is 1.3 GiB"."""
+    written = format_sizes(*sizes)
+    assert len(set(written)) == len(set(sizes))
+    assert [parse_size(text) for text in written] == [pytest.approx(size, rel=0.051) for size in sizes]
 
 
 @given(st.integers(min_value=0, max_value=2**60))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trimkv_cli.units import format_size
+from trimkv_cli.units import format_size, format_sizes
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
@@ -35,8 +35,9 @@ def memory_report(engine: Engine) -> dict[str, Any]:
 def memory_line(engine: Engine) -> str:
     """Say in one line what was used at most, beside plan and budget."""
     plan = engine.facts.plan
-    said = f"memory   {engine.kv_bytes:,} bytes of cache, {format_size(engine.peak_bytes)} at the peak"
+    said, reached = f"memory   {engine.kv_bytes:,} bytes of cache", engine.peak_bytes
     if plan.budget_bytes is None:
-        return said
-    held = "held" if engine.peak_bytes <= plan.budget_bytes else "NOT held"
-    return f"{said}, {format_size(plan.total_bytes)} planned, budget {format_size(plan.budget_bytes)} {held}"
+        return f"{said}, {format_size(reached)} at the peak"
+    held = "held" if reached <= plan.budget_bytes else "NOT held"
+    peak, planned, budget = format_sizes(reached, plan.total_bytes, plan.budget_bytes)
+    return f"{said}, {peak} at the peak, {planned} planned, budget {budget} {held}"

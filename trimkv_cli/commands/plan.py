@@ -181,9 +181,11 @@ def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, mor
 
 def _as_text(plan: Plan, model: str, context: int) -> str:
     from trimkv_cli.ui.tables import columns
-    from trimkv_cli.units import format_size
+    from trimkv_cli.units import format_size, format_sizes
 
-    lines = [(label, format_size(size_bytes), note) for label, size_bytes, note in _rows(plan, context)]
+    total, budget = format_sizes(plan.total_bytes, plan.budget_bytes or plan.total_bytes)
+    compared = {"total": total, "budget": budget}
+    lines = [(name, compared.get(name) or format_size(size), note) for name, size, note in _rows(plan, context)]
     width = max(len(size) for _, size, _ in lines)
     table = columns([(label, size.rjust(width), note) for label, size, note in lines])
     return "\n".join([f"{model} with {plan.gate.id}", *(line.rstrip() for line in table), "", *_remarks(plan)])

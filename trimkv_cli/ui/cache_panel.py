@@ -6,7 +6,7 @@ from rich.text import Text
 
 from trimkv_cli.events import MemoryUse
 from trimkv_cli.ui.look import Look
-from trimkv_cli.units import format_size
+from trimkv_cli.units import format_size, format_sizes
 
 _PARTS = (("W", "weights", 61), ("G", "gates", 97), ("K", "KV cache", 172), ("w", "workspace", 73))
 
@@ -36,7 +36,8 @@ def _totals(memory: MemoryUse, look: Look) -> str:
     facts = [f"peak {format_size(memory.peak_bytes)}"]
     if memory.budget_bytes is not None:
         left = memory.budget_bytes - memory.peak_bytes
-        facts += [f"budget {format_size(memory.budget_bytes)}"]
+        peak, budget = format_sizes(memory.peak_bytes, memory.budget_bytes)
+        facts = [f"peak {peak}", f"budget {budget}"]
         facts += [f"free {format_size(left)}" if left >= 0 else f"over by {format_size(-left)}"]
     needed = format_size(memory.full_cache_bytes)
     return look.join([*facts, f"a full cache would need {needed} for these {memory.seen_tokens:,} tokens"])

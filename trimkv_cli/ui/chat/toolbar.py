@@ -8,7 +8,7 @@ from rich.cells import cell_len
 
 from trimkv_cli.ui.look import Look
 from trimkv_cli.ui.plain import neutralise
-from trimkv_cli.units import format_size
+from trimkv_cli.units import format_size, format_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def _facts(status: Status) -> list[str]:
     if status.attached:
         facts.append(f"+{status.attached} file{'s' if status.attached > 1 else ''}")
     if status.budget_bytes is not None:
-        facts.append(f"{format_size(status.peak_bytes)} of {format_size(status.budget_bytes)}")
+        facts.append(" of ".join(format_sizes(status.peak_bytes, status.budget_bytes)))
     else:
         facts.append(f"{format_size(status.peak_bytes)}, no budget")
     if status.horizon is not None:
