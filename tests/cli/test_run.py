@@ -198,6 +198,30 @@ def test_validate_lists_each_problem_with_its_line_and_loads_no_model(tmp_path: 
     ]
 
 
+COLOUR = {"type": "object", "properties": {"p": {"enum": ["red", "green"]}}, "required": ["p"]}
+
+
+def test_a_small_model_spends_few_tokens_on_a_schema(tmp_path: Path) -> None:
+    """Catches newlines between the braces until max_tokens, and an empty answer where nothing satisfies a schema."""
+    schemas = [{**COLOUR, "additionalProperties": False}, {"$ref": "#"}]
+    lines = [
+        {
+            "messages": [{"role": "user", "content": "Give an example."}],
+            "max_tokens": 80,
+            "temperature": 0,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+        }
+        for schema in schemas
+    ]
+    done = trimkv_run(write_lines(tmp_path / "in.jsonl", *lines), "--order", "input", *SMALL)
+    answered, refused = [json.loads(line)["response"] for line in done.stdout.splitlines()]
+    [choice] = answered["body"]["choices"]
+    assert json.loads(choice["message"]["content"])["p"] in ("red", "green")
+    assert choice["finish_reason"] == "stop"
+    assert answered["body"]["usage"]["completion_tokens"] < 25
+    assert (refused["status_code"], refused["body"]["error"]["code"]) == (400, "invalid_schema")
+
+
 def test_a_text_file_is_one_prompt_per_line(tmp_path: Path) -> None:
     source = tmp_path / "prompts.txt"
     source.write_text("Hello\n\n{not json\n")

@@ -172,6 +172,7 @@ def test_a_format_that_cannot_be_followed_any_further_ends_its_request_alone(
     ("params", "message"),
     [
         ({"grammar": grammar({"type": "objct"})}, "cannot be followed"),
+        ({"grammar": grammar({"$ref": "#"})}, "no answer satisfies it"),
         ({"logit_bias": ((512, 1.0),)}, "outside the vocabulary"),
     ],
 )

@@ -33,8 +33,14 @@ class Grammars:
         """
         matcher = self._compile(grammar)
         if matcher.is_error():
-            message = f"the format cannot be followed: {matcher.get_error().strip()}"
-            raise UsageError(message, param="response_format")
+            reason = matcher.get_error().strip()
+        else:
+            begun = matcher.deep_copy()
+            begun.compute_bitmask()
+            if not begun.is_error():
+                return
+            reason = "no answer satisfies it"
+        raise UsageError(f"the format cannot be followed: {reason}", param="response_format")
 
     def matcher(self, grammar: str) -> Any:
         """Start following a grammar that `check` let pass."""
@@ -100,7 +106,10 @@ class Matchers:
     def failure(self, row: int) -> str | None:
         """Say why a row can follow its grammar no further."""
         matcher = self._matchers.get(row)
-        return str(matcher.get_error()) if matcher is not None and matcher.is_error() else None
+        if matcher is None or not matcher.is_error():
+            return None
+        said = str(matcher.get_error()).strip()
+        return "no token of the model's vocabulary follows the format" if said.startswith("<") else said  # its state
 
 
 def _unpack(bits: bytes, vocab_size: int) -> Tensor:

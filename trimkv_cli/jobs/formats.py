@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.bodies import ResponseFormat
 
-# Room for indented JSON, but not for a model that never leaves the blanks.
-_BLANKS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,20}"}
+# One blank where JSON allows any: small models never leave them, and indentation says nothing.
+_BLANKS: Any = {"whitespace_pattern": "[ ]?"}
+_ANY_OF: Any = {**_BLANKS, "coerce_one_of": True}  # llguidance's name of it
+_ONE_OF = "oneOf is taken as anyOf: an answer may fit several of its schemas"
 
 
-def make_grammar(response_format: ResponseFormat | None) -> str | None:
-    """Return the grammar of a format, in llguidance's form; None for plain text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """A grammar in llguidance's form, and what in the schema it does not enforce."""
+
+    grammar: str
+    notes: tuple[str, ...] = ()
+
+
+def make_form(response_format: ResponseFormat | None) -> Form | None:
+    """Return the form that a format asks for; None for plain text.
 
     Raises:
-        UsageError: a schema that is missing, broken or uses keywords that cannot be enforced.
+        UsageError: a schema that is missing, broken, satisfied by nothing or uses keywords that cannot be enforced.
     """
     if response_format is None or response_format.type == "text":
         return None
@@ -26,14 +39,110 @@ def make_grammar(response_format: ResponseFormat | None) -> str | None:
     return _compile(response_format.json_schema.schema_)
 
 
-def _compile(schema: dict[str, Any]) -> str:
+def _compile(schema: dict[str, Any]) -> Form:
+    endless = _References(schema).endless()
+    if endless is not None:
+        raise UsageError(f"json_schema.schema: nothing satisfies it: {endless!r} needs itself without an end")
+    try:
+        return _form(schema, _BLANKS)
+    except UsageError as error:
+        if "coerce_one_of" not in error.message:
+            raise
+        return _form(schema, _ANY_OF)
+
+
+def _form(schema: dict[str, Any], options: Any) -> Form:
     from llguidance import LLMatcher
 
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(schema, defaults=_BLANKS)
+        grammar: str = LLMatcher.grammar_from_json_schema(schema, defaults=options)
     except ValueError as error:
         raise UsageError(f"json_schema.schema: {error}") from error
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if is_error:
         raise UsageError(f"json_schema.schema: {messages[0].strip()}")
-    return grammar
+    return Form(grammar=grammar, notes=tuple(_ONE_OF if "oneOf" in message else message for message in messages))
+
+
+@dataclass(slots=True)
+class _References:
+    """The `$ref`s of a schema: which of them some finite document can satisfy."""
+
+    root: dict[str, Any]
+    ending: set[str] = field(default_factory=set)
+
+    def endless(self) -> str | None:
+        """Return a reference that nothing finite satisfies; all are taken for such until they are shown to end."""
+        found = {ref: _target(self.root, ref) for ref in _references(self.root)}
+        left = {ref for ref, target in found.items() if target is not None}
+        while ended := {ref for ref in left if self._ends(found[ref])}:
+            self.ending |= ended
+            left -= ended
+        return min(left, default=None)
+
+    def _ends(self, schema: Any) -> bool:
+        """Say whether a document that satisfies `schema` has an end, by the references that are known to end."""
+        if not isinstance(schema, dict) or "const" in schema or "enum" in schema:
+            return True
+        ref = schema.get("$ref")
+        if isinstance(ref, str) and _target(self.root, ref) is not None and ref not in self.ending:
+            return False
+        for key, enough in (("allOf", all), ("anyOf", any), ("oneOf", any)):
+            parts = schema.get(key)
+            if isinstance(parts, list) and parts and not enough(self._ends(part) for part in parts):
+                return False
+        return self._one_type_ends(schema)
+
+    def _one_type_ends(self, schema: dict[str, Any]) -> bool:
+        types = schema.get("type", "any")
+        for name in types if isinstance(types, list) else [types]:
+            needed = {"object": _required, "array": _first_items}.get(name, _nothing)(schema)
+            if all(self._ends(part) for part in needed):
+                return True
+        return not types
+
+
+def _required(schema: dict[str, Any]) -> list[Any]:
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return []
+    return [properties[name] for name in required if isinstance(name, str) and name in properties]
+
+
+def _first_items(schema: dict[str, Any]) -> list[Any]:
+    least, first, items = schema.get("minItems"), schema.get("prefixItems"), schema.get("items")
+    if not isinstance(least, int | float) or least < 1:
+        return []
+    first = first[: int(least)] if isinstance(first, list) else []
+    return [*first, items] if len(first) < least else first
+
+
+def _nothing(_: dict[str, Any]) -> list[Any]:
+    return []
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if isinstance(ref := schema.get("$ref"), str):
+            yield ref
+        for value in schema.values():
+            yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)
+
+
+def _target(root: dict[str, Any], ref: str) -> Any:
+    """Return what a reference within the schema points to; None for any other, which llguidance judges."""
+    if not ref.startswith("#"):
+        return None
+    place: Any = root
+    for step in unquote(ref[1:]).split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(place, dict):
+            place = place.get(key)
+        elif isinstance(place, list) and key.isdigit() and int(key) < len(place):
+            place = place[int(key)]
+        else:
+            return None
+    return place

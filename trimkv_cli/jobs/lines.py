@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.bodies import BatchLine, Body, SimpleLine, Strict, explain
-from trimkv_cli.jobs.formats import make_grammar
+from trimkv_cli.jobs.formats import Form, make_form
 from trimkv_cli.jobs.parameters import HARMLESS, IDLE, is_harmless
 from trimkv_cli.jobs.reading import Line
 
@@ -208,8 +208,10 @@ def _endpoint(url: str) -> tuple[Kind, tuple[str, ...]]:
 
 def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple[str, ...], rules: Rules) -> Item:
     source = _source(body, sources)
-    warnings = _notices(body, body.model, rules)
-    params = _params(body, custom_id, kind, rules.defaults)
+    form = _form(body)
+    notes = () if form is None else tuple(Notice(code="schema", message=note) for note in form.notes)
+    warnings = (*_notices(body, body.model, rules), *notes)
+    params = _params(body, custom_id, kind, rules.defaults, form)
     think = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
     item = Item(
         line=number,
@@ -256,8 +258,8 @@ def _source(body: Body, sources: tuple[str, ...]) -> str:
     return given[0]
 
 
-def _params(body: Body, custom_id: str, kind: Kind, defaults: SamplingParams) -> SamplingParams:
-    said = {**body.sampling(), "logprobs": _logprobs(body, kind), "grammar": _grammar(body)}
+def _params(body: Body, custom_id: str, kind: Kind, defaults: SamplingParams, form: Form | None) -> SamplingParams:
+    said = {**body.sampling(), "logprobs": _logprobs(body, kind), "grammar": form and form.grammar}
     said.setdefault("seed", derive_seed(defaults.seed, custom_id))
     try:
         return replace(defaults, **said)
@@ -281,9 +283,9 @@ def _logprobs(body: Body, kind: Kind) -> int | None:
     return body.top_logprobs or 0 if said else None
 
 
-def _grammar(body: Body) -> str | None:
+def _form(body: Body) -> Form | None:
     try:
-        return make_grammar(body.response_format)
+        return make_form(body.response_format)
     except UsageError as error:
         raise Refused(f"response_format.{error.message}", param="response_format", code="invalid_schema") from error
 
