@@ -31,7 +31,7 @@ _INPUT, _ENDS, _CLUSTER = "Input and output", "When to stop", "Cluster"
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
 def run(
-    source: Annotated[str, typer.Argument(metavar="INPUT", help='JSONL, text, CSV or Parquet; "-" for stdin.')],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help='JSONL, text, CSV, TSV or Parquet; "-" for stdin.')],
     *,
     output: Output = None,
     input_format: Annotated[
@@ -43,7 +43,10 @@ def run(
     prompt_column: Annotated[
         str | None,
         typer.Option(
-            "--prompt-column", metavar="NAME", help="Column of a CSV or Parquet file.", rich_help_panel=_INPUT
+            "--prompt-column",
+            metavar="NAME",
+            help="A table's column; custom_id or id beside it names rows.",
+            rich_help_panel=_INPUT,
         ),
     ] = None,
     order: Annotated[

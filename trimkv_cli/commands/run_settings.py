@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from trimkv_cli.jobs.selection import Shard
     from trimkv_cli.jobs.stopping import Limits
 
-InputFormat = Literal["auto", "jsonl", "text", "csv", "parquet"]
+InputFormat = Literal["auto", "jsonl", "text", "csv", "tsv", "parquet"]
 LineOrder = Literal["completion", "input"]
 EngineName = Literal["local", "ray"]
 ProgressMode = Literal["auto", "plain", "json", "none"]
 
-_FORMATS: dict[str, InputFormat] = {".txt": "text", ".csv": "csv", ".parquet": "parquet"}
+_FORMATS: dict[str, InputFormat] = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+_TABLES = ("csv", "tsv", "parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +99,11 @@ def read_format(source: str, asked: InputFormat, prompt_column: str | None) -> I
     name = Path(source)
     name = name.with_suffix("") if name.suffix in (".gz", ".zst") else name
     found = _FORMATS.get(name.suffix, "jsonl") if asked == "auto" else asked
-    if found in ("csv", "parquet") and prompt_column is None:
+    if found in _TABLES and prompt_column is None:
         raise UsageError(f"{source} is a table: which column holds the prompts?", hint="--prompt-column NAME")
-    if found not in ("csv", "parquet") and prompt_column is not None:
+    if found not in _TABLES and prompt_column is not None:
         raise UsageError(
-            "--prompt-column is for tables", hint="--input-format csv, or a file called *.csv or *.parquet"
+            "--prompt-column is for tables", hint="--input-format csv, or a file called *.csv, *.tsv or *.parquet"
         )
     if found == "parquet" and (source == "-" or name.suffix != Path(source).suffix):
         raise UsageError("Parquet is read from a plain file", hint="give the file's name")

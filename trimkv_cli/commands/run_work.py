@@ -233,10 +233,9 @@ def _open(choices: Choices) -> BinaryIO:
 
 
 def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
-    if choices.format in ("csv", "parquet"):
+    if choices.format in ("csv", "tsv", "parquet"):
         assert choices.prompt_column is not None
-        table, column = choices.format, choices.prompt_column
-        return TableReader(stream, table, column, max_line_bytes=choices.max_line_bytes)
+        return TableReader(stream, choices.format, choices.prompt_column, max_line_bytes=choices.max_line_bytes)
     return LineReader(stream, max_line_bytes=choices.max_line_bytes, encoding=choices.encoding)
 
 
@@ -249,6 +248,7 @@ def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, 
         special_tokens=choices.special_tokens,
         strict=choices.strict,
         text=choices.is_text,
+        has_ids=choices.format != "text",
         model_names=frozenset(name for name in names if name),
     )
 

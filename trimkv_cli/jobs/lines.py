@@ -84,6 +84,7 @@ class Rules:
     think: bool | None = None
     strict: bool = False
     text: bool = False  # every line is a prompt
+    has_ids: bool = True  # lines may have ids of their own
     max_tokens_said: bool = True  # the default of max_tokens is what the user gave
     model_names: frozenset[str] = frozenset()  # names that mean the model that runs; empty = every name does
 
@@ -105,7 +106,7 @@ def parse_line(line: Line, rules: Rules) -> Item | BadLine:
     if line.problem is not None:
         return _unreadable(line.number, line.problem)
     if rules.text:
-        custom_id = f"line-{line.number}"
+        custom_id = line.custom_id or f"line-{line.number}"
         params = replace(rules.defaults, seed=derive_seed(rules.defaults.seed, custom_id))
         return Item(
             line=line.number,
@@ -130,7 +131,7 @@ def id_of(line: Line, rules: Rules) -> str | None:
     """Return the id that `parse_line` would give a line, without reading the rest of it."""
     if line.problem is not None:
         return None
-    implied = f"line-{line.number}"
+    implied = line.custom_id or f"line-{line.number}"
     if rules.text:
         return implied
     try:

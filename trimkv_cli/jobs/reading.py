@@ -26,6 +26,7 @@ class Line:
 
     number: int  # counted from 1, blank lines included
     text: str = ""
+    custom_id: str | None = None  # of a table's row
     problem: str | None = None
 
 

@@ -58,7 +58,7 @@ def parse_lines(
         UsageError: a line that is left comes before one that is written, and the output has to stay in order.
     """
     selection, summary = selection or Selection(), summary or Summary()
-    ids = None if rules.text else IdIndex()
+    ids = IdIndex() if rules.has_ids else None
     for line in islice(lines, selection.limit):
         if _is_left(line, rules, selection, summary):
             if selection.in_order and line.number < selection.earlier.last_line:
