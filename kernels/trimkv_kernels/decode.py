@@ -38,8 +38,8 @@ def decode(
     part_stats = query.new_empty(programs, launch.splits, 2, tile, dtype=torch.float32)
     part_score = query.new_empty(programs, launch.splits, dtype=torch.float32)
     part_loser = query.new_empty(programs, launch.splits, 2, dtype=torch.int32)
+    query, key, value, log_beta, position = (tensor.contiguous() for tensor in (query, key, value, log_beta, position))
     output = torch.empty_like(query)
-    query, key, value, log_beta = (tensor.contiguous() for tensor in (query, key, value, log_beta))
     shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide, "EVICT": evict}
     _scan[(programs, launch.splits)](
         query,

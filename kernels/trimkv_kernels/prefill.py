@@ -33,7 +33,9 @@ def prefill(
     batch, num_heads, length, head_dim = query.shape
     num_kv_heads, size = slots.position.shape[1:]
     launch = prefill_launch(head_dim=head_dim, element_size=query.element_size())
-    query, key, value, log_beta = (tensor.contiguous() for tensor in (query, key, value, log_beta))
+    query, key, value, log_beta, positions, rows = (
+        tensor.contiguous() for tensor in (query, key, value, log_beta, positions, rows)
+    )
     output = torch.empty_like(query)
     _attend[(batch * num_heads, triton.cdiv(length, launch.queries))](
         query,
@@ -59,7 +61,7 @@ def prefill(
         num_warps=launch.warps,
     )
     target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
-    _move[(batch * num_kv_heads, length)](
+    _move[(length, batch * num_kv_heads)](  # a grid's first axis alone goes beyond 65,535
         key, value, log_beta, positions, *slots, rows, target, size, length, HEADS=num_kv_heads, DIM=head_dim,
         WIDE=padded(head_dim), num_warps=1,
     )  # fmt: skip
@@ -163,7 +165,7 @@ def _move(
     WIDE: tl.constexpr,
 ):
     """Write one token of the chunk into the slot that it takes in one (row, KV head), if any."""
-    program, token = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, program = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = program // HEADS
     source = program * length + token
     slot = tl.load(target + source)

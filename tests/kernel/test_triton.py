@@ -134,3 +134,53 @@ def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype
     got = triton_prefill.prefill(query, key, value, log_beta, positions, mine, **settings)
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert_same(mine, slots)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_views_are_read_as_what_they_are(device: str) -> None:
+    """Catches rows read as if they lay one behind the other: positions that all rows share, one column of a chunk."""
+    rows, heads, groups, dim, length = 3, 2, 2, 16, 4
+    torch.manual_seed(0)
+    slots = make_slots(rows=rows, heads=heads, size=9, dim=dim, fill=9, ties=False, dtype=torch.float32, device=device)
+    mine = Slots(*(tensor.clone() for tensor in slots))
+    shared = torch.arange(14, 14 + length, dtype=torch.int32, device=device).expand(rows, -1)
+    query, key, value = (
+        torch.randn(rows, length, n, dim).to(device).transpose(1, 2) for n in (heads * groups, heads, heads)
+    )
+    log_beta = -torch.rand(rows, length, heads).to(device).transpose(1, 2)
+    every_other = torch.arange(rows, device=device).repeat_interleave(2)[::2]
+    settings: dict[str, Any] = {"fill": 9, "scale": dim**-0.5, "window": None}
+    chunk = query, key, value, log_beta, shared
+    want = reference.prefill(*chunk, slots, rows=every_other, **settings)
+    got = triton_prefill.prefill(*chunk, mine, rows=every_other, **settings)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    assert_same(mine, slots)
+    one = *(tensor[:, :, 1] for tensor in (query, key, value, log_beta)), (shared + length)[:, 1]
+    journals = Journal.beside(slots), Journal.beside(slots)
+    want = reference.decode(*one, slots, journals[0], dense=True, **settings)
+    got = triton_decode.decode(*one, mine, journals[1], dense=True, **settings)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    assert_same(mine, slots)
+
+
+def test_a_chunk_may_be_longer_than_the_second_axis_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launch that a GPU refuses: only a grid's first axis goes beyond 65,535."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(triton_prefill, "_attend", Recorded())
+    monkeypatch.setattr(triton_prefill, "_move", Recorded())
+    length = 70_000
+    slots = Slots.empty(rows=1, num_kv_heads=1, slots=4, head_dim=16, dtype=torch.float32, device=torch.device("cpu"))
+    token = torch.zeros(1, 1, length, 16)
+    positions = torch.arange(length, dtype=torch.int32)[None]
+    triton_prefill.prefill(
+        token, token, token, -torch.ones(1, 1, length), positions, slots, rows=torch.arange(1), fill=0, scale=1.0,
+        window=None,
+    )  # fmt: skip
+    assert len(grids) == 2
+    assert all(size <= 65_535 for grid in grids for size in grid[1:])
