@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini bench-run bench-memory test lint format pictures bench-stream bench-speed bench-gpu clean
+.PHONY: help demo mini bench-mini bench-run bench-memory test lint format pictures bench-stream bench-speed bench-gpu rehearse-gpu clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-speed   record decode speed beside transformers, and write it into the README (quiet machine, 15 minutes)"
 	@echo "make bench-memory  record what is allocated, and what the process takes, against the plan"
 	@echo "make bench-stream  a long stream through a small cache: bytes, RSS and time per token stay flat"
+	@echo "make rehearse-gpu  the stages of kernels/bench/gpu_run.py on a CPU, small (about a minute)"
 	@echo "make clean         remove .venv and everything that was built"
 
 $(READY): pyproject.toml constraints.txt
@@ -89,11 +90,15 @@ bench-speed: $(READY)
 	$(BIN)/python -m trimkv_cli.bench.overheads --out $(RESULTS)/overheads-10m-cpu.json
 	$(BIN)/python -m trimkv_cli.bench.readme
 
-# Every row that a GPU is to show: its tests first, then the kernels, then the engine from prompt to token.
+rehearse-gpu: $(READY)
+	$(BIN)/python kernels/bench/gpu_run.py --out build/gpu-rehearsal --device cpu --tiny
+
+# Every row that a GPU is to show: that it works at all, its tests, then the kernels, then the engine from prompt to token.
 BENCH = $(BIN)/trimkv bench --shape qwen3-4b --random-weights --device cuda --dtype bf16 --json
 ROWS = kernels/bench/results/gpu.jsonl
 
 bench-gpu: $(READY)
+	$(BIN)/python kernels/bench/gpu_run.py --out build/gpu --commit "$$(git rev-parse HEAD)"
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python kernels/bench/run.py --device cuda
 	$(BENCH) --kv-budget 1024 --contexts 32768,16384 --rows 4 >> $(ROWS)

@@ -22,10 +22,12 @@ NO_PINS = Pins()
 class RandomGate(torch.nn.Module):
     """A gate with spread-out scores that differ by layer and head."""
 
+    weight: torch.Tensor
+
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(layer)
-        self.weight = torch.randn(spec.hidden_size, spec.num_kv_heads, generator=generator) * 0.5
+        self.register_buffer("weight", torch.randn(spec.hidden_size, spec.num_kv_heads, generator=generator) * 0.5)
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.logsigmoid((hidden_states @ self.weight).float() + 2.0)
@@ -57,7 +59,7 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
     gate = full_gate() if shape.gate == "none" else streaming_gate(sinks)
     gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device=model.device)
     if shape.gate == "random":
-        gates = [RandomGate(spec, layer) for layer in range(spec.num_layers)]
+        gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_layers)]
     facts = EngineFacts(
         model_id="tiny",
         spec=spec,

@@ -124,7 +124,7 @@ def test_graphs_decode_as_the_operations_do(tiny_model: TinyModel) -> None:
     """Catches a graph that reads old memory, feeds while it is captured, or serves another number of rows."""
     outputs = []
     for graphs in (False, True):
-        engine = make_engine(tiny_model("qwen3").cuda(), replace(SHAPE, gate="streaming"))
+        engine = make_engine(tiny_model("qwen3").cuda(), SHAPE)
         if not graphs:
             engine._runner._ahead = None
         outputs.append(run(engine, make_requests()))

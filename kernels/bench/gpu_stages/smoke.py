@@ -1,0 +1,202 @@
+"""Stage 1: the operations at the shapes of real models, beside attention in float64 and the reference's evictions."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from gpu_stages.stage import Check, Evidence, Setting
+from torch import Tensor
+
+from trimkv_kernels import Journal, Operations, Slots, operations_for, reference
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Of an output vector's length: what rounding the weights and the result to this dtype may come to.
+TOLERANCE = {"fp32": 2e-5, "fp16": 3e-3, "bf16": 2e-2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One call of each operation: `fill` slots of each head are in use, the prefill feeds `chunk` tokens."""
+
+    rows: int
+    num_kv_heads: int
+    groups: int
+    head_dim: int
+    slots: int
+    fill: int
+    chunk: int
+    dtype: Literal["fp32", "fp16", "bf16"]
+    window: int | None = None
+
+
+def shapes(setting: Setting) -> Iterator[Shape]:
+    """Yield Qwen3-4B's heads, then other widths and dtypes; small ones for a rehearsal."""
+    if setting.tiny:
+        small: dict[str, Any] = {"num_kv_heads": 2, "groups": 2, "head_dim": 16, "slots": 37, "chunk": 9}
+        for dtype in ("fp32", "bf16"):
+            yield Shape(rows=1, fill=37, dtype=dtype, **small)
+            yield Shape(rows=3, fill=20, dtype=dtype, **small)
+        yield Shape(rows=2, fill=30, dtype="fp32", window=11, **small)
+        return
+    qwen3: dict[str, Any] = {"num_kv_heads": 8, "groups": 4, "head_dim": 128, "chunk": 512}
+    for slots in (1024, 4096):
+        for rows in (1, 8):
+            yield Shape(rows=rows, slots=slots, fill=slots, dtype="bf16", **qwen3)
+    yield Shape(rows=8, slots=1024, fill=700, dtype="bf16", **qwen3)
+    yield Shape(rows=8, slots=1024, fill=1024, dtype="bf16", window=1024, **qwen3)
+    yield Shape(rows=2, slots=1024, fill=1024, dtype="fp16", **qwen3)
+    yield Shape(rows=2, slots=1024, fill=1024, dtype="fp32", **qwen3)
+    odd: dict[str, Any] = {"rows": 2, "num_kv_heads": 4, "slots": 601, "fill": 601, "chunk": 100}
+    yield Shape(groups=8, head_dim=96, dtype="fp16", **odd)
+    yield Shape(groups=4, head_dim=256, dtype="bf16", **odd)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Slots and a chunk of new tokens; a decode feeds the chunk's first token."""
+
+    slots: Slots
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_beta: Tensor
+    positions: Tensor
+
+
+def make_inputs(shape: Shape, device: torch.device) -> Inputs:
+    """Fill slots in any order, with NaN where no token is; the last of several rows gets no token."""
+    generator = torch.Generator().manual_seed(shape.slots + shape.head_dim)
+    dtype, heads = DTYPES[shape.dtype], shape.num_kv_heads
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    slots = Slots.empty(
+        rows=shape.rows, num_kv_heads=heads, slots=shape.slots, head_dim=shape.head_dim, dtype=dtype, device=device
+    )
+    for tensor in (slots.key, slots.value):
+        tensor.fill_(torch.nan)
+        tensor[:, :, : shape.fill] = normal(shape.rows, heads, shape.fill, shape.head_dim)
+    order = torch.rand(shape.rows, heads, shape.fill, generator=generator).argsort(-1)
+    slots.position[:, :, : shape.fill] = order.int().to(device)
+    slots.log_beta[:, :, : shape.fill] = -torch.rand(shape.rows, heads, shape.fill, generator=generator).to(device)
+    positions = torch.arange(shape.fill, shape.fill + shape.chunk, dtype=torch.int32).repeat(shape.rows, 1)
+    if shape.rows > 1:
+        positions[-1] = -1
+    new = (shape.rows, heads, shape.chunk)
+    return Inputs(
+        slots=slots,
+        query=normal(shape.rows, heads * shape.groups, shape.chunk, shape.head_dim),
+        key=normal(*new, shape.head_dim),
+        value=normal(*new, shape.head_dim),
+        log_beta=-0.3 * torch.rand(new, generator=generator).to(device),
+        positions=positions.to(device),
+    )
+
+
+def attend(inputs: Inputs, shape: Shape, tokens: int) -> Tensor:
+    """Return `[R, Hq, tokens, D]` in float64: softmax over the slots in use and the chunk up to each query."""
+    rows = [_attend_row(inputs, shape, tokens, row) for row in range(shape.rows)]
+    return torch.stack(rows)
+
+
+def _attend_row(inputs: Inputs, shape: Shape, tokens: int, row: int) -> Tensor:
+    now = inputs.positions[row, :tokens]
+    new = now.expand(shape.num_kv_heads, -1)
+    held = torch.cat([inputs.slots.position[row, :, : shape.fill], new], dim=1)
+    keys, values = (
+        torch.cat([old[row, :, : shape.fill], fresh[row, :, :tokens]], dim=1).double()
+        for old, fresh in ((inputs.slots.key, inputs.key), (inputs.slots.value, inputs.value))
+    )
+    hidden = (held < 0)[:, None] | (held[:, None] > now[:, None])
+    if shape.window is not None:
+        hidden |= held[:, None] <= now[:, None] - shape.window
+    query = inputs.query[row, :, :tokens].double().view(shape.num_kv_heads, shape.groups, tokens, -1)
+    logits = query @ keys[:, None].transpose(2, 3) * shape.head_dim**-0.5
+    weights = logits.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+    return (weights @ values[:, None]).flatten(0, 1)
+
+
+def decode(operations: Operations, inputs: Inputs, shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    """Return what a decode gives `[R, Hq, 1, D]`, and the slots and the journal after it."""
+    slots = Slots(*(tensor.clone() for tensor in inputs.slots))
+    journal = Journal.beside(slots)
+    one = [tensor[:, :, 0] for tensor in (inputs.query, inputs.key, inputs.value, inputs.log_beta)]
+    output = operations.decode(*one, inputs.positions[:, 0], slots, journal, dense=False, **_settings(shape))
+    return output[:, :, None], [*slots, *journal]
+
+
+def prefill(operations: Operations, inputs: Inputs, shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    """Return what a prefill of the whole chunk gives `[R, Hq, T, D]`, and the slots after it."""
+    slots = Slots(*(tensor.clone() for tensor in inputs.slots))
+    new = inputs.query, inputs.key, inputs.value, inputs.log_beta, inputs.positions
+    rows = torch.arange(shape.rows, device=inputs.positions.device)
+    return operations.prefill(*new, slots, rows=rows, **_settings(shape)), [*slots]
+
+
+def _settings(shape: Shape) -> dict[str, Any]:
+    return {"fill": shape.fill, "scale": shape.head_dim**-0.5, "window": shape.window}
+
+
+def compare(operations: Operations, shape: Shape, device: torch.device) -> Iterator[Evidence]:
+    """Run both operations once, and their reference beside them."""
+    plain = Operations(reference.decode, reference.prefill)
+    inputs = make_inputs(shape, device)
+    fed = max(1, shape.rows - 1)
+    for name, operation, tokens in (("decode", decode, 1), ("prefill", prefill, shape.chunk)):
+        got, after = operation(operations, inputs, shape)
+        _, expected = operation(plain, inputs, shape)
+        want = attend(inputs, shape, tokens)[:fed]
+        error = ((got[:fed].double() - want).norm(dim=-1) / want.norm(dim=-1)).max().item()
+        same = all(
+            torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(after, expected, strict=True)
+        )
+        changed = int((after[3] != inputs.slots.position).sum())
+        ok = error <= TOLERANCE[shape.dtype] and same and changed > 0
+        facts = {"error": error, "slots_equal": same, "slots_changed": changed, **asdict(shape)}
+        yield Evidence(check=f"{name} {shape.dtype} rows {shape.rows} M {shape.slots} D {shape.head_dim}"
+                             f"{'' if shape.window is None else ' window'}", ok=ok, facts=facts)  # fmt: skip
+
+
+def operations(setting: Setting) -> Iterator[Evidence]:
+    """Compare what this device gets, at every shape."""
+    chosen = operations_for(setting.device)
+    triton = chosen.decode is not reference.decode
+    yield Evidence(check="triton is what is compared", ok=triton == setting.on_gpu, facts={"triton": triton})
+    for shape in shapes(setting):
+        yield from compare(chosen, shape, setting.device)
+
+
+def interpreted(setting: Setting) -> Iterator[Evidence]:
+    """Run the kernels of Triton at the smallest shape in its interpreter: a rehearsal has them nowhere else."""
+    if setting.on_gpu or importlib.util.find_spec("triton") is None:
+        where = "a GPU" if setting.on_gpu else "no triton"
+        yield Evidence(check="interpreter", ok=True, facts={"left_out": where})
+        return
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", "gpu_stages.smoke"], env=environment, check=False)
+    yield Evidence(check="interpreter", ok=done.returncode == 0, facts={"exit_code": done.returncode})
+
+
+def _interpret() -> int:
+    """Compare Triton's operations in the interpreter, on the CPU."""
+    from trimkv_kernels.decode import decode as triton_decode
+    from trimkv_kernels.prefill import prefill as triton_prefill
+
+    shape = Shape(rows=2, num_kv_heads=1, groups=2, head_dim=16, slots=9, fill=5, chunk=3, dtype="fp32")
+    found = list(compare(Operations(triton_decode, triton_prefill), shape, torch.device("cpu")))
+    print(*found, sep="\n")
+    return int(len(found) < 2 or any(not one.ok for one in found))
+
+
+CHECKS: tuple[Check, ...] = (operations, interpreted)
+
+if __name__ == "__main__":
+    sys.exit(_interpret())

@@ -1,0 +1,165 @@
+"""The runner of the GPU's checks: what it takes for passed, and what survives a stage that goes wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "bench"))
+import gpu_run
+from gpu_stages import smoke, stage
+from gpu_stages.stage import Evidence, Recorder, Setting
+
+from trimkv_kernels import Operations, reference
+
+STAGE = gpu_run.Stage(number=7, name="made-up", limit_s=30)
+GREEN = 'print("talk"); rows.write(json.dumps({"check": "one", "ok": True}) + "\\n")'
+
+
+def play(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, limit_s: float = 30) -> gpu_run.Outcome:
+    """Run one stage that is this program, which may write to `rows`."""
+    start = f"import json, os, sys, time; rows = open({str(folder / 'rows.jsonl')!r}, 'a', buffering=1)\n"
+    monkeypatch.setattr(gpu_run, "CPU_TAKES", 1.0)
+    monkeypatch.setattr(gpu_run, "command_for", lambda *_: [sys.executable, "-c", start + program])
+    arguments = Namespace(out=folder, run="r", device="cpu", tiny=True, commit="")
+    made_up = gpu_run.Stage(number=7, name="made-up", limit_s=limit_s)
+    (outcome,) = gpu_run.run_all([made_up], arguments, time.monotonic() + 60)
+    return outcome
+
+
+def test_green_rows_are_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows of an earlier stage or run that count for this one, and talk that is lost."""
+    (tmp_path / "rows.jsonl").write_text('{"check": "earlier", "ok": false}\n')
+    outcome = play(GREEN, tmp_path, monkeypatch)
+    assert not outcome.trouble
+    assert [row["check"] for row in outcome.rows] == ["one"]
+    assert "talk" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("program", "trouble"),
+    [
+        ("pass", "no evidence"),
+        (GREEN + "; sys.exit(3)", "exit code 3"),
+        (GREEN + "; os.abort()", "exit code -6"),
+        (GREEN.replace("True", "False"), "1 of 1 failed: one"),
+        (GREEN + """; rows.write('{"check": "tw')""", "1 of 2 failed: a torn row"),
+    ],
+)
+def test_whatever_goes_wrong_is_no_pass(
+    program: str, trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a stage that shows nothing, or ends wrongly after green rows, and passes."""
+    outcome = play(program, tmp_path, monkeypatch)
+    assert trouble in outcome.trouble
+    arguments = Namespace(run="r", device="cpu", tiny=True, commit="")
+    assert trouble in gpu_run.summary([outcome], arguments)
+    assert (tmp_path / "rows.jsonl").read_bytes()[-1:] in (b"", b"\n")
+
+
+def test_a_stage_past_its_limit_is_killed_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a hang that costs the other stages their time, and a process that goes on holding the GPU."""
+    program = f"""{GREEN}
+import subprocess
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    outcome = play(program, tmp_path, monkeypatch, limit_s=3)
+    assert outcome.trouble == "killed after 3 s"
+    assert len(outcome.rows) == 1
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_stage_that_is_not_reached_has_not_passed(tmp_path: Path) -> None:
+    """Catches a run that is green because its time was up."""
+    arguments = Namespace(out=tmp_path, run="r", device="cpu", tiny=True, commit="")
+    (outcome,) = gpu_run.run_all([STAGE], arguments, time.monotonic() + 1)
+    assert "not reached" in outcome.trouble
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("0-3", [0, 1, 2, 3]), ("2", [2]), ("3,1", [1, 3])])
+def test_stages_are_chosen_by_number(text: str, numbers: list[int]) -> None:
+    """Catches a range that leaves its end out."""
+    assert [one.number for one in gpu_run.parse_stages(text)] == numbers
+
+
+@pytest.mark.parametrize("text", ["", "0-99", "x", "3-1"])
+def test_stages_that_are_not_there_are_refused(text: str) -> None:
+    """Catches a run of nothing that ends well."""
+    with pytest.raises(ArgumentTypeError, match="stages"):
+        gpu_run.parse_stages(text)
+
+
+def test_a_stage_sees_this_tree_and_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches kernels that are interpreted on the CPU and called a GPU's, and another trimkv that is installed."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    seen = gpu_run.environment()
+    assert "TRITON_INTERPRET" not in seen
+    assert seen["PYTHONPATH"].split(os.pathsep)[0] == str(Path(__file__).parents[2])
+
+
+def test_the_runner_needs_nothing_but_python(tmp_path: Path) -> None:
+    """Catches an import that a bare machine lacks."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", gpu_run.__file__, "--help"], capture_output=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_nothing(_: Setting) -> Iterator[Evidence]:
+    yield from ()
+
+
+def check_badly(_: Setting) -> Iterator[Evidence]:
+    yield Evidence(check="first", ok=True)
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("check", [check_nothing, check_badly])
+def test_a_check_that_breaks_or_shows_nothing_has_failed(check: stage.Check) -> None:
+    """Catches a check that is passed over in silence."""
+    file = io.StringIO()
+    recorder = Recorder(file, {"run": "r", "stage": 1})
+    stage.run_check(check, Setting(device=torch.device("cpu"), tiny=True, scratch=Path()), recorder)
+    rows = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert recorder.failed
+    assert (rows[-1]["ok"], rows[-1]["check"]) == (False, check.__name__)
+
+
+def wrong_output(*arguments: Any, **settings: Any) -> torch.Tensor:
+    return reference.decode(*arguments, **settings) * 1.01
+
+
+def wrong_window(*arguments: Any, **settings: Any) -> torch.Tensor:
+    return reference.decode(*arguments, **{**settings, "window": 5})
+
+
+def no_eviction(*arguments: Any, **settings: Any) -> torch.Tensor:
+    return reference.decode(*arguments, **settings, evict=False)
+
+
+@pytest.mark.parametrize("decode", [wrong_output, wrong_window, no_eviction])
+def test_operations_that_compute_wrongly_are_found(decode: Any) -> None:
+    """Catches a comparison that cannot fail."""
+    shape = next(smoke.shapes(Setting(device=torch.device("cpu"), tiny=True, scratch=Path())))
+    right, wrong = (
+        [evidence.ok for evidence in smoke.compare(Operations(chosen, reference.prefill), shape, torch.device("cpu"))]
+        for chosen in (reference.decode, decode)
+    )
+    assert right == [True, True]
+    assert wrong == [False, True]
