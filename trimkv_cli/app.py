@@ -31,7 +31,7 @@ from trimkv_cli.commands import (
     summarize,
 )
 from trimkv_cli.commands.options import CommandGroup, check_setting
-from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError
+from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError, is_out_of_memory
 from trimkv_cli.settings import KEYS, load_layers, overlay
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.tested import NEWEST, untested
@@ -111,13 +111,8 @@ def _exit_code(arguments: list[str]) -> int:
     except TyperException as error:
         message = error.format_message().replace("Value error, ", "")  # pydantic's, which typer passes on
         return _report(message, _usage_hint(error), error.exit_code)
-    except OSError as error:
-        return _report_os_error(error)
     except Exception as error:  # noqa: BLE001  # the last line of defence: any fault becomes one line
-        if _is_out_of_memory(error):
-            code = OutOfDeviceMemory.exit_code
-            return _report("the device is out of memory", "lower --max-inflight, --kv-budget or --prefill-chunk", code)
-        return _report_fault(error)
+        return _report_unexpected(error)
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -165,6 +160,13 @@ def _report(message: str, hint: str | None, code: int) -> int:
     return code
 
 
+def _report_unexpected(error: Exception) -> int:
+    if is_out_of_memory(error):
+        hint = "lower --max-inflight, --kv-budget or --prefill-chunk"
+        return _report("the device is out of memory", hint, OutOfDeviceMemory.exit_code)
+    return _report_os_error(error) if isinstance(error, OSError) else _report_fault(error)
+
+
 def _report_os_error(error: OSError) -> int:
     reason = why_not_written(error)
     if reason is None:
@@ -187,11 +189,6 @@ def _fault_hint() -> str:
 def _usage_hint(error: TyperException) -> str | None:
     context = getattr(error, "ctx", None)
     return f"{context.command_path} --help" if context is not None else None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _terminate(number: int, _: object) -> NoReturn:

@@ -22,6 +22,17 @@ TrimkvError                  1  failure at run time
 
 from __future__ import annotations
 
+import errno
+
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "status_alloc_failed",
+)
+
 
 class TrimkvError(Exception):
     """Carry one line that says what happened, in `hint` what to try, and in `param` which key of a request is meant."""
@@ -115,3 +126,15 @@ class ClosedPipe(TrimkvError):
     """Report that nobody reads stdout any more."""
 
     exit_code = 141
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that an allocation failed, on a GPU, on a CPU or in Python itself.
+
+    The one place that knows; it needs no torch, of which only some kinds say so by their class.
+    """
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -113,3 +114,59 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bytes(*, root: Path = Path("/")) -> tuple[int, int]:
+    """Return the memory that this process may use, and what of it is free, files that the system keeps read included.
+
+    A container's limit is a control group's: the machine's own figures know nothing of it.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = int(memory.total), int(memory.available)
+    for limit, used in _group_limits(root):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+def swappable_bytes(*, root: Path = Path("/")) -> int:
+    """Return how much more than is free the system gives by writing other memory to a disk, or by compressing it."""
+    import psutil
+
+    if sys.platform == "darwin":  # it compresses, and makes swap files as it needs them
+        return int(psutil.virtual_memory().total)
+    machine = int(psutil.virtual_memory().total)
+    bounded = any(limit < machine for limit, _ in _group_limits(root))
+    return 0 if bounded else int(psutil.swap_memory().free)
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield limit and use of each control group that this process is in, without what is cached of files."""
+    for folder, limit, used, prefix in _groups(root):
+        try:
+            said = (folder / limit).read_text(encoding="ascii").strip()
+            held = int((folder / used).read_text(encoding="ascii"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        except (OSError, ValueError):
+            continue  # none here, or not of a form that is known
+        if said.isdigit():
+            cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            yield int(said), held - cached
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Yield the folders of this process's groups and of those around them, with the names of their files."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for number, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if number == "0":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        yield from ((mount.joinpath(*parts[:depth]), *names) for depth in range(len(parts), -1, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.recovery import is_out_of_memory
 from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row
+from trimkv_cli.errors import is_out_of_memory
 from trimkv_cli.events import TokenEvent
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -207,4 +208,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     """Catches a bug in a kernel that is retried for ever as if memory were short."""
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(ValueError("what is out of memory?"))
+    assert not is_out_of_memory(OSError(errno.ENOENT, "out of memory.json"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -106,10 +106,9 @@ def _machine_bytes(kind: str) -> tuple[int | None, int | None]:
         return _gpu_bytes()
     if kind != "cpu" or not hasattr(os, "sysconf"):
         return None, None
-    import psutil
+    from trimkv_cli.machine import memory_bytes
 
-    memory = psutil.virtual_memory()
-    return int(memory.total), int(memory.available)
+    return memory_bytes()
 
 
 def _gpu_bytes() -> tuple[int | None, int | None]:

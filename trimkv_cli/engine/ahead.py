@@ -17,6 +17,7 @@ from torch import Tensor
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.scheduler import Row
+from trimkv_cli.errors import is_out_of_memory
 
 Forward = Callable[
     [Tensor, Tensor, int], Tensor
@@ -108,8 +109,10 @@ class Ahead:
     def _launch_ahead(self, rows: Sequence[Row]) -> bool:
         try:
             self._pending = self._launch(rows)
-        except torch.OutOfMemoryError:  # the step before is safe: it is tried again in step, where that is undone
-            return False
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False  # the step before is safe: it is tried again in step, where that is undone
         return True
 
     def _take_back(self, rows: Sequence[Row], tokens: Mapping[int, int]) -> None:

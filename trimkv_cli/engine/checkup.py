@@ -16,7 +16,7 @@ import psutil
 
 from trimkv_cli import __version__
 from trimkv_cli.errors import TrimkvError
-from trimkv_cli.machine import Machine
+from trimkv_cli.machine import Machine, memory_bytes
 from trimkv_cli.tested import NEWEST, installed_version, untested
 from trimkv_cli.units import format_size
 
@@ -71,8 +71,8 @@ def processor() -> Iterator[Finding]:
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
     yield Finding(name="cpu", status="ok", detail=f"{torch.get_num_threads()} threads on {cores} cores")
-    memory = psutil.virtual_memory()
-    detail = f"{format_size(memory.available)} free of {format_size(memory.total)}"
+    total, free = memory_bytes()
+    detail = f"{format_size(free)} free of {format_size(total)}"
     yield Finding(name="memory", status="ok", detail=detail)
 
 

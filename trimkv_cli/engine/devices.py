@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import psutil
 import torch
 
 from trimkv_cli.errors import UsageError
+from trimkv_cli.machine import memory_bytes, swappable_bytes
 
 
 def pick_device(name: str) -> torch.device:
@@ -59,17 +59,23 @@ def take_device(name: str) -> torch.device:
 
 
 def device_bytes(device: torch.device) -> int:
-    """Return all memory of a GPU, or of the machine."""
+    """Return all memory of a GPU, or of the machine: what this process may use of it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+    return memory_bytes()[0]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free now."""
+    """Return the memory that is free now, on a GPU with what torch keeps of it unused."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return memory_bytes()[1]
+
+
+def swap_bytes(device: torch.device) -> int:
+    """Return how much more than is free a process can get of the system, slowly."""
+    return 0 if device.type == "cuda" else swappable_bytes()
 
 
 @cache

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -23,19 +25,27 @@ from trimkv_cli.cache.gate_check import check_gates
 from trimkv_cli.cache.gate_files import read_gates
 from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.engine.assemble import assemble
-from trimkv_cli.engine.devices import device_bytes, free_bytes, take_device
+from trimkv_cli.engine.devices import device_bytes, free_bytes, swap_bytes, take_device
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.memory import cap_allocator, module_bytes, tidy_heap
 from trimkv_cli.engine.options import DETERMINISTIC_ROWS, EngineOptions
-from trimkv_cli.engine.quantise import quantisation_config
+from trimkv_cli.engine.quantise import Interrupted, misshapen, quantisation_config
 from trimkv_cli.engine.sources import Source, find_source
 from trimkv_cli.engine.tensor_files import lazy_tensors
 from trimkv_cli.engine.text import Text
-from trimkv_cli.errors import DoesNotFit, ModelError, UnsupportedModel, UsageError
+from trimkv_cli.errors import (
+    DoesNotFit,
+    ModelError,
+    OutOfDeviceMemory,
+    TrimkvError,
+    UnsupportedModel,
+    UsageError,
+    is_out_of_memory,
+)
 from trimkv_cli.pins import Pins
-from trimkv_cli.plan import Plan, Warning, make_plan
+from trimkv_cli.plan import Plan, PlanOptions, Warning, make_plan
 from trimkv_cli.spec import KvDtype, Quantisation
-from trimkv_cli.units import format_size, parse_budget
+from trimkv_cli.units import format_size, format_sizes, parse_budget
 from trimkv_kernels import triton_obstacle
 
 _DTYPES: dict[KvDtype, torch.dtype] = {
@@ -59,16 +69,36 @@ def load_engine(options: EngineOptions) -> Engine:
 def load_source(source: Source, options: EngineOptions, *, snapshots: int = 0) -> Engine:
     """Load a model and gates that have been found; raises as `load_parts` does."""
     parts = load_parts(source, options, snapshots=snapshots)
-    return assemble(
-        parts.model,
-        parts.gates,
-        parts.facts,
-        text=parts.text,
-        kv_dtype=parts.kv_dtype,
-        deterministic=options.deterministic,
-        rebases=options.on_overflow == "rebase",
-        compiled=options.compile,
-    )
+    with _short_of_memory(source):
+        return assemble(
+            parts.model,
+            parts.gates,
+            parts.facts,
+            text=parts.text,
+            kv_dtype=parts.kv_dtype,
+            deterministic=options.deterministic,
+            rebases=options.on_overflow == "rebase",
+            compiled=options.compile,
+        )
+
+
+@contextmanager
+def _short_of_memory(source: Source) -> Iterator[None]:
+    """Tell an allocation that failed while something is loaded as that.
+
+    Raises:
+        OutOfDeviceMemory: instead of what says so.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OutOfDeviceMemory(
+            f"out of memory while {source.model_id} was loaded: {reason}",
+            hint="end what else uses the memory, or give a smaller --budget",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +133,8 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
             quantize=plan.quantize,
             trust_remote_code=options.trust_remote_code,
         )
-    gates, warnings = _load_gates(source, plan, device, offline=options.offline)
+    with _short_of_memory(source):
+        gates, warnings = _load_gates(source, plan, device, offline=options.offline)
     text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
     facts = EngineFacts(
         model_id=source.model_id,
@@ -124,31 +155,51 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
 
 
 def plan_for(source: Source, options: EngineOptions, device: torch.device, *, snapshots: int = 0) -> Plan:
-    """Plan the run; the budget, or without one the device's memory, must hold it.
+    """Plan the run; the budget must hold it, and what is free now of the device's memory.
 
-    Snapshots lie in host memory, so that they count on a CPU only.
+    Rows that nobody asked for and no budget limits are as many as that holds. Snapshots lie in host memory, so that
+    they count on a CPU only.
 
     Raises:
         DoesNotFit: it does not.
     """
-    total = device_bytes(device)
+    total, free = device_bytes(device), free_bytes(device)
     padded = DETERMINISTIC_ROWS if options.deterministic else 0
     asked = source.plan_options(
         options,
         device=device.type,
-        memory_bytes=(total, free_bytes(device)),
+        memory_bytes=(total, free),
         padded_rows=padded,
         snapshots=snapshots if device.type == "cpu" else 0,
     )
     plan = make_plan(source.spec, source.gate, asked)
     plan.ensure_fits()
+    obtainable = min(total, free + swap_bytes(device))
+    if _to_come(plan) > obtainable and asked.budget is None and asked.max_inflight is None:
+        plan = _with_fewer_rows(source, asked, plan, obtainable)
+    if _to_come(plan) > obtainable:
+        needed, there, whole = format_sizes(_to_come(plan), obtainable, total)
+        raise DoesNotFit(
+            f"{needed} are needed, and of the device's {whole} are {there} free",
+            hint=_smaller(source, replace(asked, budget=obtainable + asked.machine.runtime_bytes(device.type))),
+        )
+    return plan
+
+
+def _to_come(plan: Plan) -> int:
+    """Count what a run takes beyond what the process holds already."""
     # Without a budget, what a whole prompt in one chunk takes is not known before the prompt is.
     unknown = plan.workspace_bytes if plan.prefill_chunk == 0 and plan.budget_bytes is None else 0
-    if plan.total_bytes - unknown > total:
-        raise DoesNotFit(
-            f"{format_size(plan.total_bytes)} are needed, and the device has {format_size(total)}",
-            hint=_smaller(make_plan(source.spec, source.gate, replace(asked, budget=total))),
-        )
+    return plan.total_bytes - plan.part_bytes("runtime") - unknown
+
+
+def _with_fewer_rows(source: Source, asked: PlanOptions, plan: Plan, most: int) -> Plan:
+    """Return a plan of as many rows as memory holds, or else the one there is."""
+    for rows in range(plan.rows - 1, 0, -1):
+        fewer = make_plan(source.spec, source.gate, replace(asked, max_inflight=rows))
+        if _to_come(fewer) <= most:
+            choice = f"{rows} sequences at a time: as many as the free memory holds"
+            return replace(fewer, choices=(*fewer.choices, choice))
     return plan
 
 
@@ -159,11 +210,10 @@ def _echo(options: EngineOptions, plan: Plan) -> tuple[str, ...]:
     return (f"--budget {options.budget} is {plan.budget_bytes:,} bytes ({format_size(plan.budget_bytes)})",)
 
 
-def _smaller(plan: Plan) -> str:
-    """Say what would run on the device whose memory is the plan's budget."""
-    if plan.fits:
-        return f"--budget {plan.budget_bytes} lets trimkv choose smaller sizes"
-    return plan.offers[0]
+def _smaller(source: Source, asked: PlanOptions) -> str:
+    """Say what would run within a budget of the memory that is there."""
+    plan = make_plan(source.spec, source.gate, asked)
+    return f"--budget {plan.budget_bytes} lets trimkv choose smaller sizes" if plan.fits else plan.offers[0]
 
 
 def _check_deterministic(options: EngineOptions, device: torch.device) -> None:
@@ -191,27 +241,45 @@ def load_model(
     Raises:
         ModelError: weights that cannot be read, that are missing, or a form that trimkv does not run; or no
             bitsandbytes for weights that are to be quantised.
+        OutOfDeviceMemory: there was not enough memory after all.
     """
+    with _short_of_memory(source):
+        return _load_model(source, dtype, device, quantize=quantize, trust_remote_code=trust_remote_code)
+
+
+def _load_model(
+    source: Source, dtype: torch.dtype, device: torch.device, *, quantize: Quantisation, trust_remote_code: bool
+) -> PreTrainedModel:
     disable_progress_bar()  # it would write cursor codes into pipes
     quantisation = quantisation_config(quantize, dtype, device)
     try:
         model, report = _read_model(
             source.folder, trust_remote_code=trust_remote_code, dtype=dtype, quantization_config=quantisation
         )
+    except Interrupted as interrupted:
+        _refuse(source, interrupted.error)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"the weights of {source.model_id} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="get the folder again, or save it again with save_pretrained",
-        ) from error
-    absent = [*sorted(report["missing_keys"]), *sorted(str(key) for key in report["mismatched_keys"])]
+        _refuse(source, error)
+    if report["mismatched_keys"]:
+        raise misshapen(sorted(report["mismatched_keys"]))
+    absent = sorted(report["missing_keys"])
     if absent:
         raise ModelError(
-            f"{source.model_id}: {len(absent)} weights are missing or misshapen, {absent[0]} among them",
-            hint="get the folder again",
+            f"{source.model_id}: {len(absent)} weights are missing, {absent[0]} among them", hint="get the folder again"
         )
     _refuse_dynamic_rope(model)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def _refuse(source: Source, error: Exception) -> NoReturn:
+    """Say that weights cannot be loaded, unless the error says more."""
+    if isinstance(error, TrimkvError) or is_out_of_memory(error):
+        raise error
+    raise ModelError(
+        f"the weights of {source.model_id} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}",
+        hint="get the folder again, or save it again with save_pretrained",
+    ) from error
 
 
 def _read_model(folder: Path, *, trust_remote_code: bool, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -219,6 +287,7 @@ def _read_model(folder: Path, *, trust_remote_code: bool, **options: Any) -> tup
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     options |= {"output_loading_info": True, "use_safetensors": True, "local_files_only": True}
+    options["ignore_mismatched_sizes"] = True  # they are in the report: otherwise it is printed, or not, and fails
     if known is None:
         found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, **options

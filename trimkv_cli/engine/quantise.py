@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimkv_cli.cache.releases import decoder_layers
-from trimkv_cli.errors import ModelError
+from trimkv_cli.errors import BrokenModel, ModelError
 from trimkv_cli.spec import Quantisation
 from trimkv_cli.weights import matrix_bytes, packable, quantisable
 
@@ -95,14 +96,42 @@ class _Quantizer(HfQuantizer):
         return False
 
 
+class Interrupted(BaseException):
+    """Carry an error out of transformers' loading, which would go on and then name a report that it does not show."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class _Quantise(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **_: Any) -> dict[str, Tensor]:
-        made = {}
-        for name, value in input_dict.items():
-            full = value[0] if isinstance(value, list) else value
-            module: Any = model.get_submodule(name.rpartition(".")[0])
-            made[name] = _quantised(module, full)
-        return made
+        try:
+            return {name: _converted(name, value, model) for name, value in input_dict.items()}
+        except Exception as error:
+            raise Interrupted(error) from error
+
+
+def _converted(name: str, value: Any, model: PreTrainedModel) -> Any:
+    full = value[0] if isinstance(value, list) else value
+    module: Any = model.get_submodule(name.rpartition(".")[0])
+    if full.shape != module.weight.shape:
+        raise misshapen([(name, full.shape, module.weight.shape)])
+    return _quantised(module, full)
+
+
+def misshapen(weights: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> BrokenModel:
+    """Make the error for stored weights, each with its shape and the one that the config implies."""
+    name, stored, expected = weights[0]
+    count = "a weight has another shape" if len(weights) == 1 else f"{len(weights)} weights have other shapes"
+    return BrokenModel(
+        f"{count} than config.json says: {name} is {_shape(stored)}, not {_shape(expected)}",
+        hint="config.json and the weights are of different models: get the folder again",
+    )
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return " × ".join(str(size) for size in sizes)
 
 
 def _quantised(module: Any, full: Tensor) -> Any:

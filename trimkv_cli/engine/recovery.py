@@ -10,17 +10,17 @@ import torch
 
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
+from trimkv_cli.errors import is_out_of_memory
 from trimkv_cli.wish import SMALLEST_CHUNK
 
 Result = TypeVar("Result")
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """Return what `work` returns, or None and why there was not enough memory for it."""
     try:
         return work(), None
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -28,13 +28,6 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None, reason
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that an allocation failed, on a GPU, on a CPU or in Python itself."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(sign in str(error) for sign in _SIGNS)
 
 
 class Recovery:
