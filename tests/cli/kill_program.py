@@ -29,7 +29,6 @@ class SlowEngine(FakeEngine):
 
 FACTS = BackendFacts(
     model_id="fake",
-    model_names=frozenset(),
     fingerprint={"weights": "fake"},
     template="",
     sampling_defaults={},

@@ -195,7 +195,54 @@ def test_validate_lists_each_problem_with_its_line_and_loads_no_model(tmp_path: 
     assert lines[1:] == [
         "4: custom_id 'ids' was used by an earlier line",
         "5: max_tokens: input should be a valid integer",
+        "6: 1000000000 positions or more are needed, and the model has 65536",
+        "7: token id 1000000000 is outside the vocabulary of 1536",
     ]
+    assert "not checked without the model: how long prompts are" in done.stderr
+
+
+BODIES: list[dict[str, Any]] = [
+    {"model": "mini"},
+    {"model": "gpt-4"},
+    {"colour": "red"},
+    {"temperature": 3},
+    {"temperature": -1},
+    {"top_p": 0},
+    {"logit_bias": {"5": 1}},
+    {"logit_bias": {"5": 200}},
+    {"logit_bias": {"999999": 1}},
+    {"max_tokens": 0},
+    {"max_tokens": 10**6},
+    {"max_completion_tokens": 10**6},
+    {"n": 2.0},
+    {"n": 129},
+    {"stop": ["a", ""]},
+    {"stop": ["x"]},
+    {"seed": 2**64},
+    {"top_logprobs": 2},
+    {"stream": True},
+    {"tools": [{"type": "function"}]},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_object"}, "ignore_eos": True},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"messages": []},
+    {"messages": None, "prompt_token_ids": [5, 6]},
+    {"messages": None, "prompt_token_ids": [5, 10**6]},
+]
+
+
+def test_validate_refuses_what_the_run_refuses_and_nothing_else(tmp_path: Path) -> None:
+    """Catches a check that passes lines which the run refuses, or refuses lines that it would answer."""
+    hello = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    source = write_lines(tmp_path / "in.jsonl", *({**hello, **body} for body in BODIES))
+    checked = trimkv_run(source, "--validate", "-m", "mini", "--strict")
+    ran = trimkv_run(source, "--order", "input", *SMALL, "--strict")
+    records = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(records) == len(BODIES)
+    refused = [n for n, record in enumerate(records, 1) if record["response"]["status_code"] != 200]
+    assert [int(line.removeprefix(f"{source}:").partition(":")[0]) for line in checked.stdout.splitlines()] == refused
+    assert {1, 2, 3} & {*refused} == {2, 3}
 
 
 COLOUR = {"type": "object", "properties": {"p": {"enum": ["red", "green"]}}, "required": ["p"]}

@@ -23,7 +23,6 @@ from trimkv_cli.jobs.writing import Order, Writer
 RECORDER = Recorder(model="mini", run_seed=0, kv_budget=64, prefill_chunk=512)
 FACTS = BackendFacts(
     model_id="mini",
-    model_names=frozenset(),
     fingerprint={"weights": "a"},
     template="",
     sampling_defaults={},

@@ -14,13 +14,15 @@ from typing import Any, BinaryIO
 from trimkv_cli.commands.run_settings import Choices
 from trimkv_cli.commands.watch import watch
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
+from trimkv_cli.engine.sources import Source, find_here, model_names
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.backend import Backend, BackendFacts, Job, LocalBackend
 from trimkv_cli.jobs.earlier import Earlier
-from trimkv_cli.jobs.lines import BadLine, Rules
+from trimkv_cli.jobs.lines import BadLine, Item, Rules
 from trimkv_cli.jobs.progress import JsonProgress, PlainProgress
 from trimkv_cli.jobs.reading import LineReader, open_input
 from trimkv_cli.jobs.records import Recorder
+from trimkv_cli.jobs.requests import check_sizes
 from trimkv_cli.jobs.reread import check_beginning, hash_all, remembering
 from trimkv_cli.jobs.resuming import check_provenance, drop_failures, locked, read_earlier, start_anew
 from trimkv_cli.jobs.selection import Selection, parse_lines
@@ -52,6 +54,8 @@ _SOLVED: dict[str, Callable[[str], Any]] = {
     "quantize": str,
 }
 
+_UNSEEN = "how long prompts are, and what its chat template takes"
+_UNSEEN_FROM_AFAR = f"token ids, max_tokens, {_UNSEEN} (its files are not here)"
 _CHOSEN = ("deterministic", "on_overflow")  # what changes tokens, and no plan knows of
 
 
@@ -80,9 +84,10 @@ def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpti
     """Print every problem as `INPUT:LINE: what`, like a compiler."""
     summary = Summary()
     reader = _reader(choices, _open(choices))
-    rules = _rules(choices, options, sampling, None)
+    source = find_here(options)
+    rules = _rules(choices, sampling, model_names(options, source))
     selection = Selection(limit=choices.limit, shard=choices.shard)
-    for parsed in parse_lines(reader, rules, selection):
+    for parsed in (_within(each, source, options) for each in parse_lines(reader, rules, selection)):
         if isinstance(parsed, BadLine):
             summary.bad += 1
             for problem in (parsed.message, *parsed.further):
@@ -93,8 +98,17 @@ def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpti
             summary.count_warnings(parsed)
     if not choices.quiet:
         print_note(summary.verdict(blank_lines=reader.blank_lines))
+        print_note(f"not checked without the model: {_UNSEEN if source is not None else _UNSEEN_FROM_AFAR}")
     _write_summary(choices, summary, reader.blank_lines)
     return summary
+
+
+def _within(parsed: Item | BadLine, source: Source | None, options: EngineOptions) -> Item | BadLine:
+    """Refuse what the model's sizes show to be wrong, where these are known."""
+    if source is None or isinstance(parsed, BadLine):
+        return parsed
+    positions = None if options.on_overflow == "rebase" else options.context or source.spec.max_positions
+    return check_sizes(parsed, vocab_size=source.spec.vocab_size, positions=positions)
 
 
 class _Run:
@@ -122,7 +136,8 @@ class _Run:
         with closing(open_backend(self.choices, self.options)) as backend:
             for message in backend.facts.warnings:
                 print_warning(message)
-            rules = _rules(self.choices, self.options, self.sampling, backend.facts)
+            names = model_names(self.options, find_here(self.options))
+            rules = _rules(self.choices, self.sampling, names, backend.facts)
             if self.output is not None:
                 stream = self._prepare(self.output, stream, backend.facts, rules)
             with open_output(self.choices.output) as output:
@@ -211,10 +226,8 @@ def open_backend(choices: Choices, options: EngineOptions) -> Backend:
 def facts_of(engine: Any) -> BackendFacts:
     """Say what a job needs to know of an engine."""
     facts = engine.facts
-    names = {facts.model_id, facts.gate.id, facts.gate.base_model}
     return BackendFacts(
         model_id=facts.model_id,
-        model_names=frozenset(name for name in names if name),
         fingerprint=dict(engine.fingerprint),
         template="" if engine.text is None else engine.text.template_hash,
         sampling_defaults=dict(facts.sampling_defaults),
@@ -239,8 +252,12 @@ def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
     return LineReader(stream, max_line_bytes=choices.max_line_bytes, encoding=choices.encoding)
 
 
-def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, facts: BackendFacts | None) -> Rules:
-    names = {options.model, options.profile} | (facts.model_names if facts is not None else frozenset())
+def _rules(
+    choices: Choices,
+    sampling: SamplingOptions,
+    names: frozenset[str],
+    facts: BackendFacts | None = None,
+) -> Rules:
     return Rules(
         defaults=sampling.resolve({} if facts is None else facts.sampling_defaults),
         max_tokens_said=sampling.max_tokens is not None,
@@ -249,7 +266,7 @@ def _rules(choices: Choices, options: EngineOptions, sampling: SamplingOptions, 
         strict=choices.strict,
         text=choices.is_text,
         has_ids=choices.format != "text",
-        model_names=frozenset(name for name in names if name),
+        model_names=names,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.engine.gauges import Progress
 from trimkv_cli.engine.recovery import attempt
-from trimkv_cli.engine.request import Request
+from trimkv_cli.engine.request import Request, check_token_ids
 from trimkv_cli.engine.resizing import Resizing
 from trimkv_cli.engine.sampler import NO_TOKEN
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row
@@ -34,10 +34,7 @@ class Engine(Resizing):
         ids, facts = request.prompt_token_ids, self.facts
         if not ids:
             raise UsageError("the prompt is empty", hint="give at least one token")
-        bad = next((i for i in ids if not 0 <= i < facts.spec.vocab_size), None)
-        if bad is not None:
-            size = facts.spec.vocab_size
-            raise UsageError(f"token id {bad} is outside the vocabulary of {size}", hint=f"ids go from 0 to {size - 1}")
+        check_token_ids(ids, facts.spec.vocab_size)
         self._runner.sampler.check(request.params)
         slots = (facts.spec.slots(layer, facts.plan.kv_budget) for layer in range(facts.spec.num_layers))
         facts.pins.check(request.prefix_len, min(slots), sinks=facts.gate.kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from trimkv_cli.errors import UsageError
@@ -58,6 +59,14 @@ class SamplingParams:
                 param="response_format",
             )
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise when a bias is for a token that the model does not have.
+
+        Raises:
+            UsageError: naming the token.
+        """
+        _check_ids((token for token, _ in self.logit_bias), size, "logit_bias: ", "logit_bias")
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
@@ -66,6 +75,22 @@ class SamplingParams:
     def in_step(self) -> bool:
         """Say whether the host has to see each token before the next one is chosen."""
         return bool(self.stop) or self.grammar is not None
+
+
+def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raise when the model does not have one of a prompt's tokens.
+
+    Raises:
+        UsageError: naming it.
+    """
+    _check_ids(token_ids, vocab_size, "", None)
+
+
+def _check_ids(token_ids: Iterable[int], size: int, where: str, param: str | None) -> None:
+    bad = next((token for token in token_ids if not 0 <= token < size), None)
+    if bad is not None:
+        message = f"{where}token id {bad} is outside the vocabulary of {size}"
+        raise UsageError(message, hint=f"ids go from 0 to {size - 1}", param=param)
 
 
 _RANGES = {

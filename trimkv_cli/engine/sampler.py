@@ -118,10 +118,7 @@ class Sampler:
         Raises:
             UsageError: a bias for a token that is not there, or a grammar that cannot be followed.
         """
-        bad = next((i for i, _ in params.logit_bias if not 0 <= i < self.vocab_size), None)
-        if bad is not None:
-            message = f"logit_bias: token id {bad} is outside the vocabulary of {self.vocab_size}"
-            raise UsageError(message, param="logit_bias")
+        params.check_vocabulary(self.vocab_size)
         if params.grammar is None:
             return
         if self._grammars is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.places import MINI, Place, gates_place, model_place, shown_id
-from trimkv_cli.errors import GateMismatch, UnsupportedModel, UsageError
+from trimkv_cli.errors import GateMismatch, ModelError, UnsupportedModel, UsageError
 from trimkv_cli.folders import read_gate_spec, read_model_spec
 from trimkv_cli.machine import Machine
 from trimkv_cli.mini import GATES_FOLDER
@@ -118,6 +118,30 @@ def find_source(options: EngineOptions, *, weights: bool) -> Source:
         gates_place=where,
         name=name,
     )
+
+
+def find_here(options: EngineOptions) -> Source | None:
+    """Find what the options name among the files that are here; None where some are not."""
+    try:
+        return find_source(replace(options, offline=True), weights=False)
+    except ModelError:
+        return None
+
+
+def model_names(options: EngineOptions, source: Source | None) -> frozenset[str]:
+    """Return what requests may call the model: as it was named, its id and folder, its profile, its gates, their base.
+
+    Raises:
+        UsageError: options that contradict each other.
+    """
+    name, profile = _named(options)
+    id = model_place(name, options.revision).id
+    folder = Path(id).expanduser()
+    profile = profile or (profile_for(id) if options.gates == "auto" else None)
+    names = {options.model, options.profile, name, id, folder.name if folder.is_dir() else None}
+    names |= {profile.name, profile.model, shown_id(profile.model), profile.gates} if profile is not None else set()
+    names |= {source.gate.id, source.gate.base_model} if source is not None else set()
+    return frozenset(each for each in names if each)
 
 
 def _named(options: EngineOptions) -> tuple[str | None, Profile | None]:

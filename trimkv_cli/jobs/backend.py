@@ -18,7 +18,6 @@ class BackendFacts:
     """What does not change while a backend lives."""
 
     model_id: str
-    model_names: frozenset[str]
     fingerprint: Mapping[str, str]
     template: str
     sampling_defaults: Mapping[str, Any]

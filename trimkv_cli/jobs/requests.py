@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from trimkv_cli.engine.request import Request
+from trimkv_cli.engine.request import Request, check_token_ids
 from trimkv_cli.errors import ContextOverflow, TrimkvError
 from trimkv_cli.jobs.lines import BadLine, Item, Notice, derive_seed
 
@@ -56,6 +56,21 @@ def with_warnings(item: Item, text: Text | None) -> Item:
         f'{", ".join(named[:4])} in a prompt read as text: --special-tokens, or "special_tokens": true in its line'
     )
     return replace(item, warnings=(*item.warnings, Notice(code="special_tokens_as_text", message=message)))
+
+
+def check_sizes(item: Item, *, vocab_size: int, positions: int | None) -> Item | BadLine:
+    """Refuse what no model of this size can answer, as far as that shows without its tokenizer; None = no end."""
+    least, asked = len(item.prompt_token_ids or (0,)), item.params.max_tokens
+    try:
+        item.params.check_vocabulary(vocab_size)
+        check_token_ids(item.prompt_token_ids or (), vocab_size)
+        needed = least + (asked if item.max_tokens_said else 1) - 1
+        if positions is not None and needed > positions:
+            param = "max_tokens" if least <= positions else None
+            raise ContextOverflow(f"{needed} positions or more are needed, and the model has {positions}", param=param)
+    except TrimkvError as error:
+        return refused(item, error)
+    return item
 
 
 def fitted(requests: list[Request], item: Item, left: int) -> tuple[list[Request], Item]:
