@@ -39,7 +39,6 @@ class Surroundings:
     device: str
     counts_runtime: bool
     snapshots: int = 0
-    copies: int = 0
     rebases: bool = False
     machine: Machine = field(default_factory=Machine)
 
@@ -86,9 +85,8 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
         Part("gates", gate_bytes(spec, gate, shape.dtype)),
         Part("kv", rows * row_bytes),
         Part("shared_prefix", row_bytes if shares_prefix else 0),
-        Part("copies", around.copies * row_bytes),
-        Part("rebase", (rows + shares_prefix + around.copies) * rank_bytes if around.rebases else 0),
-        Part("journal", (rows + shares_prefix + around.copies) * journal_bytes),
+        Part("rebase", (rows + shares_prefix) * rank_bytes if around.rebases else 0),
+        Part("journal", (rows + shares_prefix) * journal_bytes),
         Part("undo", around.snapshots * row_bytes if around.device == "cpu" else 0),
         Part("workspace", forward),
         Part("logits", max(0, sampling - forward) + rows * spec.vocab_size * PENALTY_BYTES),

@@ -118,7 +118,7 @@ class Plan:
 
     def _moving_bytes(self, kv_budget: int) -> int:
         """Count what is there twice: on a GPU a layer, on a CPU, where layers lie together, all keys."""
-        rows = max(self.rows, self.around.padded_rows) + (self.part_bytes("shared_prefix") > 0) + self.around.copies
+        rows = max(self.rows, self.around.padded_rows) + (self.part_bytes("shared_prefix") > 0)
         row = self.spec.kv_bytes_per_row(min(kv_budget, self.kv_budget), DTYPE_BYTES[self.kv_dtype])
         return rows * row // (self.spec.num_layers if self.device == "cuda" else 2)
 

@@ -84,11 +84,6 @@ def survival(seen: int, position: int, log_beta: float, threshold: float | None,
     return max(0.0, min(in_window, position + threshold / log_beta - seen - 1))
 
 
-def half_life(log_beta: float) -> float:
-    """Return after how many tokens a score factor has halved: ln ½ / log_beta, inf for a token that does not decay."""
-    return math.inf if log_beta >= 0.0 else math.log(0.5) / log_beta
-
-
 def median_age(seen: int, head: HeadMemory) -> int:
     """Return the median age in tokens of what a head holds: its horizon; 0 when it holds nothing."""
     return seen - head.positions[len(head.positions) // 2] if head.positions else 0

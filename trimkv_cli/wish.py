@@ -49,7 +49,6 @@ class PlanOptions:
     device: str = "cpu"  # cpu, cuda or mps
     can_quantise: bool = True  # bitsandbytes is there
     snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
-    copies: int = 0  # more rows that keep a prefix for others
     machine: Machine = field(default_factory=Machine)
     rebases: bool = False  # sequences may outgrow the model's positions
     padded_rows: int = 0  # rows that every decode has, whatever runs
@@ -166,7 +165,6 @@ def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
             device=options.device,
             counts_runtime=options.budget is not None,
             snapshots=options.snapshots,
-            copies=options.copies,
             rebases=options.rebases,
             machine=options.machine,
         ),

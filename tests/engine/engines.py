@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
 from trimkv_cli.cache.gates import build_gates
+from trimkv_cli.engine import filters
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.pins import Pins
 from trimkv_cli.plan import Plan, PlanOptions, make_plan
 from trimkv_cli.spec import GateSpec, ModelSpec, full_gate, streaming_gate
@@ -85,6 +88,19 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
     for event in engine.generate(requests):
         output.setdefault(event.request_id, []).extend(event.token_ids)
     return output
+
+
+def drawn(sampler: Sampler, logits: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores `[B, V]` that a sampler draws from, and what it chooses; some row must not be greedy."""
+    given: list[torch.Tensor] = []
+
+    def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        given.append(scores)
+        return filters.draw(scores, uniform)
+
+    with mock.patch("trimkv_cli.engine.sampler.draw", draw):
+        chosen = sampler(logits, rows)
+    return given[0], chosen
 
 
 def greedy(identifier: str, ids: Sequence[int], count: int, **more: Any) -> Request:

@@ -20,7 +20,7 @@ from trimkv_cli.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_tokenizers
-from engines import Shape, make_engine, run
+from engines import Shape, drawn, make_engine, run
 
 VOCAB = 301
 PLAIN = SamplingParams(temperature=0.0)
@@ -34,19 +34,19 @@ def test_a_bias_is_that_of_transformers_and_leaves_other_rows_alone() -> None:
     """Catches a bias that leaks into a neighbour, or into the next request of its row."""
     bias = ((3, 2.5), (7, -100.0), (300, 40.0))
     sampler, logits = Sampler(3, VOCAB, "cpu"), random_logits(2)
-    sampler.set_row(0, PLAIN, [])
-    sampler.set_row(2, replace(PLAIN, logit_bias=bias), [])
+    sampler.set_row(0, SamplingParams(), [])
+    sampler.set_row(2, SamplingParams(logit_bias=bias), [])
     oracle = SequenceBiasLogitsProcessor({(i,): b for i, b in bias})
-    biased, plain = sampler.filtered(logits, [2, 0])
+    biased, plain = drawn(sampler, logits, [2, 0])[0]
     assert torch.equal(biased, oracle(torch.zeros(1, 0, dtype=torch.int64), logits[:1].clone())[0])
     assert torch.equal(plain, logits[1])
-    sampler.set_row(2, PLAIN, [])
-    assert torch.equal(sampler.filtered(logits, [2, 0]), logits)
+    sampler.set_row(2, SamplingParams(), [])
+    assert torch.equal(drawn(sampler, logits, [2, 0])[0], logits)
 
 
 def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     """Plain Python is the oracle: transformers has no such processors."""
-    params = replace(PLAIN, presence_penalty=0.7, frequency_penalty=0.4)
+    params = SamplingParams(presence_penalty=0.7, frequency_penalty=0.4)
     sampler = Sampler(3, VOCAB, "cpu")
     sampler.set_row(1, params, [5, 5, 6])
     made: list[int] = []
@@ -58,8 +58,9 @@ def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
         if step == 20:
             sampler.move_row(1, 2)
         rows = [2 if step >= 20 else 1]
-        assert torch.allclose(sampler.filtered(logits, rows)[0], want, atol=1e-5)
-        made.append(int(sampler(logits, rows)))
+        scores, chosen = drawn(sampler, logits, rows)
+        assert torch.allclose(scores[0], want, atol=1e-5)
+        made.append(int(chosen))
     assert len(set(made)) > 3
 
 

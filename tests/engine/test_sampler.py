@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -19,6 +22,9 @@ from transformers.generation.logits_process import (
 from trimkv_cli.engine.filters import draw, fraction_of, locate, random_fraction
 from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.engine.sampler import Sampler
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engines import drawn
 
 VOCAB = 1037  # two blocks and a rest, odd
 
@@ -64,7 +70,7 @@ def test_a_mixed_batch_filters_each_row_as_transformers_does_alone(batch: list[S
     seen = [[(7 * row + i * i) % VOCAB for i in range(9)] for row in rows]
     for row, params, ids in zip(rows, batch, seen, strict=True):
         sampler.set_row(row, params, ids)
-    got = sampler.filtered(logits, rows).softmax(-1)
+    got = drawn(sampler, logits, rows)[0].softmax(-1)
     for row, params in enumerate(batch):
         want = expected(logits[row], params, seen[row])
         # A token whose running sum lies within rounding of a cut may fall on either side of it: never more than one.
@@ -204,7 +210,8 @@ def test_counts_are_allocated_only_for_a_penalty_and_one_sort_serves_all(monkeyp
     sampler.set_row(0, SamplingParams(min_p=0.1), [1])
     sampler.set_row(1, SamplingParams(temperature=0.0, top_k=5, top_p=0.5), [1])
     sampler(random_logits(2), [0, 1])
-    assert not sampler._penalties.allocated
+    penalties = sampler._penalties
+    assert penalties._seen is penalties._made is penalties._bias is None
     assert not sorts
     sampler.set_row(1, SamplingParams(top_k=5, top_p=0.5, top_h=0.5), [1])
     sampler(random_logits(2), [0, 1])

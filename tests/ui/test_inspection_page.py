@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli.events import MemoryUse
-from trimkv_cli.retained import HeadMemory, LayerMemory, Retained, half_life, survival
+from trimkv_cli.retained import HeadMemory, LayerMemory, Retained, survival
 from trimkv_cli.ui.inspection_page import inspection_page
 from trimkv_cli.ui.inspection_picture import draw_inspection
 
@@ -122,7 +123,7 @@ def test_a_browser_shows_the_figures_of_the_cache(tmp_path: Path) -> None:
             memory, value = retained.layers[layer].heads[head], log_beta[layer][head][position]
             shown = page.run(f"[halfLife({2 * layer + head}, {position}), survival({2 * layer + head}, {position})]")
             expected = survival(300, position, value, memory.threshold, None)
-            assert shown == pytest.approx([half_life(value), expected], rel=1e-4, abs=1e-3)
+            assert shown == pytest.approx([math.log(0.5) / value, expected], rel=1e-4, abs=1e-3)
         assert page.run("logBeta[0] = Infinity, [halfLife(0, 0), survival(0, 0)].map(String)") == ["Infinity"] * 2
         page.hover("#t299")
         assert "at position 299 of 300: answer, kept by 6 of 6 heads" in page.run("document.body.innerText")

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from trimkv_cli.events import MemoryUse
-from trimkv_cli.retained import HeadMemory, LayerMemory, Retained, half_life, survival
+from trimkv_cli.retained import HeadMemory, LayerMemory, Retained, survival
 from trimkv_cli.ui.cache_panel import cache_panel
 from trimkv_cli.ui.heads import head_strip
 from trimkv_cli.ui.inspection import headline, inspection
@@ -80,7 +80,6 @@ def test_a_share_counts_heads_and_a_survival_is_when_the_score_falls_below_the_t
         assert steps - 1 <= expected + 1e-6 < steps + 1
     assert survival(SEEN, 5, 0.0, -1.0, None) == math.inf
     assert survival(SEEN, 150, 0.0, -1.0, 64) == 150 + 64 - SEEN
-    assert half_life(math.log(0.5)) == pytest.approx(1.0)
 
 
 def test_the_map_has_64_bins_of_the_mean_share() -> None:

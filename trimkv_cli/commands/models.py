@@ -92,7 +92,7 @@ def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[st
         "id": place.id,
         **{field.name: getattr(spec, field.name) for field in fields(spec)},
         "weight_bytes": spec.weight_bytes,
-        "kv_bytes_per_token": spec.num_layers * slot_bytes,
+        "kv_bytes_per_token": spec.kv_bytes_per_token(DTYPE_BYTES[spec.dtype]),
         "full_cache_bytes": full_slots * slot_bytes,
         "gates": known,
     }

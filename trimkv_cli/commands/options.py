@@ -223,7 +223,6 @@ Revision = Annotated[str | None, option("revision")]
 Gates = Annotated[str, option("gates")]
 Offline = Annotated[bool, option("offline")]
 Budget = Annotated[str | None, option("budget")]
-KvBudget = Annotated[str | None, option("kv_budget")]
 Context = Annotated[int | None, option("context")]
 
 

@@ -199,7 +199,6 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "shared_prefix": "one more sequence, to share a system message",
         "rebase": "the positions of tokens that outgrow the model's",
         "journal": "what one step displaces, to undo it",
-        "copies": "rows that keep a prefix for others",
         "undo": "copies of a sequence, to undo turns",
         "workspace": f"one chunk of {plan.prefill_chunk or context} prompt tokens",
         "logits": "sampling, beyond the workspace",

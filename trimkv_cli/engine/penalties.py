@@ -29,10 +29,6 @@ class Penalties:
         self._made: Tensor | None = None  # int32: what presence and frequency penalties look at
         self._bias: Tensor | None = None  # float32
 
-    @property
-    def allocated(self) -> bool:
-        return any(tensor is not None for tensor in (self._seen, self._made, self._bias))
-
     def start(self, row: int, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         """Begin a request: its prompt counts for the repetition penalty alone."""
         if params.repetition_penalty != 1.0:

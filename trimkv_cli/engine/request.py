@@ -71,11 +71,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    @property
-    def in_step(self) -> bool:
-        """Say whether the host has to see each token before the next one is chosen."""
-        return bool(self.stop) or self.grammar is not None
-
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> None:
     """Raise when the model does not have one of a prompt's tokens.

@@ -204,11 +204,6 @@ class Sampler:
             for i, (place, count) in enumerate(wanted.items())
         }
 
-    def filtered(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return the scores [B, V] that the next call would draw from: float32, −inf where a filter cut."""
-        chosen = self._select(rows)
-        return _warped(self._adjusted(logits, chosen), chosen)
-
     def _adjusted(self, logits: Tensor, chosen: _Selection) -> Tensor:
         params = chosen.params
         factors = (params.penalty, params.frequency, params.presence)

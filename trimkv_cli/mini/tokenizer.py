@@ -17,7 +17,7 @@ from trimkv_cli.mini import language, readings, words
 VOCAB_SIZE = 1536
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PIECES = r" ?\p{L}+| ?\p{N}{1,2}|\n| ?[^\s\p{L}\p{N}]+|\s+"  # two digits at most, so that any number can be copied
-_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+_TEMPLATE = Path(__file__).parent / "model" / "chat_template.jinja"
 
 
 def build_tokenizer(*, seed: int, max_length: int) -> PreTrainedTokenizerFast:
