@@ -99,6 +99,35 @@ def test_a_value_that_two_keys_forbid_together_is_named() -> None:
     assert bad(chat(response_format=json_object, ignore_eos=True)).param == "response_format"
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        {"messages": [*USER, {"role": "assistant", "content": None, "function_call": {"name": "w"}}]},
+        {"messages": [*USER, {"role": "tool", "tool_call_id": "c1", "content": "sunny"}]},
+        {"messages": [*USER, {"role": "function", "name": "w", "content": "sunny"}]},
+        {"tools": [{"type": "function", "function": {"name": "w"}}]},
+        {"tool_choice": "required"},
+        {"functions": [{"name": "w"}]},
+        {"function_call": {"name": "w"}},
+    ],
+)
+def test_tools_are_named_as_what_is_not_supported(body: dict[str, Any]) -> None:
+    """Catches a message that blames the content of an assistant's message for a history with tools."""
+    refused = bad(chat(**body))
+    assert refused.status == 400
+    assert "tools are not supported" in refused.message
+    assert refused.param in {*body, "messages[1]", "messages[1].role"} - {"messages"}
+
+
+def test_empty_lists_of_tools_say_nothing() -> None:
+    messages = [*USER, {"role": "assistant", "content": "c", "tool_calls": [], "function_call": None}]
+    assert item(chat(messages=messages, tools=[], tool_choice="none"), strict=True).warnings == ()
+
+
 def test_thinking_is_passed_to_the_template() -> None:
     assert item({"messages": USER}).think is None
     assert item({"messages": USER}, think=True).think is True
@@ -126,7 +155,7 @@ def test_a_seed_depends_on_run_seed_and_id_alone() -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0]"),
         ({"prompt": "x"}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "64"}, "max_tokens"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 _UNIONS = {"prompt": ("text", "token_ids"), "logprobs": ("bool", "int", "constrained")}
@@ -89,11 +89,24 @@ class TextPart(Strict):
     text: str
 
 
+def _no_tools(value: object) -> object:
+    if value in ("tool", "function"):
+        raise PydanticCustomError("tools", "tools are not supported, nor their results")
+    return value
+
+
 class Message(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tools)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_parts)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_calls(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (value.get("tool_calls") or value.get("function_call")):
+            raise PydanticCustomError("tools", "tools are not supported, nor messages with calls of them")
+        return value
 
     def plain(self) -> dict[str, str]:
         """Return role and text as chat templates know them: developer is system, parts are joined by newlines."""

@@ -14,7 +14,7 @@ from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.bodies import BatchLine, Body, SimpleLine, Strict, explain
 from trimkv_cli.jobs.formats import Form, make_form
-from trimkv_cli.jobs.parameters import HARMLESS, IDLE, is_harmless
+from trimkv_cli.jobs.parameters import HARMLESS, IDLE, TOOLS, is_harmless
 from trimkv_cli.jobs.reading import Line
 
 Kind: TypeAlias = Literal["chat", "completion", "simple", "text"]
@@ -296,7 +296,8 @@ def _notices(model: Strict, name: str | None, rules: Rules) -> tuple[Notice, ...
     unknown = []
     for key, value in model.extras():
         if key in HARMLESS and not is_harmless(key, value):
-            raise Refused(f"{key}: not supported with this value", param=key, code="unsupported_parameter")
+            what = "tools are not supported" if key in TOOLS else "not supported with this value"
+            raise Refused(f"{key}: {what}", param=key, code="unsupported_parameter")
         if key not in HARMLESS and key not in IDLE:
             unknown.append(_passed_over("unknown_key", f"unknown key {key[:64]!r} ignored", key, rules))
     if name is not None and rules.model_names and name not in rules.model_names:

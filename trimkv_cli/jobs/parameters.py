@@ -18,7 +18,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "tools": (None, []),
-    "tool_calls": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
@@ -41,6 +40,8 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "continue_final_message": (None, False),
     "add_generation_prompt": (None, True),
 }
+
+TOOLS = frozenset({"tools", "tool_choice", "functions", "function_call"})
 
 # Known parameters that never change an answer here.
 IDLE = frozenset(
