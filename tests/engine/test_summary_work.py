@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from trimkv_cli.commands.answers import Answer
+from trimkv_cli.commands.summary_texts import TL_DR
 from trimkv_cli.commands.summary_work import Chain, Pool, Summed, Task, summarize_text
 from trimkv_cli.engine.loader import load_engine
 from trimkv_cli.engine.options import EngineOptions
@@ -148,3 +149,11 @@ def test_no_room_for_a_part_is_said(max_tokens: int) -> None:
     outcome = summarize(llm, ["".join(TEXTS)], make_task(map_reduce=True, max_tokens=max_tokens))[0][0]
     assert isinstance(outcome, ContextOverflow)
     assert "leave no room" in outcome.message
+
+
+def test_a_model_without_a_template_continues_the_text() -> None:
+    """Catches `summarize --raw` that needs the template all the same."""
+    llm = make_llm(1)
+    chain = summarize_text(llm, "a", TEXTS[0], replace(make_task(), instruction=TL_DR, raw=True))
+    (request,) = next(chain).requests
+    assert list(request.prompt_token_ids) == llm.text.encode(f"{TEXTS[0]}\n\nTL;DR:")

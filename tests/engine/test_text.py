@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 from hypothesis import given, settings
 from transformers import PreTrainedTokenizerFast
 
+from trimkv_cli.commands.answers import open_engine
+from trimkv_cli.commands.prompts import needs
+from trimkv_cli.commands.run_work import check_template
+from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.engine.text import Text
-from trimkv_cli.errors import UnsupportedModel, UsageError
+from trimkv_cli.errors import BrokenModel, UnsupportedModel, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_tokenizers as tiny
@@ -235,3 +240,63 @@ def test_what_a_template_puts_after_an_answer_ends_one(texts: dict[str, Text], c
     tokenizer = texts[chat].tokenizer
     wanted = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id} - {None}
     assert texts[chat].end_ids == wanted
+
+
+BUGS = {
+    "{%- for message in messages %}{{- bogus_variable.attr }}{%- endfor %}": "UndefinedError: 'bogus_variable'",
+    "{{ messages | nofilter }}": "No filter named 'nofilter'",
+    "{% for message in messages %}": "TemplateSyntaxError",
+    "{{ messages.__class__.__mro__ }}": "SecurityError",
+    "{{ messages.__class__ }}": "renders nothing",
+    "{% for i in range(10**8) %}{% endfor %}": "OverflowError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "{{ messages[0].content + 1 }}": "TypeError",
+    "{% for i in range(60000) %}{% for j in range(60) %}{% endfor %}{% endfor %}a": "goes on for more than",
+}
+
+
+@pytest.mark.parametrize("template", BUGS)
+def test_a_bug_of_a_template_is_the_models_fault(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bug that is told as a mistake of the user's messages, an internal error, and a wait without an end."""
+    if "more than" in BUGS[template]:
+        monkeypatch.setattr("trimkv_cli.engine.text._TEMPLATE_S", 0.001)
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = template
+    with pytest.raises(BrokenModel, match=BUGS[template]) as caught:
+        Text(tokenizer, name="some/model").check_chat(instead="--raw goes without")
+    assert caught.value.message.startswith("the chat template of some/model has a bug: ")
+    assert (caught.value.hint or "").endswith("; --raw goes without")
+    assert caught.value.exit_code == 6
+
+
+def test_a_template_may_refuse_messages_and_may_be_missing() -> None:
+    """Catches a refusal that is taken for a bug, and a missing template that is found out at the first message."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = "{{ raise_exception('a system message comes first') }}"
+    text = Text(tokenizer)
+    text.check_chat(instead="")
+    with pytest.raises(UsageError, match="refuses: a system message comes first"):
+        text.render_chat([user("Hi")])
+    tokenizer.chat_template = None
+    with pytest.raises(UnsupportedModel, match="has no chat template") as caught:
+        Text(tokenizer).check_chat(instead="--raw goes without")
+    assert caught.value.hint == "--raw goes without"
+
+
+def test_a_job_that_begins_with_messages_needs_a_template() -> None:
+    """Catches a whole job of messages that are refused one by one, after loading; prompts need no template."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = None
+    check_template(io.BufferedReader(io.BytesIO(b'{"prompt": "a"}')), Text(tokenizer))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel) as caught:
+        check_template(io.BufferedReader(io.BytesIO(b'{"messages": []}')), Text(tokenizer))  # type: ignore[arg-type]
+    assert caught.value.hint == 'lines with "prompt" need no template'
+
+
+def test_what_is_wrong_with_a_template_is_found_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a wait of many seconds for a model that cannot be asked like that."""
+    monkeypatch.setattr("trimkv_cli.engine.loader.load_model", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr("trimkv_cli.engine.text._template_of", lambda _: None)
+    with pytest.raises(UnsupportedModel, match="mini has no chat template") as caught:
+        open_engine(EngineOptions(kv_budget="8"), quiet=True, check=needs(raw=False))
+    assert caught.value.hint == "--raw continues a text as it stands"

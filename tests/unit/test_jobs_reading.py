@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from trimkv_cli.errors import InputError
 from trimkv_cli.jobs.feed import Feed
-from trimkv_cli.jobs.reading import Line, LineReader, open_input
+from trimkv_cli.jobs.reading import Line, LineReader, begins_with_messages, open_input
 
 
 def read(data: bytes, limit: int = 100) -> list[Line]:
@@ -169,3 +170,21 @@ def test_a_byte_that_the_encoding_does_not_have_is_the_fault_of_its_line(tmp_pat
     path.write_bytes("one\ntwo é\nthree\n".encode())
     lines = list(LineReader(open_input(str(path), encoding="ascii"), encoding="ascii"))
     assert [line.text or line.problem for line in lines] == ["one", "not ascii after 4 letters", "three"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (b'\n {"messages": []}\n{"prompt": "a"}', True),
+        (b'{"url": "/v1/chat/completions", "body": {"messages": []}}', True),
+        (b'\xef\xbb\xbf{"prompt": "\\"messages\\""}\n{"messages": []}', False),
+        (b'{"messages": "' + b"x" * (1 << 16), True),
+        (b"", False),
+        (b"[1]", False),
+    ],
+)
+def test_it_is_known_whether_an_input_begins_with_messages(line: bytes, found: bool) -> None:
+    """Catches a job that is refused for a template that it does not need, and lines that are lost by looking."""
+    stream = io.BufferedReader(cast(Any, io.BytesIO(line)))
+    assert begins_with_messages(stream) is found
+    assert stream.read() == line

@@ -16,6 +16,7 @@ from trimkv_cli.ui.messages import print_note, print_warning
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
     from trimkv_cli.engine.options import EngineOptions
+    from trimkv_cli.engine.text import Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +63,13 @@ def within_room(engine: Engine, request: Request, *, said: bool, quiet: bool) ->
     return replace(request, params=replace(request.params, max_tokens=left))
 
 
-def open_engine(options: EngineOptions, *, quiet: bool, snapshots: int = 0) -> Engine:
+def open_engine(
+    options: EngineOptions, *, quiet: bool, snapshots: int = 0, check: Callable[[Text | None], object] | None = None
+) -> Engine:
     """Load the engine and say on stderr what the user should know before the answer.
 
-    The model is found before torch is imported, so that a wrong name is said at once.
+    The model is found before torch is imported, so that a wrong name is said at once; `check` looks at its tokenizer,
+    and may raise, before weights are read.
     """
     if options.on_overflow == "map-reduce":
         raise UsageError("--on-overflow map-reduce is for trimkv summarize", hint="--on-overflow rebase")
@@ -75,7 +79,7 @@ def open_engine(options: EngineOptions, *, quiet: bool, snapshots: int = 0) -> E
 
     from trimkv_cli.engine.loader import load_source
 
-    engine = load_source(source, options, snapshots=snapshots)
+    engine = load_source(source, options, snapshots=snapshots, check=check)
     for note in engine.facts.notes if not quiet else ():
         print_note(note)
     for _, message in engine.facts.warnings:

@@ -139,12 +139,12 @@ def ask(
     user = _prompt(prompt, file or [], template, param or [], reader)
 
     from trimkv_cli.commands.answers import open_engine, print_stats, say_if_cut, within_room
-    from trimkv_cli.commands.prompts import draw_seed, names_tokens, render
+    from trimkv_cli.commands.prompts import draw_seed, names_tokens, needs, render
     from trimkv_cli.commands.saved_reads import next_turn
     from trimkv_cli.engine.request import Request
 
     options = replace(engine, max_inflight=1)
-    llm = open_engine(options, quiet=quiet)
+    llm = open_engine(options, quiet=quiet, check=needs(raw=raw))
     params = draw_seed(sampling).resolve(llm.facts.sampling_defaults)
     if cache is not None:
         request = next_turn(llm, cache, user, params=params, think=think)

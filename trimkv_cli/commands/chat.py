@@ -76,7 +76,7 @@ def chat(
     from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.commands.documents import Reader
     from trimkv_cli.commands.opening import Opening, as_stored, find_stored, make_prompt, open_chat, said_options
-    from trimkv_cli.commands.prompts import read_system
+    from trimkv_cli.commands.prompts import needs, read_system
     from trimkv_cli.commands.talk import talk
     from trimkv_cli.ui.chat.screen import Screen, keys_held_back, may_move
     from trimkv_cli.ui.look import Look
@@ -104,7 +104,10 @@ def chat(
     # In memory all states to which /undo goes back, or of stored ones the copy that is written.
     snapshots = 2 if history and save_cache else undo_depth + 2
     with keys_held_back():
-        this = open_chat(open_engine(engine, quiet=quiet, snapshots=snapshots), engine, opening, stored, screen)
+        llm = open_engine(
+            engine, quiet=quiet, snapshots=snapshots, check=needs(raw=False, instead="trimkv ask --raw goes without")
+        )
+        this = open_chat(llm, engine, opening, stored, screen)
         if stored is None and not quiet:
             screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")
         try:

@@ -87,14 +87,15 @@ def inspect(
     check_places(html, png, svg)
 
     from trimkv_cli.commands.answers import open_engine
-    from trimkv_cli.commands.prompts import check_raw, gather, names_tokens, read_system, render
+    from trimkv_cli.commands.prompts import check_raw, gather, names_tokens, needs, read_system, render
 
     reader = Reader(encoding=encoding, quiet=quiet)
     ids = _read_ids(prompt_token_ids, reader) if prompt_token_ids is not None else None
     system_text = read_system(system, system_file, reader)
     check_raw(raw=raw, system=system_text, special_tokens=special_tokens)
     user = gather(prompt, file or [], reader) if ids is None and cache is None else ""
-    llm = open_engine(replace(engine, max_inflight=1), quiet=quiet)
+    check = needs(raw=raw) if ids is None and cache is None else None
+    llm = open_engine(replace(engine, max_inflight=1), quiet=quiet, check=check)
     if cache is not None:
         findings = _of_cache(llm, cache)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +108,11 @@ def names_tokens(text: Text | None, user: str, *, raw: bool, special_tokens: boo
     message = f"the prompt holds {', '.join(named[:4])}, read as text: --special-tokens reads them as tokens"
     print_warning(message)
     return (("special_tokens_as_text", message),)
+
+
+def needs(*, raw: bool, instead: str = "--raw continues a text as it stands") -> Callable[[Text | None], object]:
+    """Return what finds out whether a model's tokenizer will do, and unless `raw` its chat template."""
+    return need_text if raw else lambda text: need_text(text).check_chat(instead=instead)
 
 
 def need_text(text: Text | None) -> Text:

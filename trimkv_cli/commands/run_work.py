@@ -9,18 +9,19 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from trimkv_cli.commands.run_settings import Choices
 from trimkv_cli.commands.watch import watch
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.engine.sources import Source, find_here, model_names
+from trimkv_cli.errors import ModelError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.backend import Backend, BackendFacts, Job, LocalBackend
 from trimkv_cli.jobs.earlier import Earlier
 from trimkv_cli.jobs.lines import BadLine, Item, Rules
 from trimkv_cli.jobs.progress import JsonProgress, PlainProgress
-from trimkv_cli.jobs.reading import LineReader, open_input
+from trimkv_cli.jobs.reading import LineReader, begins_with_messages, open_input
 from trimkv_cli.jobs.records import Recorder
 from trimkv_cli.jobs.requests import check_sizes
 from trimkv_cli.jobs.reread import check_beginning, hash_all, remembering
@@ -44,6 +45,9 @@ from trimkv_cli.ui.live import may_move
 from trimkv_cli.ui.messages import print_note, print_warning
 from trimkv_cli.ui.panel import Jobs
 from trimkv_cli.ui.plain import neutralise
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.text import Text
 
 # What a plan may decide by itself, and a resumed job takes as it was decided before.
 _SOLVED: dict[str, Callable[[str], Any]] = {
@@ -133,7 +137,8 @@ class _Run:
 
     def go(self, stream: BinaryIO) -> Summary:
         """Load what answers, prepare the output, and run."""
-        with closing(open_backend(self.choices, self.options)) as backend:
+        check = partial(check_template, stream)
+        with closing(open_backend(self.choices, self.options, check)) as backend:
             for message in backend.facts.warnings:
                 print_warning(message)
             names = model_names(self.options, find_here(self.options))
@@ -206,7 +211,9 @@ def as_before(options: EngineOptions, fingerprint: Mapping[str, str]) -> EngineO
     return replace(options, **chosen)
 
 
-def open_backend(choices: Choices, options: EngineOptions) -> Backend:
+def open_backend(
+    choices: Choices, options: EngineOptions, check: Callable[[Text | None], None] | None = None
+) -> Backend:
     """Load what answers the lines: an engine here, or workers on a cluster.
 
     Raises:
@@ -218,9 +225,24 @@ def open_backend(choices: Choices, options: EngineOptions) -> Backend:
         return open_cluster(choices.cluster, options)
     from trimkv_cli.commands.answers import open_engine
 
-    engine = open_engine(options, quiet=choices.quiet)
+    engine = open_engine(options, quiet=choices.quiet, check=check)
     facts = replace(facts_of(engine), warnings=())  # open_engine has said them
     return LocalBackend(engine, facts, partial(_memory, engine, options.budget))
+
+
+def check_template(stream: BinaryIO, text: Text | None) -> None:
+    """Refuse a job that begins with messages, before weights are read for it, where no template can render them.
+
+    Raises:
+        ModelError: the model has no chat template, or one with a bug.
+    """
+    if text is None:
+        return
+    try:
+        text.check_chat(instead='lines with "prompt" need no template')
+    except ModelError:
+        if begins_with_messages(stream):
+            raise
 
 
 def facts_of(engine: Any) -> BackendFacts:

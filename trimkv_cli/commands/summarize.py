@@ -11,7 +11,7 @@ import typer
 from trimkv_cli.commands.options import Ascii, Encoding, Json, Live, Output, Quiet, Stats, Stream, Think, with_options
 from trimkv_cli.commands.summary_inputs import Inputs, combined
 from trimkv_cli.commands.summary_output import How, Summaries
-from trimkv_cli.commands.summary_texts import Format, Wish
+from trimkv_cli.commands.summary_texts import TL_DR, Format, Wish
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import PartialFailure, UsageError
 
@@ -32,6 +32,10 @@ def summarize(
     save_cache: Annotated[
         str | None, typer.Option("--save-cache", help="Keep what was read, for trimkv ask --cache.", metavar="KV")
     ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help='For models without a chat template: put "TL;DR:" under the text, to be continued.'),
+    ] = False,
     encoding: Encoding = None,
     think: Think = None,
     json: Json = False,
@@ -71,6 +75,7 @@ def summarize(
         stats=stats,
         quiet=quiet,
         think=think,
+        raw=raw,
         save_cache=save_cache,
         live=live,
         ascii_only=ascii_only,
@@ -85,6 +90,10 @@ def summarize(
 def _check(names: Sequence[str], how: How) -> None:
     from trimkv_cli.commands.saved_reads import check_place
 
+    if how.raw and how.wish != Wish():
+        raise UsageError("--raw asks for nothing but a summary", hint="leave out --focus, --length and --format")
+    if how.raw and how.save_cache is not None:
+        raise UsageError("--save-cache keeps what messages go on with", hint="leave out --raw, or --save-cache")
     if how.json and how.wish.format == "json":
         raise UsageError("--json and --format json are both given", hint="--format json prints the points alone")
     if how.save_cache is None:
@@ -102,16 +111,18 @@ def _check(names: Sequence[str], how: How) -> None:
 
 def _run(inputs: Inputs, how: How, sampling: SamplingOptions, output: str | None) -> None:
     from trimkv_cli.commands.answers import open_engine
-    from trimkv_cli.commands.prompts import draw_seed, open_answer
+    from trimkv_cli.commands.prompts import draw_seed, needs, open_answer
     from trimkv_cli.commands.summary_work import Task
 
     map_reduce = how.engine.on_overflow == "map-reduce"
     options = replace(how.engine, on_overflow="error") if map_reduce else how.engine
     if len(inputs.names) == 1 and not map_reduce:
         options = replace(options, max_inflight=1)
-    llm = open_engine(options, quiet=how.quiet)
+    instead = '--raw puts "TL;DR:" under the text'
+    llm = open_engine(options, quiet=how.quiet, check=needs(raw=how.raw, instead=instead))
     task = Task(
-        instruction=how.wish.instruction(),
+        instruction=TL_DR if how.raw else how.wish.instruction(),
+        raw=how.raw,
         params=draw_seed(sampling).resolve(llm.facts.sampling_defaults),
         max_tokens_said=sampling.max_tokens is not None,
         think=how.think,

@@ -33,6 +33,7 @@ class How:
     stats: bool
     quiet: bool
     think: bool | None
+    raw: bool
     save_cache: str | None
     live: bool | None
     ascii_only: bool

@@ -13,6 +13,7 @@ from trimkv_cli.utf8 import as_text
 
 Format = Literal["bullets", "prose", "json"]
 
+TL_DR = "TL;DR:"  # what a model without a chat template continues with a summary
 _BASE = "Summarize the text above. Keep to what it says; list its main points."
 _PROSE = "Summarize the text above. Keep to what it says; write its main points as flowing text."
 _BULLETS = 'Write one point a line, each beginning with "- ".'

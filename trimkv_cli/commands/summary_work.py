@@ -46,6 +46,7 @@ class Task:
     """How every document is summarized; `max_tokens_said` when the user gave the length of an answer."""
 
     instruction: str
+    raw: bool = False  # without the chat template
     params: SamplingParams
     max_tokens_said: bool
     think: bool | None
@@ -116,7 +117,7 @@ def _render(llm: Engine, text: str, task: Task) -> tuple[int, ...]:
     from trimkv_cli.commands.prompts import render
 
     user = f"{text}\n\n{task.instruction}"
-    return render(llm.text, user, system=None, raw=False, think=task.think).token_ids
+    return render(llm.text, user, system=None, raw=task.raw, think=task.think).token_ids
 
 
 @dataclass(slots=True, kw_only=True)

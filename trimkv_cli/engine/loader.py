@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +57,9 @@ _DTYPES: dict[KvDtype, torch.dtype] = {
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "repetition_penalty")
 
 
+CheckText = Callable[[Text | None], object]
+
+
 def load_engine(options: EngineOptions) -> Engine:
     """Find the model and its gates, plan their memory, and only then load them.
 
@@ -66,9 +69,11 @@ def load_engine(options: EngineOptions) -> Engine:
     return load_source(find_source(options, weights=True), options)
 
 
-def load_source(source: Source, options: EngineOptions, *, snapshots: int = 0) -> Engine:
+def load_source(
+    source: Source, options: EngineOptions, *, snapshots: int = 0, check: CheckText | None = None
+) -> Engine:
     """Load a model and gates that have been found; raises as `load_parts` does."""
-    parts = load_parts(source, options, snapshots=snapshots)
+    parts = load_parts(source, options, snapshots=snapshots, check=check)
     with _short_of_memory(source):
         return assemble(
             parts.model,
@@ -112,8 +117,10 @@ class Parts:
     kv_dtype: torch.dtype
 
 
-def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) -> Parts:
+def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, check: CheckText | None = None) -> Parts:
     """Load a model and gates that have been found, planned with so many copies of a row in host memory.
+
+    `check` looks at the tokenizer, and may raise, before weights are read.
 
     Raises:
         TrimkvError: they do not fit the budget or each other, or their files are broken.
@@ -122,6 +129,11 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
     device = take_device(options.device)
     _check_deterministic(options, device)
     plan = plan_for(source, options, device, snapshots=snapshots)
+    text = Text.from_pretrained(
+        source.folder, offline=True, trust_remote_code=options.trust_remote_code, name=source.model_id
+    )
+    if check is not None:
+        check(text)
     torch.set_num_threads(options.threads_or(torch.get_num_threads()))
     if plan.budget_bytes is not None:
         cap_allocator(device, plan.budget_bytes - plan.part_bytes("runtime"))
@@ -135,7 +147,6 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0) ->
         )
     with _short_of_memory(source):
         gates, warnings = _load_gates(source, plan, device, offline=options.offline)
-    text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=options.trust_remote_code)
     facts = EngineFacts(
         model_id=source.model_id,
         spec=source.spec,

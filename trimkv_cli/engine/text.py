@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from trimkv_cli.engine.detokenizer import Detokenizer, hidden_ids
-from trimkv_cli.errors import ModelNotFound, TrimkvError, UnsupportedModel, UsageError
+from trimkv_cli.errors import BrokenModel, ModelNotFound, TrimkvError, UnsupportedModel, UsageError
 from trimkv_cli.utf8 import as_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Message = Mapping[str, str]  # "role" and "content", both strings
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _PROBES = ("a", "1")  # two user texts that share no token
+_TEMPLATE_S = 10.0  # a template that needs as long for one word goes on for ever
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning, to mark places in a rendered template
 
 
@@ -39,8 +41,9 @@ class Prompt:
 class Text:
     """Own a model's tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, name: str = "the model") -> None:
         self.tokenizer = tokenizer
+        self.name = name
         self.hidden_ids = hidden_ids(tokenizer)
         self._template = _template_of(tokenizer)
         self._added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
@@ -60,8 +63,9 @@ class Text:
         revision: str | None = None,
         offline: bool = False,
         trust_remote_code: bool = False,
+        name: str | None = None,
     ) -> Text | None:
-        """Load the tokenizer of a folder or hub id; None for a folder without one.
+        """Load the tokenizer of a folder or hub id, of a model called `name`; None for a folder without one.
 
         Raises:
             ModelNotFound: no such repository or folder.
@@ -84,7 +88,7 @@ class Text:
         except Exception as error:  # what the tokenizers library raises on a broken file
             hint = "try --trust-remote-code" if "trust_remote_code" in str(error) else "get its files again"
             raise UnsupportedModel(f"the tokenizer of {folder_or_id} fails: {_first_line(error)}", hint=hint) from error
-        return cls(tokenizer)
+        return cls(tokenizer, name=name or str(folder_or_id))
 
     @property
     def supports_chat(self) -> bool:
@@ -95,6 +99,24 @@ class Text:
         """The tokenizer's end of a text, and the special token that the template puts after an answer."""
         ends = (getattr(self.tokenizer, "eos_token_id", None), self._turn_end())
         return frozenset(token_id for token_id in ends if token_id is not None)
+
+    def check_chat(self, *, instead: str) -> None:
+        """Render one word, to find out what is wrong with the template before weights are read.
+
+        Raises:
+            UnsupportedModel: there is none; the hint is `instead`.
+            BrokenModel: it has a bug, or does not come to an end.
+        """
+        if self._template is None:
+            raise UnsupportedModel(f"{self.name} has no chat template", hint=instead)
+        bugs: list[BrokenModel] = []
+        probe = threading.Thread(target=self._probe_template, args=(bugs,), daemon=True)
+        probe.start()
+        probe.join(_TEMPLATE_S)
+        if probe.is_alive():
+            bugs.append(self._bug(f"it goes on for more than {_TEMPLATE_S:g} s"))
+        if bugs:
+            raise BrokenModel(bugs[0].message, hint=f"{bugs[0].hint}; {instead}")
 
     @property
     def supports_thinking(self) -> bool:
@@ -139,6 +161,7 @@ class Text:
         Raises:
             UsageError: the template refuses the messages (a system role, two users in a row).
             UnsupportedModel: the model has no chat template.
+            BrokenModel: it has a bug.
         """
         ids = self._render_ids(messages, think)
         if messages[0]["role"] != "system":
@@ -211,7 +234,7 @@ class Text:
 
     def _render(self, messages: list[dict[str, str]], think: bool | None, *, answer_next: bool = True) -> str:
         if self._template is None:
-            raise UnsupportedModel("the model has no chat template", hint="--raw continues a text as it stands")
+            raise UnsupportedModel(f"{self.name} has no chat template", hint="trimkv ask --raw needs none")
         if not messages:
             raise UsageError("there are no messages to answer", hint='give at least one: {"role": "user", …}')
         options = {"enable_thinking": think} if think is not None and self.supports_thinking else {}
@@ -219,10 +242,27 @@ class Text:
             text: object = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer_next, **options
             )
-        except TemplateError as error:
+        except Exception as error:  # code that came with the model may raise anything
+            if type(error) is not TemplateError:  # which its raise_exception() raises
+                raise self._bug(f"{type(error).__name__}: {_first_line(error)}") from error
             raise UsageError(f"the model's chat template refuses: {error}", hint=_refusal_hint(messages)) from error
         assert isinstance(text, str)
         return text
+
+    def _probe_template(self, bugs: list[BrokenModel]) -> None:
+        try:
+            if not self._render([{"role": "user", "content": _PROBES[0]}], None).strip():
+                bugs.append(self._bug("it renders nothing of a message"))
+        except BrokenModel as error:
+            bugs.append(error)
+        except UsageError:
+            return  # that it refuses one word alone is its right
+
+    def _bug(self, what: str) -> BrokenModel:
+        return BrokenModel(
+            f"the chat template of {self.name} has a bug: {what}",
+            hint="mend chat_template.jinja, or chat_template in tokenizer_config.json",
+        )
 
     def _guarded(self, message: Message, mark: str) -> dict[str, str]:
         """Mark token strings in a message's texts; an answer may contain `<think>`, which templates look for."""

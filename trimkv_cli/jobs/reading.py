@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import orjson
+
 from trimkv_cli.errors import InputError
 from trimkv_cli.jobs.packing import Unpacked, packing_of
 
 MAX_LINE_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 _SLACK = len(_BOM) + len("\r\n") + 1  # read so much past the limit to know that a line is too long
+_PEEK_BYTES = 1 << 14
 _MARK = "trimkv.mark"
 _DRAIN_BYTES = 1 << 20
 
@@ -56,6 +59,18 @@ def _open(source: str) -> BinaryIO:
     if packing is None:
         return stream
     return cast(BinaryIO, io.BufferedReader(Unpacked(stream, packing, source)))
+
+
+def begins_with_messages(stream: BinaryIO) -> bool:
+    """Tell whether the first line holds messages, without taking anything from the stream."""
+    peek = getattr(stream, "peek", None)
+    first: bytes = b"" if peek is None else peek(_PEEK_BYTES).removeprefix(_BOM).lstrip().partition(b"\n")[0]
+    try:
+        line = orjson.loads(first)
+    except orjson.JSONDecodeError:  # cut off, or no JSON at all
+        return b'"messages"' in first
+    body = line.get("body", line) if isinstance(line, dict) else {}
+    return isinstance(body, dict) and "messages" in body
 
 
 class _InUtf8(io.RawIOBase):
