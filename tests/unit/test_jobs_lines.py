@@ -123,6 +123,10 @@ def test_tools_are_named_as_what_is_not_supported(body: dict[str, Any]) -> None:
     assert refused.param in {*body, "messages[1]", "messages[1].role"} - {"messages"}
 
 
+def test_two_names_of_a_length_may_say_the_same() -> None:
+    assert item(chat(max_tokens=4, max_completion_tokens=4.0)).params.max_tokens == 4
+
+
 def test_empty_lists_of_tools_say_nothing() -> None:
     messages = [*USER, {"role": "assistant", "content": "c", "tool_calls": [], "function_call": None}]
     assert item(chat(messages=messages, tools=[], tool_choice="none"), strict=True).warnings == ()
@@ -182,6 +186,10 @@ def test_a_seed_depends_on_run_seed_and_id_alone() -> None:
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"logit_bias": {"²": 1}}, "logit_bias.²"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -252,7 +260,7 @@ def test_a_seed_out_of_range_is_told_the_range(seed: int) -> None:
     assert "9223372036854775808" in refused.message
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400"])
 def test_what_is_no_number_passes_in_keys_that_nobody_reads_and_is_named_in_others(value: str) -> None:
     """Catches a line of pandas' refused as no JSON, without its id, for a column that is not even read."""
     parsed = item(f'{{"id": "a", "prompt": "x NaN", "score": {value}}}')

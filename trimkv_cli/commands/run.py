@@ -26,6 +26,7 @@ from trimkv_cli.errors import PartialFailure, Stopped, UsageError
 if TYPE_CHECKING:
     from trimkv_cli.jobs.summary import Summary
 
+_STDOUT = "stdout cannot be resumed: -o FILE can"
 _INPUT, _ENDS, _CLUSTER = "Input and output", "When to stop", "Cluster"
 
 
@@ -211,12 +212,12 @@ def run(
 def _raise_when_stopped(summary: Summary, choices: Choices) -> None:
     if summary.stopped in ("signal", "time"):
         why = "by a signal" if summary.stopped == "signal" else "by --max-time"
-        resumes = "the same command resumes" if choices.output != "-" else "stdout cannot be resumed: -o FILE can"
+        resumes = "the same command resumes" if choices.output != "-" else _STDOUT
         raise Stopped(f"stopped {why} after {summary.lines:,} lines", hint=resumes)
     if summary.stopped == "errors":
         raise PartialFailure(
             f"stopped: {summary.errors:,} of {summary.lines:,} lines failed, more than allowed",
-            hint="the same command goes on with the lines that are left",
+            hint="the same command goes on with the lines that are left" if choices.output != "-" else _STDOUT,
         )
 
 

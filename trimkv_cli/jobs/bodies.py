@@ -58,6 +58,12 @@ def _whole_numbers(value: object) -> object:
     return [_whole(each) for each in value] if isinstance(value, list) else value
 
 
+def _token_id(value: object) -> object:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
+        return value
+    raise PydanticCustomError("token_id", "should be a token id, which is a whole number in quotes")
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -139,7 +145,7 @@ class ResponseFormat(Strict):
 
 
 Count = Annotated[int, Field(ge=1, lt=2**63), Whole]
-TokenId = Annotated[str, Field(pattern=r"^\d{1,18}$")]
+TokenId = Annotated[str, BeforeValidator(_token_id)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -225,5 +231,5 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 
 def _lower(error: ErrorDetails) -> str:
-    message = error["msg"]
+    message = error["msg"].replace("valid dictionary", "JSON object")
     return message[:1].lower() + message[1:]

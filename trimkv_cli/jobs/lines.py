@@ -144,11 +144,11 @@ def id_of(line: Line, rules: Rules) -> str | None:
 
 
 def _from_json(text: str) -> Any:
-    """Read JSON, and NaN and Infinity in it, which Python and pandas write: a key that is read refuses them by name."""
+    """Read JSON, and NaN, Infinity and 1e400 in it, as Python does: a key that is read refuses them by name."""
     try:
         return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        if "NaN" not in text and "Infinity" not in text:
+    except orjson.JSONDecodeError as error:
+        if "NaN" not in text and "Infinity" not in text and "infinity" not in error.msg:
             raise
         try:
             data = json.loads(text)
@@ -256,6 +256,8 @@ def _source(body: Body, sources: tuple[str, ...]) -> str:
             raise Refused(f"{name}: this url takes {sources[0]}", param=name)
     if len(given) > 1:
         raise Refused(f"{given[1]}: give either this or {given[0]}", param=given[1])
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise Refused("max_tokens: give either this or max_completion_tokens", param="max_tokens")
     return given[0]
 
 
