@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +34,7 @@ from trimkv_cli.commands import (
     summarize,
 )
 from trimkv_cli.commands.options import CommandGroup, check_setting
-from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError, is_out_of_memory
+from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError, UsageError, is_out_of_memory
 from trimkv_cli.settings import KEYS, load_layers, overlay
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.tested import NEWEST, untested
@@ -132,11 +135,23 @@ def _invoke(arguments: list[str]) -> int:
 def _defaults(command: Any) -> dict[str, Any]:
     """Return the settings of files and environment as defaults of each command that has such an option."""
     merged: Mapping[str, Any] = {}
-    for layer in load_layers(Path.cwd(), os.environ):
+    for layer in load_layers(_working_folder(), os.environ):
         for key, value in layer.values.items():
             check_setting(key, value, name=layer.name(key))
         merged = overlay(merged, layer.values)
     return _defaults_of(command, merged)
+
+
+def _working_folder() -> Path:
+    """Return the folder that the process is in.
+
+    Raises:
+        UsageError: it has been deleted, and with it what a relative path means; libraries end the process there.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the folder that this was started in is gone", hint="cd into one that is there") from None
 
 
 def _defaults_of(command: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,11 +223,27 @@ def _close_stdout(code: int) -> int:
     return code
 
 
+def _writable_folder(wanted: Path) -> Path:
+    """Return a folder that can be made and written: where `wanted` cannot be, one that is gone with the process.
+
+    torch makes its own at the first import, needed or not, and ends where it cannot.
+    """
+    nearest = next(path for path in (wanted, *wanted.parents) if path.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return wanted
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="trimkv-"))
+    except OSError:  # nothing at all can be written
+        return Path(os.sep)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _prepare_environment() -> None:
     """Keep libraries quiet, without telemetry, good neighbours, and their caches in our own folder."""
     from platformdirs import user_cache_path
 
-    cache = user_cache_path("trimkv")
+    cache = _writable_folder(user_cache_path("trimkv"))
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

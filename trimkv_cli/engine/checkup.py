@@ -192,7 +192,7 @@ def _writable(name: str, folder: Path) -> Finding:
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         free = format_size(shutil.disk_usage(nearest).free)
         return Finding(name=name, status="ok", detail=f"{folder}, {free} free")
-    return Finding(name=name, status="fault", detail=f"{nearest} cannot be written", hint=f"chmod u+wx {nearest}")
+    return Finding(name=name, status="note", detail=f"{nearest} cannot be written", hint=f"chmod u+wx {nearest}")
 
 
 def _no_accelerator(*, cuda_build: str | None) -> Finding:
