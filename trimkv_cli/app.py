@@ -35,6 +35,7 @@ from trimkv_cli.commands import (
 )
 from trimkv_cli.commands.options import CommandGroup, check_setting
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError, UsageError, is_out_of_memory
+from trimkv_cli.files import can_write
 from trimkv_cli.settings import KEYS, load_layers, overlay
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.tested import NEWEST, untested
@@ -228,8 +229,7 @@ def _writable_folder(wanted: Path) -> Path:
 
     torch makes its own at the first import, needed or not, and ends where it cannot.
     """
-    nearest = next(path for path in (wanted, *wanted.parents) if path.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+    if can_write(wanted):
         return wanted
     try:
         folder = Path(tempfile.mkdtemp(prefix="trimkv-"))

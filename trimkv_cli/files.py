@@ -20,6 +20,12 @@ _BAD_PLACES = {
 }  # fmt: skip
 
 
+def can_write(folder: Path) -> bool:
+    """Tell whether files can be put into a folder, which may have to be made first."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a file.
 

@@ -10,6 +10,7 @@ from trimkv_cli.chat.store import SessionStore, Transcript
 from trimkv_cli.commands.prompts import draw_seed
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import UsageError
+from trimkv_cli.files import can_write
 
 if TYPE_CHECKING:
     import typer
@@ -84,10 +85,14 @@ def open_chat(llm: Engine, engine: EngineOptions, opening: Opening, stored: Tran
         undo_depth=opening.undo_depth,
         fits_rest=opening.sampling.max_tokens is None,
     )
+    store = SessionStore.default()
+    kept = not opening.private and can_write(store.folder)
+    if not (kept or opening.private or opening.session):
+        screen.note(f"warning: {store.folder} cannot be written: this conversation is not stored")
     autosave = Autosave(
-        SessionStore.default(),
+        store,
         options=_to_store(engine, llm),
-        enabled=not opening.private,
+        enabled=kept,
         save_cache=opening.save_cache,
         name=opening.session,
     )
@@ -111,8 +116,9 @@ def make_prompt(chat: Chat, screen: Screen, *, private: bool) -> ChatPrompt:
     from trimkv_cli.commands.slash.table import complete
     from trimkv_cli.ui.chat.prompt import Candidate, ChatPrompt
 
+    history = user_state_path("trimkv") / "chat_history"
     return ChatPrompt(
-        history=None if private else user_state_path("trimkv") / "chat_history",
+        history=None if private or not can_write(history.parent) else history,
         complete=lambda text: (Candidate(*found) for found in complete(chat, text)),
         look=screen.look,
     )

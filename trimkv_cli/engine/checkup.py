@@ -16,6 +16,7 @@ import psutil
 
 from trimkv_cli import __version__
 from trimkv_cli.errors import TrimkvError
+from trimkv_cli.files import can_write
 from trimkv_cli.machine import Machine, memory_bytes
 from trimkv_cli.tested import NEWEST, installed_version, untested
 from trimkv_cli.units import format_size
@@ -189,7 +190,7 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 def _writable(name: str, folder: Path) -> Finding:
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+    if can_write(folder):
         free = format_size(shutil.disk_usage(nearest).free)
         return Finding(name=name, status="ok", detail=f"{folder}, {free} free")
     return Finding(name=name, status="note", detail=f"{nearest} cannot be written", hint=f"chmod u+wx {nearest}")
