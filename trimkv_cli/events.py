@@ -74,7 +74,7 @@ class TokenEvent:
             return OutOfDeviceMemory(message, hint=hint)
         if self.error_code == "not_finite":
             return TrimkvError(message, hint="--dtype bf16 or fp32 reach further; or get the model again")
-        return TrimkvError(message)
+        return TrimkvError(message, hint="another prompt, seed or format may go on")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trimkv_cli import files, machine
+from trimkv_cli.cache import gate_files
 from trimkv_cli.chat.store import SessionStore, Transcript
+from trimkv_cli.commands import inspect_output
 from trimkv_cli.errors import TrimkvError, UsageError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.resuming import drop_failures
@@ -121,6 +123,8 @@ WRITERS: list[Callable[[Path], None]] = [
     stored,
     lambda path: write(path, "x"),
     lambda path: write_sidecar(path, Sidecar(fingerprint={})),
+    lambda path: gate_files._write(path, lambda partial: partial.write_text("x")),
+    lambda path: inspect_output._write(str(path), "x", "--html"),
 ]
 
 
