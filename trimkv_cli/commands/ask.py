@@ -139,6 +139,7 @@ def ask(
     user = _prompt(prompt, file or [], template, param or [], reader)
 
     from trimkv_cli.commands.answers import open_engine, print_stats, say_if_cut, within_room
+    from trimkv_cli.commands.memory_report import check_budget
     from trimkv_cli.commands.prompts import draw_seed, names_tokens, needs, render
     from trimkv_cli.commands.saved_reads import next_turn
     from trimkv_cli.engine.request import Request
@@ -165,6 +166,7 @@ def ask(
         say_if_cut(finished)
     if stats:
         print_stats(llm, finished)
+    check_budget(llm)
 
 
 def _prompt(prompt: str | None, files: list[str], template: str | None, parameters: list[str], reader: Reader) -> str:

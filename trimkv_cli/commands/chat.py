@@ -75,6 +75,7 @@ def chat(
 
     from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.commands.documents import Reader
+    from trimkv_cli.commands.memory_report import check_budget
     from trimkv_cli.commands.opening import Opening, as_stored, find_stored, make_prompt, open_chat, said_options
     from trimkv_cli.commands.prompts import needs, read_system
     from trimkv_cli.commands.talk import talk
@@ -108,6 +109,7 @@ def chat(
             engine, quiet=quiet, snapshots=snapshots, check=needs(raw=False, instead="trimkv ask --raw goes without")
         )
         this = open_chat(llm, engine, opening, stored, screen)
+        budget_bytes = this.conversation.llm.facts.plan.budget_bytes
         if stored is None and not quiet:
             screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")
         try:
@@ -116,3 +118,5 @@ def chat(
             this.autosave.close()
     if not quiet and this.autosave.name is not None:
         screen.note(f"trimkv chat --session {this.autosave.name} goes on with this")
+    if this.conversation.llm.facts.plan.budget_bytes == budget_bytes:  # no /budget, which the peak so far may exceed
+        check_budget(this.conversation.llm)

@@ -87,6 +87,7 @@ def inspect(
     check_places(html, png, svg)
 
     from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.commands.memory_report import check_budget
     from trimkv_cli.commands.prompts import check_raw, gather, names_tokens, needs, read_system, render
 
     reader = Reader(encoding=encoding, quiet=quiet)
@@ -106,6 +107,7 @@ def inspect(
             ).token_ids
         findings = _of_answer(llm, ids, sampling, quiet=quiet)
     findings.show(Output(json=json, html=html, png=png, svg=svg, colour=color, ascii_only=ascii_only, quiet=quiet), llm)
+    check_budget(llm)
 
 
 def _of_answer(llm: Engine, ids: tuple[int, ...], sampling: SamplingOptions, *, quiet: bool) -> Findings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trimkv_cli.errors import TrimkvError
 from trimkv_cli.units import format_size, format_sizes
 
 if TYPE_CHECKING:
@@ -30,6 +31,28 @@ def memory_report(engine: Engine) -> dict[str, Any]:
         "peaks": engine.measured_peaks(),
         "undone_steps": engine.stats.undone_steps,
     }
+
+
+def check_budget(engine: Engine) -> None:
+    """Raise when the process has used more than its budget: what was promised did not hold, whatever came of it.
+
+    Raises:
+        BudgetNotHeld: it has.
+    """
+    plan = engine.facts.plan
+    if plan.budget_bytes is not None and engine.peak_bytes > plan.budget_bytes:
+        raise BudgetNotHeld(engine.peak_bytes, plan.budget_bytes)
+
+
+class BudgetNotHeld(TrimkvError):
+    """Report a peak above the budget; the answers are there."""
+
+    def __init__(self, peak_bytes: int, budget_bytes: int) -> None:
+        peak, budget = format_sizes(peak_bytes, budget_bytes)
+        super().__init__(
+            f"the budget was not held: {peak} at the peak, of {budget}",
+            hint="trimkv doctor --measure makes plans closer; fewer rows: --max-inflight 1",
+        )
 
 
 def memory_line(engine: Engine) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimkv_cli.commands.memory_report import BudgetNotHeld
 from trimkv_cli.commands.options import Encoding, Output, Quiet, SpecialTokens, Think, with_options
 from trimkv_cli.commands.run_settings import (
     Choices,
@@ -206,6 +207,8 @@ def run(
     else:
         summary = answer_lines(choices, engine, sampling)
         _raise_when_stopped(summary, choices)
+        if summary.budget_bytes is not None and summary.over_budget:
+            raise BudgetNotHeld(summary.peak_bytes or 0, summary.budget_bytes)
         _judge(summary, validated=False)
 
 

@@ -197,6 +197,8 @@ class _Run:
             with stopped_by_signals(stop), _progress(choices, backend, summary) as progress:
                 backend.run(replace(job, progress=progress))
         finally:
+            if backend.memory is not None:
+                summary.note_memory(backend.memory())
             if not choices.quiet:
                 print_note(summary.report(blank_lines=reader.blank_lines))
                 _say_memory(backend)

@@ -111,6 +111,7 @@ def _check(names: Sequence[str], how: How) -> None:
 
 def _run(inputs: Inputs, how: How, sampling: SamplingOptions, output: str | None) -> None:
     from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.commands.memory_report import check_budget
     from trimkv_cli.commands.prompts import draw_seed, needs, open_answer
     from trimkv_cli.commands.summary_work import Task
 
@@ -136,3 +137,4 @@ def _run(inputs: Inputs, how: How, sampling: SamplingOptions, output: str | None
         raise PartialFailure(
             f"{len(failed)} of {inputs.total} files failed", hint="each is named above; the others are summarized"
         )
+    check_budget(llm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -28,6 +28,8 @@ class Summary:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     shared_tokens: int = 0  # prompt tokens that were copied instead of read
+    budget_bytes: int | None = None
+    peak_bytes: int | None = None  # of the process that used most, where there is a budget
     warnings: Counter[str] = field(default_factory=Counter)
     started_at: float = field(default_factory=time.perf_counter)
 
@@ -46,6 +48,17 @@ class Summary:
     @property
     def decode_tps(self) -> float:
         return self.completion_tokens / max(self.elapsed_s, 1e-9)
+
+    @property
+    def over_budget(self) -> bool:
+        return self.budget_bytes is not None and (self.peak_bytes or 0) > self.budget_bytes
+
+    def note_memory(self, record: Mapping[str, Any]) -> None:
+        """Take in what a record says of budget and memory."""
+        budget = record.get("budget", {}).get("bytes")
+        if budget is not None:
+            self.budget_bytes = budget
+            self.peak_bytes = max(self.peak_bytes or 0, record["memory"]["peak_bytes"])
 
     def count_tokens(self, choices: Sequence[RequestStats]) -> None:
         """Add the tokens of one item's choices, which share their prompt."""
@@ -66,6 +79,7 @@ class Summary:
             self.prompt_tokens += usage["prompt_tokens"]
             self.completion_tokens += usage["completion_tokens"]
             self.shared_tokens += usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+            self.note_memory(response["body"].get("trimkv", {}))
 
     def count_warnings(self, item: Item) -> None:
         """Add what was passed over in one line."""
