@@ -212,6 +212,27 @@ def test_html_gives_what_a_reader_sees(tmp_path: Path) -> None:
     assert "<html>" in read(tmp_path, b"in code: `<html>` begins a page", "notes.md")[0]
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("a<div hidden>x<div>y</div>z<br><img alt=i></div>b", "ab"),
+        ('a<p style="color:red; Display : NONE">x<p>b', "a\n\nb"),
+        ('<span style="visibility:hidden">x</span>b', "b"),
+        ("<ul><li hidden>x<li>a<li hidden>y</ul>b", "- a\n\nb"),
+        ("<table><tr><td hidden>x<td>a</tr></table>b", "a\n\nb"),
+        ("a<dialog>x</dialog><dialog open>b</dialog>", "a\nb"),
+        ("a<template><p>x</p></template><noscript>y</noscript><video>z</video>b", "ab"),
+        ("a<input hidden>b<svg><g hidden>x</g></svg>c", "abc"),
+        ("Donau&shy;dampf\u00adschiff 10&nbsp;km 5\u202f000 zero\u200bwidth", "Donaudampfschiff 10 km 5 000 zerowidth"),
+        ("<pre>a&nbsp; b</pre>", "a  b"),
+        ("می\u200cخواهم 👩\u200d👧", "می\u200cخواهم 👩\u200d👧"),
+    ],
+)
+def test_html_leaves_out_what_no_reader_sees(page: str, text: str) -> None:
+    """Catches hidden elements and marks in the text, and visible text that goes with them."""
+    assert html_to_text(page) == text + "\n"
+
+
 def test_globs_are_expanded_in_order_and_an_empty_one_is_an_error(tmp_path: Path) -> None:
     """Catches quoted patterns that are taken for names, folders among files, and a typo that matches nothing."""
     for name in ("b.md", "a.md", "x[1].md"):
