@@ -15,9 +15,10 @@ import pytest
 
 from trimkv_cli.app import _exit_code
 from trimkv_cli.chat.store import TRANSCRIPT
-from trimkv_cli.commands.code_blocks import first_code_block
+from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.templates import fill, read_template
 from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.ui.fences import code_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from programs import COMMAND, ENVIRONMENT
@@ -61,10 +62,17 @@ def test_json_lines_are_the_answer_in_pieces(run: Run) -> None:
 def test_only_the_code_is_printed(run: Run) -> None:
     """Catches fences in the output, another block, and prose that a shell would run."""
     text = "Take this:\n\n```sh\necho 1\n\n  ```not the end\n```\n\n```\nsecond\n```\n"
-    assert first_code_block(text) == "echo 1\n\n  ```not the end"
-    assert first_code_block("~~~~\na\n~~~\n~~~~\n") == "a\n~~~"
-    assert first_code_block("```py\ncut off") == "cut off"
-    assert first_code_block("no `code` here") is None
+    assert code_blocks(text)[0] == "echo 1\n\n  ```not the end"
+    assert code_blocks("~~~~\na\n~~~\n~~~~\n") == ["a\n~~~"]
+    assert code_blocks("```py\ncut off") == ["cut off"]
+    assert code_blocks("no `code` here") == []
+    assert code_blocks(
+        "Use ```x``` here.\n\n1. so:\n\n     ```sh\n     a\n       b\n     ```\n~~~\nc\n```\n~~~\n```\ncut"
+    ) == [
+        "a\n  b",
+        "c\n```",
+        "cut",
+    ]
     code, out, err = run("ask", "hello", "-x", *SHORT)
     assert (code, out) == (1, "")
     assert "no code block" in err
@@ -75,18 +83,18 @@ def test_templates_take_the_prompt_and_parameters(run: Run, tmp_path: Path) -> N
     folder = tmp_path / "config" / "templates"
     folder.mkdir(parents=True)
     (folder / "translate.txt").write_text("Say in $language for $$1: $input")
-    template = read_template("translate")
+    template = read_template("translate", Reader())
     assert fill(template, name="t", user="hi", parameters=["language=German=x"]) == "Say in German=x for $1: hi"
     for user, parameters, said in (("hi", [], "-p language"), ("", ["language=x"], "prompt"), ("a", ["b=c"], "places")):
         with pytest.raises(UsageError) as caught:
             fill(template, name="t", user=user, parameters=parameters)
         assert said in (caught.value.hint or "")
     with pytest.raises(InputError, match="no template 'nope'") as unknown:
-        read_template("nope")
+        read_template("nope", Reader())
     assert unknown.value.hint == "there are translate"
     (tmp_path / "own.txt").write_text("only 5$")
     with pytest.raises(InputError, match="names no place"):
-        read_template(str(tmp_path / "own.txt"))
+        read_template(str(tmp_path / "own.txt"), Reader())
     code, out, _ = run("ask", "-t", "translate", "-p", "language=German", *SHORT, "--json", stdin="a cat")
     assert code == 0
     rendered = json.loads(run("ask", "Say in German for $1: a cat", *SHORT, "--json")[1])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimkv_cli.commands.chunks import ChunkWriter
-from trimkv_cli.commands.code_blocks import first_code_block
 from trimkv_cli.commands.completion import complete_template
 from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.options import (
@@ -28,6 +27,7 @@ from trimkv_cli.commands.options import (
 )
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import TrimkvError, UsageError
+from trimkv_cli.ui.fences import code_blocks
 from trimkv_cli.ui.plain import to_json
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _write_whole(llm: Engine, finished: Answer, writer: AnswerWriter, form: _For
 
 
 def _code(text: str) -> str:
-    code = first_code_block(text)
-    if code is None:
+    blocks = code_blocks(text)
+    if not blocks:
         raise TrimkvError("the answer has no code block", hint="ask for one, or leave out -x to see the answer")
-    return code
+    return blocks[0]

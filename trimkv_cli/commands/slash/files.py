@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from trimkv_cli.chat.conversation import need_chat
 from trimkv_cli.chat.store import Transcript
 from trimkv_cli.chat.turns import split_thought
 from trimkv_cli.commands.slash.command import Chat, SlashCommand
+from trimkv_cli.engine.request import Request
 from trimkv_cli.errors import UsageError
 from trimkv_cli.files import whole_file
+from trimkv_cli.ui.fences import code_blocks
 
 
 def _file(chat: Chat, argument: str) -> None:
@@ -28,8 +31,24 @@ def _file(chat: Chat, argument: str) -> None:
         chat.display.note("nothing is attached any more")
         return
     text = Reader(encoding=chat.encoding).document(str(Path(argument).expanduser())).text
+    _check_room(chat, argument, text)
     chat.attached.append((argument, text.strip("\n")))
     chat.display.note(f"{argument}: {len(text):,} characters go with your next message")
+
+
+def _check_room(chat: Chat, name: str, text: str) -> None:
+    """Refuse a file that no message could be sent with."""
+    conversation = chat.conversation
+    ids = need_chat(conversation.llm.text).encode("\n\n".join([*(content for _, content in chat.attached), text]))
+    left = conversation.llm.room(
+        Request(id="file", prompt_token_ids=tuple(ids), params=conversation.params, continues=conversation.row)
+    )
+    if left < 1:
+        others = "" if not chat.attached else ", with what is attached already,"
+        raise UsageError(
+            f"{name} is not attached: {len(ids):,} tokens{others} do not fit {len(ids) + left - 1:,} positions left",
+            hint="trimkv summarize reads it in parts; trimkv chat --on-overflow rebase goes on past the last position",
+        )
 
 
 def _export(chat: Chat, argument: str) -> None:
@@ -74,10 +93,10 @@ def _copy(chat: Chat, argument: str) -> None:
 
 
 def _last_code(answer: str) -> str:
-    parts = answer.split("```")
-    if len(parts) < 3:
+    blocks = code_blocks(answer)
+    if not blocks:
         raise UsageError("the last answer has no block of code", hint="/copy copies all of it")
-    return parts[len(parts) // 2 * 2 - 1 if len(parts) % 2 else len(parts) - 3].partition("\n")[2]
+    return blocks[-1]
 
 
 def _complete_path(_: Chat, argument: str) -> Iterable[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+from trimkv_cli.ui.fences import Fence
+
 _LIST = re.compile(r" {0,3}([-*+]|\d{1,9}[.)])\s")
 
 
@@ -14,7 +15,7 @@ class Blocks:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._partial = ""
-        self._fence = ""
+        self._fence: Fence | None = None
 
     @property
     def open_text(self) -> str:
@@ -29,38 +30,33 @@ class Blocks:
     def finish(self) -> list[str]:
         """Return what is left as a block, however it ends."""
         last = [block for line in [self._partial] if line and (block := self._take(line))]
-        self._partial, self._fence = "", ""
+        self._partial, self._fence = "", None
         rest = self._close()
         return [*last, *([rest] if rest else [])]
 
     def _take(self, line: str) -> str:
         """Take a whole line; return the block that it closes, or an empty string."""
-        if self._fence:
+        if self._fence is not None:
             self._lines.append(line)
-            return self._close() if self._closes_fence(line) else ""
+            if not self._fence.closed_by(line):
+                return ""
+            self._fence = None
+            return self._close()
         if not line.strip():
             if not self._is_list():
                 return self._close()
             self._lines.append(line)
             return ""
         closed = self._close() if self._is_list() and not self._lines[-1].strip() and not _goes_on(line) else ""
-        fence = _FENCE.match(line)
-        if fence and not self._is_list():
-            before, self._lines, self._fence = self._lines, [line], fence[1]
+        fence = Fence.opened_by(line)
+        if fence is not None and not self._is_list():
+            before, self._lines, self._fence = self._lines, [line], fence
             return closed or "\n".join(before)
         self._lines.append(line)
         return closed
 
     def _is_list(self) -> bool:
         return bool(self._lines) and bool(_LIST.match(self._lines[0]))
-
-    def _closes_fence(self, line: str) -> bool:
-        mark = _FENCE.match(line)
-        closes = mark and mark[1].startswith(self._fence) and not line.strip(" `~")
-        if closes and len(self._lines) > 1:
-            self._fence = ""
-            return True
-        return False
 
     def _close(self) -> str:
         block, self._lines = "\n".join(self._lines).strip("\n"), []
