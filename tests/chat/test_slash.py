@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,82 @@ def test_files_go_in_and_out(chat: Chat, tmp_path: Path) -> None:
     assert "does not say" in enter(chat, f"/export {tmp_path}/talk").errors[0]
     assert enter(chat, "/copy").copied == [chat.conversation.turns[-1].answer]
     assert "no block of code" in enter(chat, "/copy code").errors[0]
+
+
+def test_the_last_block_of_code_is_copied(chat: Chat) -> None:
+    """Catches fences of tildes, code within a sentence, and an answer cut within its block."""
+    enter(chat, "Hello.")
+    for answer, code in (
+        ("```py\na\n```\nUse ```b``` now.", "a"),
+        ("~~~\na\n```\nb\n~~~\n", "a\n```\nb"),
+        ("```\na\n```\n```sh\ncut", "cut"),
+    ):
+        chat.conversation.turns[-1] = replace(chat.conversation.turns[-1], answer=answer)
+        assert enter(chat, "/copy code").copied == [code]
+
+
+def test_a_file_that_fits_nowhere_is_not_attached(chat: Chat, tmp_path: Path) -> None:
+    """Catches a file that makes every later message fail, and an error that does not say how to let it go."""
+    (tmp_path / "big.txt").write_text("word " * chat.conversation.llm.facts.max_positions)
+    (error,) = enter(chat, f"/file {tmp_path}/big.txt").errors
+    assert "big.txt is not attached: " in error
+    assert "trimkv summarize" in error
+    assert chat.attached == []
+    chat.attached.append(("big.txt", "word " * chat.conversation.llm.facts.max_positions))
+    (error,) = enter(chat, "What is it?").errors
+    assert "/file none lets big.txt go" in error
+    enter(chat, "/file none")
+    assert enter(chat, "Hello.").errors == []
+
+
+def test_settings_are_shown_as_they_are_typed(chat: Chat) -> None:
+    """Catches values of Python among what a user reads."""
+    assert enter(chat, "/set stop x").notes == ["stop               x"]
+    assert enter(chat, "/set stop off").notes == ["stop               off"]
+    assert enter(chat, "/set ignore_eos on").notes == ["ignore_eos         on"]
+    enter(chat, "/set ignore_eos off")
+    assert not any(sign in "".join(enter(chat, "/show").shown) for sign in ("()", "('", "None", "True", "False"))
+
+
+def test_all_places_of_a_text_are_shown(chat: Chat) -> None:
+    """Catches a place that is passed over without a word."""
+    enter(chat, "Petra is here.", "And petra is there.")
+    shown = enter(chat, "/why Petra").shown
+    assert [line for line in shown if line.startswith("place")] == [
+        "place 1 of 2, in message 1",
+        "place 2 of 2, in message 2",
+    ]
+    assert sum("kept by" in line for line in shown) == 2
+    assert "/pin with words" in enter(chat, "/pin Xyz").errors[0]
+
+
+def test_stats_are_those_of_the_last_turn_that_is_left(chat: Chat) -> None:
+    """Catches counts of a turn that was taken back."""
+    first = enter(chat, "My cat is called Zubo.", "/stats").shown[:3]
+    second = enter(chat, "What is my cat called? Say it, please.", "/stats").shown[:3]
+    assert first != second
+    assert enter(chat, "/undo", "/stats").shown[:3] == first
+    enter(chat, "/save talk", "/load talk")
+    assert "in an earlier run" in enter(chat, "/stats").shown[0]
+
+
+@pytest.mark.parametrize("command", ["/undo", "/edit", "/regen"])
+def test_a_damaged_state_costs_a_reading_and_nothing_else(chat: Chat, command: str) -> None:
+    """Catches turns that are dropped from the conversation and not from the session, and an error that hides it."""
+    enter(chat, "My cat is called Zubo.", "My dog is called Rex.")
+    folder = chat.autosave.store.path(chat.autosave.name or "")
+    (folder / chat.conversation.snapshots.files[1]).write_bytes(b"damaged")
+    screen = enter(chat, command)
+    assert screen.errors == []
+    assert "cannot read" in screen.notes[-1]
+    assert screen.notes[-1].endswith("the next message makes the model read the turns again, and answers may differ")
+    left = ["My cat is called Zubo."] + ["My dog is called Rex."] * (command == "/regen")
+    stored = chat.autosave.store.read(chat.autosave.name or "")
+    assert users(chat) == [turn.user for turn in stored.turns] == left
+    assert chat.conversation.must_reread is (command != "/regen")
+    enter(chat, "Hello.")
+    assert users(chat) == [*left, "Hello."]
+    assert (folder / "session.json").is_file()
 
 
 def test_sessions(chat: Chat) -> None:

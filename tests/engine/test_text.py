@@ -287,9 +287,9 @@ def test_a_job_that_begins_with_messages_needs_a_template() -> None:
     """Catches a whole job of messages that are refused one by one, after loading; prompts need no template."""
     tokenizer = tiny.chatml()
     tokenizer.chat_template = None
-    check_template(io.BufferedReader(io.BytesIO(b'{"prompt": "a"}')), Text(tokenizer))  # type: ignore[arg-type]
+    check_template(io.BufferedReader(io.BytesIO(b'{"prompt": "a"}')), Text(tokenizer))
     with pytest.raises(UnsupportedModel) as caught:
-        check_template(io.BufferedReader(io.BytesIO(b'{"messages": []}')), Text(tokenizer))  # type: ignore[arg-type]
+        check_template(io.BufferedReader(io.BytesIO(b'{"messages": []}')), Text(tokenizer))
     assert caught.value.hint == 'lines with "prompt" need no template'
 
 

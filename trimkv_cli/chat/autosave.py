@@ -12,7 +12,7 @@ from filelock import BaseFileLock
 from trimkv_cli.chat.conversation import Conversation
 from trimkv_cli.chat.store import SessionStore, Transcript
 from trimkv_cli.engine.request import SamplingParams
-from trimkv_cli.errors import CacheMismatch, InputError, UsageError
+from trimkv_cli.errors import InputError, UsageError
 
 
 class Autosave:
@@ -167,10 +167,7 @@ def params_of(transcript: Transcript) -> SamplingParams:
 
 
 def _why_not(conversation: Conversation, transcript: Transcript) -> str | None:
-    try:
-        conversation.load(transcript.turns)
-    except (CacheMismatch, InputError) as error:
-        return error.message
+    conversation.load(transcript.turns)
     if conversation.must_reread:
-        return "its cache was not saved"
+        return conversation.why_lost or "its cache was not saved"
     return None

@@ -66,16 +66,22 @@ class Conversation:
         self.fits_rest = fits_rest  # near the end of the positions answers may be shorter than max_tokens
         self.turns: list[Turn] = []
         self.snapshots = Snapshots(undo_depth, model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
-        self.last_stats: RequestStats | None = None
+        self.why_lost: str | None = None  # why the state after the last turn could not be read, where there was one
         self.tokens_to_read = 0
         self._row: str | None = None
         self._last_token: int | None = None
         self._ids = 0
+        self._stats: dict[int, RequestStats] = {}  # turns behind it → what the last of them cost
 
     @property
     def row(self) -> str | None:
         """Name what the engine keeps of this conversation: `llm.retained(row)` and its like."""
         return self._row
+
+    @property
+    def last_stats(self) -> RequestStats | None:
+        """Return what the last turn cost; None for one of an earlier run."""
+        return self._stats.get(len(self.turns))
 
     @property
     def must_reread(self) -> bool:
@@ -152,29 +158,30 @@ class Conversation:
         """Begin anew, with the same system message."""
         self._let_go()
         self.snapshots.clear()
-        self.turns, self.last_stats = [], None
+        self.turns, self._stats, self.why_lost = [], {}, None
 
     def load(self, turns: Sequence[Turn]) -> None:
-        """Take over other turns, whose states `snapshots` holds already; raises as `go_to_state` does."""
-        self.turns = list(turns)
-        self.last_stats = None
+        """Take over other turns, whose states `snapshots` holds already."""
+        self.turns, self._stats = list(turns), {}
         self.go_to_state()
 
     def go_to_state(self) -> None:
         """Put the state after the last turn into the row; without one the next message reads the turns again.
 
-        Raises:
-            CacheMismatch, InputError: its file is another engine's or damaged; the turns will be read again.
+        So it does where the state's file is damaged or another engine's; `why_lost` says which.
         """
         self._let_go()
-        if self.turns:
-            try:
-                state = self.snapshots.get(len(self.turns))
-            except (CacheMismatch, InputError):
-                self.snapshots.clear()
-                raise
-            if state is not None:
-                self._put_back(state)
+        self.why_lost = None
+        if not self.turns:
+            return
+        try:
+            state = self.snapshots.get(len(self.turns))
+        except (CacheMismatch, InputError) as error:
+            self.snapshots.drop(len(self.turns))
+            self.why_lost = error.message
+            return
+        if state is not None:
+            self._put_back(state)
 
     def read_again(self) -> None:
         """Let the next message read all turns again, under the system message as it is then."""
@@ -262,7 +269,6 @@ class Conversation:
             self._last_token = answer.token_ids[-1]
         else:
             self._last_token = None
-        self.last_stats = stats
         continued = before is not None and before.token_ids
         read = stats.prompt_tokens + answer.fed - answer.first
         self.turns.append(
@@ -277,6 +283,7 @@ class Conversation:
                 seen=stats.cache.seen_tokens,
             )
         )
+        self._stats[len(self.turns)] = stats
 
     def _put_back(self, state: RowState) -> None:
         self._let_go()

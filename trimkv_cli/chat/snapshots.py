@@ -41,7 +41,7 @@ class Snapshots:
         else:
             self.files[turns] = self._write(turns, state)
         for old in self.counts[: -self.depth - 1]:
-            self._drop(old)
+            self.drop(old)
 
     def get(self, turns: int) -> RowState | None:
         """Return the state after `turns` turns, None when there is none.
@@ -62,7 +62,7 @@ class Snapshots:
     def drop_from(self, turns: int) -> None:
         """Forget the states after `turns` turns and more; files stay until the store drops them."""
         for count in [count for count in self.counts if count >= turns]:
-            self._drop(count)
+            self.drop(count)
 
     def clear(self) -> None:
         """Forget all states."""
@@ -106,7 +106,8 @@ class Snapshots:
         write_row(self._folder / name, state, model_id=self._model_id, fingerprint=self._fingerprint)
         return name
 
-    def _drop(self, turns: int) -> None:
+    def drop(self, turns: int) -> None:
+        """Forget the state after so many turns."""
         self._held.pop(turns, None)
         self.files.pop(turns, None)
 

@@ -63,7 +63,9 @@ def handle(chat: Chat, typed: Typed, screen: Screen) -> None:
         screen.error(error.message, "the line is there again, with U+FFFD for what is not UTF-8")
         chat.draft = _again(typed)
     except ContextOverflow as error:
-        screen.error(error.message, "/set max_tokens N asks for less, /clear begins a new conversation")
+        ways = "/set max_tokens N asks for less, /clear begins a new conversation"
+        names = ", ".join(name for name, _ in chat.attached)
+        screen.error(error.message, f"/file none lets {names} go, {ways}" if names else ways)
     except TrimkvError as error:
         screen.error(error.message, error.hint)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.memory import memory_use, pieces_of
 from trimkv_cli.commands.slash.command import Chat, SlashCommand
@@ -19,15 +22,40 @@ from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.ui.tokens import next_out_line, survival_table, token_view
 from trimkv_cli.ui.turns import Span, turn_map
 
+if TYPE_CHECKING:
+    from trimkv_cli.events import RequestStats
+
 _CONTEXT = 40  # tokens shown around what was asked about
 _MOST_ROWS = 60
 
 
 def _stats(chat: Chat, _: str) -> None:
     conversation, stats = chat.conversation, chat.conversation.last_stats
-    if stats is None:
+    if not conversation.turns:
         raise UsageError("nothing has been generated yet", hint="send a message first")
-    run, cache = conversation.llm.stats, stats.cache
+    if stats is None:
+        _stats_of_before(chat)
+    else:
+        _stats_of_last(chat, stats)
+    run = conversation.llm.stats
+    read = f"{run.prefill_tokens:,} tokens read in {run.prefill_s:.1f} s"
+    chat.display.print(f"all turns  {read}, {run.decode_tokens:,} generated in {run.decode_s:.1f} s")
+
+
+def _stats_of_before(chat: Chat) -> None:
+    """Say what is known of a turn that an earlier run made."""
+    conversation = chat.conversation
+    turn, row = conversation.turns[-1], conversation.row
+    chat.display.print(
+        f"last turn  {turn.prompt_tokens} tokens read, {len(turn.token_ids)} generated, in an earlier run"
+    )
+    if row is not None:
+        kept = conversation.llm.kept_per_head(row)
+        chat.display.print(f"cache      {kept} of {conversation.seen} tokens kept per head")
+
+
+def _stats_of_last(chat: Chat, stats: RequestStats) -> None:
+    cache = stats.cache
     decode_s = stats.total_s - (stats.ttft_s if stats.ttft_s is not None else stats.total_s)
     speed = f"{(stats.completion_tokens - 1) / decode_s:.1f} tok/s" if decode_s > 0 else "no speed yet"
     ttft = f"{stats.ttft_s:.2f} s" if stats.ttft_s is not None else "never"
@@ -37,8 +65,6 @@ def _stats(chat: Chat, _: str) -> None:
     print_line(
         f"cache      {cache.kept_per_head} of {cache.seen_tokens} tokens kept per head, {cache.evicted:,} evictions"
     )
-    read = f"{run.prefill_tokens:,} tokens read in {run.prefill_s:.1f} s"
-    print_line(f"all turns  {read}, {run.decode_tokens:,} generated in {run.decode_s:.1f} s")
 
 
 def _cache(chat: Chat, _: str) -> None:
@@ -60,19 +86,36 @@ def _map(chat: Chat, _: str) -> None:
 
 def _why(chat: Chat, argument: str) -> None:
     retained, look, pieces = _retained(chat), chat.display.look, _pieces(chat)
-    start, stop = find_text(pieces, argument) if argument else _last_turn(chat, retained)
-    first, last = max(0, start - _CONTEXT), min(retained.seen, stop + _CONTEXT)
-    chat.display.print(look.paint(token_view(retained, pieces, look, start=first, stop=last)))
-    shown = min(stop, start + _MOST_ROWS)
-    chat.display.print(look.paint(survival_table(retained, pieces, look, start=start, stop=shown)))
-    if shown < stop:
-        chat.display.note(f"{stop - shown} more tokens are not listed; name a shorter text")
+    places = find_text(pieces, argument, command="why") if argument else [_last_turn(chat, retained)]
+    rows = _MOST_ROWS
+    for number, (start, stop) in enumerate(places, start=1):
+        if rows <= 0:
+            chat.display.note(f"{len(places) - number + 1} more places are not shown; name a longer text")
+            return
+        if len(places) > 1:
+            chat.display.print(f"place {number} of {len(places)}{_where(chat, start)}")
+        first, last = max(0, start - _CONTEXT), min(retained.seen, stop + _CONTEXT)
+        chat.display.print(look.paint(token_view(retained, pieces, look, start=first, stop=last)))
+        shown = min(stop, start + rows)
+        chat.display.print(look.paint(survival_table(retained, pieces, look, start=start, stop=shown)))
+        if shown < stop:
+            chat.display.note(f"{stop - shown} more tokens are not listed; name a shorter text")
+        rows -= stop - start
+
+
+def _where(chat: Chat, position: int) -> str:
+    """Say in which turn a token stands, and on whose side of it; nothing outside of all."""
+    for number, turn in enumerate(chat.conversation.turns, start=1):
+        if turn.first <= position < turn.seen:
+            asked = position < turn.first + turn.prompt_tokens
+            return f", in {'message' if asked else 'the answer to message'} {number}"
+    return ""
 
 
 def _pin(chat: Chat, argument: str) -> None:
     retained, pieces = _retained(chat), _pieces(chat)
     if argument:
-        chat.conversation.pin(range(*find_text(pieces, argument)))
+        chat.conversation.pin(range(*find_text(pieces, argument, command="pin")[-1]))
         chat.autosave.save(chat.conversation)
         retained = _retained(chat)
     held = Counter(
@@ -90,22 +133,19 @@ def _pin(chat: Chat, argument: str) -> None:
     chat.display.print(f"at most {most} of {slots} slots in a head; /undo of this turn takes it back")
 
 
-def find_text(pieces: list[str], text: str) -> tuple[int, int]:
-    """Return the tokens, from first to behind the last, of the last place where a text stands.
+def find_text(pieces: list[str], text: str, *, command: str) -> list[tuple[int, int]]:
+    """Return the tokens, from first to behind the last, of each place where a text stands, in capitals or not.
 
     Raises:
         UsageError: it stands nowhere.
     """
-    whole = "".join(pieces)
-    at = whole.rfind(text)
-    if at < 0:
-        at = whole.lower().rfind(text.lower())
-    if at < 0:
-        raise UsageError(f"{text!r} does not stand in what the model has read", hint="/why with words of a message")
     ends = list(accumulate(map(len, pieces)))
-    first = next(index for index, end in enumerate(ends) if end > at)
-    last = next(index for index, end in enumerate(ends) if end >= at + len(text))
-    return first, last + 1
+    found = re.finditer(re.escape(text), "".join(pieces), re.IGNORECASE)
+    places = [(bisect_right(ends, match.start()), bisect_left(ends, match.end()) + 1) for match in found]
+    if not places:
+        hint = f"/{command} with words of a message"
+        raise UsageError(f"{text!r} does not stand in what the model has read", hint=hint)
+    return places
 
 
 def _last_turn(chat: Chat, retained: Retained) -> tuple[int, int]:

@@ -100,7 +100,14 @@ def _model_lines(chat: Chat) -> Iterable[str]:
 
 
 def _line(name: str, value: object) -> str:
-    return neutralise(f"{name:18} {value}")
+    return neutralise(f"{name:18} {_in_words(value)}")
+
+
+def _in_words(value: object) -> str:
+    """Return a value as one types it."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_in_words, value)) or "off"
+    return {True: "on", False: "off", None: "off"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _sampling_names() -> list[str]:

@@ -9,10 +9,8 @@ from trimkv_cli.errors import TrimkvError, UsageError
 def say_if_reread(chat: Chat) -> None:
     """Say that the next message makes the model read again, if it does."""
     if chat.conversation.must_reread:
-        chat.display.note(
-            "no state of the cache is left from then: the next message makes the model read the turns again, "
-            "and answers may differ"
-        )
+        why = chat.conversation.why_lost or "no state of the cache is left from then"
+        chat.display.note(f"{why}: the next message makes the model read the turns again, and answers may differ")
 
 
 def _clear(chat: Chat, _: str) -> None:
