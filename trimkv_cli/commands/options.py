@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from trimkv_cli.commands.completion import complete_gates, complete_model, complete_profile
+from trimkv_cli.commands.outputs import check_outputs
 from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import ConfigError, UsageError
 from trimkv_cli.settings import overlay
@@ -176,6 +177,11 @@ class SettingsCommand(TyperCommand):
             left = overlay(ctx.default_map, {key: value for key, value in named.items() if value is not None})
             ctx.default_map = {key: value for key, value in ctx.default_map.items() if key in left}
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, unless it would write over what it reads."""
+        check_outputs(self.params, ctx.params)
+        return super().invoke(ctx)
 
 
 class CommandGroup(typer.Typer):

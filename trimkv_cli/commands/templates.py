@@ -32,7 +32,7 @@ def read_template(name: str, reader: Reader) -> Template:
     Raises:
         InputError: there is none, or its places cannot be read.
     """
-    path = _find(name)
+    path = find_template(name)
     template = Template(reader.text(str(path)))
     if not template.is_valid():
         raise InputError(
@@ -63,7 +63,12 @@ def fill(template: Template, *, name: str, user: str, parameters: Sequence[str])
     return template.substitute(values)
 
 
-def _find(name: str) -> Path:
+def find_template(name: str) -> Path:
+    """Return the file of a template.
+
+    Raises:
+        InputError: there is none of this name.
+    """
     if Path(name).suffix in _SUFFIXES or "/" in name or "\\" in name:
         return Path(name)
     for suffix in _SUFFIXES:
