@@ -34,7 +34,9 @@ def summarize(
     ] = None,
     raw: Annotated[
         bool,
-        typer.Option("--raw", help='For models without a chat template: put "TL;DR:" under the text, to be continued.'),
+        typer.Option(
+            "--raw/--no-raw", help='For models without a chat template: put "TL;DR:" under the text, to be continued.'
+        ),
     ] = False,
     encoding: Encoding = None,
     think: Think = None,
