@@ -14,6 +14,8 @@ from trimkv_cli.wish import PlanOptions, Precision, Wish, check_sinks, make_wish
 
 __all__ = ["Part", "Plan", "PlanOptions", "Warning", "make_plan"]
 
+FAR_BELOW = 4  # the KV budget that gates were trained for over the one in use, from which on it is warned about
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warning:
@@ -216,6 +218,9 @@ def _warnings(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options
         yield Warning(code="weights_quantised", message=message)
     if slots < wish.trained and slots != wish.kv_budgets[0] and gate.trained:
         message = f"{gate.id} was trained for {trained} slots per head, and the budget leaves {slots}"
+        yield Warning(code="kv_budget_below_trained", message=message)
+    elif trained is not None and slots * FAR_BELOW < trained and slots != options.default_kv_budget:
+        message = f"{gate.id} was trained for {trained} slots per head; {slots} are less than a quarter of that"
         yield Warning(code="kv_budget_below_trained", message=message)
     most = gate.largest_memory_size or trained
     if most is not None and slots > most and slots != options.default_kv_budget:

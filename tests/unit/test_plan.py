@@ -150,6 +150,14 @@ def test_more_slots_than_trained_is_a_warning() -> None:
     assert codes(make_plan(SPEC, several, PlanOptions(kv_budget=512))) == []
 
 
+def test_far_fewer_slots_than_trained_are_a_warning() -> None:
+    """Catches answers that fall apart at a budget that nobody warned of: below a quarter it is said."""
+    assert codes(make_plan(SPEC, GATE, PlanOptions(kv_budget=127))) == ["kv_budget_below_trained"]
+    assert codes(make_plan(SPEC, GATE, PlanOptions(kv_budget=128))) == []
+    assert codes(make_plan(SPEC, replace(GATE, memory_size=None), PlanOptions(kv_budget=2))) == []
+    assert codes(make_plan(SPEC, GATE, PlanOptions(default_kv_budget=64))) == []
+
+
 def test_more_slots_than_positions_are_honoured_and_named() -> None:
     """Catches a refusal of budgets that hold everything, or a silent clamp."""
     plan = make_plan(SPEC, GATE, PlanOptions(kv_budget=10_000))
