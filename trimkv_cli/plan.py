@@ -15,6 +15,7 @@ from trimkv_cli.wish import PlanOptions, Precision, Wish, check_sinks, make_wish
 __all__ = ["Part", "Plan", "PlanOptions", "Warning", "make_plan"]
 
 FAR_BELOW = 4  # the KV budget that gates were trained for over the one in use, from which on it is warned about
+_OF_A_STEP = ("workspace", "logits", "dequantised", "loading")  # parts that are free between steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,44 +71,52 @@ class Plan:
             self.spec.slots(layer, context) for layer in range(self.spec.num_layers)
         )
 
-    def resized(self, kv_budget: int) -> Plan:
-        """Return this plan with other slots per head, everything else as it is.
+    def resized(self, kv_budget: int, *, limit: int | None) -> Plan:
+        """Return this plan with other slots per head, everything else as it is; `limit` holds while they move.
 
         Raises:
-            UsageError: no slot.
-            DoesNotFit: the budget does not hold it, or not what is there twice while the slots move.
+            UsageError: no slot, or none beside those that gates never let go.
+            DoesNotFit: the budget does not hold it, or the limit what is there twice while the slots move.
         """
         if kv_budget < 1:
             raise UsageError("a KV budget of 0 keeps no token", hint="give 1 slot per head or more")
         check_sinks(self.gate, kv_budget)
-        plan = self._with_slots(kv_budget)
-        needed = max(self.total_bytes, plan.total_bytes) + self._moving_bytes(kv_budget)
-        if self.budget_bytes is not None and needed > self.budget_bytes:
-            most = self.slots_within(self.budget_bytes)
-            written, budget = format_sizes(needed, self.budget_bytes)
-            raise DoesNotFit(
-                f"{kv_budget} slots per head need {written} while they change, and the budget is {budget}",
-                hint=f"up to {most} slots per head fit" if most else "a larger --budget",
-            )
+        plan = self.with_slots(kv_budget)
+        self._ensure_holds(kv_budget, plan.total_bytes, self.budget_bytes, limit=limit)
+        self._ensure_holds(kv_budget, self._moving_bytes(plan), limit, limit=limit, when=" while they change")
         return plan
+
+    def _ensure_holds(
+        self, kv_budget: int, needed: int, allowed: int | None, *, limit: int | None, when: str = ""
+    ) -> None:
+        if allowed is None or needed <= allowed:
+            return
+        needs, has = format_sizes(needed, allowed)
+        most = self.slots_within(self.budget_bytes or allowed, limit=limit)
+        raise DoesNotFit(
+            f"{kv_budget} slots per head need {needs}{when}, and the budget is {has}",
+            hint=f"up to {most} slots per head fit" if most else "a larger --budget",
+        )
 
     def with_budget(self, budget_bytes: int) -> Plan:
         """Return this plan under another budget of all that the process takes; its slots stay, fitting or not."""
         around = replace(self.around, counts_runtime=True)
-        return replace(self, budget_bytes=budget_bytes, around=around)._with_slots(self.kv_budget)
+        return replace(self, budget_bytes=budget_bytes, around=around).with_slots(self.kv_budget)
 
-    def slots_within(self, budget_bytes: int) -> int:
-        """Return the most slots per head that this plan, changed to them, needs no more than a budget for; 0 = none."""
-        low, high = 0, self.spec.max_positions
+    def slots_within(self, budget_bytes: int, *, limit: int | None) -> int:
+        """Return the most slots per head that a budget holds, with what more of them take under `limit`; 0 = none."""
+        low, high = 0, max(self.spec.max_positions, self.kv_budget)
         while low < high:
             middle = (low + high + 1) // 2
-            needed = max(self.total_bytes, self._with_slots(middle).total_bytes) + self._moving_bytes(middle)
-            if middle <= self.kv_budget:  # what is there now leaves in the end
-                needed = self._with_slots(middle).total_bytes
-            low, high = (middle, high) if needed <= budget_bytes else (low, middle - 1)
+            plan = self.with_slots(middle)
+            fits = plan.total_bytes <= budget_bytes
+            if middle > self.kv_budget and limit is not None:
+                fits &= self._moving_bytes(plan) <= limit
+            low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
-    def _with_slots(self, kv_budget: int) -> Plan:
+    def with_slots(self, kv_budget: int) -> Plan:
+        """Return the plan of what is loaded already, with other slots per head, fitting or not."""
         shape = Shape(
             kv_budget=kv_budget,
             prefill_chunk=self.prefill_chunk,
@@ -116,13 +125,20 @@ class Plan:
             kv_dtype=self.kv_dtype,
             quantize=self.quantize,
         )
-        return replace(self, kv_budget=kv_budget, parts=footprint(self.spec, self.gate, shape, self.around))
+        parts = footprint(self.spec, self.gate, shape, self.around)
+        return replace(self, kv_budget=kv_budget, parts=tuple(part for part in parts if part.name != "loading"))
 
-    def _moving_bytes(self, kv_budget: int) -> int:
-        """Count what is there twice: on a GPU a layer, on a CPU, where layers lie together, all keys."""
+    def _moving_bytes(self, plan: Plan) -> int:
+        """Count what is there while slots become those of another plan, and more: some of the old beside the new.
+
+        That is one layer; on a CPU, where layers lie together, all keys. No step runs then. Fewer slots move where they
+        lie, which takes less than a step does.
+        """
+        if plan.kv_budget <= self.kv_budget:
+            return plan.total_bytes
         rows = max(self.rows, self.around.padded_rows) + (self.part_bytes("shared_prefix") > 0)
-        row = self.spec.kv_bytes_per_row(min(kv_budget, self.kv_budget), DTYPE_BYTES[self.kv_dtype])
-        return rows * row // (self.spec.num_layers if self.device == "cuda" else 2)
+        moved = rows * self.kv_bytes_per_row // (2 if self.device == "cpu" else self.spec.num_layers)
+        return plan.total_bytes - sum(map(plan.part_bytes, _OF_A_STEP)) + moved
 
     def ensure_fits(self) -> None:
         """Raise when the budget is too small.

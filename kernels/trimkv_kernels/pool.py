@@ -7,6 +7,12 @@ slot. So the place holds what the step displaced: it is the journal. `reference.
 
 from __future__ import annotations
 
+import ctypes
+import math
+import mmap
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,22 +58,43 @@ class SlotPool:
         self.log_beta[:, row].fill_(-torch.inf)
         self.position[:, row].copy_(-1 - torch.arange(self.size + 1, dtype=torch.int32))
 
-    def resize(self, keep: Tensor, slots: int) -> None:
-        """Give every head `slots` slots: those that `keep` `[L, R, Hkv, ≤ slots]` names, then empty ones.
+    def resizing(self, keep: Tensor, slots: int) -> Callable[[], None]:
+        """Return what gives every head `slots` slots: those that `keep` `[L, R, Hkv, ≤ slots]` names, then empty ones.
 
-        One tensor is replaced after the other, so that only one is there twice.
+        Fewer slots move where they lie, layer by layer, and all that this allocates is there when it is returned. For
+        more one tensor is replaced after the other, so that only one is there twice.
         """
-        fresh = {"key": 0, "value": 0, "log_beta": -torch.inf, "position": 0}
-        for name, empty in fresh.items():
+        return self._shrinking(keep, slots) if slots < self.size else partial(self._grow, keep, slots)
+
+    def _shrinking(self, keep: Tensor, slots: int) -> Callable[[], None]:
+        aside = [tensor.new_empty((*keep.shape[1:], *tensor.shape[4:])) for tensor in self._tensors]
+        first = torch.arange(self.slot.numel()).view(self.slot.shape) * (slots + 1)
+
+        def shrink() -> None:
+            for (name, empty), buffer in zip(self._empty(slots).items(), aside, strict=True):
+                setattr(self, name, _shrunk(getattr(self, name), keep, buffer, empty))
+            self._settle(slots, first)
+
+        return shrink
+
+    def _grow(self, keep: Tensor, slots: int) -> None:
+        first = torch.arange(self.slot.numel()).view(self.slot.shape) * (slots + 1)
+        for name, empty in self._empty(slots).items():
             old: Tensor = getattr(self, name)
             made = old.new_full((*old.shape[:3], slots + 1, *old.shape[4:]), empty)
             if name == "position":
                 made.copy_(-1 - torch.arange(slots + 1, dtype=torch.int32))
-            index = keep[..., None].expand(*keep.shape, old.shape[4]) if old.dim() == 5 else keep
-            made[:, :, :, : keep.shape[3]] = old.gather(3, index)
+            made[:, :, :, : keep.shape[3]] = old.gather(3, _index(keep, old))
             setattr(self, name, made)
-        heads = self.slot.numel()
-        self._first = torch.arange(heads).view(self.slot.shape) * (slots + 1)
+        self._settle(slots, first)
+
+    @staticmethod
+    def _empty(slots: int) -> dict[str, float]:
+        """Return, by tensor, what a place without a token holds, of positions the last place."""
+        return {"key": 0.0, "value": 0.0, "log_beta": -torch.inf, "position": -1 - slots}
+
+    def _settle(self, slots: int, first: Tensor) -> None:
+        self._first = first
         self.slot.zero_()
         self.size = slots
 
@@ -195,6 +222,40 @@ _evict_as_one = torch.library.custom_op(
     "trimkv::evict", _evict, mutates_args=("keys", "values", "log_betas", "positions", "slot")
 )
 _evict_as_one.register_fake(lambda *_: None)
+
+
+def _shrunk(old: Tensor, keep: Tensor, aside: Tensor, empty: float) -> Tensor:
+    """Move what `keep` names to the front of a tensor `[L, R, Hkv, M + 1, …]`, and return that part of it.
+
+    A layer's new places end no later than its old ones, so that it overwrites itself and layers that have moved.
+    """
+    shape = (*keep.shape[:3], keep.shape[3] + 1, *old.shape[4:])
+    new = old.view(-1)[: math.prod(shape)].view(shape)
+    for layer, index in enumerate(keep):
+        torch.gather(old[layer], 2, _index(index, old[layer]), out=aside)
+        new[layer, :, :, :-1].copy_(aside)
+        new[layer, :, :, -1].fill_(empty)
+    _give_back(old, new.nbytes)
+    return new
+
+
+def _give_back(tensor: Tensor, used: int) -> None:
+    """Give the memory of a tensor behind its first `used` bytes back to the system."""
+    if sys.platform == "linux":
+        page, start = mmap.PAGESIZE, tensor.data_ptr()
+        first, end = -(-(start + used) // page) * page, (start + tensor.nbytes) // page * page
+        advise = getattr(ctypes.CDLL(None), "madvise", None)
+        if end <= first or (advise is not None and not advise(_pointer(first), _size(end - first), mmap.MADV_DONTNEED)):
+            return
+    tensor.untyped_storage().resize_(int(tensor.storage_offset()) * tensor.element_size() + used)  # a copy
+
+
+_pointer, _size = ctypes.c_void_p, ctypes.c_size_t
+
+
+def _index(keep: Tensor, tensor: Tensor) -> Tensor:
+    """Return `keep` `[…, M]` as an index into a tensor `[…, M']` or `[…, M', D]`."""
+    return keep[..., None].expand(*keep.shape, tensor.shape[-1]) if tensor.dim() > keep.dim() else keep
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.memory import reset_peak
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -115,6 +118,64 @@ def test_a_saved_turn_can_be_restored_into_another_size(tiny_model: TinyModel) -
     run(engine, [greedy("b", (1, 2, 3), 5, continues="a")])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where else memory is measured, nothing sets a peak back")
+def test_a_smaller_budget_is_held_and_so_is_the_old_one_meanwhile(tiny_model: TinyModel) -> None:
+    """Catches a budget that never shrinks, slots that are there twice meanwhile, memory that is not given back."""
+    shape = Shape(kv_budget=40_000, rows=1, gate="random", prefill_chunk=16)
+    engine = make_engine(tiny_model("qwen3", num_hidden_layers=8), shape)
+    run(engine, [greedy("a", LONG, 5, keep=True)])
+    kept, process = engine.kept("a"), psutil.Process()
+    roomy = engine.facts.plan.with_budget(2**40).total_bytes
+    assert engine.set_budget(roomy).kv_budget == 40_000
+    held = process.memory_info().rss
+    engine._runner.resize = watched = Watched(engine._runner.resize, engine)  # type: ignore[method-assign]
+    done = engine.set_budget(roomy - engine.facts.plan.kv_bytes_per_row // 2)
+    freed = done.kv_bytes_before - done.kv_bytes
+    assert done.kv_budget < 30_000
+    assert done.evicted == 0
+    assert engine.kept("a") == kept
+    assert watched.peak - held < done.kv_bytes_before * 0.25
+    assert held - process.memory_info().rss > 0.9 * freed > 2**24
+    assert engine.peak_bytes < held - 0.8 * freed
+    assert engine.facts.plan.total_bytes <= (engine.facts.plan.budget_bytes or 0)
+    assert engine.set_budget(2 * roomy).kv_budget == done.kv_budget
+    assert engine.resize(39_000).evicted == 0
+    run(engine, [greedy("b", (1, 2, 3), 5, continues="a")])
+
+
+class Watched:
+    """Note the peak of memory at the end of a call."""
+
+    def __init__(self, call: Callable[..., int], engine: Engine) -> None:
+        self._call = call
+        self._engine = engine
+        self.peak = 0
+
+    def __call__(self, *arguments: Any) -> int:
+        reset_peak(torch.device("cpu"))
+        done = self._call(*arguments)
+        self.peak = self._engine.peak_bytes
+        return done
+
+
+def test_a_smaller_budget_evicts_the_worst(tiny_model: TinyModel) -> None:
+    """Catches a budget below what is in use that is refused, or that loses more than it must."""
+    engine = make_engine(tiny_model("gemma3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
+    run(engine, [greedy("a", LONG, 5, keep=True)])
+    plan = engine.facts.plan.with_budget(2**40)
+    engine.set_budget(plan.total_bytes)
+    done = engine.set_budget(plan.with_slots(9).total_bytes)
+    assert (done.kv_budget_before, done.kv_budget) == (24, 9)
+    assert done.evicted > 0
+    other = make_engine(tiny_model("gemma3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
+    run(other, [greedy("a", LONG, 5, keep=True)])
+    assert other.resize(9).evicted == done.evicted
+    assert other.kept("a") == engine.kept("a")
+    with pytest.raises(DoesNotFit, match="1 slot per head needs"):
+        engine.set_budget(2**20)
+    assert engine.facts.plan.budget_bytes == plan.with_slots(9).total_bytes
+
+
 def test_a_size_that_cannot_be_is_refused_before_anything_changes(tiny_model: TinyModel) -> None:
     """Catches tokens lost for a size that is then refused."""
     full = make_engine(tiny_model("qwen3"), Shape(kv_budget=96, rows=1))
@@ -139,3 +200,19 @@ def test_a_size_that_cannot_be_is_refused_before_anything_changes(tiny_model: Ti
     assert full.kept("a") == kept
     full.resize(most)
     assert full.kept("a") == kept
+
+
+def test_states_that_are_kept_shrink_with_the_slots(tiny_model: TinyModel) -> None:
+    """Catches copies for undo that stay as large as they were, beside a plan that counts them as small."""
+    engine = make_engine(tiny_model("gemma3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
+    run(engine, [greedy("a", LONG, 5, keep=True)])
+    whole = engine.save("a")
+    engine.resize(9)
+    fitted = engine.fitted(whole)
+    assert fitted.nbytes < whole.nbytes
+    kept = []
+    for state in (whole, fitted):
+        engine.release("a")
+        engine.restore(state, "a")
+        kept.append(engine.kept("a"))
+    assert kept[0] == kept[1]

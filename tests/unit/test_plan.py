@@ -321,7 +321,7 @@ def test_a_budget_never_makes_slots_so_few_that_sinks_fill_them() -> None:
     gate = streaming_gate(100)
     roomy = make_plan(SPEC, gate, PlanOptions(kv_budget=200, max_inflight=1))
     with pytest.raises(UsageError, match="100 sinks"):
-        roomy.resized(100)
+        roomy.resized(100, limit=None)
     for budget in range(roomy.total_bytes // 4, roomy.total_bytes, roomy.total_bytes // 16):
         found = make_plan(SPEC, gate, PlanOptions(budget=budget, max_inflight=1))
         assert found.kv_budget > 100 or not found.fits

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache
 
-from trimkv_cli.bench.peak import reset_peak, row_peak_bytes
+from trimkv_cli.bench.peak import row_peak_bytes
 from trimkv_cli.bench.shapes import Network
 from trimkv_cli.cache.releases import cache_argument, forward_logits
 from trimkv_cli.engine.assemble import assemble
 from trimkv_cli.engine.engine import Engine, EngineFacts
-from trimkv_cli.engine.memory import module_bytes
+from trimkv_cli.engine.memory import module_bytes, reset_peak
 from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.plan import Plan, PlanOptions, make_plan
 

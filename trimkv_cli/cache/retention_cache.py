@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -85,10 +85,15 @@ class RetentionCache:
     def resize(self, kv_budget: int, rows: Sequence[int] = ()) -> int:
         """Change the slots per head of all layers; return how many tokens of `rows` this evicts, over layers and heads.
 
-        Fewer slots keep the best by score as it is now; more begin empty. Only one layer, on a CPU one tensor of the
-        layers that lie together, is there twice at a time.
+        Fewer slots keep the best by score as it is now; more begin empty. Only one layer is there twice at a time; on a
+        CPU, where layers lie together, one tensor of them all while it grows.
         """
         lost = 0
+        pools = [
+            (pool, self._resizing(pool, size))
+            for pool in self.pools.values()
+            if (size := _size(kv_budget, pool.window)) != pool.size
+        ]
         for index, layer in enumerate(self.layers):
             size = _size(kv_budget, layer.window)
             used = [self._used(row, index) for row in range(len(self.seen))]
@@ -97,18 +102,24 @@ class RetentionCache:
                 self._missing[index] = [seen - n for seen, n in zip(self.seen, used, strict=True)]
             if layer.pool is None and size != layer.size:
                 self.layers[index] = _resized(layer, size, self._seen_tensor())
-        for pool in self.pools.values():
-            self._resize_pool(pool, _size(kv_budget, pool.window))
+        for pool, resize in pools:
+            resize()
+            self._show(pool)
         self.kv_budget = kv_budget
         return lost
 
-    def _resize_pool(self, pool: SlotPool, size: int) -> None:
-        if size == pool.size:
-            return
+    def _resizing(self, pool: SlotPool, size: int) -> Callable[[], None]:
+        """Choose what stays of the layers of a pool, and return what resizes it."""
         count, seen = min(size, pool.size), self._seen_tensor()
         places = [layer.pool[1] for layer in self.layers if layer.pool is not None and layer.pool[0] is pool]
-        keep = [best(pool.slots(place), count, seen=seen, window=pool.window, recent=pool.recent) for place in places]
-        pool.resize(torch.stack(keep), size)
+        rows, heads = pool.slots(0).position.shape[:2]
+        keep = torch.empty(len(places), rows, heads, count, dtype=torch.int64)
+        for chosen, place in zip(keep, places, strict=True):
+            chosen.copy_(best(pool.slots(place), count, seen=seen, window=pool.window, recent=pool.recent))
+        return pool.resizing(keep, size)
+
+    def _show(self, pool: SlotPool) -> None:
+        """Let the layers of a pool see where their slots are now."""
         for index, layer in enumerate(self.layers):
             if layer.pool is not None and layer.pool[0] is pool:
                 place = layer.pool[1]
@@ -179,6 +190,10 @@ class RetentionCache:
             target = layer.slots.rows(row, 1).head(count)
             for old, new in zip(target, saved, strict=True):
                 old.copy_(new)
+
+    def fitted(self, layers: Sequence[Slots], *, seen: int) -> tuple[Slots, ...]:
+        """Return what of a saved row that has seen `seen` tokens there are slots for."""
+        return tuple(_at_most(kept, layer, seen) for kept, layer in zip(layers, self.layers, strict=True))
 
     def kept(self, row: int) -> list[list[list[int]]]:
         """Return the kept positions, `[layer][head][ascending]`."""

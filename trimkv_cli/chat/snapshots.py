@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,14 +77,20 @@ class Snapshots:
             if state is not None:
                 self.put(turns, state)
 
-    def use(self, fingerprint: Mapping[str, str]) -> None:
-        """Go on with an engine whose sizes have changed: it takes the states that are there as well."""
-        states = {turns: self._get_or_none(turns) for turns in self.counts}
-        self.clear()
+    def use(self, fingerprint: Mapping[str, str], fit: Callable[[RowState], RowState]) -> None:
+        """Go on with an engine whose sizes have changed: `fit` makes each state one of its, one after the other."""
+        before = self._fingerprint
+        for turns in self.counts:
+            self._fingerprint = before
+            state = self._get_or_none(turns)
+            self._fingerprint = fingerprint
+            if state is None:
+                self.drop(turns)
+            elif self._folder is None:
+                self._held[turns] = fit(state)
+            else:
+                self.files[turns] = self._write(turns, fit(state))
         self._fingerprint = fingerprint
-        for turns, state in sorted(states.items()):
-            if state is not None:
-                self.put(turns, state)
 
     def open(self, folder: Path, files: Mapping[int, str]) -> None:
         """Take over the states that a stored session has."""

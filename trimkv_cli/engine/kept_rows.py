@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from trimkv_cli.engine.gauges import Gauges
 from trimkv_cli.engine.request import Request
@@ -82,6 +83,10 @@ class KeptRows(Gauges):
         if state.rebased is not None:
             assert self._runner.cache.rebase is not None
             self._runner.cache.rebase.load(row.index, state.rebased)
+
+    def fitted(self, state: RowState) -> RowState:
+        """Return what of a saved state the slots hold now: of more than there are, the best."""
+        return replace(state, layers=self._runner.cache.fitted(state.layers, seen=len(state.token_ids)))
 
     def release(self, request_id: str) -> None:
         """Free the row of a finished request with `keep`."""

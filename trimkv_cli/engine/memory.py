@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -83,8 +86,28 @@ def _glibc() -> Any:
     return library if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version") else None
 
 
+def give_back(device: torch.device) -> None:
+    """Give memory that allocators keep, unused, back to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif (heap := _glibc()) is not None:
+        heap.malloc_trim(0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak, where the system lets it be set back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        with suppress(OSError):
+            _CLEAR.write_text("5", encoding="ascii")  # sets the kernel's high-water mark to what is resident now
+
+
 def peak_rss() -> int:
     """Return the largest resident set of this process so far; where the system keeps no such count, the present one."""
+    # Not what `resource` says on Linux: that counts the process from which this one was started as well.
+    if _STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii"))):
+        return int(found[1]) * 1024
     now = psutil.Process().memory_info()
     try:
         import resource
