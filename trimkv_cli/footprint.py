@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from trimkv_cli.machine import MIB, Machine
 from trimkv_cli.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation, gate_bytes
 from trimkv_cli.weights import weight_bytes
-from trimkv_cli.workspace import PENALTY_BYTES, Step, forward_bytes, sampling_bytes
+from trimkv_cli.workspace import PENALTY_BYTES, Step, dequantising_bytes, forward_bytes, sampling_bytes
 
 _REORDERED_FROM = 3  # rows that decode together
 _RANK_BYTES = 4  # per slot, where positions are given anew
@@ -90,7 +90,7 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
         Part("undo", around.snapshots * row_bytes if around.device == "cpu" else 0),
         Part("workspace", forward),
         Part("logits", max(0, sampling - forward) + rows * spec.vocab_size * PENALTY_BYTES),
-        Part("dequantised", _dequantised_bytes(spec, shape, around)),
+        Part("dequantised", _dequantised_bytes(spec, gate, shape, around, forward)),
         Part("graphs", _GRAPH_BYTES if around.device == "cuda" else 0),
     ]
     parts.append(Part("loading", _loading_bytes(spec, shape, around, later=sum(part.bytes for part in parts[1:]))))
@@ -103,7 +103,11 @@ def footprint(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surrounding
 
 def workspace_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> int:
     """Count what one step allocates."""
-    step = Step(
+    return forward_bytes(spec, _step(gate, shape, around))
+
+
+def _step(gate: GateSpec, shape: Shape, around: Surroundings) -> Step:
+    return Step(
         kv_budget=shape.kv_budget,
         tokens=shape.prefill_chunk or around.longest_prompt,
         rows=max(shape.rows, around.padded_rows),
@@ -115,7 +119,6 @@ def workspace_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surro
         threads=around.threads,
         packs_keys=around.packs_keys,
     )
-    return forward_bytes(spec, step)
 
 
 def slack_bytes(allocated: int, device: str) -> int:
@@ -143,8 +146,8 @@ def _reordered_bytes(spec: ModelSpec, shape: Shape, rows: int) -> int:
     return spec.num_layers * sum(outputs * inputs for outputs, inputs in spec.matrices) * 2
 
 
-def _dequantised_bytes(spec: ModelSpec, shape: Shape, around: Surroundings) -> int:
-    """Count the largest matrix that is brought back to full precision to be multiplied."""
+def _dequantised_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings, forward: int) -> int:
+    """Count what a step takes beyond `forward` while a matrix is brought back to full precision to be multiplied."""
     if shape.quantize != "nf4" or around.packs_nf4:
         return 0
-    return max(rows * columns for rows, columns in spec.matrices) * DTYPE_BYTES[shape.dtype]
+    return max(0, dequantising_bytes(spec, _step(gate, shape, around)) - forward)

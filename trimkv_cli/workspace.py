@@ -46,6 +46,19 @@ def forward_bytes(spec: ModelSpec, step: Step) -> int:
     return max(*steps, _gate_bytes(spec, step), _head_bytes(spec, step))
 
 
+def dequantising_bytes(spec: ModelSpec, step: Step) -> int:
+    """Count a step while its largest matrices are unpacked: one that widens vectors, then the one that narrows them."""
+    tokens = max(step.tokens, step.rows)
+    hidden, inner = 4 * spec.hidden_size * step.bytes, spec.intermediate_size
+    narrowing = max(rows * columns for rows, columns in spec.matrices if columns == inner)
+    widening = max(rows * columns for rows, columns in spec.matrices if rows >= inner)
+    moments = (
+        tokens * (hidden + 2 * inner * step.bytes) + widening * step.bytes,
+        tokens * (hidden + _wide_bytes(spec, step)) + narrowing * step.bytes,
+    )
+    return max(moments) + _inputs_bytes(spec, step, tokens)
+
+
 def sampling_bytes(spec: ModelSpec, rows: int) -> int:
     """Count what choosing one token per row takes at most."""
     padded = -(-spec.vocab_size // _BLOCK_LOGITS) * _BLOCK_LOGITS
@@ -60,13 +73,17 @@ def _inputs_bytes(spec: ModelSpec, step: Step, tokens: int) -> int:
 
 def _mlp_bytes(spec: ModelSpec, step: Step, tokens: int) -> int:
     """Embeddings, a layer's input, what attention added, its norm; and the widened vectors: gate, up, product."""
-    hidden, inner = spec.hidden_size * step.bytes, spec.intermediate_size
-    fused = spec.model_type == "phi3"
-    wide = (4 if fused else 3) * inner * step.bytes
+    wide = _wide_bytes(spec, step)
     if step.quantize == "int8":
+        inner = spec.intermediate_size
         product = inner * (_INT8_BYTES + step.bytes) + spec.hidden_size
-        wide = max(wide, 2 * inner * _INT8_BYTES if fused else product)
-    return tokens * (4 * hidden + wide) + _inputs_bytes(spec, step, tokens)
+        wide = max(wide, 2 * inner * _INT8_BYTES if spec.model_type == "phi3" else product)
+    return tokens * (4 * spec.hidden_size * step.bytes + wide) + _inputs_bytes(spec, step, tokens)
+
+
+def _wide_bytes(spec: ModelSpec, step: Step) -> int:
+    """Count the widened vectors of one token: gate, up and their product, which in Phi-3 are two of one matrix."""
+    return (4 if spec.model_type == "phi3" else 3) * spec.intermediate_size * step.bytes
 
 
 def _gate_bytes(spec: ModelSpec, step: Step) -> int:
