@@ -70,7 +70,11 @@ def test_both_ways_past_the_end_say_what_they_did(run: Run) -> None:
     rebased = json.loads(run("0.txt", "--json", *room, "--on-overflow", "rebase")[1])
     assert rebased["usage"]["prompt_tokens"] == whole
     assert rebased["trimkv"]["parts"] == 1
-    reduced = json.loads(run("0.txt", "--json", *room, "--on-overflow", "map-reduce")[1])
+    _, out, err = run("0.txt", "--json", "--stats", *room, "--on-overflow", "map-reduce")
+    reduced = json.loads(out)
     assert reduced["trimkv"]["parts"] > 1
     assert reduced["usage"]["prompt_tokens"] > whole
+    read, written = reduced["usage"]["prompt_tokens"], reduced["usage"]["completion_tokens"]
+    assert f"tokens   {read} prompt + {written} generated" in err
+    assert "tokens kept per head in the last pass" in err
     assert run("0.txt", "--save-cache", "x.kv", "--on-overflow", "map-reduce")[0] == 2

@@ -111,6 +111,8 @@ def test_what_is_not_known_yet_is_not_made_up() -> None:
     assert "left" not in text
     assert "nothing read yet" in text
     assert progress_line(start).startswith("reading 0 of 900")
+    assert "tok/s" not in text
+    assert "decode" not in progress_line(start)
 
 
 def test_a_panel_is_redrawn_in_place_and_leaves_nothing(terminal_of: Callable[..., Terminal]) -> None:

@@ -93,13 +93,18 @@ def say_if_cut(finished: Answer) -> None:
         print_note(f"stopped after {len(finished.token_ids)} tokens; --max-tokens N allows more")
 
 
-def print_stats(engine: Engine, finished: Answer) -> None:
-    """Print what the request cost to stderr."""
-    stats, cache = finished.stats, finished.stats.cache
+def print_stats(engine: Engine, finished: Answer, *, tokens: tuple[int, int] | None = None) -> None:
+    """Print what the request cost to stderr; `tokens` read and written, where it was the last of several."""
+    cache = finished.stats.cache
     timing = _timing(engine, finished)
-    print_note(f"tokens   {stats.prompt_tokens} prompt + {stats.completion_tokens} generated")
-    print_note(f"cache    {cache.kept_per_head} of {cache.seen_tokens} tokens kept per head, {cache.evicted} evictions")
-    print_note(f"speed    prefill {timing['prefill_tps']:.1f} tok/s, decode {timing['decode_tps']:.1f} tok/s")
+    read, written = tokens or (finished.stats.prompt_tokens, finished.stats.completion_tokens)
+    last = " in the last pass" if read != finished.stats.prompt_tokens else ""
+    decode = f", decode {timing['decode_tps']:.1f} tok/s" if timing["decode_tps"] else ""
+    print_note(f"tokens   {read} prompt + {written} generated")
+    print_note(
+        f"cache    {cache.kept_per_head} of {cache.seen_tokens} tokens kept per head{last}, {cache.evicted} evictions"
+    )
+    print_note(f"speed    prefill {timing['prefill_tps']:.1f} tok/s{decode}")
     print_note(memory_line(engine))
 
 

@@ -135,7 +135,7 @@ class Summaries:
             if summed.parts > 1:
                 print_note(f"summarized in {summed.parts} parts, {summed.rounds} rounds")
         if self._how.stats:
-            print_stats(self._llm, summed.answer)
+            print_stats(self._llm, summed.answer, tokens=(summed.prompt_tokens, summed.completion_tokens))
 
 
 def _record(record: dict[str, Any], name: str, summed: Summed) -> dict[str, Any]:

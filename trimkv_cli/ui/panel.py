@@ -65,14 +65,15 @@ def draw_panel(now: Progress, before: Progress | None, look: Look) -> list[str]:
 
 def progress_line(now: Progress) -> str:
     """Say in one plain line how far the work is, for a log."""
-    return ", ".join([*_jobs(now), *_reading(now), f"decode {now.decode_tps:.1f} tok/s", f"{now.elapsed_s:.0f} s"])
+    return ", ".join([*_jobs(now), *_reading(now), *_writing(now), f"{now.elapsed_s:.0f} s"])
 
 
 def summary_line(now: Progress) -> str:
     """Say in one line what was done, for when the panel is gone."""
+    written = f" at {now.decode_tps:,.1f} tok/s" if now.run.decode_s else ""
     return (
-        f"{now.run.prefill_tokens:,} tokens read at {now.prefill_tps:,.0f} tok/s, {now.run.decode_tokens:,} written at "
-        f"{now.decode_tps:,.1f} tok/s, {now.evicted:,} evictions, {now.elapsed_s:.1f} s"
+        f"{now.run.prefill_tokens:,} tokens read at {now.prefill_tps:,.0f} tok/s, {now.run.decode_tokens:,} written"
+        f"{written}, {now.evicted:,} evictions, {now.elapsed_s:.1f} s"
     )
 
 
@@ -134,8 +135,13 @@ def _counts(now: Progress, before: Progress | None) -> list[str]:
 
 def _speed(now: Progress) -> list[str]:
     first = [] if now.ttft_s is None else [f"first token after {now.ttft_s:.1f} s"]
-    speed = [f"prefill {now.prefill_tps:,.0f} tok/s", f"decode {now.decode_tps:,.1f} tok/s"]
-    return [*speed, *first, f"{now.elapsed_s:.0f} s"]
+    read = [f"prefill {now.prefill_tps:,.0f} tok/s"] if now.run.prefill_s else []
+    return [*read, *_writing(now), *first, f"{now.elapsed_s:.0f} s"]
+
+
+def _writing(now: Progress) -> list[str]:
+    """Say how fast tokens are written, once some are."""
+    return [f"decode {now.decode_tps:,.1f} tok/s"] if now.run.decode_s else []
 
 
 def _reading(now: Progress) -> list[str]:
