@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.request import Request, SamplingParams
-from trimkv_cli.engine.scheduler import Decode, Prefill, Row
+from trimkv_cli.engine.scheduler import Decode, Limit, Prefill, Row
 from trimkv_cli.errors import is_out_of_memory
 from trimkv_cli.events import TokenEvent
 
@@ -143,6 +144,46 @@ def test_a_decode_too_large_goes_on_with_half_the_rows(tiny_model: TinyModel) ->
     assert engine.stats.undone_steps >= 1
     assert engine.stats.prefill_tokens == sum(len(request.prompt_token_ids) for request in asked)
     assert is_idle(engine)
+
+
+def test_a_shortage_that_passes_costs_no_rows_for_good(tiny_model: TinyModel) -> None:
+    """Catches a job that runs at half its rows, or reads one prompt at a time, to its end after one bad moment."""
+    shape = Shape(kv_budget=11, rows=4, prefill_chunk=8, gate="random")
+    asked = [greedy(str(i), (30 + i, 31 + i), 40) for i in range(12)]
+    want, _ = finish(make_engine(tiny_model("qwen3"), shape), asked)
+    engine = make_engine(tiny_model("qwen3"), shape)
+    scheduler = engine._scheduler
+    scheduler.row_limit.patience, scheduler.prefill_rows.patience = 6, 1
+    widths: dict[type, list[int]] = {Prefill: [], Decode: []}
+
+    def is_short(batch: Prefill | Decode) -> bool:
+        width = len(batch.rows) if isinstance(batch, Decode) else len(batch.chunks)
+        widths[type(batch)].append(width)
+        return width > 1 and len(widths[type(batch)]) <= 2
+
+    break_when(engine, is_short)
+    assert finish(engine, asked)[0] == want
+    assert min(widths[Decode]) < max(widths[Decode][10:]) == 4
+    assert scheduler.row_limit.now == scheduler.prefill_rows.now == 4
+    assert engine.stats.undone_steps >= 2
+    assert is_idle(engine)
+
+
+def test_what_never_fits_is_tried_ever_more_seldom() -> None:
+    """Catches a step undone every few tokens where memory is short for good, and a caution that outlives its reason."""
+    limit = Limit(8)
+    tried = []
+    for step in range(2000):
+        if limit.now > 4:
+            limit.narrow(4)
+            tried.append(step)
+        limit.passed()
+    assert len(tried) == pytest.approx(6, abs=1)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(tried)]
+    assert all(later >= 1.9 * earlier for earlier, later in itertools.pairwise(gaps))
+    for _ in range(2 * 8 * limit.patience):
+        limit.passed()
+    assert (limit.now, limit.patience) == (8, Limit(8).patience)
 
 
 def test_a_prefill_too_large_is_split_by_rows_and_then_by_chunks_with_a_note(tiny_model: TinyModel) -> None:

@@ -160,6 +160,7 @@ class Engine(Resizing):
         tokens, failure = attempt(lambda: self._runner.run(batch))
         if tokens is None:
             return [self._out_of_memory(row, failure or "") for row in self._recovery.undo(batch)]
+        self._scheduler.passed(batch)
         self._seconds[type(batch)] += time.perf_counter() - started
         self._counts["steps"] += 1
         if isinstance(batch, Prefill):

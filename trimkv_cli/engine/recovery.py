@@ -34,7 +34,8 @@ class Recovery:
     """Undo failed steps of one engine, and make what comes next smaller.
 
     A decode is rolled back by its journal and runs again with half the rows; the others wait with their state. A
-    prefill begins its requests anew, half as many at a time. What fails alone is tried once more as it is, then a
+    prefill begins its requests anew, half as many at a time. The scheduler tries more when the shortage may have
+    passed. What fails alone is tried once more as it is, then a
     prompt in smaller chunks, and is given up at last.
     """
 

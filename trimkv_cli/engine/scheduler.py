@@ -12,6 +12,7 @@ from trimkv_cli.engine.request import Request
 from trimkv_cli.events import TokenLogprob
 
 _WINDOW = 64  # waiting requests among which those with the same prefix are found
+_PATIENCE, _MOST_PATIENCE = 32, 4096  # good steps before one row more is tried
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,6 +111,42 @@ class SchedulerOptions:
     long_rope_from: int | None = None
 
 
+@dataclass(slots=True)
+class Limit:
+    """How many rows go through the model together: fewer after a shortage of memory, one more when it has passed.
+
+    That is tried after `patience` good steps, and twice as many after each try that failed.
+    """
+
+    most: int
+    now: int = field(init=False)
+    patience: int = _PATIENCE
+    _good: int = 0
+    _tried: bool = False  # since it was narrowed
+
+    def __post_init__(self) -> None:
+        self.now = self.most
+
+    def narrow(self, rows: int) -> None:
+        """Let at most `rows` go together, as more ran out of memory."""
+        if self._tried:
+            self.patience = min(2 * self.patience, _MOST_PATIENCE)
+        self.now, self._good, self._tried = max(1, rows), 0, False
+
+    def passed(self) -> None:
+        """Count a step that went well."""
+        if self.now == self.most and self.patience == _PATIENCE:
+            return
+        self._good += 1
+        if self._good < self.patience:
+            return
+        self._good = 0
+        if self.now < self.most:
+            self.now, self._tried = self.now + 1, True
+        else:  # it has held at full width for as long as a try takes: forget
+            self.patience, self._tried = _PATIENCE, False
+
+
 class Scheduler:
     """Give rows to waiting requests, first come first served but for shared prefixes, and cut the work into batches.
 
@@ -123,8 +160,8 @@ class Scheduler:
         self.running: dict[int, Row] = {}
         self.parked: dict[str, Row] = {}  # kept for a continuation, by request id
         self.suspended: deque[Row] = deque()  # begun, waiting for a row below the limit
-        self.row_limit = options.max_rows
-        self.prefill_rows = options.prefill_rows
+        self.row_limit = Limit(options.max_rows)
+        self.prefill_rows = Limit(options.prefill_rows)
         self._stored_prefix: tuple[int, ...] = ()
         self._prefix_hashes: dict[str, int] = {}  # of the waiting requests
         self._passed_over = 0  # how often the first waiting request was
@@ -138,16 +175,20 @@ class Scheduler:
         self._prefix_hashes[request.id] = hash(self._prefix(request))
 
     def narrow(self, rows: int) -> None:
-        """Run at most `rows` rows from now on; those beyond wait where they are, with all that they have."""
-        self.row_limit = max(1, rows)
-        beyond = [row for index, row in sorted(self.running.items()) if index >= self.row_limit]
+        """Run at most `rows` rows for now; those beyond wait where they are, with all that they have."""
+        self.row_limit.narrow(rows)
+        beyond = [row for index, row in sorted(self.running.items()) if index >= self.row_limit.now]
         self.suspended.extend(beyond)
         for row in beyond:
             del self.running[row.index]
 
     def narrow_prefill(self, rows: int) -> None:
-        """Read the prompts of at most `rows` rows together from now on."""
-        self.prefill_rows = max(1, rows)
+        """Read the prompts of at most `rows` rows together for now."""
+        self.prefill_rows.narrow(rows)
+
+    def passed(self, batch: Prefill | Decode) -> None:
+        """Note that a batch went well: after a number of them there may be memory for one row more."""
+        (self.row_limit if isinstance(batch, Decode) else self.prefill_rows).passed()
 
     def forget_prefix(self) -> None:
         """Share the stored prefix with no later request."""
@@ -162,13 +203,12 @@ class Scheduler:
         """Let suspended rows run again while there are places; return how they move, as (source, target)."""
         moves = []
         if self.suspended and not self.running and self._free_index() is None:
-            self.row_limit = self.suspended[0].index + 1  # kept rows hold all lower places
-        while self.suspended:
-            row = self.suspended[0]
-            index = row.index if row.index < self.row_limit else self._free_index()
+            self.row_limit.now = self.suspended[0].index + 1  # kept rows hold all lower places
+        for row in tuple(self.suspended):
+            index = row.index if row.index < self.row_limit.now else self._free_index()
             if index is None:
-                break
-            self.suspended.popleft()
+                continue
+            self.suspended.remove(row)
             if index != row.index:
                 moves.append((row.index, index))
             row.index = index
@@ -307,7 +347,7 @@ class Scheduler:
 
     def _free_index(self) -> int | None:
         taken = {*self.running, *(row.index for row in (*self.parked.values(), *self.suspended))}
-        return next((index for index in range(self.row_limit) if index not in taken), None)
+        return next((index for index in range(self.row_limit.now) if index not in taken), None)
 
     def _next_prefill(self, long_rope: bool) -> Prefill | None:
         chunks: list[Chunk] = []
@@ -359,7 +399,7 @@ class Scheduler:
     def _has_room(self, chunks: Sequence[Chunk], chunk: Chunk) -> bool:
         longest = max(len(c.token_ids) for c in (*chunks, chunk))
         count = len(chunks) + 1
-        return not chunks or (count <= self.prefill_rows and count * longest <= self.options.prefill_tokens)
+        return not chunks or (count <= self.prefill_rows.now and count * longest <= self.options.prefill_tokens)
 
     def _store_prefix(self, chunks: Sequence[Chunk]) -> tuple[tuple[int, int], ...]:
         """Keep one prefix that these chunks complete, for rows that come later."""
