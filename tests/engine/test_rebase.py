@@ -16,6 +16,7 @@ from engines import Shape, greedy, make_engine, run
 from trimkv_cli.cache.rebase import rotate
 from trimkv_cli.engine.request import Request
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UnsupportedModel, UsageError
+from trimkv_cli.pins import Pins
 
 TinyModel = Callable[..., Any]
 LIMIT, SLOTS, SINKS, CHUNK = 64, 16, 4, 16
@@ -87,6 +88,24 @@ def test_within_the_positions_nothing_changes(tiny_model: TinyModel) -> None:
     request = greedy("a", PROMPT[:40], 24)
     outputs = [run(make_engine(tiny_model("qwen3"), shape(gate="random", rebases=r)), [request]) for r in (False, True)]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "phi3"])
+@pytest.mark.parametrize("pins", [Pins(), Pins(sinks=2, recent=3)])
+def test_it_is_decoded_as_fast_as_without_before_and_after(family: str, pins: Pins, tiny_model: TinyModel) -> None:
+    """Catches an option that slows all down before anything overflows, and a fast way that stands elsewhere."""
+    model = tiny_model(family, max_position_embeddings=LIMIT)
+    engine = make_engine(model, shape(rows=3, gate="random"), pins=pins)
+    steps = []
+    step = engine._runner._decoder.step  # type: ignore[union-attr]
+    engine._runner._decoder.step = lambda *a, **k: (steps.append(1), step(*a, **k))[1]  # type: ignore[union-attr, method-assign]
+    requests = [greedy(str(i), PROMPT[i : 40 + 9 * i], 50 + i) for i in range(4)]
+    fast = run(engine, requests)
+    assert len(steps) > 50
+    engine.close()
+    slow = make_engine(model, shape(rows=3, gate="random"), pins=pins)
+    slow._runner._decoder = None
+    assert run(slow, requests) == fast
 
 
 def test_a_row_alone_is_as_among_others_and_can_be_put_back(tiny_model: TinyModel) -> None:

@@ -53,10 +53,14 @@ class Rebase:
         offsets = self._offsets[: positions.shape[0]] if rows is None else self._offsets[rows]
         return (positions - offsets[:, None]).clamp(min=0)
 
+    def is_full(self, row: int, *, seen: int, tokens: int) -> bool:
+        """Say whether the next `tokens` of `row` would pass the model's positions."""
+        return seen - self._offset[row] + tokens > self._limit
+
     @torch.inference_mode()
     def make_room(self, row: int, *, seen: int, tokens: int) -> None:
         """Renumber what `row` keeps if the next `tokens` would pass the model's positions."""
-        if seen - self._offset[row] + tokens <= self._limit:
+        if not self.is_full(row, seen=seen, tokens=tokens):
             return
         fill = 0
         for layer, ranks in zip(self._slots, self._ranks, strict=True):

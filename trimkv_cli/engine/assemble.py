@@ -78,11 +78,11 @@ def assemble(
         decode_rows=DETERMINISTIC_ROWS if deterministic else rows if compiled else None,
         long_rope=LongRope(model) if LongRope.used_by(config) else None,
         decoder=None
-        if deterministic or rebases
+        if deterministic
         else make_decoder(model, gates, cache, sinks=facts.pins.sinks, compiled=compiled, evicts=evicts),
         pins_system=facts.pins.system,
     )
-    if model.device.type == "cuda" and not (rebases or LongRope.used_by(config)):
+    if model.device.type == "cuda" and not LongRope.used_by(config):
         runner.run_ahead(facts.eos_token_ids)
     scheduler = Scheduler(
         SchedulerOptions(

@@ -58,7 +58,7 @@ class Decoder:
         self._number = next(_numbers)
         self._compiled = compile_step(self._step) if compiled else None
 
-    def step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
+    def step(self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Do what `_step` says; a compiled step takes no row for dense, as that would be a second graph.
 
         A graph depends on the engine, the rows and the size of its slots, and on nothing else that changes. Threads
@@ -66,21 +66,24 @@ class Decoder:
         """
         with on_threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
             if self._compiled is None:
-                return self._step(ids, position, dense=dense)
+                return self._step(ids, position, dense=dense, stand=stand)
             key = (self._number, len(ids), *(pool.size for pool in self._pools))
-            logits, log_beta = self._compiled(ids, position, dense=False, key=key)
+            logits, log_beta = self._compiled(ids, position, dense=False, stand=stand, key=key)
             return logits, log_beta
 
-    def _step(self, ids: Tensor, position: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
 
         A row at −1 has no token: its slots stay as they are. `dense`: every row with a token has all its slots in use.
+        `stand` `[B]` is where tokens stand for the model, when that is not at their positions.
 
         Returns:
             The logits `[B, V]`, and log_beta `[L, B, Hkv]` of the tokens.
         """
         biases = [pool.begin(position, dense=dense) for pool in self._pools]
-        cos, sin = self._rotation(position)
+        cos, sin = self._rotation(position if stand is None else stand)
         x, entering = self._embed[ids], []
         for block, (pool, place) in zip(self._blocks, self._places, strict=True):
             hidden = block.attention_norm(x)

@@ -54,7 +54,6 @@ class ModelRunner:
     def run_ahead(self, eos_token_ids: Collection[int]) -> None:
         """Decode one step ahead of the host from now on; on a GPU each step is a graph."""
         assert self._long_rope is None, "which factors are used is decided on the host, step by step"
-        assert self.cache.rebase is None, "when positions are given anew is decided on the host, step by step"
         forward: Forward = self._forward_static
         if self.device.type == "cuda":
             forward = GraphedForward(forward)
@@ -156,7 +155,8 @@ class ModelRunner:
         return self._tensor([row.request.prefix_len if row.base == 0 else 0 for row in rows], torch.int32)
 
     def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
-        ready = None if self._ahead is None else self._ahead.step(batch.rows, in_step=self.trace is not None)
+        in_step = self.trace is not None or self._is_full(batch.rows)
+        ready = None if self._ahead is None else self._ahead.step(batch.rows, in_step=in_step)
         if ready is not None:
             for row, _ in ready:
                 self.cache.seen[row.index] = row.seen + 1
@@ -173,7 +173,8 @@ class ModelRunner:
         if self._decoder is not None:
             self._rotate(long=batch.rows[0].long_rope)
             dense = held >= self.cache.kv_budget
-            logits, log_beta = self._decoder.step(self._tensor(ids, torch.int64), position, dense=dense)
+            stand = None if self.cache.rebase is None else self.cache.rebase.stand(position[:, None], None)[:, 0]
+            logits, log_beta = self._decoder.step(self._tensor(ids, torch.int64), position, dense=dense, stand=stand)
             for layer, traced in enumerate(self.trace or ()):
                 traced.append(log_beta[layer, :, :, None])
         else:
@@ -210,6 +211,11 @@ class ModelRunner:
         if self.cache.rebase is not None:
             for row, tokens in fed:
                 self.cache.rebase.make_room(row.index, seen=self.cache.seen[row.index], tokens=tokens)
+
+    def _is_full(self, rows: Sequence[Row]) -> bool:
+        """Say whether rows get new positions before the step after the next: that is decided on the host."""
+        rebase = self.cache.rebase
+        return rebase is not None and any(rebase.is_full(row.index, seen=row.seen, tokens=2) for row in rows)
 
     def _stand(self, step: Step) -> Tensor:
         """Return the positions `[B, T]` that the model sees."""
