@@ -35,10 +35,10 @@ def test_broken_check_is_a_fault_with_its_hint() -> None:
     assert "the gates are damaged" in found[0].detail
 
 
-def test_folder_under_a_file_cannot_be_written(tmp_path: Path) -> None:
+def test_folder_under_a_file_is_a_fault(tmp_path: Path) -> None:
     """Catch a cache folder that is reported as writable because it does not exist yet."""
     (tmp_path / "file").touch()
-    assert checkup._writable("cache folder", tmp_path / "file" / "cache").status == "note"
+    assert checkup._writable("cache folder", tmp_path / "file" / "cache").status == "fault"
     assert checkup._writable("cache folder", tmp_path / "not" / "there").status == "ok"
     assert not (tmp_path / "not").exists()
 

@@ -193,6 +193,10 @@ def _writable(name: str, folder: Path) -> Finding:
     if can_write(folder):
         free = format_size(shutil.disk_usage(nearest).free)
         return Finding(name=name, status="ok", detail=f"{folder}, {free} free")
+    if not nearest.is_dir():
+        return Finding(
+            name=name, status="fault", detail=f"{nearest} is a file", hint=f"name another folder than {folder}"
+        )
     return Finding(name=name, status="note", detail=f"{nearest} cannot be written", hint=f"chmod u+wx {nearest}")
 
 
