@@ -158,6 +158,9 @@ def _working_folder() -> Path:
 def _defaults_of(command: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Spread settings over a command's options, and over the commands of a group."""
     inner = getattr(command, "commands", {})
+    names = {p.name for p in command.params}
+    if "profile" in settings and "profile" not in names:
+        settings = {"model": settings["profile"], **settings}  # a profile's name is a model's name as well
     own = {p.name: settings[p.name] for p in command.params if p.name in settings and _takes(p)}
     return {**own, **{name: _defaults_of(sub, settings) for name, sub in inner.items()}}
 

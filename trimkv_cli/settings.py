@@ -57,16 +57,24 @@ _FILTERS = ("temperature", "top_p", "top_k", "min_p", "top_h")
 _REPLACES: Mapping[str, tuple[str, ...]] = {
     "model": ("profile", "revision", "gates"),
     "profile": ("model", "revision", "gates"),
+    "shape": ("model", "profile", "revision", "gates"),
     "greedy": _FILTERS,
-    **dict.fromkeys(_FILTERS, ("greedy",)),
+    "temperature": ("greedy",),
+    **dict.fromkeys(_FILTERS[1:], ("greedy", "temperature")),
     "system_file": ("system",),
     "raw": ("system",),
     "cache": ("system",),
     "compile": ("deterministic", "on_overflow"),
-    "deterministic": ("compile",),
+    "deterministic": ("compile", "device", "dtype"),
     "on_overflow": ("compile",),
+    "device": ("deterministic", "kv_dtype"),
+    "dtype": ("deterministic",),
+    "kv_dtype": ("device",),
+    "save_cache": ("on_overflow",),
+    "budgets": ("kv_budget",),
 }
 _ANY_MODELS_GATES = ("auto", "none", "streaming", "keydiff")
+_EXACT = ("auto", "fp32", "float32")
 _PREFIX = "TRIMKV_"
 _OTHER_VARIABLES = ("TRIMKV_DEBUG",)
 _TEXTS = ("system", "stop")  # what a model reads; the rest names files and things
@@ -110,16 +118,34 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapping[str, 
 
 
 def _replaced(said: str, value: Any, below: Mapping[str, Any]) -> Iterator[str]:
-    if value is False or value is None or below.get(said) == value:
-        return
-    for key in _REPLACES.get(said, ()):
-        kept = {
-            "gates": str(below.get("gates")).partition(":")[0] in _ANY_MODELS_GATES,
-            "on_overflow": below.get("on_overflow") != "rebase",
-            "compile": said == "on_overflow" and value != "rebase",
-        }
-        if not kept.get(key, False):
-            yield key
+    if value is not None and below.get(said) != value:
+        yield from (key for key in _REPLACES.get(said, ()) if key in below and _clash(said, value, key, below[key]))
+
+
+def _clash(said: str, value: Any, key: str, other: Any) -> bool:
+    """Tell whether a setting cannot stand beside what is said above it."""
+    only_if = {
+        ("compile", "on_overflow"): other == "rebase",
+        ("on_overflow", "compile"): value == "rebase",
+        ("save_cache", "on_overflow"): isinstance(value, str) and other == "map-reduce",  # a file, for one reading
+        ("deterministic", "device"): other not in ("auto", "cpu"),
+        ("device", "deterministic"): value not in ("auto", "cpu"),
+        ("deterministic", "dtype"): other not in _EXACT,
+        ("dtype", "deterministic"): value not in _EXACT,
+        ("device", "kv_dtype"): other == "fp8" and not _may_be_gpu(value),
+        ("kv_dtype", "device"): value == "fp8" and not _may_be_gpu(other),
+    }
+    if said == "greedy" and value is False:
+        return key == "temperature" and other == 0
+    if key == "temperature" and said != "greedy":
+        return bool(other == 0)  # a filter is for sampling
+    if key == "gates":
+        return str(other).partition(":")[0] not in _ANY_MODELS_GATES
+    return value is not False and only_if.get((said, key), True)
+
+
+def _may_be_gpu(device: Any) -> bool:
+    return str(device).partition(":")[0] in ("auto", "cuda")
 
 
 def _user_settings() -> Iterator[Layer]:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from trimkv_cli.errors import UsageError
+
+Value = TypeVar("Value")
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(ib|b|)", re.IGNORECASE)
 _SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _SECONDS))
+
+
+def read_flag(flag: str, text: str, read: Callable[[str], Value]) -> Value:
+    """Read a flag's text, and let what is wrong with it name the flag; raises as `read` does."""
+    try:
+        return read(text)
+    except UsageError as error:
+        if flag not in error.message:
+            error.message = f"{flag} {text}: {error.message}"
+        raise
 
 
 def parse_size(text: str) -> int:

@@ -71,6 +71,12 @@ def test_settings_reach_every_option_of_their_name(name: str) -> None:
         ({"deterministic": True}, ["--compile"], {"deterministic": False, "compile": True}),
         ({"compile": True}, ["--on-overflow", "rebase"], {"compile": False}),
         ({"compile": True}, ["--on-overflow", "error"], {"compile": True}),
+        ({"temperature": 0.0}, ["--no-greedy"], {"greedy": False, "temperature": None}),
+        ({"temperature": 0.0}, ["--top-k", "4"], {"temperature": None, "top_k": 4}),
+        ({"deterministic": True}, ["--device", "cuda:0"], {"deterministic": False, "device": "cuda:0"}),
+        ({"deterministic": True}, ["--device", "cpu"], {"deterministic": True}),
+        ({"dtype": "bf16"}, ["--deterministic"], {"deterministic": True, "dtype": "auto"}),
+        ({"kv_dtype": "fp8"}, ["--device", "cpu"], {"kv_dtype": "auto"}),
         ({"offline": True, "quiet": True}, ["--no-offline", "--no-quiet"], {"offline": False, "quiet": False}),
         ({"stream": False}, ["--stream"], {"stream": True}),
         ({"stream": False}, [], {"stream": False}),
@@ -79,6 +85,24 @@ def test_settings_reach_every_option_of_their_name(name: str) -> None:
 def test_the_line_wins(settings: Mapping[str, Any], line: list[str], expected: dict[str, Any]) -> None:
     """Catches a file that forbids what the line says, or that silently wins over it."""
     got = parsed("ask", *line, settings=settings)
+    assert {key: got[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "settings", "expected"),
+    [
+        ("bench", ["--shape", "10m"], {"model": "a", "profile": "b"}, {"model": None}),
+        ("bench", [], {"profile": "mini"}, {"model": "mini"}),
+        ("gates verify", ["x/y"], {"profile": "mini"}, {"model": "mini"}),
+        ("eval", ["--budgets", "32"], {"kv_budget": "64"}, {"kv_budget": None}),
+        ("summarize", ["f", "--save-cache", "f.kv"], {"on_overflow": "map-reduce"}, {"on_overflow": "error"}),
+    ],
+)
+def test_the_line_wins_in_other_commands(
+    name: str, line: list[str], settings: Mapping[str, Any], expected: dict[str, Any]
+) -> None:
+    """Catches pairs of options, of which one is on the line alone, that a file makes an error."""
+    got = parsed(name, *line, settings=settings)
     assert {key: got[key] for key in expected} == expected
 
 
@@ -135,3 +159,20 @@ def test_a_bad_flag_is_named(
     """Catches a mistyped value that is told only once the model is found, without its flag."""
     assert run(["ask", "hi", *line], monkeypatch, tmp_path) == 2
     assert capsys.readouterr().err.startswith(f"error: {line[0]} {line[1]}: ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run x.jsonl --timeout soon", "run x.jsonl --grace soon", "run x.jsonl --max-time soon",
+        "run x.jsonl --max-line wide", "run x.jsonl --max-errors few", "run x.jsonl --shard 3/2",
+        "eval mini --budgets abc", "bench --kv-budget abc", "plan mini --model other",
+    ],
+)  # fmt: skip
+def test_a_bad_flag_of_one_command_is_named_before_a_model_is_found(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches sizes and times that are refused without their flag, or hours later."""
+    monkeypatch.setattr("trimkv_cli.engine.sources.find_source", None)
+    assert run(line.split(), monkeypatch, tmp_path) == 2
+    assert next(word for word in line.split() if word.startswith("--")) in capsys.readouterr().err.splitlines()[0]

@@ -73,9 +73,10 @@ def bench(
     options = EngineOptions(
         model=name or model, gates=gates, offline=offline, dtype=dtype, device=device, threads=threads, compile=compile
     )
+    budgets = None if kv_budget is None else _numbers(kv_budget, "--kv-budget")
+    lengths, counts = _numbers(contexts, "--contexts"), _numbers(rows, "--rows")
     network = _network(options, shape, random_weights=random_weights)
-    budgets = _numbers(kv_budget or str(network.gate.memory_size or 256), "--kv-budget")
-    cases = _cases(network, budgets, _numbers(contexts, "--contexts"), _numbers(rows, "--rows"))
+    cases = _cases(network, budgets or [network.gate.memory_size or 256], lengths, counts)
     for message in network.warnings:
         print_warning(message)
     if not quiet:

@@ -14,6 +14,7 @@ from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.results import POLICIES, Policy
 from trimkv_cli.eval.scoring import Match
 from trimkv_cli.ui.messages import print_note
+from trimkv_cli.units import parse_kv_budget, read_flag
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.sources import Source
@@ -124,6 +125,8 @@ def _eval_options(
     from trimkv_cli.eval.exam import EvalOptions
     from trimkv_cli.eval.tasks import TASKS
 
+    for budget in _split(budgets):
+        read_flag("--budgets", budget, parse_kv_budget)
     named = tuple(TASKS) if tasks is None and data is None else _split(tasks or "")
     return EvalOptions(
         tasks=named,

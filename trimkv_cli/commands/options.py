@@ -171,10 +171,16 @@ class SettingsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the line; settings that go with another choice than the one said there are left out."""
-        if ctx.default_map:
-            said, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        if ctx.default_map is not None:
+            found, *_ = self.make_parser(ctx).parse_args(args=list(args))
+            said = {name: value for name, value in found.items() if value is not None}
+            arguments = [said[name] for name in _MODEL_ARGUMENTS if name in said]
+            if arguments and said.get("model", arguments[0]) != arguments[0]:
+                raise UsageError(
+                    f"{arguments[0]} and --model {said['model']} are both given", hint="leave one of them out"
+                )
             named = {"model" if key in _MODEL_ARGUMENTS else key: value for key, value in said.items()}
-            left = overlay(ctx.default_map, {key: value for key, value in named.items() if value is not None})
+            left = overlay(ctx.default_map, named)
             ctx.default_map = {key: value for key, value in ctx.default_map.items() if key in left}
         return super().parse_args(ctx, args)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trimkv_cli.errors import UsageError
-from trimkv_cli.units import parse_duration, parse_size
+from trimkv_cli.units import parse_duration, parse_size, read_flag
 
 if TYPE_CHECKING:
     from trimkv_cli.jobs.selection import Shard
@@ -84,7 +84,7 @@ def read_limits(flags: LimitFlags) -> Limits:
     return Limits(
         timeout_s=None if flags.timeout is None else _positive("--timeout", flags.timeout),
         max_time_s=None if flags.max_time is None else _positive("--max-time", flags.max_time),
-        grace_s=parse_duration(flags.grace),
+        grace_s=read_flag("--grace", flags.grace, parse_duration),
         errors=ErrorLimit() if flags.max_errors is None else parse_error_limit(flags.max_errors),
         fail_fast=flags.fail_fast,
     )
@@ -116,7 +116,7 @@ def read_line_bytes(text: str) -> int:
     Raises:
         UsageError: no size, or none at all.
     """
-    size = parse_size(text)
+    size = read_flag("--max-line", text, parse_size)
     if size < 1:
         raise UsageError(f"--max-line {text} leaves no room for a line", hint="--max-line 16MiB")
     return size
@@ -141,7 +141,7 @@ def check_together(choices: Choices) -> None:
 
 
 def _positive(flag: str, text: str) -> float:
-    seconds = parse_duration(text)
+    seconds = read_flag(flag, text, parse_duration)
     if seconds <= 0:
         raise UsageError(f"{flag} {text} leaves no time at all", hint=f"{flag} 60s")
     return seconds
