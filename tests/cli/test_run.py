@@ -283,14 +283,17 @@ def test_a_text_file_is_one_prompt_per_line(tmp_path: Path) -> None:
     [
         (["absent.jsonl"], "error: cannot read absent.jsonl: No such file or directory"),
         (["."], "error: cannot read .: Is a directory"),
-        (["in.jsonl", "-o", "in.jsonl", "--overwrite"], "error: in.jsonl is the input file"),
+        (
+            ["in.jsonl", "-o", "in.jsonl", "--overwrite"],
+            "error: -o in.jsonl would overwrite what is read: INPUT in.jsonl is the same file",
+        ),
         (["in.jsonl", "-o", "old.jsonl"], "error: old.jsonl exists, and no old.jsonl.trimkv.json beside it"),
         (["in.jsonl", "--shard", "5/4"], "error: --shard 5/4 is no part of a whole"),
         (["in.jsonl", "--max-errors", "lots"], "error: --max-errors lots is no count and no share"),
         (["in.csv"], "error: in.csv is a table: which column holds the prompts?"),
         (["in.jsonl", "-o", "nowhere/out.jsonl"], "error: no folder nowhere to write out.jsonl into"),
         (["in.jsonl", "--temperature", "-1"], "error: temperature = -1.0 is out of range"),
-        (["in.jsonl", "--max-line", "5 apples"], "error: '5 apples' is not a size"),
+        (["in.jsonl", "--max-line", "5 apples"], "error: --max-line 5 apples: '5 apples' is not a size"),
         (["in.jsonl", "--order", "random"], "error: "),
     ],
 )
