@@ -32,8 +32,8 @@ demo: $(READY)
 
 # Some steps ask for lists that no slots can hold, and have a hundred times the gradient: clipped, most steps count alike.
 mini: $(READY)
-	$(BIN)/python -m trimkv_cli.mini.recipe build/mini
-	$(BIN)/python -m trimkv_cli.mini.conversations build/mini/conversations.jsonl
+	$(BIN)/python -m examples.mini.recipe build/mini
+	$(BIN)/python -m examples.mini.conversations build/mini/conversations.jsonl
 	$(BIN)/trimkv gates train build/mini/model --data build/mini/conversations.jsonl -o build/mini/model/gates \
 		--student evicting --memory-size 64 --context 2048 --position-gap 60000 --steps 1800 --batch 1 --accumulate 1 \
 		--hidden 64 --lr 6e-3 --warmup 50 --schedule cosine --clip 0.05
@@ -42,19 +42,19 @@ MODEL ?= mini
 RESULTS := kernels/bench/results
 
 bench-mini: $(READY)
-	$(BIN)/python -m trimkv_cli.bench.recall --model $(MODEL) --out $(RESULTS)/recall-mini.json
-	$(BIN)/python -m trimkv_cli.bench.stories --model $(MODEL) --out $(RESULTS)/stories-mini.json
-	$(BIN)/python -m trimkv_cli.bench.points --model $(MODEL) --out $(RESULTS)/points-mini.json
-	$(BIN)/python -m trimkv_cli.bench.long_chat --model $(MODEL) --out $(RESULTS)/long-chat-mini.json
-	$(BIN)/python -m trimkv_cli.bench.readme
+	$(BIN)/python -m bench.recall --model $(MODEL) --out $(RESULTS)/recall-mini.json
+	$(BIN)/python -m bench.stories --model $(MODEL) --out $(RESULTS)/stories-mini.json
+	$(BIN)/python -m bench.points --model $(MODEL) --out $(RESULTS)/points-mini.json
+	$(BIN)/python -m bench.long_chat --model $(MODEL) --out $(RESULTS)/long-chat-mini.json
+	$(BIN)/python -m bench.readme
 
 bench-run: $(READY)
-	$(BIN)/python -m trimkv_cli.bench.batching --out $(RESULTS)/batching-mini.json
-	$(BIN)/python -m trimkv_cli.bench.shared_prefix --out $(RESULTS)/shared-prefix-mini.json
-	$(BIN)/python -m trimkv_cli.bench.kills --out $(RESULTS)/kills-mini.json
-	$(BIN)/python -m trimkv_cli.bench.scan --out $(RESULTS)/scan.json
-	$(BIN)/python -m trimkv_cli.bench.ray_flips --out $(RESULTS)/flips-ray.json
-	$(BIN)/python -m trimkv_cli.bench.readme
+	$(BIN)/python -m bench.batching --out $(RESULTS)/batching-mini.json
+	$(BIN)/python -m bench.shared_prefix --out $(RESULTS)/shared-prefix-mini.json
+	$(BIN)/python -m bench.kills --out $(RESULTS)/kills-mini.json
+	$(BIN)/python -m bench.scan --out $(RESULTS)/scan.json
+	$(BIN)/python -m bench.ray_flips --out $(RESULTS)/flips-ray.json
+	$(BIN)/python -m bench.readme
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
@@ -74,11 +74,11 @@ pictures: $(READY)
 		--svg examples/inspect.svg --png examples/retention.png
 
 bench-memory: $(READY)
-	$(BIN)/python -m trimkv_cli.bench.memory --out kernels/bench/results/memory-cpu.json
-	$(BIN)/python -m trimkv_cli.bench.held --out kernels/bench/results/held-cpu.json
+	$(BIN)/python -m bench.memory --out kernels/bench/results/memory-cpu.json
+	$(BIN)/python -m bench.held --out kernels/bench/results/held-cpu.json
 
 bench-stream: $(READY)
-	$(BIN)/python -m trimkv_cli.bench.stream
+	$(BIN)/python -m bench.stream
 
 TEN = --shape 10m --random-weights --kv-budget 256 --compare hf --device cpu --dtype fp32 --json
 
@@ -87,8 +87,8 @@ bench-speed: $(READY)
 	$(BIN)/trimkv bench $(TEN) --contexts 8192 --rows 8 > $(RESULTS)/speed-10m-cpu-8-rows.json
 	$(BIN)/trimkv bench $(TEN) --contexts 1024,8192,32768 --compile > $(RESULTS)/speed-10m-cpu-compiled.json
 	$(BIN)/trimkv bench $(TEN) --contexts 8192 --rows 8 --compile > $(RESULTS)/speed-10m-cpu-8-rows-compiled.json
-	$(BIN)/python -m trimkv_cli.bench.overheads --out $(RESULTS)/overheads-10m-cpu.json
-	$(BIN)/python -m trimkv_cli.bench.readme
+	$(BIN)/python -m bench.overheads --out $(RESULTS)/overheads-10m-cpu.json
+	$(BIN)/python -m bench.readme
 
 rehearse-gpu: $(READY)
 	$(BIN)/python kernels/bench/gpu_run.py --out build/gpu-rehearsal --device cpu --tiny
@@ -105,7 +105,7 @@ bench-gpu: $(READY)
 	$(BENCH) --kv-budget 1024 --contexts 16384 --rows 8 >> $(ROWS)
 	$(BENCH) --kv-budget 512 --contexts 2048,131072 --rows 1 --compare hf >> $(ROWS)
 	$(BENCH) --kv-budget 512 --contexts 2048 --rows 1 --no-evict >> $(ROWS)
-	$(BIN)/python -m trimkv_cli.bench.readme
+	$(BIN)/python -m bench.readme
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

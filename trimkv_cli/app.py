@@ -17,29 +17,17 @@ import typer
 from typer.exceptions import Exit, TyperException
 
 from trimkv_cli import __version__
-from trimkv_cli.commands import (
-    ask,
-    bench,
-    chat,
-    doctor,
-    eval,
-    gates,
-    gates_train,
-    inspect,
-    models,
-    plan,
-    profiles,
-    run,
-    sessions,
-    summarize,
-)
+from trimkv_cli.commands import ask, bench, doctor, eval, gates, gates_train, inspect, models, plan, profiles, sessions
+from trimkv_cli.commands.chat.command import chat
 from trimkv_cli.commands.options import CommandGroup, check_setting
+from trimkv_cli.commands.run.command import run
+from trimkv_cli.commands.summarize.command import summarize
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError, UsageError, is_out_of_memory
 from trimkv_cli.files import can_write
 from trimkv_cli.settings import KEYS, load_layers, overlay
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.tested import NEWEST, untested
-from trimkv_cli.ui.messages import print_error
+from trimkv_cli.ui.plain import print_error
 
 _EPILOG = """
 Exit codes: 0 all done; 1 failed while running; 2 usage, settings or the one input; 3 some of several inputs failed;
@@ -60,10 +48,10 @@ app = CommandGroup(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(chat.chat)
+app.command()(chat)
 app.command()(ask.ask)
-app.command()(summarize.summarize)
-app.command()(run.run)
+app.command()(summarize)
+app.command()(run)
 app.command()(plan.plan)
 app.command()(inspect.inspect)
 gates.gates_app.command()(gates_train.train)

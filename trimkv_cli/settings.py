@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import ConfigError
-from trimkv_cli.files import check_keys, read_toml
-from trimkv_cli.profiles import SAMPLING_KEYS
-from trimkv_cli.utf8 import as_text
+from trimkv_cli.files import as_text, check_keys, read_toml
+from trimkv_cli.model.profiles import SAMPLING_KEYS
 
 KEYS: Mapping[str, type] = {
     "model": str,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "kernels" / "bench", ROOT / "tests", ROOT / "tests" / "engine")
+SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "tests")
 LEAST_S = 10.0  # less is left: a stage would not get beyond its imports
 CPU_TAKES = 3.0  # a busy machine without a GPU is given so many times as long for a stage
 
@@ -59,8 +59,9 @@ class Outcome:
 
 def command_for(stage: Stage, arguments: argparse.Namespace) -> list[str]:
     """Return the command of a stage's process."""
-    command = [sys.executable, "-W", "default", "-m", "gpu_stages.stage", stage.name, "--number", str(stage.number)]
-    command += ["--out", str(arguments.out), "--run", arguments.run, "--device", arguments.device]
+    command = [sys.executable, "-W", "default", "-m", "bench.gpu_stages.stage", stage.name]
+    command += ["--number", str(stage.number), "--out", str(arguments.out)]
+    command += ["--run", arguments.run, "--device", arguments.device]
     return [*command, "--tiny"] if arguments.tiny else command
 
 

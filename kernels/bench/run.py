@@ -25,10 +25,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import Case, cpu_cases, gpu_cases
-
-from trimkv_cli.bench.record import own_commit
+from bench.cases import Case, cpu_cases, gpu_cases
+from trimkv_cli.bench.speed import own_commit
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.talking import LONG, SAMPLED, after, begin, go_on, never, say
 from trimkv_cli.errors import ContextOverflow, UsageError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from talking import LONG, SAMPLED, after, begin, go_on, never, say
 
 
 def test_after_undo_the_turn_has_never_been(llm: Any) -> None:

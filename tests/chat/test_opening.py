@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli.chat.store import SessionStore, Transcript
-from trimkv_cli.commands.opening import as_stored, find_stored
-from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.commands.chat.opening import as_stored, find_stored
 from trimkv_cli.errors import UsageError
+from trimkv_cli.loading.options import EngineOptions
 
 
 def stored(**options: object) -> Transcript:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import stat
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.talking import begin, never
 from trimkv_cli.chat.autosave import Autosave
 from trimkv_cli.chat.conversation import Conversation
 from trimkv_cli.chat.export import FORMS, export
 from trimkv_cli.chat.store import SessionStore, Transcript
 from trimkv_cli.chat.turns import Turn, split_thought
 from trimkv_cli.errors import InputError, UsageError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from talking import begin, never
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import Any
 
 import pytest
 
+from helpers.talking import begin
 from trimkv_cli.chat.autosave import Autosave
 from trimkv_cli.chat.store import SessionStore
-from trimkv_cli.commands.slash.command import Chat
-from trimkv_cli.commands.slash.table import COMMANDS, complete
-from trimkv_cli.commands.talk import handle, status_of
+from trimkv_cli.commands.chat.slash_command import Chat
+from trimkv_cli.commands.chat.slash_table import COMMANDS, complete
+from trimkv_cli.commands.chat.talk import handle, status_of
 from trimkv_cli.ui.chat.prompt import Typed
-from trimkv_cli.ui.chat.toolbar import status_line
+from trimkv_cli.ui.chat.screen import status_line
 from trimkv_cli.ui.look import Look
-
-sys.path.insert(0, str(Path(__file__).parent))
-from talking import begin
 
 
 class Recorder:

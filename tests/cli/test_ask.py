@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import COMMAND, ENVIRONMENT, trimkv, trimkv_on_a_terminal
+from helpers.programs import COMMAND, ENVIRONMENT, trimkv, trimkv_on_a_terminal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ASK = ("ask", "Tell me something", "--greedy", "-n", "24", "--ignore-eos", "--threads", "1")

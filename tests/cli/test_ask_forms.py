@@ -13,15 +13,13 @@ from pathlib import Path
 import platformdirs
 import pytest
 
+from helpers.programs import COMMAND, ENVIRONMENT
 from trimkv_cli.app import _exit_code
 from trimkv_cli.chat.store import TRANSCRIPT
 from trimkv_cli.commands.documents import Reader
-from trimkv_cli.commands.templates import fill, read_template
+from trimkv_cli.commands.prompts import fill, read_template
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.ui.fences import code_blocks
-
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import COMMAND, ENVIRONMENT
 
 Run = Callable[..., tuple[int, str, str]]
 SHORT = ("-n", "8", "--greedy", "--ignore-eos", "--threads", "1")

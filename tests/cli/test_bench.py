@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import trimkv
-
 import trimkv_cli
-from trimkv_cli.bench.record import own_commit, surroundings
+from helpers.programs import trimkv
 from trimkv_cli.bench.shapes import find_shape
+from trimkv_cli.bench.speed import own_commit, surroundings
 from trimkv_cli.commands.bench import bench
 from trimkv_cli.errors import ContextOverflow, UsageError
 

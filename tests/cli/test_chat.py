@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import stat
-import sys
 from pathlib import Path
 
+from helpers.terminals import CTRL_C, CTRL_D, ENTER, NEWLINE, TAB, Terminal
 from trimkv_cli.chat.conversation import Conversation
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parent))
-from terminals import CTRL_C, CTRL_D, ENTER, NEWLINE, TAB, Terminal
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.request import SamplingParams
 
 CHAT = ("chat", "--kv-budget", "40", "--threads", "1", "--greedy", "-n", "24")
 

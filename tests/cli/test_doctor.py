@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trimkv_cli.engine.calibrate import measure_machine
+from trimkv_cli.loading.checkup import measure_machine
 
 ROOT = Path(__file__).parents[2]
 

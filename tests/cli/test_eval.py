@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import trimkv
+from helpers.programs import trimkv
 
 SMALL = ("mini", "--samples", "2", "--context", "60", "--tasks", "recall", "--seed", "7", "--threads", "1")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pyte
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import trimkv, trimkv_on_a_terminal
+from helpers.programs import trimkv, trimkv_on_a_terminal
 
 
 def test_a_terminal_ends_up_with_the_same_answer_and_no_panel(tmp_path: Path) -> None:

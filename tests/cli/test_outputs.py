@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in a folder with one document under three names; nothing is ever loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(platformdirs, "user_config_path", lambda _: tmp_path / "user")
-    monkeypatch.setattr("trimkv_cli.engine.sources.find_source", None)
+    monkeypatch.setattr("trimkv_cli.loading.sources.find_source", None)
     (tmp_path / "a.txt").write_text(TEXT)
     Path("soft.txt").symlink_to("a.txt")
     os.link("a.txt", "hard.txt")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import COMMAND, ENVIRONMENT
+from helpers.programs import COMMAND, ENVIRONMENT
 
 ALONE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override"]
 

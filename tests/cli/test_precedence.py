@@ -173,6 +173,6 @@ def test_a_bad_flag_of_one_command_is_named_before_a_model_is_found(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches sizes and times that are refused without their flag, or hours later."""
-    monkeypatch.setattr("trimkv_cli.engine.sources.find_source", None)
+    monkeypatch.setattr("trimkv_cli.loading.sources.find_source", None)
     assert run(line.split(), monkeypatch, tmp_path) == 2
     assert next(word for word in line.split() if word.startswith("--")) in capsys.readouterr().err.splitlines()[0]

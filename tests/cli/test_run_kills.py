@@ -15,10 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import ENVIRONMENT
+from helpers.programs import ENVIRONMENT
 
-PROGRAM = [sys.executable, str(Path(__file__).with_name("kill_program.py"))]
+PROGRAM = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "kill_program.py")]
 COUNT = 500
 
 
@@ -52,7 +51,7 @@ def test_killed_five_times_a_job_is_what_it_would_have_been(
     tmp_path: Path, source: Path, name: str, order: str
 ) -> None:
     """Catches lines that are lost, doubled, torn or out of order by kill -9 at random moments."""
-    rng = random.Random(7)  # noqa: S311
+    rng = random.Random(7)
     output = tmp_path / name
     for _ in range(5 if name == "out.jsonl" else 2):
         process = start(source, "-o", output, "--order", order)
@@ -120,8 +119,7 @@ def test_a_closed_stdout_is_told_and_a_closed_pipe_is_141(source: Path) -> None:
 def test_a_cluster_that_loses_a_worker_loses_no_line(tmp_path: Path, source: Path) -> None:
     """Two workers on this machine, one of them killed at work: the same answers, each once, and the same sidecar."""
     output = tmp_path / "out.jsonl"
-    tests = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parents[1] / "unit")])
-    environment = {**ENVIRONMENT, "CI": "1", "TRIMKV_TEST_CLUSTER": "1", "PYTHONPATH": tests}
+    environment = {**ENVIRONMENT, "CI": "1", "TRIMKV_TEST_CLUSTER": "1"}
     process = start(source, "-o", output, env=environment)
     workers: list[psutil.Process] = []
     while process.poll() is None and (len(workers) < 2 or not (output.exists() and output.stat().st_size)):

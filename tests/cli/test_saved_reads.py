@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.programs import trimkv
 from trimkv_cli.commands.answers import answer
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import Request, SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import trimkv
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.request import Request, SamplingParams
 
 SIZES = ("--kv-budget", "40", "--threads", "1", "-n", "9", "--greedy")
 QUESTION = "When is the meeting?"
@@ -33,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def live_answer(summary_tokens: int) -> str:
     """Summarize and ask in one process, by hand."""
-    from trimkv_cli.commands.summary_texts import Wish
+    from trimkv_cli.commands.summarize.texts import Wish
 
     llm: Any = load_engine(EngineOptions(kv_budget="40", threads=1, max_inflight=1))
     params = SamplingParams(max_tokens=summary_tokens, temperature=0.0)

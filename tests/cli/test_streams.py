@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import COMMAND, ENVIRONMENT, trimkv, trimkv_on_a_terminal
+from helpers.programs import COMMAND, ENVIRONMENT, trimkv, trimkv_on_a_terminal
 
 ASK = "ask hi -n 4 --greedy --ignore-eos --threads 1 -q"
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import trimkv
+from helpers.programs import trimkv
 
 SHORT = ("-n", "6", "--greedy", "--ignore-eos", "--threads", "1")
 

@@ -14,7 +14,7 @@ import pytest
 
 from trimkv_cli.app import _exit_code
 from trimkv_cli.errors import ConfigError
-from trimkv_cli.profiles import read_profile
+from trimkv_cli.model.profiles import read_profile
 from trimkv_cli.ui.plain import AnswerWriter, to_json
 
 CONTROLS = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")

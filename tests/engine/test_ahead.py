@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
-
+from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.request import Request, SamplingParams
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16)

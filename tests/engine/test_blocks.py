@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from trimkv_cli.engine.blocks import PackedProjection, Projection
-from trimkv_cli.engine.packed import WORTH_PACKING, PackedLinear, pack
+from trimkv_cli.engine.cpu.blocks import WORTH_PACKING, PackedLinear, PackedProjection, Projection, pack
 
 
 @pytest.mark.parametrize("outputs", [(128, 64), (24, 8)], ids=["pieces", "whole"])

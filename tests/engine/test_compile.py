@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
-
-from trimkv_cli.engine import compiling
-from trimkv_cli.engine.options import EngineOptions
+from helpers.engines import Shape, greedy, make_engine, run
+from trimkv_cli.engine.cpu import compiling
 from trimkv_cli.errors import UsageError
+from trimkv_cli.loading.options import EngineOptions
 
 PROMPTS = (range(3, 9), range(20, 60), range(5, 70))
 

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.jobs.earlier import scan
 from trimkv_cli.jobs.job import run_job
 from trimkv_cli.jobs.lines import Rules
@@ -18,6 +16,8 @@ from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.records import Recorder
 from trimkv_cli.jobs.selection import Selection, Shard, parse_lines
 from trimkv_cli.jobs.writing import Writer
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
 
 SYSTEMS = ["Be brief and kind. " * 6, "Answer in a long sentence, please. " * 4]
 FORMAT = {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": {"type": "boolean"}}}}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from transformers import PreTrainedTokenizerFast
 
+from helpers import tiny_tokenizers as tiny
 from trimkv_cli.engine.detokenizer import Detokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_tokenizers as tiny
 
 MAKERS = {
     "byte-level": tiny.chatml,

@@ -10,9 +10,9 @@ import torch
 
 from trimkv_cli.bench.shapes import find_shape, random_network
 from trimkv_cli.engine.devices import take_device
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import UsageError
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.train import run
 
 OPTIONS = EngineOptions(model="mini", device="cuda:1")

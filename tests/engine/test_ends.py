@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
 
 

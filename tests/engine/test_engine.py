@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.cache.attention import GenerationView, install
 from trimkv_cli.cache.gates import FullGate
 from trimkv_cli.cache.releases import cache_argument
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.errors import ContextOverflow, UsageError
-from trimkv_cli.spec import ModelSpec
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
+from trimkv_cli.model.spec import ModelSpec
+from trimkv_cli.request import Request, SamplingParams
 
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]
 TinyModel = Callable[..., Any]
 
 
 def make_prompts(count: int, longest: int = 60, seed: int = 0) -> list[tuple[int, ...]]:
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     return [tuple(rng.randrange(3, 128) for _ in range(rng.randrange(1, longest))) for _ in range(count)]
 
 

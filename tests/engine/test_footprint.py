@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from trimkv_cli.bench.held import requests
-from trimkv_cli.bench.live_bytes import LiveBytes
-from trimkv_cli.bench.memory import MODELS, PLANNED, PRECISIONS, measure, save_model
-from trimkv_cli.engine.loader import load_engine, plan_for
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.sources import find_source
+from bench.held import requests
+from bench.live_bytes import LiveBytes
+from bench.memory import MODELS, PLANNED, PRECISIONS, measure, save_model
+from trimkv_cli.loading.loader import load_engine, plan_for
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "tiny" in name])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from trimkv_cli.cache.gate_files import read_gates
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import Request, SamplingParams
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.request import Request, SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES: list[dict[str, Any]] = json.loads((GOLDEN / "qwen3_rg_cases.json").read_text())

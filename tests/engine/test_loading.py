@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from trimkv_cli.engine import loader, quantise, tensor_files
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import DoesNotFit, ModelError, OutOfDeviceMemory
-from trimkv_cli.machine import memory_bytes, swappable_bytes
+from trimkv_cli.loading import loader, quantise
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.model.machine import memory_bytes, swappable_bytes
 
 MIB = 2**20
 OPTIONS: dict[str, Any] = {"gates": "streaming", "kv_budget": "32", "threads": 1, "offline": True}
@@ -37,7 +37,7 @@ def cannot_allocate(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("place", "name", "quantize"),
     [
-        (tensor_files.LazyTensor, "__getitem__", "none"),
+        (quantise.LazyTensor, "__getitem__", "none"),
         (quantise, "_quantised", "int8"),
         (PreTrainedModel, "to", "none"),
         (loader, "build_gates", "none"),

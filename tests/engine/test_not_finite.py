@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine
-
-from trimkv_cli.engine.request import Request, SamplingParams
+from helpers.engines import Shape, greedy, make_engine
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import TokenEvent
+from trimkv_cli.request import Request, SamplingParams
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16)

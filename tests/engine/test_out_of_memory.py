@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.engines import Shape, greedy, make_engine
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.engine.scheduler import Decode, Limit, Prefill, Row
 from trimkv_cli.errors import is_out_of_memory
 from trimkv_cli.events import TokenEvent
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine
+from trimkv_cli.request import Request, SamplingParams
 
 TinyModel = Callable[..., Any]
 SYSTEM = tuple(range(20, 33))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import UsageError
-from trimkv_cli.pins import Pins
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
+from trimkv_cli.model.spec import Pins
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=11, rows=2, prefill_chunk=16, gate="random")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import modeling_utils
 
-from trimkv_cli.engine import quantise
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.errors import ModelError
-from trimkv_cli.spec import Dtype, ModelSpec, Quantisation
-from trimkv_cli.weights import weight_bytes
+from trimkv_cli.loading import quantise
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.model.spec import Dtype, ModelSpec, Quantisation
+from trimkv_cli.plan.bytes import weight_bytes
+from trimkv_cli.request import Request, SamplingParams
 
 BUFFER_BYTES = 2 * 8 * 4 * 2 + 4  # rotary frequencies, kept twice, of up to two sets; a scale of the embeddings
 

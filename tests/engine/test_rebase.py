@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
-
+from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.cache.rebase import rotate
-from trimkv_cli.engine.request import Request
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UnsupportedModel, UsageError
-from trimkv_cli.pins import Pins
+from trimkv_cli.model.spec import Pins
+from trimkv_cli.request import Request
 
 TinyModel = Callable[..., Any]
 LIMIT, SLOTS, SINKS, CHUNK = 64, 16, 4, 16

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers.generation.logits_process import SequenceBiasLogitsProcessor
 
-from trimkv_cli.engine.request import Request, SamplingParams
+from helpers import tiny_tokenizers
+from helpers.engines import Shape, drawn, make_engine, run
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import UsageError
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_tokenizers
-from engines import Shape, drawn, make_engine, run
+from trimkv_cli.request import Request, SamplingParams
 
 VOCAB = 301
 PLAIN = SamplingParams(temperature=0.0)

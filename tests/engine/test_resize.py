@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,12 +13,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from helpers.engines import Shape, greedy, make_engine, run
+from trimkv_cli.engine.devices import reset_peak
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.memory import reset_peak
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
 
 TinyModel = Callable[..., Any]
 LONG = [3 + 7 * n % 90 for n in range(70)]

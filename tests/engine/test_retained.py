@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
-
-from trimkv_cli.retained import Retained
+from helpers.engines import Shape, greedy, make_engine, run
+from trimkv_cli.events import Retained
 
 PROMPT = range(3, 90)
 TinyModel = Callable[..., Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.row_files import read_row, write_row
-from trimkv_cli.engine.session import RowState
+from trimkv_cli.engine.row_files import RowState, read_row, write_row
 from trimkv_cli.errors import CacheMismatch, InputError, UsageError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=11, rows=1, prefill_chunk=16, gate="random")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -19,12 +16,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from helpers.engines import drawn
 from trimkv_cli.engine.filters import draw, fraction_of, locate, random_fraction
-from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.engine.sampler import Sampler
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import drawn
+from trimkv_cli.request import SamplingParams
 
 VOCAB = 1037  # two blocks and a rest, odd
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.request import Request, SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine, run
+from trimkv_cli.request import Request, SamplingParams
 
 TinyModel = Callable[..., Any]
 FIRST, SECOND = tuple(range(3, 60)), (7, 99, 12, 64)

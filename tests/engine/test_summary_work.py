@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from trimkv_cli.commands.answers import Answer
-from trimkv_cli.commands.summary_texts import TL_DR
-from trimkv_cli.commands.summary_work import Chain, Pool, Summed, Task, summarize_text
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.commands.summarize.pool import Chain, Pool, Summed, Task, summarize_text
+from trimkv_cli.commands.summarize.texts import TL_DR
 from trimkv_cli.errors import ContextOverflow, InputError, OutOfDeviceMemory, TrimkvError
 from trimkv_cli.events import CacheStats, RequestStats, TokenEvent
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.request import SamplingParams
 
 TEXTS = [f"Note {i}: the box {i} is in room {i * 7}. We walked along the river.\n" * 4 for i in range(5)]
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine
-
+from helpers.engines import Shape, greedy, make_engine
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_kernels import SlotPool
 

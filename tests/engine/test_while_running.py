@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from engines import Shape, greedy, make_engine
+from helpers.engines import Shape, greedy, make_engine
 
 TinyModel = Callable[..., Any]
 PROMPT = range(3, 90)  # 87 tokens

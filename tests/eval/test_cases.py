@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli.errors import InputError
-from trimkv_cli.eval.cases import Case, read_cases
+from trimkv_cli.eval.exam import Case, read_cases
 
 GOOD = '{"messages": [{"role": "user", "content": "Where?"}], "answer": "Here."}'
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.sources import find_source
 from trimkv_cli.eval.exam import EvalOptions
 from trimkv_cli.eval.run import evaluate
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
 from trimkv_cli.mini import MODEL_FOLDER
 
 ASKED = "My cat is called Zubo. What is my cat called?"

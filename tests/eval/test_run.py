@@ -8,15 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import Request, SamplingParams
-from trimkv_cli.engine.sources import find_source
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 from trimkv_cli.eval.exam import EvalOptions
-from trimkv_cli.eval.policies import RandomGate
-from trimkv_cli.eval.results import Row
-from trimkv_cli.eval.run import evaluate
+from trimkv_cli.eval.run import RandomGate, evaluate
+from trimkv_cli.eval.scoring import Row
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
+from trimkv_cli.request import Request, SamplingParams
 
 ENGINE = EngineOptions(model="mini", threads=1)
 TOKENS = 6

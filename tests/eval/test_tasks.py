@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimkv_cli.eval.cases import Case
-from trimkv_cli.eval.tasks import TASKS, make_cases
+from trimkv_cli.eval.exam import TASKS, Case, make_cases
 
 
 def _measure(case: Case) -> int:

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills() -> None:
     """Catches a kernel that the interpreter runs and a GPU does not, or only slowly."""
-    script = Path(__file__).parent / "compile_kernels.py"
+    script = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
     kernels = Path(__file__).parents[2] / "kernels"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

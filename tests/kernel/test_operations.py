@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from trimkv_cli.bench.shapes import find_shape, random_network
-from trimkv_cli.engine import checkup
-from trimkv_cli.engine.loader import kernel_warnings
-from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.loading import checkup
+from trimkv_cli.loading.loader import kernel_warnings
+from trimkv_cli.loading.options import EngineOptions
 from trimkv_kernels import operations, reference
 from trimkv_kernels.operations import Obstacle, Operations, operations_for, triton_obstacle
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.oracle import Head
 from trimkv_kernels import Journal, Slots, reference
-
-sys.path.insert(0, str(Path(__file__).parent))
-from oracle import Head
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCALE = 0.37

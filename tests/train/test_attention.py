@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.tiny_training import attend_one_by_one, make_batch, make_trainer
 from trimkv_cli.train import attention
 from trimkv_cli.train.attention import attend, hidden_states
 from trimkv_cli.train.training_pass import TrainingPass
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import attend_one_by_one, make_batch, make_trainer
 
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]
 TinyModel = Callable[..., Any]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from helpers import tiny_tokenizers
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import InputError, UsageError
-from trimkv_cli.train.documents import DataFiles
+from trimkv_cli.train.documents import DataFiles, Tokens, encode_document
 from trimkv_cli.train.options import TrainOptions
 from trimkv_cli.train.packing import Cursor, Packer, stretched
-from trimkv_cli.train.tokens import Tokens, encode_document
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-import tiny_tokenizers
 
 USER, ASSISTANT = {"role": "user", "content": "Hello, weather?"}, {"role": "assistant", "content": "It is sunny."}
 GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.tiny_training import attend_one_by_one, make_batch, make_trainer
 from trimkv_cli.train import eviction
 from trimkv_cli.train.attention import hidden_states
 from trimkv_cli.train.eviction import attend_to_kept
 from trimkv_cli.train.options import SOFTEST, Border, TrainOptions
 from trimkv_cli.train.training_pass import Reading, TrainingPass
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import attend_one_by_one, make_batch, make_trainer
 
 TinyModel = Callable[..., Any]
 SHARP = 1e6

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trimkv_cli.engine.devices import on_threads
-from trimkv_cli.spec import ModelSpec
+from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.train.lessons import lessons_ahead, read_ahead
 from trimkv_cli.train.options import TrainOptions
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from trimkv_cli.train import capacity
-from trimkv_cli.train.capacity import capacity_excess, place_weights
-from trimkv_cli.train.losses import distill
+from helpers.tiny_training import make_batch
+from trimkv_cli.train import losses
+from trimkv_cli.train.losses import capacity_excess, distill, place_weights
 from trimkv_cli.train.packing import Batch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import make_batch
 
 
 def naive_excess(log_beta: torch.Tensor, batch: Batch, memory_size: int, window: int | None) -> torch.Tensor:
@@ -36,7 +30,7 @@ def naive_excess(log_beta: torch.Tensor, batch: Batch, memory_size: int, window:
 @pytest.mark.parametrize("block", [512, 5])
 def test_capacity(monkeypatch: pytest.MonkeyPatch, block: int, window: int | None) -> None:
     """Catches a wrong sum or gradient: at block borders, over documents, gaps, padding, out of the window."""
-    monkeypatch.setattr(capacity, "BLOCK", block)
+    monkeypatch.setattr(losses, "BLOCK", block)
     batch = make_batch()
     log_beta = -torch.rand(2, 3, 24, generator=torch.Generator().manual_seed(1)) * 0.2
     results = []

@@ -16,13 +16,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from helpers.tiny_training import save_tiny_model, write_conversations
 from trimkv_cli.app import main
-from trimkv_cli.cache.gate_check import check_gates
-from trimkv_cli.cache.gate_files import read_gates
-from trimkv_cli.folders import read_model_spec
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import save_tiny_model, write_conversations
+from trimkv_cli.cache.gate_files import check_gates, read_gates
+from trimkv_cli.model.folders import read_model_spec
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

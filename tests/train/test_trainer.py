@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.tiny_training import make_batch, make_trainer
 from trimkv_cli.train.lessons import Counts, Lesson
 from trimkv_cli.train.packing import Batch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import make_batch, make_trainer
 
 TinyModel = Callable[..., Any]
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]

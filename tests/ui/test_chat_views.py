@@ -17,16 +17,12 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.cells import cell_len
 
-from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
-from trimkv_cli.ui.chat.answer import AnswerView
-from trimkv_cli.ui.chat.blocks import Blocks
-from trimkv_cli.ui.chat.markdown import draw_block
+from trimkv_cli.events import HeadMemory, LayerMemory, Retained
+from trimkv_cli.ui.cache_panel import Span, turn_map
+from trimkv_cli.ui.chat.answer import AnswerView, Blocks, Thoughts, draw_block
 from trimkv_cli.ui.chat.prompt import ChatPrompt, edit_outside
-from trimkv_cli.ui.chat.screen import Screen
-from trimkv_cli.ui.chat.thoughts import Thoughts
-from trimkv_cli.ui.chat.toolbar import Status, status_line
+from trimkv_cli.ui.chat.screen import Screen, Status, status_line
 from trimkv_cli.ui.look import Look
-from trimkv_cli.ui.turns import Span, turn_map
 
 ANSWER = """# Cats
 

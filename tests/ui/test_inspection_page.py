@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from trimkv_cli.events import MemoryUse
-from trimkv_cli.retained import HeadMemory, LayerMemory, Retained, survival
-from trimkv_cli.ui.inspection_page import inspection_page
-from trimkv_cli.ui.inspection_picture import draw_inspection
-
-sys.path.insert(0, str(Path(__file__).parent))
-from browser import CHROMIUM, open_page
+from helpers.browser import CHROMIUM, open_page
+from trimkv_cli.events import HeadMemory, LayerMemory, MemoryUse, Retained, survival
+from trimkv_cli.ui.inspection import draw_inspection, inspection_page
 
 MEMORY = MemoryUse(
     weights_bytes=4096, gate_bytes=10, kv_bytes=100, workspace_bytes=90, peak_bytes=9000, budget_bytes=10000,
@@ -153,7 +148,7 @@ def test_the_picture_is_a_png_and_a_missing_folder_is_named(tmp_path: Path) -> N
 
 def test_the_terminal_as_svg_loads_nothing() -> None:
     """Catches web fonts, and text of a model that becomes markup."""
-    from trimkv_cli.ui.terminal_picture import terminal_picture
+    from trimkv_cli.ui.inspection import terminal_picture
 
     svg = terminal_picture("\x1b[38;5;61mheld\x1b[0m <script> & more\nsecond", title="t", width=40)
     assert "url(http" not in svg

@@ -15,14 +15,12 @@ import torch
 from rich.cells import cell_len
 
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.glance import Glancer
-from trimkv_cli.events import Glance, MemoryUse, RunStats
-from trimkv_cli.retained import median_age
+from trimkv_cli.engine.snapshot import Glancer
+from trimkv_cli.events import Glance, MemoryUse, RunStats, median_age
 from trimkv_cli.ui import live
-from trimkv_cli.ui.frame import Frame
-from trimkv_cli.ui.live import Lines, Panel, open_watch
+from trimkv_cli.ui.cache_panel import bin_shares
+from trimkv_cli.ui.live import Frame, Lines, Panel, open_watch
 from trimkv_cli.ui.look import Look
-from trimkv_cli.ui.memory_map import bin_shares
 from trimkv_cli.ui.panel import Jobs, Progress, draw_panel, progress_line
 
 MEMORY = MemoryUse(

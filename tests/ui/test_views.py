@@ -10,13 +10,10 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
-from trimkv_cli.events import MemoryUse
-from trimkv_cli.retained import HeadMemory, LayerMemory, Retained, survival
-from trimkv_cli.ui.cache_panel import cache_panel
-from trimkv_cli.ui.heads import head_strip
+from trimkv_cli.events import HeadMemory, LayerMemory, MemoryUse, Retained, survival
+from trimkv_cli.ui.cache_panel import bin_shares, cache_panel, head_strip, layer_map, memory_map
 from trimkv_cli.ui.inspection import headline, inspection
 from trimkv_cli.ui.look import Look
-from trimkv_cli.ui.memory_map import bin_shares, layer_map, memory_map
 from trimkv_cli.ui.tokens import next_out_line, survival_table, token_view
 
 SEEN = 200

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from trimkv_cli.alternatives import alternatives, solve_for
 from trimkv_cli.errors import UsageError
-from trimkv_cli.plan import PlanOptions, make_plan
-from trimkv_cli.profiles import load_profile
-from trimkv_cli.spec import full_gate
+from trimkv_cli.model.profiles import load_profile
+from trimkv_cli.model.spec import full_gate
+from trimkv_cli.plan.compare import alternatives, solve_for
+from trimkv_cli.plan.plan import PlanOptions, make_plan
 
 PROFILE: Any = load_profile("qwen3-4b-math")
 SPEC, GATE = PROFILE.spec, PROFILE.gate

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli import tested
-from trimkv_cli.engine import checkup
-from trimkv_cli.engine.checkup import Finding
 from trimkv_cli.errors import GateMismatch
+from trimkv_cli.loading import checkup
+from trimkv_cli.loading.checkup import Finding
 
 
 def test_everything_is_looked_at() -> None:

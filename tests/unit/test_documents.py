@@ -12,12 +12,11 @@ import pytest
 
 from trimkv_cli.commands.documents import Reader, expand
 from trimkv_cli.commands.html_text import html_to_text
-from trimkv_cli.commands.prompts import gather, read_system
-from trimkv_cli.commands.summary_inputs import Inputs, combined
-from trimkv_cli.commands.templates import read_template
+from trimkv_cli.commands.prompts import gather, read_system, read_template
+from trimkv_cli.commands.summarize.output import Inputs, combined
 from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.files import check_encoding
 from trimkv_cli.streams import say_if_nothing_comes
-from trimkv_cli.utf8 import check_encoding
 
 PDF = b"""%PDF-1.4
 1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj

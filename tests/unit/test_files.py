@@ -13,15 +13,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trimkv_cli import files, machine
+from trimkv_cli import files
 from trimkv_cli.cache import gate_files
 from trimkv_cli.chat.store import SessionStore, Transcript
-from trimkv_cli.commands import inspect_output
+from trimkv_cli.commands import inspect
 from trimkv_cli.errors import TrimkvError, UsageError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.resuming import drop_failures
 from trimkv_cli.jobs.sidecar import Sidecar, write_sidecar
 from trimkv_cli.jobs.writing import open_output
+from trimkv_cli.model import machine
 
 
 def write(path: Path, text: str, *, private: bool = False) -> None:
@@ -124,7 +125,7 @@ WRITERS: list[Callable[[Path], None]] = [
     lambda path: write(path, "x"),
     lambda path: write_sidecar(path, Sidecar(fingerprint={})),
     lambda path: gate_files._write(path, lambda partial: partial.write_text("x")),
-    lambda path: inspect_output._write(str(path), "x", "--html"),
+    lambda path: inspect._write(str(path), "x", "--html"),
 ]
 
 

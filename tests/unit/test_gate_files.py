@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimkv_cli.cache.gate_check import check_gates
-from trimkv_cli.cache.gate_files import RELEASED_WEIGHTS, read_gates, write_gates, write_released
+from trimkv_cli.cache.gate_files import RELEASED_WEIGHTS, check_gates, read_gates, write_gates, write_released
 from trimkv_cli.cache.gates import layer_shapes, tensor_key
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
-from trimkv_cli.spec import ModelSpec
+from trimkv_cli.model.spec import ModelSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEY = "model.layers.1.self_attn.retention_gate.linear2.weight"

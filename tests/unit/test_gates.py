@@ -14,7 +14,7 @@ from torch.nn import functional
 from trimkv_cli.cache.gate_files import read_gates
 from trimkv_cli.cache.gates import FullGate, MlpGate, StreamingGate, build_gates, layer_shapes, tensor_key
 from trimkv_cli.errors import GateMismatch
-from trimkv_cli.spec import GateSpec, GateVariant, ModelSpec
+from trimkv_cli.model.spec import GateSpec, GateVariant, ModelSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HIDDEN_SIZE, HIDDEN, KV_HEADS, LAYERS = 64, 32, 2, 3

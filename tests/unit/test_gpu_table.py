@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trimkv_cli.bench.gpu_table import gpu_table
+from bench.gpu_table import gpu_table
 
 
 def speed(context: int, rows: int, kv_budget: int, tps: float, **rest: Any) -> dict[str, Any]:

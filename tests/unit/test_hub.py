@@ -13,8 +13,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from trimkv_cli.engine import hub
 from trimkv_cli.errors import ModelError, ModelNotFound, OfflineError, TrimkvError, UnsupportedModel
+from trimkv_cli.loading import hub
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

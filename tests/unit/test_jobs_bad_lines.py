@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
+from helpers.fake_engine import RECORDER, FakeEngine, FakeText
 from trimkv_cli.jobs.job import run_job
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.selection import parse_lines
 from trimkv_cli.jobs.writing import Writer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_jobs_job import RECORDER, FakeEngine, FakeText
 
 
 def chat(**body: Any) -> bytes:

@@ -11,8 +11,7 @@ import pytest
 
 from trimkv_cli.errors import OutOfDeviceMemory, TrimkvError
 from trimkv_cli.jobs import cluster
-from trimkv_cli.jobs.backend import BackendFacts, Job
-from trimkv_cli.jobs.feed import Feed
+from trimkv_cli.jobs.job import BackendFacts, Feed, Job
 from trimkv_cli.jobs.lines import Item, Rules, parse_line
 from trimkv_cli.jobs.reading import Line
 from trimkv_cli.jobs.records import Recorder, encode

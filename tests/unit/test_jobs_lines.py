@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimkv_cli.engine.request import SamplingParams
+from trimkv_cli.jobs.bodies import HARMLESS
 from trimkv_cli.jobs.lines import BadLine, Item, Rules, derive_seed, id_of, parse_line
-from trimkv_cli.jobs.parameters import HARMLESS
 from trimkv_cli.jobs.reading import Line
 from trimkv_cli.jobs.selection import parse_lines
+from trimkv_cli.request import SamplingParams
 
 USER = [{"role": "user", "content": "hi"}]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +12,8 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 from openai.types.shared_params import ResponseFormatJSONSchema
 
+from helpers.fake_engine import FakeEngine, FakeText, run
 from trimkv_cli.events import TokenEvent, TokenLogprob
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_jobs_job import FakeEngine, FakeText, run
 
 
 class ScoringEngine(FakeEngine):

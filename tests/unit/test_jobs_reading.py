@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimkv_cli.errors import InputError
-from trimkv_cli.jobs.feed import Feed
+from trimkv_cli.jobs.job import Feed
 from trimkv_cli.jobs.reading import Line, LineReader, begins_with_messages, open_input
 
 

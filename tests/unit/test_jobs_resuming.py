@@ -13,15 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimkv_cli.errors import InputError, UsageError
-from trimkv_cli.jobs.bitmap import Bitmap
-from trimkv_cli.jobs.earlier import is_success, line_of, scan
-from trimkv_cli.jobs.ids import IdIndex
+from trimkv_cli.jobs.earlier import Bitmap, IdIndex, is_success, line_of, scan
 from trimkv_cli.jobs.lines import BadLine, Rules
 from trimkv_cli.jobs.reading import LineReader, open_input
-from trimkv_cli.jobs.reread import check_beginning, remembering
 from trimkv_cli.jobs.resuming import drop_failures, locked, read_earlier
 from trimkv_cli.jobs.selection import Selection, Shard, parse_lines
-from trimkv_cli.jobs.sidecar import Sidecar, check_fingerprint, path_beside, read_sidecar, write_sidecar
+from trimkv_cli.jobs.sidecar import (
+    Sidecar,
+    check_beginning,
+    check_fingerprint,
+    path_beside,
+    read_sidecar,
+    remembering,
+    write_sidecar,
+)
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import open_output
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import json
 import signal
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.fake_engine import RECORDER, FakeEngine, FakeText
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.job import run_job
 from trimkv_cli.jobs.lines import Rules
@@ -20,9 +19,6 @@ from trimkv_cli.jobs.selection import parse_lines
 from trimkv_cli.jobs.stopping import ErrorLimit, Limits, Stop, parse_error_limit, stopped_by_signals
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Writer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_jobs_job import RECORDER, FakeEngine, FakeText
 
 
 def run(*lines: Any, limits: Limits, stop: Stop | None = None, rows: int = 2) -> tuple[list[dict[str, Any]], Summary]:

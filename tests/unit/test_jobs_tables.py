@@ -10,9 +10,8 @@ import pytest
 
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.jobs.lines import Rules
-from trimkv_cli.jobs.reading import Line
+from trimkv_cli.jobs.reading import Line, Table, TableReader
 from trimkv_cli.jobs.selection import parse_lines
-from trimkv_cli.jobs.tables import Table, TableReader
 
 
 def read(data: bytes, table: Table = "csv", column: str = "prompt") -> list[Line]:

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import Request, SamplingParams
-from trimkv_cli.mini import MODEL_FOLDER, recipe
-from trimkv_cli.mini.exam import SUBJECTS, answers_right
+from examples.mini import recipe
+from examples.mini.exam import SUBJECTS, answers_right
+from examples.mini.rows import Encoder
+from examples.mini.tokenizer import build_tokenizer
+from examples.mini.training import Schedule
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_recall
-from trimkv_cli.mini.rows import Encoder
-from trimkv_cli.mini.tokenizer import build_tokenizer
-from trimkv_cli.mini.training import Schedule
+from trimkv_cli.request import Request, SamplingParams
 
 MAX_BYTES = 8 * 1024 * 1024
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trimkv_cli.mini.blocks import attend
+from examples.mini.blocks import attend
 
 
 @pytest.mark.parametrize("length", [1, 100, 128, 300])

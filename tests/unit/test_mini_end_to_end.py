@@ -12,19 +12,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.mini import recipe
+from examples.mini.conversations import write_conversations, write_lines
+from examples.mini.exam import answers_right
+from examples.mini.rows import Encoder, make_batch
+from examples.mini.tokenizer import VOCAB_SIZE
+from examples.mini.training import weighted_loss
 from trimkv_cli.app import main
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.sources import find_source
 from trimkv_cli.eval.exam import EvalOptions
 from trimkv_cli.eval.run import evaluate
-from trimkv_cli.mini import MODEL_FOLDER, recipe
-from trimkv_cli.mini.conversations import write_conversations, write_lines
-from trimkv_cli.mini.exam import answers_right
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
+from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_recall
-from trimkv_cli.mini.rows import Encoder, make_batch
-from trimkv_cli.mini.tokenizer import VOCAB_SIZE
-from trimkv_cli.mini.training import weighted_loss
 
 DATA = "conversations.jsonl"
 SCHEDULE = replace(recipe.TOY, tokens=100_000, stage_tokens=20_000, log_steps=10)

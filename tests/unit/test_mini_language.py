@@ -11,8 +11,18 @@ from random import Random
 
 import pytest
 
+from examples.mini.rows import EARLY, make_conversation
 from trimkv_cli.mini import words
-from trimkv_cli.mini.language import Conversation, Talk, make_multi_turn, make_recall
+from trimkv_cli.mini.language import (
+    Conversation,
+    Talk,
+    Telling,
+    draw_facts,
+    filler,
+    filler_sentence,
+    make_multi_turn,
+    make_recall,
+)
 from trimkv_cli.mini.readings import (
     ask_about,
     make_list,
@@ -22,8 +32,6 @@ from trimkv_cli.mini.readings import (
     make_table,
     summarize_notes,
 )
-from trimkv_cli.mini.rows import EARLY, make_conversation
-from trimkv_cli.mini.sentences import Telling, draw_facts, filler, filler_sentence
 
 Make = Callable[[Random], Conversation]
 KINDS: dict[str, Make] = {

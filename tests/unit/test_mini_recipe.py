@@ -16,22 +16,23 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trimkv_cli.mini import blocks, recipe
-from trimkv_cli.mini.language import TOKENS_PER_WORD, Talk, make_multi_turn, make_recall
-from trimkv_cli.mini.pairs import THINGS, add_pairs
-from trimkv_cli.mini.rows import (
+from examples.mini import blocks, recipe
+from examples.mini.rows import (
     ANSWER_WEIGHT,
     EARLY,
     LAST,
     LATE,
     LISTS,
+    THINGS,
     Encoder,
     Mixture,
+    add_pairs,
     make_batch,
     make_conversation,
 )
-from trimkv_cli.mini.tokenizer import VOCAB_SIZE, build_tokenizer
-from trimkv_cli.mini.training import Schedule, Trainer, predict
+from examples.mini.tokenizer import VOCAB_SIZE, build_tokenizer
+from examples.mini.training import Schedule, Trainer, predict
+from trimkv_cli.mini.language import TOKENS_PER_WORD, Talk, make_multi_turn, make_recall
 
 MAX_POSITIONS = 4096
 CONFIG = {
@@ -253,7 +254,7 @@ import os
 import signal
 import time
 
-from trimkv_cli.mini.team import work_together
+from examples.mini.training import work_together
 
 
 def wait(team):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
-from trimkv_cli.machine import Machine
-from trimkv_cli.plan import Plan, PlanOptions, make_plan
-from trimkv_cli.profiles import load_profile
-from trimkv_cli.spec import QUANTISATIONS, GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.model.machine import Machine
+from trimkv_cli.model.profiles import load_profile
+from trimkv_cli.model.spec import QUANTISATIONS, GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
 from trimkv_cli.units import SequenceBytes, parse_kv_budget, parse_size
 
 MIB = 2**20

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trimkv_cli.bench.plan_table import PLACE, table
-from trimkv_cli.plan import PlanOptions, make_plan
-from trimkv_cli.profiles import load_profile
+from bench.plan_table import PLACE, table
+from trimkv_cli.model.profiles import load_profile
+from trimkv_cli.plan.plan import PlanOptions, make_plan
 
 
 def test_the_page_is_what_the_plan_says_today() -> None:

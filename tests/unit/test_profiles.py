@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from trimkv_cli import profiles
 from trimkv_cli.errors import ConfigError, ModelNotFound
-from trimkv_cli.folders import read_gate_spec
 from trimkv_cli.mini import GATES_FOLDER
-from trimkv_cli.profiles import find_profile, list_profiles, load_profile, read_profile
-from trimkv_cli.spec import ModelSpec
+from trimkv_cli.model import profiles
+from trimkv_cli.model.folders import read_gate_spec
+from trimkv_cli.model.profiles import find_profile, list_profiles, load_profile, read_profile
+from trimkv_cli.model.spec import ModelSpec
 
 RELEASED = [profile for profile in list_profiles() if profile.config]
 

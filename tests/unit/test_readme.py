@@ -6,9 +6,10 @@ import inspect
 import re
 from pathlib import Path
 
-from trimkv_cli import errors, reference
+from bench import command_table as reference
+from bench import readme
+from trimkv_cli import errors
 from trimkv_cli.app import app
-from trimkv_cli.bench import readme
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_table_is_the_recorded_one() -> None:
     """Catches a number that was typed, or a result recorded anew and not shown."""
     for path, text in readme.pages().items():
-        assert path.read_text(encoding="utf-8") == text, "python -m trimkv_cli.bench.readme writes it anew"
+        assert path.read_text(encoding="utf-8") == text, "python -m bench.readme writes it anew"
         assert "| " in text.partition("<!-- measured")[2], path
 
 
@@ -32,7 +33,7 @@ def test_every_command_in_the_readme_exists() -> None:
 def test_the_commands_are_those_that_there_are() -> None:
     """Catches a command that the README does not know, and help that has changed since."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert reference.table() in text, "python -m trimkv_cli.reference writes it anew"
+    assert reference.table() in text, "python -m bench.command_table writes it anew"
     assert reference.fill(text) == text
 
 

@@ -13,16 +13,10 @@ ROOT = Path(__file__).parents[2]
 PYPROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONTRACTS = {
     "one staircase down",
-    "the kernels know nothing of the program",
-    "the engine knows neither its callers nor a display",
-    "a display knows events, not the engine",
-    "planning is plain Python",
-    "jobs run any engine",
-    "commands load nothing heavy themselves",
-    "a conversation knows no display",
-    "triton stays in the kernels",
-    "bitsandbytes stays in the loader",
-    "the terminal stays in ui, the command line in app and commands",
+    "what goes in, what comes out and what it costs is plain Python",
+    "jobs and conversations know no display and nothing heavy",
+    "commands load nothing heavy themselves, and only ui knows the terminal",
+    "triton stays in the kernels, which know nothing of the program",
 }
 
 

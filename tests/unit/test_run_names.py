@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.sources import find_here, model_names
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_here, model_names
 from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
-from trimkv_cli.profiles import load_profile
+from trimkv_cli.model.profiles import load_profile
 
 
 def names(**options: str) -> frozenset[str]:

@@ -9,8 +9,8 @@ import platformdirs
 import pytest
 
 from trimkv_cli import settings
-from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import ConfigError
+from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import load_settings
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from trimkv_cli.errors import BrokenModel, GateMismatch, ModelNotFound, UnsupportedModel, UsageError
-from trimkv_cli.families import SUPPORTED_MODEL_TYPES
-from trimkv_cli.folders import read_config, read_gate_spec, read_model_spec, read_safetensors_headers
-from trimkv_cli.spec import (
+from trimkv_cli.model.families import SUPPORTED_MODEL_TYPES
+from trimkv_cli.model.folders import read_config, read_gate_spec, read_model_spec, read_safetensors_headers
+from trimkv_cli.model.spec import (
     GateSpec,
     ModelSpec,
     gate_bytes,

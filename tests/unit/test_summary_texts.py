@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimkv_cli.commands.summary_texts import Wish, as_json, cut
+from trimkv_cli.commands.summarize.texts import Wish, as_json, cut
 from trimkv_cli.errors import UsageError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimkv_cli.ui.tables import columns
+from trimkv_cli.ui.plain import columns
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:

@@ -10,16 +10,15 @@ import pytest
 
 from trimkv_cli.chat.store import SessionStore
 from trimkv_cli.commands.documents import Reader
-from trimkv_cli.commands.prompts import gather, read_system
-from trimkv_cli.commands.summary_texts import Wish
-from trimkv_cli.commands.templates import fill, read_template
-from trimkv_cli.engine.options import SamplingOptions
+from trimkv_cli.commands.prompts import fill, gather, read_system, read_template
+from trimkv_cli.commands.summarize.texts import Wish
 from trimkv_cli.errors import InputError, NotUtf8, TrimkvError
-from trimkv_cli.eval.cases import read_cases
+from trimkv_cli.eval.exam import read_cases
+from trimkv_cli.files import as_text
+from trimkv_cli.loading.options import SamplingOptions
 from trimkv_cli.settings import load_settings
 from trimkv_cli.train.documents import DataFiles
 from trimkv_cli.ui.plain import neutralise
-from trimkv_cli.utf8 import as_text
 
 BAD = "caf\udce9"  # how Python hands a byte of Latin-1 over
 POSIX = "K\udcc3\udca4ro"  # and UTF-8 where the locale knows ASCII alone

@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine.devices import take_device
-from trimkv_cli.engine.loader import kernel_warnings, load_parts
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.sources import find_source
 from trimkv_cli.errors import UsageError
-from trimkv_cli.plan import PlanOptions, make_plan
-from trimkv_cli.profiles import list_profiles
-from trimkv_cli.spec import Dtype, GateSpec, ModelSpec
+from trimkv_cli.loading.loader import kernel_warnings, load_parts
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
+from trimkv_cli.model.profiles import list_profiles
+from trimkv_cli.model.spec import Dtype, GateSpec, ModelSpec
+from trimkv_cli.plan.plan import PlanOptions, make_plan
 
 _TEN_MILLION: Mapping[str, Any] = {
     "model_type": "qwen3",

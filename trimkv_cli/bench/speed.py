@@ -1,27 +1,69 @@
-"""What `trimkv bench` measures: prefill, decode and peak memory of the engine, and of transformers beside it."""
+"""Where, with what and by which command something was measured."""
 
 from __future__ import annotations
 
+import os
+import platform
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache
 
-from trimkv_cli.bench.peak import row_peak_bytes
+import trimkv_cli
 from trimkv_cli.bench.shapes import Network
 from trimkv_cli.cache.releases import cache_argument, forward_logits
-from trimkv_cli.engine.assemble import assemble
+from trimkv_cli.engine.devices import module_bytes, reset_peak
 from trimkv_cli.engine.engine import Engine, EngineFacts
-from trimkv_cli.engine.memory import module_bytes, reset_peak
-from trimkv_cli.engine.request import Request, SamplingParams
-from trimkv_cli.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.loading.assemble import assemble
+from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.request import Request, SamplingParams
+
+
+def surroundings(module: str) -> dict[str, Any]:
+    """Say with what `module` measures here and now."""
+    return {
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "commit": own_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def own_commit(folder: Path | None = None) -> str:
+    """Name the commit of trimkv's own code, which lies in `folder`; "version X" where that is in no repository.
+
+    It may lie inside another project's repository, in its virtual environment: then git does not know its files.
+    """
+    folder = folder or Path(__file__).parents[1]
+    known = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+    commit = None if known is None else _git(folder, "rev-parse", "HEAD")
+    return commit or f"version {trimkv_cli.__version__}"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints about a folder; None when it fails or is not there."""
+    around = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, env=around, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
 
 _STEPS = 64
 _WARM_UP = 8
@@ -234,3 +276,14 @@ def _run_plain(network: Network, case: Case) -> _Run:
     seconds = [later - earlier for earlier, later in pairwise(times)][_WARM_UP:]
     first = times[0] - started
     return _Run(prefill_s=first, ttft_s=first, step_s=seconds, peak_bytes=row_peak_bytes(model.device))
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def row_peak_bytes(device: torch.device) -> int | None:
+    """Return the peak since its reset, of the allocator on a GPU, else of the process; None where none can be read."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    found = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii")) if _CLEAR.exists() else None
+    return None if found is None else int(found[1]) * 1024

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from trimkv_cli.cache.releases import decoder_layers, entering, given_cache
+from trimkv_cli.cache.releases import decoder_layers, entering, given_cache, rotary_embedding
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
 
 ATTENTION_NAME = "trimkv"
@@ -193,3 +194,30 @@ def retention_attention(
 def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
     """Hand the 2D padding mask through: visibility follows from positions, which are made from it."""
     return attention_mask
+
+
+class LongRope:
+    """Hold both factor sets of a model, and put one in force for the next forward.
+
+    transformers picks the set from the largest position of the batch; under a name that it does not know it leaves the
+    frequencies alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._rotary = rotary_embedding(model)
+        config = self._rotary.config
+        original = config.rope_parameters["original_max_position_embeddings"]
+        compute = ROPE_INIT_FUNCTIONS["longrope"]
+        device = self._rotary.inv_freq.device
+        self._sets = [compute(config, device, seq_len=length)[0] for length in (original, original + 1)]
+        self._rotary.rope_type = "fixed"
+
+    @staticmethod
+    def used_by(config: Any) -> bool:
+        """Tell whether a model's config asks for long-RoPE."""
+        return bool((getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope")
+
+    def use(self, *, long: bool) -> None:
+        """Rotate with the long or the short factors from now on."""
+        chosen: torch.Tensor = self._sets[long]
+        self._rotary.inv_freq.copy_(chosen)

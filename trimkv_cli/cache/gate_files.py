@@ -5,9 +5,12 @@ Released by the paper's authors: `config.json` and `trimkv_weights.pth`. Our own
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 - what torch.load raises when it refuses a file
 from struct import error as StructError
@@ -19,12 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimkv_cli.cache.gate_check import listed
-from trimkv_cli.cache.gates import TRAINED_VARIANTS, activation_name, tensor_key
+from trimkv_cli.cache.gates import TRAINED_VARIANTS, activation_name, layer_shapes, tensor_key
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
 from trimkv_cli.files import whole_file, writing
-from trimkv_cli.plan import Warning
-from trimkv_cli.spec import GateSpec
+from trimkv_cli.model.spec import GateSpec, ModelSpec
+from trimkv_cli.plan.plan import Warning
 
 FORMAT_VERSION = 1
 OWN_CONFIG, OWN_WEIGHTS = "gates.json", "gates.safetensors"
@@ -248,3 +250,126 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 def _one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MOST_NAMED = 8
+
+
+def check_gates(
+    spec: ModelSpec, gate: GateSpec, tensors: Mapping[str, Tensor], *, model_id: str | None = None
+) -> tuple[Warning, ...]:
+    """Check that the gates fit the model; return what is odd but usable.
+
+    Raises:
+        GateMismatch: another `model_type`, or tensors that are missing, extra, misshapen or not finite; all are named.
+    """
+    hint = "use the gates made for this model, or --gates streaming"
+    if gate.model_type is not None and gate.model_type != spec.model_type:
+        raise GateMismatch(f"{gate.id} holds gates for {gate.model_type}, the model is {spec.model_type}", hint=hint)
+    if gate.variant not in TRAINED_VARIANTS:
+        return ()
+    faults = list(_shape_faults(_expected(spec, gate), tensors))
+    if faults:
+        raise GateMismatch(f"{gate.id} does not fit the model: {listed(faults)}", hint=hint)
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise GateMismatch(f"{gate.id} holds NaN or infinite values: {listed(broken)}", hint="get the gates again")
+    return tuple(_base_warning(gate, model_id))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join the first names, and count the others."""
+    more = f", +{len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _expected(spec: ModelSpec, gate: GateSpec) -> dict[str, tuple[int, ...]]:
+    shapes = layer_shapes(
+        variant=gate.variant, hidden_size=spec.hidden_size, hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
+    )
+    return {tensor_key(layer, name): shape for layer in range(spec.num_layers) for name, shape in shapes.items()}
+
+
+def _shape_faults(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    for key, shape in expected.items():
+        tensor = tensors.get(key)
+        if tensor is None:
+            yield f"{key} is missing"
+        elif tuple(tensor.shape) != shape:
+            yield f"{key} is {list(tensor.shape)} instead of {list(shape)}"
+        elif tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+            yield f"{key} is not a dense float tensor"
+    yield from (f"{key} is not expected" for key in tensors if key not in expected)
+
+
+def _base_warning(gate: GateSpec, model_id: str | None) -> Iterator[Warning]:
+    if model_id and gate.base_model and _model_name(model_id) != _model_name(gate.base_model):
+        yield Warning(
+            code="gate_base_model", message=f"{gate.id} was trained for {gate.base_model}, not for {model_id}"
+        )
+
+
+def _model_name(model_id: str) -> str:
+    """Return what a hub id and a folder of the same model have in common: the last part, in small letters."""
+    return re.split(r"[/\\]", model_id.rstrip("/\\"))[-1].lower()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBias:
+    """The range of one layer's per-head biases: 18 forgets almost nothing, 0 halves a token's value at each step."""
+
+    layer: int
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateFacts:
+    """A gate folder, measured."""
+
+    gate: GateSpec
+    hidden_act: str
+    layers: tuple[LayerBias, ...]
+    hidden_size: int | None
+    num_kv_heads: int | None
+    dtypes: tuple[str, ...]
+    file: Path
+    file_bytes: int
+    sha256: str
+    warnings: tuple[Warning, ...]
+
+
+def gate_facts(folder: Path, *, id: str) -> GateFacts:
+    """Read a gate folder and measure what is in it; raises as `read_gates` does."""
+    gate, tensors, hidden_act, warnings = read_gates(folder, id=id)
+    _, file = gate_files(folder)
+    return GateFacts(
+        gate=gate,
+        hidden_act=hidden_act,
+        layers=tuple(_biases(tensors)),
+        hidden_size=_width(tensors, r"linear1\.weight", axis=1),
+        num_kv_heads=_width(tensors, r"retention_gate\.bias", axis=0),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        file=file,
+        file_bytes=file.stat().st_size,
+        sha256=_sha256(file),
+        warnings=warnings,
+    )
+
+
+def _biases(tensors: Mapping[str, Tensor]) -> Iterator[LayerBias]:
+    found = [(re.search(r"layers\.(\d+)\..*retention_gate\.bias$", key), tensor) for key, tensor in tensors.items()]
+    biases = [(int(match[1]), tensor) for match, tensor in found if match and tensor.numel()]
+    for layer, bias in sorted(biases, key=itemgetter(0)):
+        yield LayerBias(layer=layer, lowest=bias.float().min().item(), highest=bias.float().max().item())
+
+
+def _width(tensors: Mapping[str, Tensor], name: str, *, axis: int) -> int | None:
+    shapes = (tensor.shape for key, tensor in tensors.items() if re.search(f"{name}$", key))
+    return next((shape[axis] for shape in shapes if len(shape) > axis), None)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimkv_cli.errors import GateMismatch
-from trimkv_cli.spec import GateSpec, ModelSpec
+from trimkv_cli.model.spec import GateSpec, ModelSpec
 
 TRAINED_VARIANTS = ("rg", "rg10")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimkv_cli.cache.releases import rotary_embedding
 from trimkv_cli.errors import DoesNotFit, UnsupportedModel
-from trimkv_cli.plan import Plan
+from trimkv_cli.plan.plan import Plan
 from trimkv_kernels import Slots
 
 _EMPTY_LAST = torch.iinfo(torch.int32).max

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimkv_cli.cache.rebase import Rebase
 from trimkv_cli.errors import UsageError
-from trimkv_cli.retained import HeadMemory, LayerMemory, Retained
+from trimkv_cli.events import HeadMemory, LayerMemory, Retained
 from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
 from trimkv_kernels.reference import best
 

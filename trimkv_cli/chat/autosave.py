@@ -11,8 +11,8 @@ from filelock import BaseFileLock
 
 from trimkv_cli.chat.conversation import Conversation
 from trimkv_cli.chat.store import SessionStore, Transcript
-from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.request import SamplingParams
 
 
 class Autosave:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from trimkv_cli.chat.snapshots import Snapshots
 from trimkv_cli.chat.turns import Turn, seed_of, to_messages
-from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.errors import CacheMismatch, InputError, TrimkvError, UnsupportedModel, UsageError
 from trimkv_cli.events import FinishReason, RequestStats, TokenEvent
+from trimkv_cli.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.engine.session import RowState
+    from trimkv_cli.engine.row_files import RowState
     from trimkv_cli.engine.text import Detokenizer, Text
 
 Steps = Iterator[Sequence[TokenEvent]]

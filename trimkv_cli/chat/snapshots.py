@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trimkv_cli.errors import InputError, ModelError
 
 if TYPE_CHECKING:
-    from trimkv_cli.engine.session import RowState
+    from trimkv_cli.engine.row_files import RowState
 
 
 class Snapshots:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimkv_cli.commands.memory_report import budget_report, memory_line, memory_report
-from trimkv_cli.engine.request import Request
+from trimkv_cli.commands.memory import budget_report, memory_line, memory_report
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import FinishReason, RequestStats
-from trimkv_cli.ui.messages import print_note, print_warning
+from trimkv_cli.request import Request, SamplingParams
+from trimkv_cli.ui.plain import print_note, print_warning, to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.engine.options import EngineOptions
+    from trimkv_cli.engine.row_files import RowState
     from trimkv_cli.engine.text import Text
+    from trimkv_cli.loading.options import EngineOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +75,11 @@ def open_engine(
     """
     if options.on_overflow == "map-reduce":
         raise UsageError("--on-overflow map-reduce is for trimkv summarize", hint="--on-overflow rebase")
-    from trimkv_cli.engine.sources import find_source
+    from trimkv_cli.loading.sources import find_source
 
     source = find_source(options, weights=True)
 
-    from trimkv_cli.engine.loader import load_source
+    from trimkv_cli.loading.loader import load_source
 
     engine = load_source(source, options, snapshots=snapshots, check=check)
     for note in engine.facts.notes if not quiet else ():
@@ -158,3 +160,72 @@ def _timing(engine: Engine, finished: Answer) -> dict[str, float | None]:
         "decode_tps": run.decode_tokens / run.decode_s if run.decode_s else 0.0,
         "total_s": stats.total_s,
     }
+
+
+class ChunkWriter:
+    """Write one object a line through `write`: a piece of text each, then the end of the answer."""
+
+    def __init__(self, write: Callable[[str], None], *, request_id: str, model: str) -> None:
+        self._write = write
+        self._head = {
+            "id": f"chatcmpl-{request_id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._first = True
+
+    def push(self, piece: str) -> None:
+        """Write a piece of the answer."""
+        delta = {"role": "assistant", "content": piece} if self._first else {"content": piece}
+        self._first = False
+        self._line({"choices": [_choice(delta, None)]})
+
+    def end(self, completion: dict[str, Any]) -> None:
+        """Write what a chat.completion holds beside its text."""
+        reason = completion["choices"][0]["finish_reason"]
+        self._line({"choices": [_choice({}, reason)], "usage": completion["usage"], "trimkv": completion["trimkv"]})
+
+    def _line(self, more: dict[str, Any]) -> None:
+        self._write(to_json({**self._head, **more}))
+
+
+def _choice(delta: dict[str, str], reason: str | None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+
+
+def check_place(path: str) -> None:
+    """Find out before a long read whether its cache can be written.
+
+    Raises:
+        UsageError: the folder is missing.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"cannot write {path}: its folder does not exist", hint="check the path given to --save-cache")
+
+
+def save_read(llm: Engine, request_id: str, path: str) -> None:
+    """Write what a finished request left in the cache; raises as `write_row` does."""
+    from trimkv_cli.engine.row_files import write_row
+
+    write_row(Path(path), llm.save(request_id), model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
+
+
+def restore_read(llm: Engine, path: str) -> RowState:
+    """Put a saved read back into the cache, where its path names it; raises as `read_row` does."""
+    from trimkv_cli.engine.row_files import read_row
+
+    state = read_row(Path(path), model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
+    llm.restore(state, path)
+    return state
+
+
+def next_turn(llm: Engine, path: str, user: str, *, params: SamplingParams, think: bool | None) -> Request:
+    """Put a saved read back into the cache and return the request that asks about it; raises as `read_row` does."""
+    from trimkv_cli.commands.prompts import need_text
+
+    state = restore_read(llm, path)
+    ids = need_text(llm.text).render_turn(
+        user, last_token_id=state.last_token, eos_token_ids=llm.facts.eos_token_ids, think=think
+    )
+    return Request(id="ask", prompt_token_ids=tuple(ids), params=params, keep=True, continues=path)

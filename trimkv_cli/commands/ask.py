@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimkv_cli.commands.chunks import ChunkWriter
-from trimkv_cli.commands.completion import complete_template
+from trimkv_cli.commands.answers import ChunkWriter
 from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.options import (
     Encoding,
@@ -23,17 +22,18 @@ from trimkv_cli.commands.options import (
     System,
     SystemFile,
     Think,
+    complete_template,
     with_options,
 )
-from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import TrimkvError, UsageError
+from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.ui.fences import code_blocks
 from trimkv_cli.ui.plain import to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.answers import Answer
     from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.engine.request import Request
+    from trimkv_cli.request import Request
     from trimkv_cli.ui.plain import AnswerWriter
 
 
@@ -138,11 +138,10 @@ def ask(
     check_raw(raw=raw, system=system_text, special_tokens=special_tokens)
     user = _prompt(prompt, file or [], template, param or [], reader)
 
-    from trimkv_cli.commands.answers import open_engine, print_stats, say_if_cut, within_room
-    from trimkv_cli.commands.memory_report import check_budget
+    from trimkv_cli.commands.answers import next_turn, open_engine, print_stats, say_if_cut, within_room
+    from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import draw_seed, names_tokens, needs, render
-    from trimkv_cli.commands.saved_reads import next_turn
-    from trimkv_cli.engine.request import Request
+    from trimkv_cli.request import Request
 
     options = replace(engine, max_inflight=1)
     llm = open_engine(options, quiet=quiet, check=needs(raw=raw))
@@ -171,8 +170,7 @@ def ask(
 
 def _prompt(prompt: str | None, files: list[str], template: str | None, parameters: list[str], reader: Reader) -> str:
     """Join prompt, files and stdin, and put them into the template where one is named."""
-    from trimkv_cli.commands.prompts import gather
-    from trimkv_cli.commands.templates import fill, read_template
+    from trimkv_cli.commands.prompts import fill, gather, read_template
 
     if template is None:
         if parameters:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from trimkv_cli.commands.options import Gates, Json, Model, Offline, Quiet, option
-from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import ContextOverflow, UsageError
-from trimkv_cli.ui.messages import print_note, print_warning
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.ui.plain import print_note, print_warning
 from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ def _measure(
 
 
 def _show(rows: Iterator[SpeedRow], network: Network, *, json: bool) -> None:
-    from trimkv_cli.bench.record import surroundings
-    from trimkv_cli.ui.speed_table import speed_lines
+    from trimkv_cli.bench.speed import surroundings
+    from trimkv_cli.ui.accuracy import speed_lines
 
     measured = list(rows)
     if json:

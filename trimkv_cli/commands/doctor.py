@@ -11,7 +11,7 @@ import typer
 from trimkv_cli.commands.options import Json
 
 if TYPE_CHECKING:
-    from trimkv_cli.engine.checkup import Finding
+    from trimkv_cli.loading.checkup import Finding
 
 
 def doctor(
@@ -30,7 +30,7 @@ def doctor(
 
     trimkv doctor --json | jq .
     """
-    from trimkv_cli.engine.checkup import checkup
+    from trimkv_cli.loading.checkup import checkup
     from trimkv_cli.ui.plain import AnswerWriter
 
     findings = [*(_measured() if measure else ()), *checkup()]
@@ -43,9 +43,8 @@ def doctor(
 
 def _measured() -> list[Finding]:
     """Calibrate this machine, keep the numbers, and say them."""
-    from trimkv_cli.engine.calibrate import measure_machine
-    from trimkv_cli.engine.checkup import Finding, unmeasured
-    from trimkv_cli.machine import store
+    from trimkv_cli.loading.checkup import Finding, measure_machine, unmeasured
+    from trimkv_cli.model.machine import store
     from trimkv_cli.units import format_size
 
     machine = measure_machine()
@@ -68,7 +67,7 @@ def _as_json(findings: list[Finding]) -> str:
 
 
 def _as_text(findings: list[Finding]) -> str:
-    from trimkv_cli.ui.tables import columns
+    from trimkv_cli.ui.plain import columns
 
     lines = columns([(finding.status, finding.name, finding.detail) for finding in findings])
     hints = [f"\nhint: {finding.hint}" if finding.hint else "" for finding in findings]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimkv_cli.errors import InputError
+from trimkv_cli.files import as_text
 from trimkv_cli.streams import say_if_nothing_comes
-from trimkv_cli.ui.messages import print_note, print_warning
-from trimkv_cli.utf8 import as_text
+from trimkv_cli.ui.plain import print_note, print_warning
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimkv_cli.commands.options import Json, ModelName, Quiet, with_options
-from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import UsageError
-from trimkv_cli.eval.results import POLICIES, Policy
-from trimkv_cli.eval.scoring import Match
-from trimkv_cli.ui.messages import print_note
+from trimkv_cli.eval.scoring import POLICIES, Match, Policy
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.ui.plain import print_note
 from trimkv_cli.units import parse_kv_budget, read_flag
 
 if TYPE_CHECKING:
-    from trimkv_cli.engine.sources import Source
     from trimkv_cli.eval.exam import EvalOptions
-    from trimkv_cli.eval.results import Row
+    from trimkv_cli.eval.scoring import Row
+    from trimkv_cli.loading.sources import Source
 
 _BUDGETS = "32,64,128"
 
@@ -83,7 +82,7 @@ def evaluate(
     is the length of the conversations that are made. --prefill-chunk is 32 here unless it is given: a chunk longer than
     M sees more than M.
     """
-    from trimkv_cli.engine.sources import find_source
+    from trimkv_cli.loading.sources import find_source
 
     if plot is not None:
         _check_plot(plot)
@@ -122,8 +121,7 @@ def _eval_options(
     seed: int,
     engine: EngineOptions,
 ) -> EvalOptions:
-    from trimkv_cli.eval.exam import EvalOptions
-    from trimkv_cli.eval.tasks import TASKS
+    from trimkv_cli.eval.exam import TASKS, EvalOptions
 
     for budget in _split(budgets):
         read_flag("--budgets", budget, parse_kv_budget)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import CommandGroup, Json, Model, Offline, Revision
-from trimkv_cli.engine.places import gates_place, model_place
 from trimkv_cli.errors import UsageError
-from trimkv_cli.ui.messages import print_warning
-from trimkv_cli.ui.plain import neutralise
+from trimkv_cli.loading.sources import gates_place, model_place
+from trimkv_cli.ui.plain import neutralise, print_warning
 
 if TYPE_CHECKING:
-    from trimkv_cli.cache.gate_facts import GateFacts
-    from trimkv_cli.spec import GateSpec
+    from trimkv_cli.cache.gate_files import GateFacts
+    from trimkv_cli.model.spec import GateSpec
 
 gates_app = CommandGroup(help="Look at trained retention gates.", no_args_is_help=True)
 
@@ -33,7 +32,7 @@ def show(gates: Gates, *, gates_revision: Revision = None, offline: Offline = Fa
     """
     place = gates_place(gates, gates_revision)
     folder = place.folder("gates", offline=offline)
-    from trimkv_cli.cache.gate_facts import gate_facts  # torch, only once there is something to read
+    from trimkv_cli.cache.gate_files import gate_facts  # torch, only once there is something to read
 
     facts = gate_facts(folder, id=place.id)
     print(jsonlib.dumps(_as_json(facts), indent=2) if json else _as_text(facts))
@@ -49,9 +48,8 @@ def verify(gates: Gates, *, model: Model = None, gates_revision: Revision = None
 
     Without --model: the model that the gates were trained for. --revision is the gates'.
     """
-    from trimkv_cli.cache.gate_check import check_gates
-    from trimkv_cli.cache.gate_files import read_gates
-    from trimkv_cli.folders import read_model_spec
+    from trimkv_cli.cache.gate_files import check_gates, read_gates
+    from trimkv_cli.model.folders import read_model_spec
 
     place = gates_place(gates, gates_revision)
     gate, tensors, _, warnings = read_gates(place.folder("gates", offline=offline), id=place.id)
@@ -76,7 +74,7 @@ def _as_json(facts: GateFacts) -> dict[str, Any]:
 
 
 def _as_text(facts: GateFacts) -> str:
-    from trimkv_cli.ui.tables import columns
+    from trimkv_cli.ui.plain import columns
 
     return "\n".join(columns([(name, neutralise(value)) for name, value in _lines(facts)]))
 

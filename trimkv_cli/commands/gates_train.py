@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import Offline, Quiet, Revision, option
-from trimkv_cli.engine.options import EngineOptions
+from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.train.options import Export, Schedule, Student, TrainedVariant, TrainOptions
-from trimkv_cli.ui.messages import print_note, print_warning
-from trimkv_cli.ui.plain import neutralise
+from trimkv_cli.ui.plain import neutralise, print_note, print_warning
 
 if TYPE_CHECKING:
     from trimkv_cli.train.run import StepReport

@@ -1,15 +1,19 @@
-"""`trimkv inspect`: what the cache kept of a prompt and its answer, per layer and KV head."""
+"""Writes what a cache kept: on the terminal, as JSON, as a page, a PNG or an SVG."""
 
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimkv_cli.commands.documents import Reader
-from trimkv_cli.commands.inspect_output import Findings, Output, check_places
 from trimkv_cli.commands.options import (
     Ascii,
     Color,
@@ -23,11 +27,149 @@ from trimkv_cli.commands.options import (
     Think,
     with_options,
 )
-from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.events import HeadMemory, MemoryUse, Retained
+from trimkv_cli.files import whole_file
+from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.ui.plain import print_note, to_json
+from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.ui.look import ColourChoice, Look
+
+
+_SVG_WIDTH = 90
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """Where the flags want the findings."""
+
+    json: bool
+    html: str | None
+    png: str | None
+    svg: str | None
+    colour: ColourChoice
+    ascii_only: bool
+    quiet: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What one row of the cache holds, and the texts of all tokens that it has seen."""
+
+    retained: Retained
+    kept: list[list[list[int]]]
+    pieces: list[str]
+    memory: MemoryUse
+    log_beta: Sequence[Sequence[Sequence[float]]]  # [layer][head][position], NaN where nobody knows
+    prompt_tokens: int
+    output_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        llm: Engine,
+        request_id: str,
+        *,
+        log_beta: Sequence[Sequence[Sequence[float]]] | None,
+        output_token_ids: tuple[int, ...],
+    ) -> Findings:
+        """Look at the row that a finished or restored request left; without `log_beta` only what is kept has one."""
+        from trimkv_cli.commands.memory import memory_use, pieces_of
+
+        retained, ids = llm.retained(request_id), llm.token_ids(request_id)
+        return cls(
+            retained=retained,
+            kept=llm.kept(request_id),
+            pieces=pieces_of(llm, [*ids, *output_token_ids[-1:]])[: retained.seen],
+            memory=memory_use(llm, seen=retained.seen),
+            log_beta=_of_kept(retained) if log_beta is None else log_beta,
+            prompt_tokens=retained.seen - max(0, len(output_token_ids) - 1),
+            output_token_ids=output_token_ids,
+        )
+
+    def show(self, output: Output, llm: Engine) -> None:
+        """Write the findings wherever they are wanted; files take the place of the picture on the terminal."""
+        if output.html is not None:
+            _write(output.html, self._page(llm), "--html")
+        if output.png is not None:
+            from trimkv_cli.ui.inspection import draw_inspection
+
+            draw_inspection(self.retained, self.log_beta, output.png, model=llm.facts.model_id)
+        if output.svg is not None:
+            _write(output.svg, self._terminal(), "--svg")
+        written = [path for path in (output.html, output.png, output.svg) if path is not None]
+        for path in written if not output.quiet else ():
+            print_note(f"wrote {path}, {format_size(Path(path).stat().st_size)}")
+        if output.json:
+            print(to_json(self._record()))
+        elif not written:
+            from trimkv_cli.ui.look import Look
+
+            print(self._pictures(Look.of(sys.stdout, colour=output.colour, ascii_only=output.ascii_only)))
+
+    def _record(self) -> dict[str, Any]:
+        # JSON has neither NaN (gone, unknown) nor infinity (pinned).
+        known = [[[x if math.isfinite(x) else None for x in head] for head in layer] for layer in self.log_beta]
+        return {
+            "seen": self.retained.seen,
+            "kept": self.kept,
+            "log_beta": known,
+            "output_token_ids": list(self.output_token_ids),
+        }
+
+    def _pictures(self, look: Look) -> str:
+        from trimkv_cli.ui.inspection import inspection
+
+        return inspection(self.retained, self.pieces, self.memory, look)
+
+    def _terminal(self) -> str:
+        from trimkv_cli.ui.inspection import terminal_picture
+        from trimkv_cli.ui.look import Look
+
+        painted = self._pictures(Look(width=_SVG_WIDTH, colour=True))
+        return terminal_picture(painted, title="trimkv inspect", width=_SVG_WIDTH)
+
+    def _page(self, llm: Engine) -> str:
+        from trimkv_cli.ui.inspection import inspection_page
+
+        return inspection_page(
+            self.retained,
+            self.log_beta,
+            self.pieces,
+            self.memory,
+            model=llm.facts.model_id,
+            gates=llm.facts.gate.id,
+            prompt_tokens=self.prompt_tokens,
+        )
+
+
+def check_places(html: str | None, png: str | None, svg: str | None) -> None:
+    """Refuse what could not be written before a model is loaded for it."""
+    for flag, path in (("--html", html), ("--png", png), ("--svg", svg)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"cannot write {path}: its folder does not exist", hint=f"check the path given to {flag}")
+    if png is not None and find_spec("matplotlib") is None:
+        raise UsageError("--png needs matplotlib", hint="pip install 'trimkv-cli[plot]', or --html FILE needs nothing")
+
+
+def _of_kept(retained: Retained) -> list[list[list[float]]]:
+    """Fill in the scores of what is held, and NaN for what is gone."""
+    return [[_of_head(retained.seen, head) for head in layer.heads] for layer in retained.layers]
+
+
+def _of_head(seen: int, head: HeadMemory) -> list[float]:
+    values = [math.nan] * seen
+    for position, log_beta in zip(head.positions, head.log_beta, strict=True):
+        values[position] = log_beta
+    return values
+
+
+def _write(path: str, text: str, flag: str) -> None:
+    with whole_file(Path(path), hint=f"check the path given to {flag}") as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
@@ -87,7 +229,7 @@ def inspect(
     check_places(html, png, svg)
 
     from trimkv_cli.commands.answers import open_engine
-    from trimkv_cli.commands.memory_report import check_budget
+    from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import check_raw, gather, names_tokens, needs, read_system, render
 
     reader = Reader(encoding=encoding, quiet=quiet)
@@ -113,7 +255,7 @@ def inspect(
 def _of_answer(llm: Engine, ids: tuple[int, ...], sampling: SamplingOptions, *, quiet: bool) -> Findings:
     """Answer a prompt and look at what its row holds then."""
     from trimkv_cli.commands.answers import answer, within_room
-    from trimkv_cli.engine.request import Request
+    from trimkv_cli.request import Request
 
     params = sampling.resolve(llm.facts.sampling_defaults)
     request = Request(id="inspect", prompt_token_ids=ids, params=params, keep=True)
@@ -126,7 +268,7 @@ def _of_answer(llm: Engine, ids: tuple[int, ...], sampling: SamplingOptions, *, 
 
 def _of_cache(llm: Engine, path: str) -> Findings:
     """Look at what a saved read holds."""
-    from trimkv_cli.commands.saved_reads import restore_read
+    from trimkv_cli.commands.answers import restore_read
 
     restore_read(llm, path)
     return Findings.of(llm, path, log_beta=None, output_token_ids=())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import MemoryUse
+from trimkv_cli.units import format_size, format_sizes
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
@@ -33,3 +35,58 @@ def pieces_of(engine: Engine, token_ids: Sequence[int]) -> list[str]:
     if engine.text is None:
         return [f"[{token_id}]" for token_id in token_ids]
     return token_pieces(engine.text.tokenizer, token_ids)
+
+
+def budget_report(engine: Engine, requested: str | None) -> dict[str, Any]:
+    """Return `budget` of a record: as asked for, in bytes, and whether the process has kept to it so far."""
+    plan = engine.facts.plan
+    held = None if plan.budget_bytes is None else engine.peak_bytes <= plan.budget_bytes
+    return {"requested": requested, "bytes": plan.budget_bytes, "kv_budget": plan.kv_budget, "honoured": held}
+
+
+def memory_report(engine: Engine) -> dict[str, Any]:
+    """Return `memory` of a record: the parts, the plan's total, and each peak that can be measured here."""
+    facts = engine.facts
+    return {
+        "weights_bytes": facts.weight_bytes,
+        "gate_bytes": facts.gate_bytes,
+        "kv_bytes": engine.kv_bytes,
+        "workspace_bytes": facts.plan.workspace_bytes,
+        "planned_bytes": facts.plan.total_bytes,
+        "peak_bytes": engine.peak_bytes,
+        "peaks": engine.measured_peaks(),
+        "undone_steps": engine.stats.undone_steps,
+    }
+
+
+def check_budget(engine: Engine) -> None:
+    """Raise when the process has used more than its budget: what was promised did not hold, whatever came of it.
+
+    Raises:
+        BudgetNotHeld: it has.
+    """
+    plan = engine.facts.plan
+    if plan.budget_bytes is not None and engine.peak_bytes > plan.budget_bytes:
+        raise BudgetNotHeld(engine.peak_bytes, plan.budget_bytes)
+
+
+class BudgetNotHeld(TrimkvError):
+    """Report a peak above the budget; the answers are there."""
+
+    def __init__(self, peak_bytes: int, budget_bytes: int) -> None:
+        peak, budget = format_sizes(peak_bytes, budget_bytes)
+        super().__init__(
+            f"the budget was not held: {peak} at the peak, of {budget}",
+            hint="trimkv doctor --measure makes plans closer; fewer rows: --max-inflight 1",
+        )
+
+
+def memory_line(engine: Engine) -> str:
+    """Say in one line what was used at most, beside plan and budget."""
+    plan = engine.facts.plan
+    said, reached = f"memory   {engine.kv_bytes:,} bytes of cache", engine.peak_bytes
+    if plan.budget_bytes is None:
+        return f"{said}, {format_size(reached)} at the peak"
+    held = "held" if reached <= plan.budget_bytes else "NOT held"
+    peak, planned, budget = format_sizes(reached, plan.total_bytes, plan.budget_bytes)
+    return f"{said}, {peak} at the peak, {planned} planned, budget {budget} {held}"

@@ -10,14 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import CommandGroup, Json, Offline, Revision
-from trimkv_cli.engine.places import MINI, Place, gates_place, model_place, shown_id
-from trimkv_cli.folders import read_model_spec
+from trimkv_cli.loading.sources import MINI, Place, gates_place, model_place, shown_id
 from trimkv_cli.mini import MODEL_FOLDER
-from trimkv_cli.profiles import find_profile, list_profiles
-from trimkv_cli.spec import DTYPE_BYTES
-from trimkv_cli.ui.messages import print_note
-from trimkv_cli.ui.plain import neutralise
-from trimkv_cli.ui.tables import columns
+from trimkv_cli.model.folders import read_model_spec
+from trimkv_cli.model.profiles import find_profile, list_profiles
+from trimkv_cli.model.spec import DTYPE_BYTES
+from trimkv_cli.ui.plain import columns, neutralise, print_note
 from trimkv_cli.units import format_size
 
 models_app = CommandGroup(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
@@ -33,7 +31,7 @@ def list_(*, json: Json = False) -> None:
 
     trimkv models list --json
     """
-    from trimkv_cli.engine.hub import cached_repositories
+    from trimkv_cli.loading.hub import cached_repositories
 
     size = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
     built_in = {"id": MINI, "kind": "model", "size_bytes": size, "revisions": [], "folder": str(MODEL_FOLDER)}
@@ -61,7 +59,7 @@ def pull(
 
     trimkv models pull qwen3-4b-instruct-2507
     """
-    from trimkv_cli.engine.hub import pull as pull_repository
+    from trimkv_cli.loading.hub import pull as pull_repository
 
     if id == MINI:
         print(MODEL_FOLDER)

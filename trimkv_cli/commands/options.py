@@ -1,22 +1,79 @@
-"""Every option that several commands share: its flag, its help and its place in `--help`, once."""
+"""What a shell may complete: names of models, profiles, gates, sessions and templates; nothing heavy is imported."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
-from trimkv_cli.commands.completion import complete_gates, complete_model, complete_profile
 from trimkv_cli.commands.outputs import check_outputs
-from trimkv_cli.engine.options import EngineOptions, SamplingOptions
 from trimkv_cli.errors import ConfigError, UsageError
+from trimkv_cli.files import check_encoding
+from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import overlay
-from trimkv_cli.utf8 import check_encoding
+
+_REPOSITORY = "models--"
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return profiles and the models in the hub's cache that begin with what was typed."""
+    return _starting([*_profiles(), *_cached(gates=False)], incomplete)
+
+
+def complete_profile(incomplete: str) -> list[str]:
+    """Return the profiles that begin with what was typed."""
+    return _starting(_profiles(), incomplete)
+
+
+def complete_gates(incomplete: str) -> list[str]:
+    """Return the ways to name gates."""
+    return _starting(["auto", "streaming", "none", *_cached(gates=True)], incomplete)
+
+
+def complete_session(incomplete: str) -> list[str]:
+    """Return the stored conversations."""
+    from trimkv_cli.chat.store import SessionStore
+
+    return _starting(SessionStore.default().names(), incomplete)
+
+
+def complete_template(incomplete: str) -> list[str]:
+    """Return the user's templates."""
+    from trimkv_cli.commands.prompts import template_names
+
+    return _starting(template_names(), incomplete)
+
+
+def _starting(names: list[str], incomplete: str) -> list[str]:
+    return sorted({name for name in names if name.startswith(incomplete)})
+
+
+def _profiles() -> list[str]:
+    from trimkv_cli.errors import TrimkvError
+    from trimkv_cli.model.profiles import list_profiles
+
+    try:
+        return [profile.name for profile in list_profiles()]
+    except TrimkvError:  # a broken file is for `trimkv profiles list` to name
+        return []
+
+
+def _cached(*, gates: bool) -> Iterator[str]:
+    """Yield the hub ids in the cache; gate folders of the released kind are known by their names."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    for path in folder.glob(f"{_REPOSITORY}*") if folder.is_dir() else ():
+        name = path.name.removeprefix(_REPOSITORY).replace("--", "/")
+        if ("TrimKV" in name) == gates:
+            yield name
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _MODEL_ARGUMENTS = ("name", "id")  # where a model is an argument and no option

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import UsageError
-from trimkv_cli.utf8 import as_path
+from trimkv_cli.files import as_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def _expanded(names: list[str]) -> Iterator[Path]:
 
 
 def _template(name: str) -> Iterator[Path]:
-    from trimkv_cli.commands.templates import find_template
+    from trimkv_cli.commands.prompts import find_template
 
     yield find_template(name)
 

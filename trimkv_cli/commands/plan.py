@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import Json, ModelName, with_options
-from trimkv_cli.engine.options import EngineOptions
 from trimkv_cli.errors import UsageError
+from trimkv_cli.loading.options import EngineOptions
 
 if TYPE_CHECKING:
-    from trimkv_cli.alternatives import Alternative, Solved
-    from trimkv_cli.plan import Plan
+    from trimkv_cli.plan.compare import Alternative, Solved
+    from trimkv_cli.plan.plan import Plan
 
 
 @with_options(engine=EngineOptions)
@@ -49,10 +49,10 @@ def plan(
 
     trimkv plan qwen3-4b-math --budget 12GiB --device cuda --compare
     """
-    from trimkv_cli.alternatives import alternatives, solve_for
-    from trimkv_cli.engine.options import DETERMINISTIC_ROWS
-    from trimkv_cli.engine.sources import find_source
-    from trimkv_cli.plan import make_plan
+    from trimkv_cli.loading.options import DETERMINISTIC_ROWS
+    from trimkv_cli.loading.sources import find_source
+    from trimkv_cli.plan.compare import alternatives, solve_for
+    from trimkv_cli.plan.plan import make_plan
     from trimkv_cli.ui.plain import AnswerWriter
 
     asked = replace(engine, model=name or engine.model)  # a configured default gives way to the argument
@@ -106,7 +106,7 @@ def _machine_bytes(kind: str) -> tuple[int | None, int | None]:
         return _gpu_bytes()
     if kind != "cpu" or not hasattr(os, "sysconf"):
         return None, None
-    from trimkv_cli.machine import memory_bytes
+    from trimkv_cli.model.machine import memory_bytes
 
     return memory_bytes()
 
@@ -132,7 +132,7 @@ def _say_solved(solved: Solved) -> str:
 
 
 def _say_alternatives(others: Sequence[Alternative], plan: Plan) -> str:
-    from trimkv_cli.ui.tables import columns
+    from trimkv_cli.ui.plain import columns
     from trimkv_cli.units import format_size
 
     rows = [("weights", "cache", "one sequence", f"rows of {plan.kv_budget} slots", "most slots", "full cache, tokens")]
@@ -179,7 +179,7 @@ def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, mor
 
 
 def _as_text(plan: Plan, model: str, context: int) -> str:
-    from trimkv_cli.ui.tables import columns
+    from trimkv_cli.ui.plain import columns
     from trimkv_cli.units import format_size, format_sizes
 
     total, budget = format_sizes(plan.total_bytes, plan.budget_bytes or plan.total_bytes)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import CommandGroup, Json
-from trimkv_cli.profiles import Profile, list_profiles, load_profile, profile_folders
+from trimkv_cli.model.profiles import Profile, list_profiles, load_profile, profile_folders
 
 profiles_app = CommandGroup(help="Look at profiles: a model under a short name.", no_args_is_help=True)
 
@@ -50,7 +50,7 @@ def _facts(profile: Profile) -> dict[str, Any]:
 
 
 def _table(profiles: list[Profile]) -> str:
-    from trimkv_cli.ui.tables import columns
+    from trimkv_cli.ui.plain import columns
 
     rows = [(p.name, p.model, p.gates or "-", str(p.kv_budget or "-")) for p in profiles]
     return "\n".join(columns([("NAME", "MODEL", "GATES", "SLOTS"), *rows]))

@@ -6,8 +6,7 @@ import time
 
 from trimkv_cli.chat.store import SessionStore
 from trimkv_cli.errors import InputError
-from trimkv_cli.ui.plain import neutralise
-from trimkv_cli.ui.tables import columns
+from trimkv_cli.ui.plain import columns, neutralise
 
 
 def session_table(store: SessionStore) -> list[str]:

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.completion import complete_session
-from trimkv_cli.commands.options import CommandGroup, Json, Output
+from trimkv_cli.commands.options import CommandGroup, Json, Output, complete_session
 from trimkv_cli.errors import UsageError
 
 sessions_app = CommandGroup(help="Look at stored conversations, export, copy and delete them.", no_args_is_help=True)

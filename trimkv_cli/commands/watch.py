@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.memory import memory_use
 from trimkv_cli.ui.live import Panel, Watch, open_watch
-from trimkv_cli.ui.messages import print_note
 from trimkv_cli.ui.panel import Jobs, Progress, summary_line
+from trimkv_cli.ui.plain import print_note
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine

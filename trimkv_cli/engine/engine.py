@@ -11,12 +11,12 @@ import torch
 from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.engine.gauges import Progress
 from trimkv_cli.engine.recovery import attempt
-from trimkv_cli.engine.request import Request, check_token_ids
 from trimkv_cli.engine.resizing import Resizing
 from trimkv_cli.engine.sampler import NO_TOKEN
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.events import CacheStats, ErrorCode, FinishReason, RequestStats, TokenEvent
+from trimkv_cli.request import Request, check_token_ids
 
 __all__ = ["Engine", "EngineFacts"]
 

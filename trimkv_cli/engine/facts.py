@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimkv_cli.pins import Pins
-from trimkv_cli.plan import Plan
-from trimkv_cli.spec import GateSpec, ModelSpec
+from trimkv_cli.model.spec import GateSpec, ModelSpec, Pins
+from trimkv_cli.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from torch.utils.hooks import RemovableHandle
 
+from trimkv_cli.engine.devices import measured_peaks, peak_bytes
 from trimkv_cli.engine.facts import EngineFacts
-from trimkv_cli.engine.glance import Glancer
-from trimkv_cli.engine.memory import measured_peaks, peak_bytes
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.recovery import Recovery
 from trimkv_cli.engine.scheduler import Decode, Prefill, Scheduler
+from trimkv_cli.engine.snapshot import Glancer
 from trimkv_cli.engine.text import Detokenizer, Text
 from trimkv_cli.events import Glance, RunStats
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from trimkv_cli.engine.gauges import Gauges
-from trimkv_cli.engine.request import Request
-from trimkv_cli.engine.session import RowState
+from trimkv_cli.engine.row_files import RowState
 from trimkv_cli.errors import CacheMismatch
-from trimkv_cli.retained import Retained
+from trimkv_cli.events import Retained
+from trimkv_cli.request import Request
 
 
 class KeptRows(Gauges):

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimkv_cli.cache.attention import RetentionView, Step
-from trimkv_cli.cache.long_rope import LongRope
+from trimkv_cli.cache.attention import LongRope, RetentionView, Step
 from trimkv_cli.cache.releases import forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.ahead import Ahead, Forward
-from trimkv_cli.engine.decoder import Decoder
-from trimkv_cli.engine.graphs import GraphedForward
+from trimkv_cli.engine.ahead import Ahead, Forward, GraphedForward
+from trimkv_cli.engine.cpu.decoder import Decoder
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 

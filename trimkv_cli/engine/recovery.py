@@ -11,7 +11,7 @@ import torch
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.errors import is_out_of_memory
-from trimkv_cli.wish import SMALLEST_CHUNK
+from trimkv_cli.plan.choices import SMALLEST_CHUNK
 
 Result = TypeVar("Result")
 

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from trimkv_cli.engine.devices import cap_allocator, give_back, reset_peak
 from trimkv_cli.engine.kept_rows import KeptRows
-from trimkv_cli.engine.memory import cap_allocator, give_back, reset_peak
 from trimkv_cli.engine.recovery import attempt
 from trimkv_cli.engine.scheduler import Row
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
 from trimkv_cli.events import Resized
-from trimkv_cli.plan import Plan
+from trimkv_cli.plan.plan import Plan
 from trimkv_cli.units import format_sizes
 
 

@@ -1,22 +1,77 @@
-"""Saved rows on disk: one safetensors file each, whose header says what made it."""
+"""What a finished request left in its row, kept aside: to undo a turn, to fork a conversation, to save a read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
+from trimkv_cli import __version__
 from trimkv_cli.cache.rebase import RebasedRow
-from trimkv_cli.engine.session import RowState
 from trimkv_cli.errors import CacheMismatch, InputError
 from trimkv_cli.files import whole_file
+from trimkv_cli.model.spec import Pins
+from trimkv_cli.plan.plan import Plan
 from trimkv_kernels import Slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowState:
+    """One row of the cache between two requests, in host memory whatever the device.
+
+    The token ids are the sampler's state too: every request starts its counts and steps anew from them.
+    """
+
+    layers: tuple[Slots, ...]  # [1, Hkv, slots in use, …] each
+    token_ids: tuple[int, ...]  # fed to the row so far
+    unread: tuple[int, ...]  # prompt tokens that a stopped request had not read
+    last_token: int | None  # generated, not yet fed
+    long_rope: bool
+    rebased: RebasedRow | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+
+_SAMPLED = 64  # values of each parameter; whole files would take as long to read as to load
+
+
+def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan, pins: Pins) -> Mapping[str, str]:
+    """Name what a row of the cache depends on, as strings: sizes as they are, weights as short hashes."""
+    return {
+        "trimkv": __version__,
+        "weights": _hash(asdict(plan.spec), [model]),
+        "gates": _hash({**asdict(plan.gate), "id": None}, gates),  # a folder may move
+        "kv_budget": str(plan.kv_budget),
+        "prefill_chunk": str(plan.prefill_chunk),
+        "dtype": plan.dtype,
+        "quantize": plan.quantize,
+        "kv_dtype": plan.kv_dtype,
+        "pins": str(pins),
+    }
+
+
+def _hash(config: Mapping[str, Any], modules: Iterable[nn.Module]) -> str:
+    """Hash a configuration, and of each parameter its name, shape and some values spread over it."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for module in modules:
+        # Not state_dict(): bitsandbytes turns packed weights back for it.
+        for name, tensor in module.named_parameters(remove_duplicate=False):
+            flat = tensor.reshape(-1)
+            some = flat[:: max(1, len(flat) // _SAMPLED)].contiguous().view(torch.uint8)
+            digest.update(f"{name}{list(tensor.shape)}".encode())
+            digest.update(bytes(some.tolist()))
+    return digest.hexdigest()[:16]
+
 
 FORMAT_VERSION = 1
 _SAYS = {

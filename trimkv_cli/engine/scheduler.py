@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trimkv_cli.engine.request import Request
 from trimkv_cli.events import TokenLogprob
+from trimkv_cli.request import Request
 
 _WINDOW = 64  # waiting requests among which those with the same prefix are found
 _PATIENCE, _MOST_PATIENCE = 32, 4096  # good steps before one row more is tried

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from trimkv_cli.engine.detokenizer import Detokenizer, hidden_ids
 from trimkv_cli.errors import BrokenModel, ModelNotFound, TrimkvError, UnsupportedModel, UsageError
-from trimkv_cli.utf8 import as_text
+from trimkv_cli.files import as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_cli.eval.results import POLICIES, Row
+from trimkv_cli.eval.scoring import POLICIES, Row
 from trimkv_cli.files import whole_file
 
 # Blue, orange, green and grey that stay apart for colour-blind readers; each line has its own marker too.

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import assert_never
 
-from trimkv_cli.engine.assemble import assemble
+import torch
+from torch import Tensor, nn
+
+from trimkv_cli.cache.gates import RetentionGate, build_gates
 from trimkv_cli.engine.devices import pick_device
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.loader import Parts, load_parts, plan_for
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.sources import Source
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.eval.exam import EvalOptions, Exam, Question, make_exams
-from trimkv_cli.eval.likelihood import Said, mean_logprob
-from trimkv_cli.eval.policies import gate_spec, policy_gates
-from trimkv_cli.eval.results import Policy, Row
-from trimkv_cli.eval.scoring import is_right, wilson
-from trimkv_cli.plan import Plan
+from trimkv_cli.eval.scoring import Policy, Row, is_right, wilson
+from trimkv_cli.loading.assemble import assemble
+from trimkv_cli.loading.loader import Parts, load_parts, plan_for
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import Source
+from trimkv_cli.model.spec import GateSpec, full_gate, streaming_gate
+from trimkv_cli.plan.plan import Plan
+from trimkv_cli.request import Request
 
 Say = Callable[[str], None]
 
@@ -191,3 +195,90 @@ def _ask(
         if time.monotonic() - said >= _SAY_EVERY_S:
             said = time.monotonic()
             progress(done)
+
+
+class RandomGate(RetentionGate):
+    """Value each position by chance, each layer and head in its own way: log_beta uniform in (−1, 0).
+
+    Scores age as they do under every gate: the latest tokens stay for sure, of the older ones a random choice.
+    """
+
+    def __init__(self, *, num_kv_heads: int, positions: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Buffer(-torch.rand(positions, num_kv_heads, generator=generator))
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
+        return self.table[positions.clamp(min=0).long()]
+
+
+def gate_spec(policy: Policy, trained: GateSpec) -> GateSpec:
+    """Describe a policy's gate as the plan wants it."""
+    match policy:
+        case "full":
+            return full_gate()
+        case "gates":
+            return trained
+        case "streaming":
+            return streaming_gate()
+        case "random":
+            return GateSpec(variant="streaming", id="random", sinks=0)  # a constant gate: it has no weights
+        case _:
+            assert_never(policy)
+
+
+def policy_gates(policy: Policy, parts: Parts, *, positions: int, seed: int) -> Sequence[nn.Module]:
+    """Return one gate per layer, for sequences of at most `positions` tokens."""
+    spec, device = parts.facts.spec, parts.model.device
+    if policy == "gates":
+        return parts.gates
+    if policy == "random":
+        return [
+            RandomGate(num_kv_heads=spec.num_kv_heads, positions=positions, seed=seed * spec.num_layers + layer).to(
+                device
+            )
+            for layer in range(spec.num_layers)
+        ]
+    return list(build_gates(gate_spec(policy, parts.facts.gate), spec, {}, dtype=torch.float32, device=device))
+
+
+@dataclass(slots=True, kw_only=True)
+class Said:
+    """What a model said to one question: text, token ids and the log probability of each."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[str, Said]) -> float:
+    """Return the mean log probability of a token of the expected answers, in nats.
+
+    Where the model said the expected tokens by itself, they need no second reading; the other questions are read again
+    with the answer put into the model's mouth.
+
+    Raises:
+        UsageError: the tokenizer cannot be held to a text.
+    """
+    own = {q.request.id: said[q.request.id].logprobs[: len(q.answer_ids)] for q in questions if _is_own(q, said)}
+    forced = dict.fromkeys((q.request.id for q in questions if q.request.id not in own), ())
+    heard: dict[str, tuple[float, ...]] = {**own, **forced}
+    requests = [_with_answer(question) for question in questions if question.request.id in forced]
+    for event in engine.generate(requests):
+        if event.fault is not None:
+            raise event.fault
+        heard[event.request_id] += tuple(one.logprob for one in event.logprobs)
+    values = [value for logprobs in heard.values() for value in logprobs]
+    return sum(values) / len(values)
+
+
+def _is_own(question: Question, said: Mapping[str, Said]) -> bool:
+    count = len(question.answer_ids)
+    return said[question.request.id].token_ids[:count] == question.answer_ids
+
+
+def _with_answer(question: Question) -> Request:
+    """Ask so that the answer can only be the expected tokens (in llguidance's notation of token ids)."""
+    grammar = "start: " + " ".join(f"<[{token}]>" for token in question.answer_ids)
+    params = replace(question.request.params, max_tokens=len(question.answer_ids), grammar=grammar, stop=(), logprobs=0)
+    return replace(question.request, params=params)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 Match = Literal["exact", "contains"]
@@ -48,3 +49,30 @@ def count_points(output: str, points: Sequence[str]) -> tuple[int, int]:
 
 def _words(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in text).split())
+
+
+Policy = Literal["full", "gates", "streaming", "random"]
+POLICIES: tuple[Policy, ...] = ("full", "gates", "streaming", "random")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The accuracy of one policy at one budget, and what it took; `kv_budget` is None for the full cache.
+
+    On a CPU `peak_bytes` is the process's peak so far; small caches run first, so it does not hide their size.
+    """
+
+    task: str
+    policy: Policy
+    kv_budget: int | None
+    accuracy: float
+    n: int
+    ci95: tuple[float, float]
+    answer_logprob: float | None  # mean per token of the expected answers, in nats; None where none can be forced
+    decode_tps: float
+    peak_bytes: int
+    kv_bytes: int  # of one sequence's cache, as planned
+    prefill_chunk: int
+    context: int  # tokens asked for; of a user's own data the longest prompt
+    prompt_tokens: float  # mean
+    seed: int

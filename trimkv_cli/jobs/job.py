@@ -1,21 +1,86 @@
-"""Runs items through an engine: keeps it fed, and turns its events into records."""
+"""What a job needs of whatever answers its lines: one engine here, or many on a cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
 
-from trimkv_cli.engine.request import Request
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import RequestStats, TokenEvent, TokenLogprob
-from trimkv_cli.jobs.feed import Feed
 from trimkv_cli.jobs.lines import BadLine, Item
-from trimkv_cli.jobs.logprobs import name_tokens
-from trimkv_cli.jobs.records import Answer, Record, Recorder, encode
+from trimkv_cli.jobs.records import Answer, Record, Recorder, encode, name_tokens
 from trimkv_cli.jobs.requests import Text, fitted, make_requests, refused, with_warnings
 from trimkv_cli.jobs.stopping import Limits, Stop
 from trimkv_cli.jobs.summary import Summary
+from trimkv_cli.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendFacts:
+    """What does not change while a backend lives."""
+
+    model_id: str
+    fingerprint: Mapping[str, str]
+    template: str
+    sampling_defaults: Mapping[str, Any]
+    kv_budget: int
+    prefill_chunk: int
+    rows: int
+    warnings: tuple[str, ...] = ()  # to be said before the job begins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run over some lines: where its records go, and what may end it."""
+
+    lines: Iterable[Item | BadLine]
+    sink: Sink
+    recorder: Recorder
+    summary: Summary
+    limits: Limits = field(default_factory=Limits)
+    stop: Stop = field(default_factory=Stop)
+    progress: Callable[[Summary], None] = lambda _: None
+
+
+class Backend(Protocol):
+    """Answers lines."""
+
+    @property
+    def facts(self) -> BackendFacts: ...
+    @property
+    def memory(self) -> Callable[[], dict[str, Any]] | None: ...
+    def run(self, job: Job) -> None: ...
+    def close(self) -> None: ...
+
+
+class LocalBackend:
+    """Answer lines with one engine in this process."""
+
+    def __init__(self, engine: Any, facts: BackendFacts, memory: Callable[[], dict[str, Any]] | None = None) -> None:
+        self.facts = facts
+        self.memory = memory  # what each record says of budget and memory
+        self.engine = engine  # an `Engine` of jobs.job, and whatever more it can show of itself
+
+    def run(self, job: Job) -> None:
+        """Run a job to its end, or until it is stopped."""
+        run_job(
+            self.engine,
+            job.lines,
+            job.sink,
+            job.recorder,
+            summary=job.summary,
+            progress=job.progress,
+            limits=job.limits,
+            stop=job.stop,
+        )
+
+    def close(self) -> None:
+        """Do nothing: the engine ends with the process."""
+
 
 _MOST_HELD = 4096  # records that wait for their turn before no more lines are taken
 _BATCH = 64  # lines taken between two steps, so that a run of bad ones cannot starve the requests in flight
@@ -270,3 +335,71 @@ class _Job:
 
 def _nameless(token_id: int) -> str:
     return f"token_id:{token_id}"
+
+
+T = TypeVar("T")
+
+_PUT_TIMEOUT_S = 0.2
+
+
+class _End:
+    """Close the queue; carries what the source raised."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+class Feed(Generic[T]):
+    """Take items from `source` as they come, with at most `ahead` of them read in advance."""
+
+    def __init__(self, source: Iterable[T], *, ahead: int = 64) -> None:
+        self.exhausted = False
+        self._queue: queue.Queue[T | _End] = queue.Queue(ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(source,), name="trimkv-input", daemon=True)
+        self._thread.start()
+
+    def take(self, *, wait_s: float = 0.0) -> T | None:
+        """Return the next item, or None when there is none yet (see `exhausted`); re-raises the source's error."""
+        if self.exhausted:
+            return None
+        try:
+            item = self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()
+        except queue.Empty:
+            return None
+        if not isinstance(item, _End):
+            return item
+        self.exhausted = True
+        if item.error is not None:
+            raise item.error
+        return None
+
+    def close(self) -> None:
+        """Stop reading; a thread that is blocked in the source is left behind."""
+        self._closed.set()
+        self._thread.join(timeout=2 * _PUT_TIMEOUT_S)
+
+    def __enter__(self) -> Feed[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _read(self, source: Iterable[T]) -> None:
+        try:
+            for item in source:
+                if not self._put(item):
+                    return
+        except BaseException as error:  # noqa: BLE001  it is raised where the items are taken
+            self._put(_End(error))
+        else:
+            self._put(_End())
+
+    def _put(self, item: T | _End) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=_PUT_TIMEOUT_S)
+            except queue.Full:
+                continue
+            return True
+        return False

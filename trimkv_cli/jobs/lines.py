@@ -10,12 +10,11 @@ from typing import Any, Literal, TypeAlias
 import orjson
 from pydantic import ValidationError
 
-from trimkv_cli.engine.request import SamplingParams
 from trimkv_cli.errors import UsageError
-from trimkv_cli.jobs.bodies import BatchLine, Body, SimpleLine, Strict, explain
+from trimkv_cli.jobs.bodies import HARMLESS, IDLE, TOOLS, BatchLine, Body, SimpleLine, Strict, explain, is_harmless
 from trimkv_cli.jobs.formats import Form, make_form
-from trimkv_cli.jobs.parameters import HARMLESS, IDLE, TOOLS, is_harmless
 from trimkv_cli.jobs.reading import Line
+from trimkv_cli.request import SamplingParams
 
 Kind: TypeAlias = Literal["chat", "completion", "simple", "text"]
 

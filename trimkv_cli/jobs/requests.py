@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from trimkv_cli.engine.request import Request, check_token_ids
 from trimkv_cli.errors import ContextOverflow, TrimkvError
 from trimkv_cli.jobs.lines import BadLine, Item, Notice, derive_seed
+from trimkv_cli.request import Request, check_token_ids
 
 
 class RenderedPrompt(Protocol):

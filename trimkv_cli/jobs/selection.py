@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from trimkv_cli.errors import UsageError
-from trimkv_cli.jobs.earlier import Earlier
-from trimkv_cli.jobs.ids import IdIndex
+from trimkv_cli.jobs.earlier import Earlier, IdIndex
 from trimkv_cli.jobs.lines import BadLine, Item, Rules, duplicate, id_of, parse_line
 from trimkv_cli.jobs.reading import Line
 from trimkv_cli.jobs.summary import Summary

@@ -1,13 +1,168 @@
-"""The seeded generator of the synthetic language: conversations whose answers are known."""
+"""Draws the sentences of the synthetic language: facts and their values, and filler."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
 from trimkv_cli.mini import words
-from trimkv_cli.mini.sentences import PLAIN, STRANGE, Fact, Telling, careless, draw_facts, filler, filler_sentence
+
+_OPENING = tuple(word for word in words.COMMON if word != "you")  # as the openers of unseen phrasings have
+STRANGE = 0.08  # of the sentences that matter to nobody hold a number or a strange word
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telling:
+    """How facts are told: which shares of the sentences have a form that is harder to remember."""
+
+    value_first: float = 0.0  # have the value before its thing
+    openers: float = 0.0  # begin with other words: "You see, …"
+    loose_openers: float = 0.0  # of these, with any words
+
+
+PLAIN = Telling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """A thing and its value."""
+
+    relation: words.Relation
+    thing: str
+    value: str
+
+    @property
+    def answer(self) -> str:
+        """The one answer to every question about the fact."""
+        return self.relation.answer.format(t=self.thing, v=self.value)
+
+    def tell(self, rng: Random, *, unseen: bool = False, telling: Telling = PLAIN) -> str:
+        """Say the fact in one sentence."""
+        phrases = self.relation.unseen_statements if unseen else self.relation.statements
+        if telling.value_first and rng.random() < telling.value_first:
+            phrases = self.relation.value_first
+        said = rng.choice(phrases).format(t=self.thing, v=self.value)
+        if telling.openers and rng.random() < telling.openers:
+            same = said.startswith((self.value, "I "))
+            listed = not telling.loose_openers or rng.random() < 1 - telling.loose_openers
+            opener = rng.choice(words.OPENERS) if listed else _loose_opener(rng)
+            said = f"{opener} {said if same else said[0].lower() + said[1:]}"
+        return said
+
+    def ask(self, rng: Random, *, unseen: bool = False) -> str:
+        """Ask for the fact in one sentence."""
+        phrases = self.relation.unseen_questions if unseen else self.relation.questions
+        return rng.choice(phrases).format(t=self.thing, v="")
+
+
+def draw_facts(rng: Random, count: int, *, numbers: float = 1.0, alike: bool = False) -> list[Fact]:
+    """Draw facts about different things; one thing in ten is a word that nobody knows.
+
+    Numbers come `numbers` times as often as their share of all things. If they are `alike`, all facts are of one
+    kind, so that only their things tell which value is whose.
+    """
+    facts: dict[str, Fact] = {}
+    weights = [len(one.things) * (numbers if one.value == "number" else 1.0) for one in words.RELATIONS]
+    only = None
+    if alike:
+        many = [weight if len(one.things) > 1 else 0 for one, weight in zip(words.RELATIONS, weights, strict=True)]
+        only = rng.choices(words.RELATIONS, weights=many)[0]
+    while len(facts) < count:
+        relation = only or rng.choices(words.RELATIONS, weights=weights)[0]
+        thing = rng.choice(relation.things)
+        if len(relation.things) > 1 and rng.random() < 0.1:
+            thing = draw_word(rng)
+        facts.setdefault(thing, Fact(relation=relation, thing=thing, value=draw_value(rng, relation.value)))
+    return list(facts.values())
+
+
+def draw_value(rng: Random, kind: words.ValueKind) -> str:
+    """Draw a value that nothing but the conversation can tell."""
+    match kind:
+        case "name" | "place":
+            return draw_word(rng).capitalize()
+        case "code":
+            return "".join(rng.choice("0123456789") for _ in range(rng.choice((3, 4, 4))))
+        case "number":
+            return str(rng.randint(2, 999))
+        case "date":
+            return f"{rng.randint(1, 28)} {rng.choice(words.MONTHS)}"
+
+
+def draw_word(rng: Random) -> str:
+    """Draw two or three syllables."""
+    syllables = (draw_syllable(rng) for _ in range(rng.choice((2, 2, 3))))
+    return "".join(syllables) + rng.choice(("", "", "n", "r", "s"))
+
+
+def draw_syllable(rng: Random) -> str:
+    """Draw a consonant and a vowel."""
+    return rng.choice(words.CONSONANTS) + rng.choice(words.VOWELS)
+
+
+def draw_words(rng: Random, count: int) -> list[str]:
+    """Draw different words."""
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw_word(rng)] = None
+    return list(drawn)
+
+
+def filler(rng: Random, sentences: int, *, strange: float = STRANGE) -> str:
+    """Write sentences that matter to nobody."""
+    return " ".join(filler_sentence(rng, strange=strange) for _ in range(sentences))
+
+
+def filler_sentence(rng: Random, *, strange: float = STRANGE) -> str:
+    """Write one sentence that matters to nobody; the share `strange` holds a number or a strange word."""
+    draw = rng.random()
+    if draw < 0.3:
+        return rng.choice(words.OPINIONS)
+    subject, verb, thing = rng.choice(words.SUBJECTS), rng.choice(words.VERBS), rng.choice(words.OBJECTS)
+    if draw < 0.3 + strange / 2:
+        thing = f"{rng.randint(2, 99)} {rng.choice(('birds', 'ships', 'clouds', 'trees'))}"
+    elif draw < 0.3 + strange:
+        thing = f"the {draw_word(rng)}"
+    sentence = f"{subject} {verb} {thing}{rng.choice(words.TAILS)}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _loose_opener(rng: Random) -> str:
+    """Write one to three common words, and a comma after half of them."""
+    return " ".join(rng.sample(_OPENING, k=rng.randint(1, 3))).capitalize() + rng.choice(("", ","))
+
+
+def loose_sentence(rng: Random) -> str:
+    """Write four to nine words in any order, strange ones among them: a sentence that only copying can repeat."""
+    known = f"{filler_sentence(rng)} {filler_sentence(rng)}".lower().replace(".", "").split()
+    drawn = [_loose_word(rng, known) for _ in range(rng.randint(4, 9))]
+    return f"{' '.join(drawn).capitalize()}."
+
+
+def _loose_word(rng: Random, known: Sequence[str]) -> str:
+    draw = rng.random()
+    if draw < 0.3:
+        return draw_word(rng)
+    return rng.choice(words.COMMON if draw < 0.65 else known)
+
+
+def shuffled(rng: Random, sentence: str) -> str:
+    """Put the words of a sentence in any order: what usually follows what then says nothing."""
+    drawn = sentence.rstrip(".").split()
+    rng.shuffle(drawn)
+    return f"{' '.join(drawn).capitalize()}."
+
+
+def careless(rng: Random, text: str) -> str:
+    """Type some texts as people do: without capitals at the start, without a mark at the end."""
+    if rng.random() < 0.15:
+        text = text[0].lower() + text[1:]
+    if rng.random() < 0.1:
+        text = text.rstrip(".?!")
+    return text
+
 
 Role = Literal["system", "user", "assistant"]
 TOKENS_PER_WORD = 1.55  # of the mini tokenizer, template included; tests hold it to ±20 %

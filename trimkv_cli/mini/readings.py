@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from random import Random
 
 from trimkv_cli.mini import words
-from trimkv_cli.mini.language import Conversation, Talk
-from trimkv_cli.mini.sentences import (
+from trimkv_cli.mini.language import (
     PLAIN,
     STRANGE,
+    Conversation,
     Fact,
+    Talk,
     Telling,
     draw_facts,
     draw_value,

@@ -20,8 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from trimkv_cli.cache.releases import decoder_layers, entering
 from trimkv_cli.train.eviction import attend_to_kept
-from trimkv_cli.train.recompute import in_query_blocks, recompute
-from trimkv_cli.train.training_pass import TrainingPass
+from trimkv_cli.train.training_pass import TrainingPass, in_query_blocks, recompute
 
 TRAINING_NAME = "trimkv_training"
 QUERY_BLOCK = 512  # queries that need a mask attend in blocks: a mask takes block · T, never T · T

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trimkv_cli.train.options import Border
-from trimkv_cli.train.recompute import in_query_blocks
-from trimkv_cli.train.training_pass import TrainingPass
+from trimkv_cli.train.training_pass import TrainingPass, in_query_blocks
 
 QUERY_BLOCK = 64  # queries that attend at a time: what is made of them stays in a core's cache
 KEPT_NUMEL = 1 << 24  # pairs of tokens and heads, at most, whose weights (64 MiB) a layer keeps for the backward pass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trimkv_cli.engine.devices import on_threads, settle
-from trimkv_cli.spec import ModelSpec
+from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.train.options import TrainOptions
 from trimkv_cli.train.packing import PADDING, Batch
 from trimkv_cli.train.training_pass import Reading

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trimkv_cli.train.documents import Tokens
 from trimkv_cli.train.options import Border
-from trimkv_cli.train.tokens import Tokens
 from trimkv_cli.train.training_pass import Reading, TrainingPass
 
 PADDING = -1

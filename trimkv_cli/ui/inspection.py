@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import base64
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from html import escape
+from importlib.resources import files
+from io import StringIO
+from pathlib import Path
+from string import Template
+from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
-from trimkv_cli.events import MemoryUse
-from trimkv_cli.retained import Retained
-from trimkv_cli.ui.cache_panel import cache_panel
-from trimkv_cli.ui.heads import head_strip
+from trimkv_cli import __version__
+from trimkv_cli.events import HeadMemory, MemoryUse, Retained
+from trimkv_cli.files import whole_file
+from trimkv_cli.ui.cache_panel import bin_shares, cache_panel, head_strip, layer_map, memory_map
 from trimkv_cli.ui.look import Look
-from trimkv_cli.ui.memory_map import layer_map, memory_map
+from trimkv_cli.ui.plain import neutralise
 from trimkv_cli.ui.tokens import next_out_line, token_view
 
 _SHOWN_AT_EACH_END = 300
@@ -58,3 +71,154 @@ def _text(retained: Retained, pieces: Sequence[str], look: Look) -> Iterator[Tex
     yield token_view(retained, pieces, look, stop=end)
     yield Text(f"({seen - 2 * end:,} tokens in between are not shown here; --html FILE shows all)", "dim")
     yield token_view(retained, pieces, look, start=seen - end)
+
+
+LogBeta = Sequence[Sequence[Sequence[float]]]  # [layer][head][position]
+
+
+def inspection_page(
+    retained: Retained,
+    log_beta: LogBeta,
+    pieces: Sequence[str],
+    memory: MemoryUse,
+    *,
+    model: str,
+    gates: str,
+    prompt_tokens: int,
+) -> str:
+    """Return the page; `pieces` are the texts of all tokens seen, of which the first `prompt_tokens` were the prompt.
+
+    It takes about 5 bytes per token, layer and head.
+    """
+    folder = files("trimkv_cli.ui") / "page"
+    style, script = (folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    facts = Look(width=10**6).join(
+        [neutralise(model), f"gates {neutralise(gates)}", headline(retained, Look(width=10**6))]
+    )
+    return Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(f"What the cache kept: {neutralise(model)}"),
+        headline=escape(facts),
+        version=__version__,
+        style=style,
+        style_hash=_source_hash(style),
+        script=script,
+        script_hash=_source_hash(script),
+        data=_as_script(_data(retained, log_beta, pieces, memory, prompt_tokens)),
+    )
+
+
+def _data(
+    retained: Retained, log_beta: LogBeta, pieces: Sequence[str], memory: MemoryUse, prompt_tokens: int
+) -> dict[str, Any]:
+    values = array("f", (value for layer in log_beta for head in layer for value in head))
+    for number, (_, head) in enumerate(retained.heads):  # a pinned token's score is not its gate's
+        for position, value in zip(head.positions, head.log_beta, strict=True):
+            values[number * retained.seen + position] = value
+    return {
+        "seen": retained.seen,
+        "prompt_tokens": prompt_tokens,
+        "layers": len(retained.layers),
+        "heads": len(retained.layers[0].heads),
+        "windows": [layer.window for layer in retained.layers],
+        "threshold": [head.threshold for _, head in retained.heads],
+        "log_beta": _base64(values.tobytes()),
+        "kept": _base64(_bits(retained)),
+        "next_out": retained.next_out(),
+        "memory": asdict(memory),
+        "pieces": [neutralise(piece) for piece in pieces],
+    }
+
+
+def _bits(retained: Retained) -> bytes:
+    """Pack which (layer, head) holds which position, one bit each, lowest first."""
+    bits = bytearray((retained.num_heads * retained.seen + 7) // 8)
+    for number, (_, head) in enumerate(retained.heads):
+        for position in head.positions:
+            place = number * retained.seen + position
+            bits[place >> 3] |= 1 << (place & 7)
+    return bytes(bits)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _source_hash(text: str) -> str:
+    """Name a style or script in the page's security policy, which lets nothing else run."""
+    return f"sha256-{_base64(hashlib.sha256(text.encode()).digest())}"
+
+
+def _as_script(value: dict[str, Any]) -> str:
+    """Write JSON that may stand inside a script element, whatever the texts contain."""
+    return _replaced(json.dumps(value, separators=(",", ":"), ensure_ascii=False), (("<", "\\u003c"), (">", "\\u003e")))
+
+
+def _replaced(text: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        text = text.replace(old, new)
+    return text
+
+
+_BLUE, _ORANGE, _INK = "#1a6b8a", "#d55e00", "#333333"
+_BINS = 128
+
+
+def draw_inspection(retained: Retained, log_beta: LogBeta, path: str, *, model: str) -> None:
+    """Write the picture; a matrix shows what tokens (across) are worth as the sequence grows (down), kept ones below.
+
+    Raises:
+        UsageError: a file that cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    layers, heads = len(retained.layers), len(retained.layers[0].heads)
+    cell = 1.0 if heads <= 8 else 0.6
+    figure = Figure(figsize=(max(6.0, heads * cell + 1), 2.4 + layers * cell), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.2, layers * cell])
+    top, below = parts
+    _draw_map(top.subplots(), retained, model)
+    panels = below.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+    for layer, row in enumerate(panels):
+        for head, panel in enumerate(row):
+            _draw_head(panel, retained, retained.layers[layer].heads[head], log_beta[layer][head])
+        row[0].set_ylabel(f"layer {layer}", fontsize=7, color=_INK)
+    for head, panel in enumerate(panels[0]):
+        panel.set_title(f"head {head}", fontsize=7, color=_INK)
+    with whole_file(Path(path), hint="check the path given to --png") as partial:
+        figure.savefig(partial, dpi=100, format="png")
+
+
+def _draw_map(panel: Any, retained: Retained, model: str) -> None:
+    shares = bin_shares(retained.shares(), _BINS)
+    width = retained.seen / max(1, len(shares))
+    panel.bar([index * width for index in range(len(shares))], shares, width=width, align="edge", color=_BLUE)
+    panel.set(xlim=(0, retained.seen), ylim=(0, 1), xlabel="position", ylabel="share of heads")
+    panel.set_title(f"{model}\n{headline(retained, Look(width=10**6))}", fontsize=8, color=_INK)
+
+
+def _draw_head(panel: Any, retained: Retained, head: HeadMemory, log_beta: Any) -> None:
+    import numpy as np
+
+    edges = np.unique(np.linspace(0, retained.seen, min(_BINS, retained.seen) + 1).astype(int))
+    ages = (edges[1:, None] - 1) - np.arange(retained.seen)[None]
+    worth = np.exp(np.minimum(np.asarray(log_beta)[None], 0.0) * np.maximum(ages, 0))  # a pinned token loses nothing
+    values = np.nan_to_num(np.where(ages >= 0, worth, 0.0))
+    means = np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)
+    extent = (0, retained.seen, retained.seen, 0)
+    panel.imshow(means, cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
+    below = retained.seen * 1.06
+    panel.scatter(head.positions, [below] * len(head.positions), s=2, marker="|", color=_ORANGE, clip_on=False)
+    panel.set(xticks=[], yticks=[], xlim=(0, retained.seen), ylim=(retained.seen * 1.1, 0))
+
+
+_FONT_FACES = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
+
+
+def terminal_picture(painted: str, *, title: str, width: int) -> str:
+    """Return an SVG of text with colour codes; it loads no font and no other file."""
+    console = Console(
+        record=True, width=width, file=StringIO(), force_terminal=True, color_system="256", legacy_windows=False
+    )
+    console.print(Text.from_ansi(painted), soft_wrap=True)
+    svg = _FONT_FACES.sub("", console.export_svg(title=title, unique_id="trimkv"))
+    return svg.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")

@@ -10,10 +10,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from trimkv_cli.events import Glance, MemoryUse, RunStats
-from trimkv_cli.ui.cache_panel import cache_panel
-from trimkv_cli.ui.heads import draw_strip
+from trimkv_cli.ui.cache_panel import cache_panel, draw_bins, draw_strip
 from trimkv_cli.ui.look import Look
-from trimkv_cli.ui.memory_map import draw_bins
 
 _WIDE = 110
 _MAP_ROWS = 2

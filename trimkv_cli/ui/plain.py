@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from io import FileIO
 from typing import Any, BinaryIO
 
-from trimkv_cli.files import writing
-from trimkv_cli.utf8 import replaced
+from rich.cells import cell_len
+
+from trimkv_cli.files import replaced, writing
 
 # C0 and DEL become their control pictures, C1 (which some terminals obey) the replacement character; newline and tab
 # stay.
@@ -61,3 +63,32 @@ class AnswerWriter:
             while rest:
                 rest = rest[self._stream.write(rest) :]
             self._stream.flush()
+
+
+def print_error(message: str, hint: str | None) -> None:
+    """Say what happened and, on a line of its own, what to try."""
+    _say(f"error: {message}")
+    if hint:
+        _say(f"hint: {hint}")
+
+
+def print_warning(message: str) -> None:
+    """Say what the user should know although the work goes on."""
+    _say(f"warning: {message}")
+
+
+def print_note(message: str) -> None:
+    """Say something that helps to understand what happens."""
+    _say(message)
+
+
+def _say(line: str) -> None:
+    print(neutralise(line), file=sys.stderr, flush=True)
+
+
+def columns(rows: Sequence[Sequence[str]], *, gap: int = 2) -> Iterator[str]:
+    """Yield one line per row, every column as wide as its widest cell, the last one unpadded."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell + " " * (width - cell_len(cell)) for cell, width in zip(row[:-1], widths, strict=False)]
+        yield (" " * gap).join([*cells, row[-1]])

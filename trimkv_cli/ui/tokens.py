@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
-from trimkv_cli.retained import Retained
+from trimkv_cli.events import Retained
 from trimkv_cli.ui.look import Look
 from trimkv_cli.ui.plain import neutralise
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from engines import Shape, greedy, make_engine, run
-from gpu_stages.stage import Check, Evidence, Setting
-from tiny_models import make_model
 
+from bench.gpu_stages.stage import Check, Evidence, Setting
+from helpers.engines import Shape, greedy, make_engine, run
+from helpers.tiny_models import make_model
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.loader import load_engine
-from trimkv_cli.engine.options import EngineOptions
-from trimkv_cli.engine.request import Request, SamplingParams
 from trimkv_cli.engine.row_files import read_row, write_row
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.request import Request, SamplingParams
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
 CPU = torch.device("cpu")

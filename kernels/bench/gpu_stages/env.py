@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_stages.stage import Check, Evidence, Setting
 
 import trimkv_cli
 import trimkv_kernels
+from bench.gpu_stages.stage import Check, Evidence, Setting
 from trimkv_kernels import triton_obstacle
 
 ROOT = Path(__file__).parents[3]

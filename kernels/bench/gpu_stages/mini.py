@@ -9,9 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gpu_stages.stage import Check, Evidence, Setting
-
-from trimkv_cli.bench.kills import read_answers, write_job
+from bench.gpu_stages.stage import Check, Evidence, Setting
+from bench.kills import read_answers, write_job
 
 RECORD = Path(__file__).parents[1] / "results" / "recall-mini.json"
 DTYPES = ("fp32", "bf16")

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from gpu_stages.stage import Check, Evidence, Setting
 from torch import Tensor
 
+from bench.gpu_stages.stage import Check, Evidence, Setting
 from trimkv_kernels import Journal, Operations, Slots, operations_for, reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -181,7 +181,7 @@ def interpreted(setting: Setting) -> Iterator[Evidence]:
         yield Evidence(check="interpreter", ok=True, facts={"left_out": where})
         return
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", "gpu_stages.smoke"], env=environment, check=False)
+    done = subprocess.run([sys.executable, "-m", "bench.gpu_stages.smoke"], env=environment, check=False)
     yield Evidence(check="interpreter", ok=done.returncode == 0, facts={"exit_code": done.returncode})
 
 

@@ -100,7 +100,7 @@ def main() -> int:
     require_compiled_kernels()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    checks: tuple[Check, ...] = importlib.import_module(f"gpu_stages.{arguments.name}").CHECKS
+    checks: tuple[Check, ...] = importlib.import_module(f"bench.gpu_stages.{arguments.name}").CHECKS
     scratch = arguments.out / f"{arguments.run}-{arguments.name}".replace(":", "")
     scratch.mkdir()
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")

@@ -13,7 +13,7 @@ const shares = new Float64Array(seen);
 for (let h = 0; h < size; h++) for (let p = 0; p < seen; p++) shares[p] += kept(h, p);
 for (let p = 0; p < seen; p++) shares[p] /= size;
 
-// The same estimates as `trimkv_cli/retained.py`.
+// The same estimates as `trimkv_cli/events.py`.
 function survival(h, p) {
   const window = windows[Math.floor(h / heads)];
   const inWindow = window === null ? Infinity : p + window - seen;

@@ -1,0 +1,107 @@
+"""Engines around tiny models, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from trimkv_cli.cache.gates import build_gates
+from trimkv_cli.engine import filters
+from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.sampler import Sampler
+from trimkv_cli.loading.assemble import assemble
+from trimkv_cli.model.spec import GateSpec, ModelSpec, Pins, full_gate, streaming_gate
+from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.request import Request, SamplingParams
+
+NO_PINS = Pins()
+
+
+class RandomGate(torch.nn.Module):
+    """A gate with spread-out scores that differ by layer and head."""
+
+    weight: torch.Tensor
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(layer)
+        self.register_buffer("weight", torch.randn(spec.hidden_size, spec.num_kv_heads, generator=generator) * 0.5)
+
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.logsigmoid((hidden_states @ self.weight).float() + 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the tests vary."""
+
+    kv_budget: int = 96
+    rows: int = 4
+    prefill_chunk: int = 512
+    gate: str = "none"  # none, streaming or random
+    deterministic: bool = False
+    eos: frozenset[int] = frozenset()
+    rebases: bool = False
+
+
+def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
+    options = PlanOptions(
+        kv_budget=shape.kv_budget, prefill_chunk=shape.prefill_chunk, max_inflight=shape.rows, rebases=shape.rebases
+    )
+    return make_plan(spec, gate, options)
+
+
+def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS, compiled: bool = False) -> Engine:
+    spec = ModelSpec.from_config(model.config.to_dict())
+    sinks = 0 if shape.gate == "random" else 4
+    gate = full_gate() if shape.gate == "none" else streaming_gate(sinks)
+    gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device=model.device)
+    if shape.gate == "random":
+        gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_layers)]
+    facts = EngineFacts(
+        model_id="tiny",
+        spec=spec,
+        gate=gate,
+        plan=make_plan_for(spec, gate, shape),
+        max_positions=spec.max_positions,
+        eos_token_ids=shape.eos,
+        sampling_defaults={},
+        notes=(),
+        warnings=(),
+        weight_bytes=0,
+        gate_bytes=0,
+        load_s=0.0,
+        pins=pins,
+    )
+    how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "compiled": compiled}
+    return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, **how)
+
+
+def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
+    """Run requests to their ends; return their output ids."""
+    output: dict[str, list[int]] = {}
+    for event in engine.generate(requests):
+        output.setdefault(event.request_id, []).extend(event.token_ids)
+    return output
+
+
+def drawn(sampler: Sampler, logits: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores `[B, V]` that a sampler draws from, and what it chooses; some row must not be greedy."""
+    given: list[torch.Tensor] = []
+
+    def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        given.append(scores)
+        return filters.draw(scores, uniform)
+
+    with mock.patch("trimkv_cli.engine.sampler.draw", draw):
+        chosen = sampler(logits, rows)
+    return given[0], chosen
+
+
+def greedy(identifier: str, ids: Sequence[int], count: int, **more: Any) -> Request:
+    params = SamplingParams(max_tokens=count, temperature=0.0)
+    return Request(id=identifier, prompt_token_ids=tuple(ids), params=params, **more)

@@ -1,0 +1,1 @@
+"""`trimkv chat` and its slash commands."""

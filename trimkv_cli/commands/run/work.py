@@ -1,0 +1,376 @@
+"""Puts a batch job together: input, earlier output, backend, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from trimkv_cli.commands.run.choices import Choices, ClusterChoices
+from trimkv_cli.commands.watch import watch
+from trimkv_cli.errors import ModelError
+from trimkv_cli.files import whole_file
+from trimkv_cli.jobs.earlier import Earlier
+from trimkv_cli.jobs.job import Backend, BackendFacts, Job, LocalBackend
+from trimkv_cli.jobs.lines import BadLine, Item, Rules
+from trimkv_cli.jobs.reading import LineReader, TableReader, begins_with_messages, open_input
+from trimkv_cli.jobs.records import Recorder
+from trimkv_cli.jobs.requests import check_sizes
+from trimkv_cli.jobs.resuming import check_provenance, drop_failures, locked, read_earlier, start_anew
+from trimkv_cli.jobs.selection import Selection, parse_lines
+from trimkv_cli.jobs.sidecar import (
+    Sidecar,
+    check_beginning,
+    check_fingerprint,
+    hash_all,
+    job_fingerprint,
+    path_beside,
+    read_sidecar,
+    remembering,
+    write_sidecar,
+)
+from trimkv_cli.jobs.stopping import Stop, stopped_by_signals
+from trimkv_cli.jobs.summary import JsonProgress, PlainProgress, Summary
+from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output
+from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.loading.sources import Source, find_here, model_names
+from trimkv_cli.streams import say_if_nothing_comes
+from trimkv_cli.ui.live import drawn_line, may_move
+from trimkv_cli.ui.panel import Jobs
+from trimkv_cli.ui.plain import neutralise, print_note, print_warning
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.engine.text import Text
+
+
+# What a plan may decide by itself, and a resumed job takes as it was decided before.
+_SOLVED: dict[str, Callable[[str], Any]] = {
+    "kv_budget": str,
+    "prefill_chunk": int,
+    "dtype": str,
+    "kv_dtype": str,
+    "quantize": str,
+}
+
+_UNSEEN = "how long prompts are, and what its chat template takes"
+_UNSEEN_FROM_AFAR = f"token ids, max_tokens, {_UNSEEN} (its files are not here)"
+_CHOSEN = ("deterministic", "on_overflow")  # what changes tokens, and no plan knows of
+
+
+def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
+    """Run the job; what does not need the model is checked before it is loaded."""
+    stream = _open(choices)
+    check_output(choices.output, stream)
+    if not is_resumable(choices.output):
+        return _Run(choices, options, sampling).go(stream)
+    output = Path(choices.output)
+    with locked(output):
+        if choices.overwrite:
+            return _Run(choices, options, sampling, output=output).go(stream)
+        before = read_sidecar(path_beside(output))
+        check_provenance(output, has_sidecar=before is not None, adopt=choices.adopt)
+        earlier = read_earlier(output)
+        if before is not None and earlier.records:
+            stream = check_beginning(stream, before.input_bytes, before.input_sha256)
+            options = as_before(options, before.fingerprint)
+        else:
+            before = None  # nothing was answered: a fresh start
+        return _Run(choices, options, sampling, output=output, before=before, earlier=earlier).go(stream)
+
+
+def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
+    """Print every problem as `INPUT:LINE: what`, like a compiler."""
+    summary = Summary()
+    reader = _reader(choices, _open(choices))
+    source = find_here(options)
+    rules = _rules(choices, sampling, model_names(options, source))
+    selection = Selection(limit=choices.limit, shard=choices.shard)
+    for parsed in (_within(each, source, options) for each in parse_lines(reader, rules, selection)):
+        if isinstance(parsed, BadLine):
+            summary.bad += 1
+            for problem in (parsed.message, *parsed.further):
+                message = " ".join(problem.splitlines())  # it may quote a key
+                print(neutralise(f"{choices.source}:{parsed.line}: {message}"))
+        else:
+            summary.done += 1
+            summary.count_warnings(parsed)
+    if not choices.quiet:
+        print_note(summary.verdict(blank_lines=reader.blank_lines))
+        print_note(f"not checked without the model: {_UNSEEN if source is not None else _UNSEEN_FROM_AFAR}")
+    _write_summary(choices, summary, reader.blank_lines)
+    return summary
+
+
+def _within(parsed: Item | BadLine, source: Source | None, options: EngineOptions) -> Item | BadLine:
+    """Refuse what the model's sizes show to be wrong, where these are known."""
+    if source is None or isinstance(parsed, BadLine):
+        return parsed
+    positions = None if options.on_overflow == "rebase" else options.context or source.spec.max_positions
+    return check_sizes(parsed, vocab_size=source.spec.vocab_size, positions=positions)
+
+
+class _Run:
+    """One run: with an `output` file it leaves a sidecar, with `before` it goes on with an earlier one."""
+
+    def __init__(
+        self,
+        choices: Choices,
+        options: EngineOptions,
+        sampling: SamplingOptions,
+        *,
+        output: Path | None = None,
+        before: Sidecar | None = None,
+        earlier: Earlier | None = None,
+    ) -> None:
+        self.choices = choices
+        self.options = options
+        self.sampling = sampling
+        self.output = output
+        self.before = before
+        self.earlier = earlier or Earlier()
+
+    def go(self, stream: BinaryIO) -> Summary:
+        """Load what answers, prepare the output, and run."""
+        check = partial(check_template, stream)
+        with closing(open_backend(self.choices, self.options, check)) as backend:
+            for message in backend.facts.warnings:
+                print_warning(message)
+            names = model_names(self.options, find_here(self.options))
+            rules = _rules(self.choices, self.sampling, names, backend.facts)
+            if self.output is not None:
+                stream = self._prepare(self.output, stream, backend.facts, rules)
+            with open_output(self.choices.output) as output:
+                return self._work(backend, rules, stream, Writer(output, order=self.choices.order))
+
+    def _prepare(self, output: Path, stream: BinaryIO, facts: BackendFacts, rules: Rules) -> BinaryIO:
+        """Make sure that the output may be gone on with, and write what it will be known by."""
+        fingerprint = job_fingerprint(
+            facts.fingerprint,
+            rules,
+            template=facts.template,
+            choices={name: getattr(self.options, name) for name in _CHOSEN},
+            prompt_column=self.choices.prompt_column,
+        )
+        sidecar, path = self.before, path_beside(output)
+        if sidecar is not None:
+            check_fingerprint(output, sidecar.fingerprint, fingerprint)
+        if self.choices.overwrite:
+            start_anew(output)
+        if self.choices.retry_errors and self.earlier.failures:
+            drop_failures(output)
+        sidecar = replace(sidecar or Sidecar(fingerprint=fingerprint), fingerprint=fingerprint)
+        write_sidecar(path, sidecar)
+
+        def covered(count: int, sha256: str) -> None:
+            if count > sidecar.input_bytes:
+                write_sidecar(path, replace(sidecar, input_bytes=count, input_sha256=sha256))
+
+        if self.choices.format == "parquet":
+            return hash_all(stream, covered)
+        return remembering(stream, covered)
+
+    def _work(self, backend: Backend, rules: Rules, stream: BinaryIO, writer: Writer) -> Summary:
+        choices, summary, stop = self.choices, Summary(), Stop()
+        reader = _reader(choices, stream)
+        selection = Selection(
+            limit=choices.limit,
+            shard=choices.shard,
+            earlier=self.earlier,
+            retry_errors=choices.retry_errors,
+            in_order=choices.order == "input" and self.earlier.records > 0,
+        )
+        job = Job(
+            lines=parse_lines(reader, rules, selection, summary),
+            sink=writer,
+            recorder=_recorder(backend, self.options, rules),
+            summary=summary,
+            limits=choices.limits,
+            stop=stop,
+        )
+        try:
+            with stopped_by_signals(stop), _progress(choices, backend, summary) as progress:
+                backend.run(replace(job, progress=progress))
+        finally:
+            if backend.memory is not None:
+                summary.note_memory(backend.memory())
+            if not choices.quiet:
+                print_note(summary.report(blank_lines=reader.blank_lines))
+                _say_memory(backend)
+            _write_summary(choices, summary, reader.blank_lines)
+        return summary
+
+
+def as_before(options: EngineOptions, fingerprint: Mapping[str, str]) -> EngineOptions:
+    """Fill in the sizes that an earlier plan chose, where the user leaves them open."""
+    known = {name: read for name, read in _SOLVED.items() if hasattr(options, name) and name in fingerprint}
+    chosen = {name: read(fingerprint[name]) for name, read in known.items() if getattr(options, name) in (None, "auto")}
+    return replace(options, **chosen)
+
+
+def open_backend(
+    choices: Choices, options: EngineOptions, check: Callable[[Text | None], None] | None = None
+) -> Backend:
+    """Load what answers the lines: an engine here, or workers on a cluster.
+
+    Raises:
+        TrimkvError: as `load_engine` does, or there is no cluster.
+    """
+    if choices.engine == "ray":
+        return open_cluster(choices.cluster, options)
+    from trimkv_cli.commands.answers import open_engine
+
+    engine = open_engine(options, quiet=choices.quiet, check=check)
+    facts = replace(facts_of(engine), warnings=())  # open_engine has said them
+    return LocalBackend(engine, facts, partial(_memory, engine, options.budget))
+
+
+def check_template(stream: BinaryIO, text: Text | None) -> None:
+    """Refuse a job that begins with messages, before weights are read for it, where no template can render them.
+
+    Raises:
+        ModelError: the model has no chat template, or one with a bug.
+    """
+    if text is None:
+        return
+    try:
+        text.check_chat(instead='lines with "prompt" need no template')
+    except ModelError:
+        if begins_with_messages(stream):
+            raise
+
+
+def facts_of(engine: Any) -> BackendFacts:
+    """Say what a job needs to know of an engine."""
+    facts = engine.facts
+    return BackendFacts(
+        model_id=facts.model_id,
+        fingerprint=dict(engine.fingerprint),
+        template="" if engine.text is None else engine.text.template_hash,
+        sampling_defaults=dict(facts.sampling_defaults),
+        kv_budget=facts.plan.kv_budget,
+        prefill_chunk=facts.plan.prefill_chunk,
+        rows=engine.max_rows,
+        warnings=tuple(message for _, message in facts.warnings),
+    )
+
+
+def _open(choices: Choices) -> BinaryIO:
+    """Open the input as UTF-8, whatever its lines are written in; a Parquet file's text is always that."""
+    if choices.source == "-" and not choices.quiet:
+        say_if_nothing_comes(print_note)
+    return open_input(choices.source, encoding=None if choices.format == "parquet" else choices.encoding)
+
+
+def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
+    if choices.format in ("csv", "tsv", "parquet"):
+        assert choices.prompt_column is not None
+        return TableReader(stream, choices.format, choices.prompt_column, max_line_bytes=choices.max_line_bytes)
+    return LineReader(stream, max_line_bytes=choices.max_line_bytes, encoding=choices.encoding)
+
+
+def _rules(
+    choices: Choices,
+    sampling: SamplingOptions,
+    names: frozenset[str],
+    facts: BackendFacts | None = None,
+) -> Rules:
+    return Rules(
+        defaults=sampling.resolve({} if facts is None else facts.sampling_defaults),
+        max_tokens_said=sampling.max_tokens is not None,
+        think=choices.think,
+        special_tokens=choices.special_tokens,
+        strict=choices.strict,
+        text=choices.is_text,
+        has_ids=choices.format != "text",
+        model_names=names,
+    )
+
+
+def _recorder(backend: Backend, options: EngineOptions, rules: Rules) -> Recorder:
+    facts = backend.facts
+    return Recorder(
+        model=facts.model_id,
+        run_seed=rules.defaults.seed,
+        kv_budget=facts.kv_budget,
+        prefill_chunk=facts.prefill_chunk,
+        reproducible=options.deterministic,
+        memory=backend.memory,
+    )
+
+
+def _say_memory(backend: Backend) -> None:
+    from trimkv_cli.commands.memory import memory_line
+
+    if not isinstance(backend, LocalBackend) or backend.memory is None:
+        return
+    if backend.engine.facts.plan.budget_bytes is not None:
+        print_note(memory_line(backend.engine))
+
+
+def _memory(engine: Any, requested: str | None) -> dict[str, Any]:
+    from trimkv_cli.commands.memory import budget_report, memory_report
+
+    return {"budget": budget_report(engine, requested), "memory": memory_report(engine)}
+
+
+@contextmanager
+def _progress(choices: Choices, backend: Backend, summary: Summary) -> Iterator[Callable[[Summary], None]]:
+    """Yield what shows how the job goes: on a terminal the live panel, else a line now and then, or nothing."""
+    mixed = choices.output == "-" and sys.stdout.isatty()  # records would be drawn over
+    if choices.progress == "none" or (choices.quiet and choices.progress == "auto"):
+        yield _silent
+    elif choices.progress != "auto" or mixed or not may_move():
+        shown = JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
+        yield shown
+        shown.end(summary)
+    elif isinstance(backend, LocalBackend):
+        with watch(backend.engine, live=None, quiet=False, jobs=lambda: _jobs(summary)) as panel:
+            yield lambda _: panel.tick()
+    else:
+        with drawn_line() as draw:
+            yield lambda summary: draw(summary.progress)
+
+
+def _jobs(summary: Summary) -> Jobs:
+    return Jobs(done=summary.done, failed=summary.errors, running=summary.running)
+
+
+def _silent(summary: Summary) -> None:
+    """Show nothing."""
+
+
+def _write_summary(choices: Choices, summary: Summary, blank_lines: int) -> None:
+    if choices.summary_json is None:
+        return
+    text = json.dumps(summary.as_json(blank_lines=blank_lines), indent=2) + "\n"
+    with whole_file(Path(choices.summary_json)) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def open_cluster(cluster: ClusterChoices, options: EngineOptions) -> Backend:
+    """Join a cluster, or start one here, and load an engine in each worker.
+
+    Raises:
+        TrimkvError: there is no cluster, or the first worker cannot load.
+    """
+    from trimkv_cli.jobs.cluster import ClusterOptions, RayBackend
+
+    place = ClusterOptions(address=cluster.address, cpus_per_worker=cluster.cpus_per_worker)
+    return RayBackend(partial(load_for_worker, options), place)
+
+
+def load_for_worker(
+    options: EngineOptions, threads: int | None, sizes: Mapping[str, str] | None
+) -> tuple[Engine, BackendFacts]:
+    """Load an engine in a worker, which has `threads` CPUs to itself; `sizes` is the fingerprint of the first one."""
+    from trimkv_cli.loading.loader import load_engine
+
+    options = options if options.threads or threads is None else replace(options, threads=threads)
+    engine = load_engine(options if sizes is None else as_before(options, sizes))
+    return engine, facts_of(engine)

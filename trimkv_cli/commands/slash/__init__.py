@@ -1,1 +1,0 @@
-"""The commands inside a conversation: one file per group, all listed in `table`."""

@@ -1,0 +1,237 @@
+"""Summarizes many documents over the rows of one engine: each is a chain of requests, and all chains share the rows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from trimkv_cli.commands.answers import Answer
+from trimkv_cli.commands.summarize.texts import cut
+from trimkv_cli.errors import ContextOverflow, TrimkvError
+from trimkv_cli.events import TokenEvent
+from trimkv_cli.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.engine import Engine
+
+_LEAST_ROOM = 64  # tokens that must be left for a summary whose length nobody said
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Requests that may run side by side; the answer of the last stage, which has one, is the document's summary."""
+
+    requests: tuple[Request, ...]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summed:
+    """A document's summary, and what it took to get there; `parts` is 1 for one pass."""
+
+    answer: Answer
+    parts: int
+    rounds: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+Chain = Generator[Stage, list[Answer], Summed]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """How every document is summarized; `max_tokens_said` when the user gave the length of an answer."""
+
+    instruction: str
+    raw: bool = False  # without the chat template
+    params: SamplingParams
+    max_tokens_said: bool
+    think: bool | None
+    map_reduce: bool
+
+
+def summarize_text(llm: Engine, name: str, text: str, task: Task) -> Chain:
+    """Summarize in one pass where the positions allow, else, when asked, part by part and then the summaries.
+
+    Raises:
+        ContextOverflow: too long for one pass, and not to be cut; or cutting does not shorten it.
+    """
+    parts = rounds = prompt_tokens = completion_tokens = 0
+    while True:
+        rounds += 1
+        requests = _requests(llm, f"{name}#{rounds}", text, task)
+        answers = yield Stage(requests, last=len(requests) == 1)
+        parts = max(parts, len(requests))
+        prompt_tokens += sum(answer.stats.prompt_tokens for answer in answers)
+        completion_tokens += sum(answer.stats.completion_tokens for answer in answers)
+        if len(requests) == 1:
+            return Summed(
+                answer=answers[0],
+                parts=parts,
+                rounds=rounds,
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+            )
+        shorter = "\n\n".join(answer.text.strip() for answer in answers)
+        if len(shorter) >= len(text):
+            raise ContextOverflow(
+                f"{name}: the summaries of its {len(answers)} parts are no shorter than the text",
+                hint="--max-tokens with fewer tokens, or a model with more positions",
+            )
+        text = shorter
+
+
+def _requests(llm: Engine, label: str, text: str, task: Task) -> tuple[Request, ...]:
+    """Return one request for the whole text, or several for its parts."""
+    try:
+        return (_request(llm, label, text, task),)
+    except ContextOverflow as error:
+        if not task.map_reduce:
+            hint = "--on-overflow map-reduce (part by part, then the summaries) or --on-overflow rebase (one pass)"
+            raise ContextOverflow(error.message, hint=hint) from error
+    assert llm.text is not None, "a prompt was rendered"
+    frame = len(_render(llm, "", task))
+    room = llm.facts.max_positions - frame - task.params.max_tokens + 1
+    if room < _LEAST_ROOM:
+        raise ContextOverflow(
+            f"{llm.facts.max_positions} positions leave no room for a part of the text and a summary of it",
+            hint="--max-tokens with fewer tokens, or a larger --context",
+        )
+    parts = cut(text, room - room // 16, lambda piece: len(llm.text.encode(piece)) if llm.text else 0)
+    return tuple(_request(llm, f"{label}.{index}", part, task) for index, part in enumerate(parts, 1))
+
+
+def _request(llm: Engine, label: str, text: str, task: Task) -> Request:
+    request = Request(id=label, prompt_token_ids=_render(llm, text, task), params=task.params, keep=True)
+    left = llm.room(request)
+    if not task.max_tokens_said and _LEAST_ROOM <= left < task.params.max_tokens:
+        request = replace(request, params=replace(task.params, max_tokens=left))
+    llm.check(request)
+    return request
+
+
+def _render(llm: Engine, text: str, task: Task) -> tuple[int, ...]:
+    from trimkv_cli.commands.prompts import render
+
+    user = f"{text}\n\n{task.instruction}"
+    return render(llm.text, user, system=None, raw=task.raw, think=task.think).token_ids
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """A document whose stage is under way."""
+
+    index: int
+    chain: Chain
+    last: bool = False
+    answers: dict[str, Answer | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Coming:
+    running: _Running
+    request: Request
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+
+class Pool:
+    """Run chains side by side; few documents are opened ahead of the rows, and each request's row is freed at its end.
+
+    `on_text(index, piece)` gets what the last request of document `index` writes; `on_answer(index, answer)` is called
+    while that answer's row is still there.
+    """
+
+    def __init__(
+        self, llm: Engine, *, on_text: Callable[[int, str], None], on_answer: Callable[[int, Answer], None]
+    ) -> None:
+        self._llm = llm
+        self._on_text = on_text
+        self._on_answer = on_answer
+        self._queue: deque[_Coming] = deque()
+        self._asked: dict[str, _Coming] = {}
+        self._documents = 0
+
+    @property
+    def num_open(self) -> int:
+        """Count the documents that are being worked on."""
+        return self._documents
+
+    def run(
+        self, chains: Iterable[Chain], after_step: Callable[[], None]
+    ) -> Iterator[tuple[int, Summed | TrimkvError]]:
+        """Yield every document's summary or fault, by its number, as soon as it is there."""
+        coming = enumerate(chains)
+        while True:
+            while self._documents < self._llm.max_rows and (pair := next(coming, None)) is not None:
+                self._documents += 1
+                yield from self._advance(_Running(index=pair[0], chain=pair[1]), None)
+            if not self._queue and not self._asked:
+                return
+            while self._queue and self._llm.num_waiting < self._llm.max_rows:
+                self._add(self._queue.popleft())
+            for event in self._llm.step():
+                yield from self._take(event)
+            after_step()
+
+    def _advance(self, running: _Running, answers: list[Answer] | None) -> Iterator[tuple[int, Summed | TrimkvError]]:
+        """Go on with a chain until it asks for something or ends."""
+        try:
+            stage = next(running.chain) if answers is None else running.chain.send(answers)
+        except StopIteration as end:
+            self._documents -= 1
+            yield running.index, end.value
+            return
+        except TrimkvError as error:
+            self._documents -= 1
+            yield running.index, error
+            return
+        running.last = stage.last
+        running.answers = dict.fromkeys((request.id for request in stage.requests), None)
+        self._queue.extend(_Coming(running, request) for request in stage.requests)
+
+    def _add(self, coming: _Coming) -> None:
+        self._asked[coming.request.id] = coming
+        self._llm.add(coming.request)
+
+    def _take(self, event: TokenEvent) -> Iterator[tuple[int, Summed | TrimkvError]]:
+        coming = self._asked[event.request_id]
+        running = coming.running
+        coming.token_ids += event.token_ids
+        coming.pieces.append(event.text)
+        if event.text and running.last:
+            self._on_text(running.index, event.text)
+        if event.finish_reason is None:
+            return
+        del self._asked[event.request_id]
+        if event.fault is not None:
+            self._llm.release(event.request_id)
+            yield from self._give_up(running, event.fault)
+            return
+        assert event.stats is not None, "the last event carries stats"
+        answer = Answer(
+            request=coming.request,
+            text="".join(coming.pieces),
+            token_ids=tuple(coming.token_ids),
+            finish_reason=event.finish_reason,
+            stats=event.stats,
+        )
+        if running.last:
+            self._on_answer(running.index, answer)
+        self._llm.release(event.request_id)
+        running.answers[event.request_id] = answer
+        if all(running.answers.values()):
+            yield from self._advance(running, [answer for answer in running.answers.values() if answer is not None])
+
+    def _give_up(self, running: _Running, error: TrimkvError) -> Iterator[tuple[int, Summed | TrimkvError]]:
+        """End a document one of whose requests failed; its others are dropped."""
+        for request_id in [key for key, coming in self._asked.items() if coming.running is running]:
+            del self._asked[request_id]
+            self._llm.abort(request_id)
+        self._queue = deque(coming for coming in self._queue if coming.running is not running)
+        self._documents -= 1
+        running.chain.close()
+        yield running.index, error

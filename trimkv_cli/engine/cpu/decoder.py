@@ -1,0 +1,188 @@
+"""One token per row through a decoder, with little between its operations: what the runner decodes with on a CPU.
+
+The forward of transformers serves any model and any number of tokens, and its modules cost more Python than a small
+model costs arithmetic. Here the same numbers come out of the same weights, of the families whose layers are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from trimkv_cli.cache.gates import FullGate, MlpGate, StreamingGate
+from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.cpu.blocks import WORTH_WAKING, Block, Norm, Projection, make_blocks
+from trimkv_cli.engine.cpu.compiling import compile_step
+from trimkv_cli.engine.devices import on_threads
+from trimkv_cli.errors import UsageError
+
+_numbers = count()
+
+
+class Decoder:
+    """Own the blocks of a model, for decode steps over one cache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        gates: Sequence[nn.Module],
+        cache: RetentionCache,
+        *,
+        sinks: int,
+        compiled: bool,
+        evicts: bool,
+    ) -> None:
+        decoder: Any = model.get_decoder()
+        self._blocks = blocks
+        self._gates = GatesTogether(gates)
+        self._sinks = sinks  # the first tokens of a sequence, which are pinned
+        self._pools = list(cache.pools.values())
+        self._places = [
+            (self._pools.index(pool), place) for pool, place in (layer.pool for layer in cache.layers if layer.pool)
+        ]
+        self._layers = [
+            [i for i, (pool, _) in enumerate(self._places) if pool == owner] for owner in range(len(self._pools))
+        ]
+        self._embed = decoder.embed_tokens.weight.detach()
+        self._rotary = decoder.rotary_emb
+        self._norm = Norm(decoder.norm.weight.detach(), decoder.norm.variance_epsilon)
+        self._head = Projection([model.get_output_embeddings()])
+        self._widest = max(block.gate_up.numel for block in blocks)
+        self._evicts = evicts
+        self._number = next(_numbers)
+        self._compiled = compile_step(self._step) if compiled else None
+
+    def step(self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Do what `_step` says; a compiled step takes no row for dense, as that would be a second graph.
+
+        A graph depends on the engine, the rows and the size of its slots, and on nothing else that changes. Threads
+        sleep between steps, and one does small products sooner than others wake.
+        """
+        with on_threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
+            if self._compiled is None:
+                return self._step(ids, position, dense=dense, stand=stand)
+            key = (self._number, len(ids), *(pool.size for pool in self._pools))
+            logits, log_beta = self._compiled(ids, position, dense=False, stand=stand, key=key)
+            return logits, log_beta
+
+    def _step(
+        self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
+
+        A row at −1 has no token: its slots stay as they are. `dense`: every row with a token has all its slots in use.
+        `stand` `[B]` is where tokens stand for the model, when that is not at their positions.
+
+        Returns:
+            The logits `[B, V]`, and log_beta `[L, B, Hkv]` of the tokens.
+        """
+        biases = [pool.begin(position, dense=dense) for pool in self._pools]
+        cos, sin = self._rotation(position if stand is None else stand)
+        x, entering = self._embed[ids], []
+        for block, (pool, place) in zip(self._blocks, self._places, strict=True):
+            hidden = block.attention_norm(x)
+            entering.append(hidden)
+            query, key, value = _project(block, hidden, cos, sin, self._pools[pool].key.shape[2])
+            attended = self._pools[pool].attend(place, query, key, value, biases[pool], scale=block.scale)
+            x = x + block.out(attended.view(len(ids), -1))
+            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
+            x = x + block.down(block.activation(gate) * up)
+        log_beta = self._gates(torch.stack(entering), position)
+        ranked = log_beta.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else log_beta
+        for owner, layers in enumerate(self._layers if self._evicts else ()):
+            self._pools[owner].evict(ranked if len(self._pools) == 1 else ranked[layers], position)
+        return self._head(self._norm(x)), log_beta
+
+    def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin, `[B, 1, D]`: x · cos + roll(x, D / 2) · sin rotates x."""
+        angles = position.clamp(min=0)[:, None, None].float() * self._rotary.inv_freq
+        cos, sin = angles.cos() * self._rotary.attention_scaling, angles.sin() * self._rotary.attention_scaling
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def make_decoder(
+    model: PreTrainedModel,
+    gates: Sequence[nn.Module],
+    cache: RetentionCache,
+    *,
+    sinks: int = 0,
+    compiled: bool = False,
+    evicts: bool = True,
+) -> Decoder | None:
+    """Return a decoder for the model, or None when its form, or the cache's, is not one known here.
+
+    Raises:
+        UsageError: then it cannot be compiled.
+    """
+    known = model.device.type == "cpu" and model.dtype == cache.layers[0].slots.key.dtype == torch.float32
+    blocks = make_blocks(model) if known else None
+    if blocks is not None:
+        return Decoder(model, blocks, gates, cache, sinks=sinks, compiled=compiled, evicts=evicts)
+    if compiled:
+        raise UsageError(
+            "--compile knows fp32 models of Llama, Mistral, Phi-3, Qwen2 and Qwen3 on a CPU, and this is none",
+            hint="leave it out",
+        )
+    return None
+
+
+def _project(
+    block: Block, hidden: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query `[B, Hq, D]` and key, rotated, and value, `[B, Hkv, D]`."""
+    heads = block.qkv(hidden).view(len(hidden), -1, cos.shape[-1])
+    rotated, value = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    if block.head_norm is not None:
+        rotated = block.head_norm(rotated)
+    rotated = rotated * cos + rotated.roll(cos.shape[-1] // 2, dims=-1) * sin
+    return rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:], value
+
+
+class GatesTogether:
+    """Score one token per row in every layer: hidden states `[L, B, hidden]` → log_beta `[L, B, Hkv]`, float32."""
+
+    def __init__(self, gates: Sequence[nn.Module]) -> None:
+        self._gates: list[Any] = list(gates)
+        self._constant = all(isinstance(gate, StreamingGate | FullGate) for gate in gates)
+        # Gates of two linear layers are stacked; the third of rg10 is one tensor for all layers and stays as it is.
+        self._stacked = all(isinstance(gate, MlpGate) and gate.linear3 is None for gate in gates)
+        if self._stacked:
+            self._activation = self._gates[0].activation
+            self._weight1 = self._stack("linear1", "weight")
+            self._bias1 = self._stack("linear1", "bias")[:, None]
+            self._weight2 = self._stack("linear2", "weight")
+            self._bias = torch.stack([gate.bias.detach() for gate in self._gates])[:, None]
+
+    def __call__(self, hidden: Tensor, position: Tensor) -> Tensor:
+        if self._constant:
+            same: Tensor = self._gates[0](hidden[0][:, None], position[:, None])[:, 0]
+            return same.expand(len(hidden), -1, -1)
+        if not self._stacked:
+            each = zip(self._gates, hidden, strict=True)
+            return torch.stack([gate(states[:, None], position[:, None])[:, 0] for gate, states in each])
+        inner = self._activation(_products(hidden, self._weight1) + self._bias1)
+        logits = _products(inner, self._weight2).float() + self._bias
+        return -functional.softplus(-logits)
+
+    def _stack(self, layer: str, name: str) -> Tensor:
+        """Return one tensor `[L, …]`, of which each gate's own is a part from then on."""
+        stacked = torch.stack([getattr(getattr(gate, layer), name).detach() for gate in self._gates])
+        for gate, part in zip(self._gates, stacked, strict=True):
+            getattr(getattr(gate, layer), name).data = part
+        return stacked
+
+
+def _products(x: Tensor, weights: Tensor) -> Tensor:
+    """Multiply `[L, B, K]` by `[L, N, K]`, layer by layer."""
+    if torch.compiler.is_compiling() and x.shape[1] == 1 and x.device.type == "cpu":
+        return (weights * x).sum(-1)[:, None]
+    if x.shape[1] == 1:  # the wide side first: a batch of one vector each is what MKL is fast at
+        return torch.bmm(weights, x.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(x, weights.transpose(1, 2))

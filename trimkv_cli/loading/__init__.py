@@ -1,0 +1,1 @@
+"""From names, folders and files to an engine."""

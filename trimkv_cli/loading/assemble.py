@@ -1,0 +1,104 @@
+"""Put a loaded model, its gates and a plan together into an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trimkv_cli.cache.attention import LongRope, install
+from trimkv_cli.cache.rebase import make_rebase
+from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.cpu.blocks import pack
+from trimkv_cli.engine.cpu.decoder import make_decoder
+from trimkv_cli.engine.devices import tidy_heap
+from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.grammars import Grammars
+from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.row_files import make_fingerprint
+from trimkv_cli.engine.sampler import Sampler
+from trimkv_cli.engine.scheduler import Scheduler, SchedulerOptions
+from trimkv_cli.engine.text import Text
+from trimkv_cli.loading.options import DETERMINISTIC_ROWS
+
+
+def assemble(
+    model: PreTrainedModel,
+    gates: Sequence[nn.Module],
+    facts: EngineFacts,
+    *,
+    text: Text | None,
+    kv_dtype: torch.dtype,
+    deterministic: bool = False,
+    prefill_tokens: int | None = None,
+    rebases: bool = False,
+    compiled: bool = False,
+    evicts: bool = True,
+) -> Engine:
+    """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
+
+    The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
+    bounds rows × chunk of one prefill, by default one chunk. With `rebases` sequences may outgrow the model's
+    positions; with `compiled` every decode runs all rows, in one graph. `evicts` is false only to measure what eviction
+    costs: nothing that is generated then has a meaning. A model serves one engine at a time: close it before the next
+    is assembled.
+    """
+    plan, spec = facts.plan, facts.spec
+    rows = DETERMINISTIC_ROWS if deterministic else plan.rows
+    shares = plan.rows > 1 and plan.prefill_chunk > 0
+    fingerprint = make_fingerprint(model, gates, plan, facts.pins)
+    hooks: list[Any] = list(install(model, gates, sinks=facts.pins.sinks))
+    if not deterministic:
+        with tidy_heap():
+            hooks += pack(model, rows=rows)
+    cache = RetentionCache(
+        rows=rows + shares,
+        kv_budget=plan.kv_budget,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        windows=spec.windows,
+        dtype=kv_dtype,
+        device=model.device,
+        recent=facts.pins.recent,
+        evicts=evicts,
+    )
+    if rebases:
+        slots = [layer.slots for layer in cache.layers]
+        cache.rebase = make_rebase(model, slots, plan=plan, positions=facts.max_positions)
+    config: Any = model.config
+    grammars = None if text is None else Grammars(text.tokenizer, facts.eos_token_ids)
+    runner = ModelRunner(
+        model,
+        cache,
+        Sampler(rows, spec.vocab_size, model.device, grammars),
+        decode_rows=DETERMINISTIC_ROWS if deterministic else rows if compiled else None,
+        long_rope=LongRope(model) if LongRope.used_by(config) else None,
+        decoder=None
+        if deterministic
+        else make_decoder(model, gates, cache, sinks=facts.pins.sinks, compiled=compiled, evicts=evicts),
+        pins_system=facts.pins.system,
+    )
+    if model.device.type == "cuda" and not LongRope.used_by(config):
+        runner.run_ahead(facts.eos_token_ids)
+    scheduler = Scheduler(
+        SchedulerOptions(
+            max_rows=plan.rows,
+            prefill_chunk=plan.prefill_chunk,
+            prefill_tokens=prefill_tokens or plan.prefill_chunk,
+            prefill_rows=1 if deterministic else plan.rows,
+            prefix_row=rows if shares else None,
+            long_rope_from=spec.original_max_positions,
+        )
+    )
+    return Engine(
+        facts=facts,
+        runner=runner,
+        scheduler=scheduler,
+        text=text,
+        fingerprint=fingerprint,
+        hooks=hooks,
+        compact=not deterministic,
+    )

@@ -1,0 +1,263 @@
+"""Where the files of a model or of gates lie: a folder, the Hugging Face cache, or the hub, asked in this order."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from trimkv_cli.errors import ModelError, ModelNotFound, OfflineError, TrimkvError, UnsupportedModel, UsageError
+from trimkv_cli.model.folders import read_config
+from trimkv_cli.model.profiles import list_profiles
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRepoInfo
+
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
+
+Kind = Literal["model", "config", "gates"]
+
+GATE_PAIRS = (("gates.json", "gates.safetensors"), ("config.json", "trimkv_weights.pth"))
+# No pickles of model weights, no second copy of them (consolidated*, original/, onnx/), no code.
+WANTED: dict[Kind, list[str]] = {
+    "model": ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"],
+    "config": ["config.json"],
+    "gates": [name for pair in GATE_PAIRS for name in pair],
+}
+UNWANTED = ["consolidated*", "*/*"]
+
+
+def resolve(
+    name: str, *, kind: Kind = "model", revision: str | None = None, offline: bool = False, refresh: bool = False
+) -> Path:
+    """Return the folder that holds what `name`, a folder or a hub id, stands for.
+
+    A complete copy in the Hugging Face cache is used as it is, without asking the network; `refresh` asks first.
+
+    Raises:
+        ModelNotFound: no such folder, repository or revision, or nothing of this kind in it.
+        UsageError: a revision of a folder.
+        UnsupportedModel: GGUF files, or weights that are not safetensors.
+        OfflineError: not in the cache, and the network is off (`offline`) or unreachable.
+        ModelError: the repository's licence has to be accepted, or access is denied.
+    """
+    path = _local_path(name)
+    if path is not None and not path.is_dir():
+        raise _no_folder(path)
+    if path is not None and revision is not None:
+        raise UsageError(f"{name} is a folder and has no revisions", hint="leave out --revision")
+    if path is not None:
+        return _checked(path, kind, name)
+    if name.count("/") != 1:
+        raise no_such_model(name)
+    folder = None if refresh else _cached(name, kind, revision)
+    return _checked(folder or _download(name, kind, revision, offline=offline), kind, name)
+
+
+def pull(name: str, *, revision: str | None = None) -> Path:
+    """Bring the newest files of a repository of gates or of a model into the cache; raises as `resolve` does."""
+    if _local_path(name) is None and name.count("/") == 1:
+        folder = _download(name, "gates", revision, offline=False)  # of a model's files only its config
+        if holds(folder, "gates"):
+            return folder
+    return resolve(name, revision=revision, refresh=True)
+
+
+def holds(folder: Path, kind: Kind) -> bool:
+    """Say whether a folder has all files of a kind."""
+    if kind == "gates":
+        return any((folder / config).is_file() and (folder / weights).is_file() for config, weights in GATE_PAIRS)
+    return (folder / "config.json").is_file() and (kind == "config" or _has_weights(folder))
+
+
+def _local_path(name: str) -> Path | None:
+    """Return the path when `name` exists, or can only be meant as one."""
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError):  # a name too long, a home that nobody has
+        return None
+    spelled_as_path = name.startswith(("/", ".", "~")) or name.endswith((".gguf", "/")) or "\\" in name
+    return path if exists or spelled_as_path else None
+
+
+def _cached(name: str, kind: Kind, revision: str | None) -> Path | None:
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = Path(_snapshot(name, kind, revision, local_files_only=True))
+    except OSError:  # not there, or not readable: the download finds out
+        return None
+    except HFValidationError as error:
+        raise explain(error, name, revision) from None
+    return folder if holds(folder, kind) else None
+
+
+def _download(name: str, kind: Kind, revision: str | None, *, offline: bool) -> Path:
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+    if offline:
+        raise OfflineError(f"{name} is not in the cache", hint=f"{pull_command(name, revision)}, without --offline")
+    try:
+        return Path(_snapshot(name, kind, revision, local_files_only=False))
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise explain(error, name, revision) from None
+
+
+def _snapshot(name: str, kind: Kind, revision: str | None, *, local_files_only: bool) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        name,
+        revision=revision,
+        allow_patterns=WANTED[kind],
+        ignore_patterns=UNWANTED,
+        local_files_only=local_files_only,
+    )
+
+
+def _checked(folder: Path, kind: Kind, name: str) -> Path:
+    """Return the folder when it holds the kind, else say what it is instead."""
+    if holds(folder, kind):
+        return folder
+    raise _no_gates(name) if kind == "gates" else _no_model(folder, name)
+
+
+def _no_folder(path: Path) -> TrimkvError:
+    if path.suffix == ".gguf":
+        return _gguf(str(path))
+    if path.exists():
+        return ModelNotFound(f"{path} is a file, not a folder", hint=f"give its folder: {path.resolve().parent}")
+    return ModelNotFound(f"there is no folder {path}", hint=HUB_IDS)
+
+
+def _no_gates(name: str) -> TrimkvError:
+    pairs = ", or ".join(f"{config} and {weights}" for config, weights in GATE_PAIRS)
+    return ModelNotFound(f"{name} holds no gates", hint=f"gates are {pairs}; without trained ones: --gates streaming")
+
+
+def _no_model(folder: Path, name: str) -> TrimkvError:
+    if any(folder.glob("*.gguf")) or name.lower().endswith("-gguf"):
+        return _gguf(name)
+    if not (folder / "config.json").is_file():
+        return ModelNotFound(f"{name} has no config.json", hint="give the folder or hub id of a transformers model")
+    read_config(folder)  # a broken one is the first thing to say
+    if any(folder.glob("*.safetensors")):
+        return ModelNotFound(f"{name} lacks some of its weight files", hint=f"trimkv models pull {name}")
+    hint = "take a repository with *.safetensors, or save the model again with transformers' save_pretrained"
+    return UnsupportedModel(f"{name} has no safetensors weights", hint=hint)
+
+
+def _gguf(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{name} is GGUF, which trimkv does not read", hint="give the hub id of the original safetensors repository"
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(path.is_file() for path in folder.glob("*.safetensors"))
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return all((folder / shard).is_file() for shard in shards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedRepository:
+    """A repository of the Hugging Face cache; `kind` is what its newest revision holds."""
+
+    id: str
+    kind: Literal["model", "gates", "other"]
+    size_bytes: int
+    revisions: tuple[str, ...]  # newest first
+    folder: Path
+
+
+def cached_repositories() -> list[CachedRepository]:
+    """List the models and gates in the Hugging Face cache, by name."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    return sorted((_described(repo) for repo in repositories if repo.repo_type == "model"), key=lambda repo: repo.id)
+
+
+def _described(repo: CachedRepoInfo) -> CachedRepository:
+    revisions = sorted(repo.revisions, key=lambda revision: revision.last_modified, reverse=True)
+    folder = revisions[0].snapshot_path if revisions else repo.repo_path
+    kinds: tuple[Literal["gates", "model"], ...] = ("gates", "model")
+    return CachedRepository(
+        id=repo.repo_id,
+        kind=next((kind for kind in kinds if holds(folder, kind)), "other"),
+        size_bytes=repo.size_on_disk,
+        revisions=tuple(revision.commit_hash for revision in revisions),
+        folder=folder,
+    )
+
+
+HUB_IDS = "give a folder, a profile (trimkv profiles list) or a hub id as Qwen/Qwen3-4B"
+
+
+def explain(error: Exception, name: str, revision: str | None) -> TrimkvError:
+    """Translate what huggingface_hub raised while it looked for `name`."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return _gated(name)
+    if isinstance(error, errors.RevisionNotFoundError):
+        hint = "leave out --revision to take the default branch"
+        return ModelNotFound(f"{name} has no revision {revision or 'main'}", hint=hint)
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return no_such_model(name)
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refused(name, error.response.status_code)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space, or set HF_HOME to another disk"
+        return TrimkvError("the disk of the model cache is full", hint=hint)
+    if isinstance(error, PermissionError):
+        return TrimkvError(f"cannot write to the model cache: {error}", hint="set HF_HOME to a folder of yours")
+    return OfflineError(
+        f"{name} is not in the cache, and the hub cannot be reached",
+        hint=f"when the network is back: {pull_command(name, revision)}",
+    )
+
+
+def pull_command(name: str, revision: str | None) -> str:
+    """Return the command that brings a repository into the cache."""
+    return f"trimkv models pull {name}" + (f" --revision {revision}" if revision else "")
+
+
+def no_such_model(name: str) -> ModelNotFound:
+    """Say that nothing has this name, and which profiles have one like it."""
+    profiles = [profile.name for profile in list_profiles()]
+    near = difflib.get_close_matches(name.rpartition("/")[2].lower(), profiles, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    private = "; a private repository needs HF_TOKEN" if "/" in name else ""
+    return ModelNotFound(f"there is no model {name}", hint=hint + HUB_IDS + private)
+
+
+def _gated(name: str) -> ModelError:
+    from huggingface_hub import constants
+
+    return ModelError(
+        f"{name} is gated: its owner wants its licence accepted first",
+        hint=f"accept it at {constants.ENDPOINT}/{name}, then set HF_TOKEN to a token of yours, or: hf auth login",
+    )
+
+
+def _refused(name: str, status: int) -> ModelError:
+    if status in (401, 403):
+        hint = "set HF_TOKEN to a valid token of an account that may read it, or: hf auth login"
+        return ModelError(f"the hub denies access to {name} ({status})", hint=hint)
+    return OfflineError(f"the hub could not serve {name} ({status})", hint="try again later")

@@ -1,0 +1,260 @@
+"""What a user's options come to: a model, its gates, and where they lie. Plain Python; no weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimkv_cli.errors import GateMismatch, ModelError, UnsupportedModel, UsageError
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
+from trimkv_cli.model.folders import read_gate_spec, read_model_spec
+from trimkv_cli.model.machine import Machine
+from trimkv_cli.model.profiles import BUILT_IN, Profile, find_profile, list_profiles, load_profile, profile_for
+from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.plan.plan import PlanOptions
+from trimkv_cli.units import parse_budget, parse_kv_budget
+
+if TYPE_CHECKING:
+    from trimkv_cli.loading.hub import Kind
+
+
+_STREAMING = re.compile(r"streaming(?::(\d+))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model and its gates, found; `model_folder` is None where only the shape was asked for."""
+
+    model_id: str
+    spec: ModelSpec
+    gate: GateSpec
+    profile: Profile | None
+    own_gates: bool  # the profile's, not others that the user named
+    model_folder: Path | None
+    gates_place: Place | None  # None for constant gates
+    name: str | None  # as the user gave it; None = the built-in default
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights lie, of a source that was found with them."""
+        assert self.model_folder is not None, "the weights were not asked for"
+        return self.model_folder
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user did not ask for but should know."""
+        if self.model_id != MINI or self.name is not None:
+            return ()
+        return ("no model given: using the built-in mini, which remembers what it is told and knows nothing else",)
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return self.profile.sampling if self.profile is not None else {}
+
+    def plan_options(
+        self,
+        options: EngineOptions,
+        *,
+        device: str,
+        memory_bytes: tuple[int | None, int | None],
+        padded_rows: int = 0,
+        snapshots: int = 0,
+    ) -> PlanOptions:
+        """Fill in what the profile says where the user said nothing; `memory_bytes` is the device's, all and free.
+
+        Raises:
+            UsageError: a size that is none, or a share of memory that is not known.
+        """
+        total, free = memory_bytes
+        budget = parse_budget(options.budget).resolve(total_bytes=total, free_bytes=free) if options.budget else None
+        here = Machine.here()
+        chunk = self.profile.prefill_chunk if self.profile is not None else None
+        return PlanOptions(
+            budget=budget,
+            kv_budget=parse_kv_budget(options.kv_budget) if options.kv_budget is not None else None,
+            default_kv_budget=self.profile.kv_budget if self.profile is not None and self.own_gates else None,
+            prefill_chunk=chunk if options.prefill_chunk is None else options.prefill_chunk,
+            max_inflight=options.max_inflight,
+            context=options.context,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            kv_dtype=options.kv_dtype,
+            can_quantise=find_spec("bitsandbytes") is not None,
+            snapshots=snapshots,
+            machine=replace(here, threads=options.threads_or(here.threads)),
+            device=device,
+            padded_rows=padded_rows,
+            rebases=options.on_overflow == "rebase",
+            command=f"trimkv plan {self.name or self.model_id}",
+        )
+
+
+def find_source(options: EngineOptions, *, weights: bool) -> Source:
+    """Find the model and the gates that the options name; with `weights` all files are there afterwards.
+
+    Raises:
+        ModelError: nothing of that name, no gates for it, or a network that is needed and not there.
+        UsageError: options that contradict each other.
+    """
+    name, profile = _named(options)
+    place = model_place(name, options.revision)
+    folder = place.folder("model", offline=options.offline) if weights else None
+    spec = read_model_spec(folder) if folder is not None else _spec(place, profile, options)
+    gate, where = _gates(options, profile, place)
+    if gate.model_type not in (None, spec.model_type):
+        raise GateMismatch(
+            f"{gate.id} holds gates for {gate.model_type}, the model is {spec.model_type}",
+            hint="use the gates made for this model, or --gates streaming",
+        )
+    return Source(
+        model_id=place.id,
+        spec=spec,
+        gate=gate,
+        profile=profile,
+        own_gates=options.gates == "auto",
+        model_folder=folder,
+        gates_place=where,
+        name=name,
+    )
+
+
+def find_here(options: EngineOptions) -> Source | None:
+    """Find what the options name among the files that are here; None where some are not."""
+    try:
+        return find_source(replace(options, offline=True), weights=False)
+    except ModelError:
+        return None
+
+
+def model_names(options: EngineOptions, source: Source | None) -> frozenset[str]:
+    """Return what requests may call the model: as it was named, its id and folder, its profile, its gates, their base.
+
+    Raises:
+        UsageError: options that contradict each other.
+    """
+    name, profile = _named(options)
+    id = model_place(name, options.revision).id
+    folder = Path(id).expanduser()
+    profile = profile or (profile_for(id) if options.gates == "auto" else None)
+    names = {options.model, options.profile, name, id, folder.name if folder.is_dir() else None}
+    names |= {profile.name, profile.model, shown_id(profile.model), profile.gates} if profile is not None else set()
+    names |= {source.gate.id, source.gate.base_model} if source is not None else set()
+    return frozenset(each for each in names if each)
+
+
+def _named(options: EngineOptions) -> tuple[str | None, Profile | None]:
+    """Return the model's name, and the profile that it is or that was named beside it."""
+    if options.profile is None:
+        return options.model, find_profile(options.model or MINI)
+    profile = load_profile(options.profile)
+    if options.model not in (None, profile.name, profile.model):
+        raise UsageError(
+            f"--profile {profile.name} is for {shown_id(profile.model)}, and --model says {options.model}",
+            hint="leave one of them out",
+        )
+    return profile.name, profile
+
+
+def _spec(place: Place, profile: Profile | None, options: EngineOptions) -> ModelSpec:
+    """Take the shape from a profile of this model, else from its config.json, which may be downloaded."""
+    known = profile or next((p for p in list_profiles() if p.model == place.id), None)
+    spec = known.spec if known is not None and options.revision is None else None
+    return spec or read_model_spec(place.folder("config", offline=options.offline))
+
+
+def _gates(options: EngineOptions, profile: Profile | None, model: Place) -> tuple[GateSpec, Place | None]:
+    streaming = _STREAMING.fullmatch(options.gates)
+    if options.gates == "none":
+        return full_gate(), None
+    if streaming is not None:
+        return streaming_gate(int(streaming[1] or 4)), None
+    if options.gates.startswith("streaming:"):
+        raise UsageError(f"--gates {options.gates}: not a number of sinks", hint="--gates streaming:4")
+    if options.gates == "auto":
+        return _own_gates(options, profile, model)
+    known = next((p for p in list_profiles() if options.gates in (p.name, p.gates)), None)
+    place = gates_place(options.gates)
+    return (_known_gate(known) if known else None) or _read(place, options), place
+
+
+def _own_gates(options: EngineOptions, profile: Profile | None, model: Place) -> tuple[GateSpec, Place | None]:
+    """Take the profile's gates, those in a folder `gates` of the model's own, or those made for this hub model."""
+    beside = Path(model.id).expanduser() / "gates"
+    if profile is None and beside.is_dir():
+        place = Place(id=str(beside))
+        return _read(place, options), place
+    profile = profile or profile_for(model.id)
+    gate = _known_gate(profile)
+    if profile is None or gate is None:
+        raise UnsupportedModel(
+            f"{model.id} has no retention gates",
+            hint="--gates streaming, --gates none for a full cache, or trimkv gates train",
+        )
+    return gate, gates_place(profile.name)
+
+
+def _known_gate(profile: Profile | None) -> GateSpec | None:
+    """Return what a profile says of its gates; the built-in ones lie here and speak for themselves."""
+    if profile is not None and profile.gates == f"{BUILT_IN}{MINI}":
+        return read_gate_spec(GATES_FOLDER, id=MINI)
+    return profile.gate if profile is not None else None
+
+
+def _read(place: Place, options: EngineOptions) -> GateSpec:
+    return read_gate_spec(place.folder("gates", offline=options.offline), id=place.id)
+
+
+MINI = "mini"
+BUILT_IN_FOLDERS: dict[Kind, Path] = {"model": MODEL_FOLDER, "config": MODEL_FOLDER, "gates": GATES_FOLDER}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A model or gates: the name to report, and the revision to take when it is a hub id."""
+
+    id: str
+    revision: str | None = None
+
+    def folder(self, kind: Kind, *, offline: bool, refresh: bool = False) -> Path:
+        """Return the folder with the files; raises as `hub.resolve` does."""
+        from trimkv_cli.loading.hub import resolve
+
+        if self.id == MINI and self.revision is not None:
+            raise UsageError("the built-in mini has no revisions", hint="leave out --revision")
+        if self.id == MINI:
+            return BUILT_IN_FOLDERS[kind]
+        return resolve(self.id, kind=kind, revision=self.revision, offline=offline, refresh=refresh)
+
+
+def model_place(name: str | None, revision: str | None = None) -> Place:
+    """Return the model that a name stands for; without a name the built-in one."""
+    profile = find_profile(name or MINI)
+    if profile is None:
+        return Place(id=name or MINI, revision=revision)
+    return Place(id=shown_id(profile.model), revision=revision or profile.revision)
+
+
+def gates_place(name: str, revision: str | None = None) -> Place:
+    """Return the gates that a name stands for: a profile's own, or the folder or hub id itself.
+
+    Raises:
+        GateMismatch: a profile without trained gates, or a constant gate, which has no files.
+    """
+    if name in ("streaming", "none", "auto"):
+        raise GateMismatch(f"{name!r} is not a gate folder", hint="give a folder, a hub id or a profile")
+    profile = find_profile(name)
+    if profile is None:
+        return Place(id=name, revision=revision)
+    if profile.gates is None:
+        raise GateMismatch(f"the profile {name} has no trained gates", hint="try --gates streaming with its model")
+    return Place(id=shown_id(profile.gates), revision=revision or profile.gates_revision)
+
+
+def shown_id(id: str) -> str:
+    """Return the id that a user sees and may type: `mini` for what a profile calls `builtin:mini`."""
+    return id.removeprefix(BUILT_IN)

@@ -1,0 +1,1 @@
+"""What a model, its gates and this machine measure; plain Python."""

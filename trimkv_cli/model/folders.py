@@ -1,0 +1,122 @@
+"""What a folder of a model or of gates says of itself: configs and headers, without reading a weight."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from trimkv_cli.errors import BrokenModel, ModelNotFound
+from trimkv_cli.model.spec import STORED_DTYPES, GateSpec, ModelSpec
+
+_AGAIN = "get the folder again"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        ModelNotFound: no such folder, or no config.json in it.
+        BrokenModel: not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ModelNotFound(f"{folder} {what}", hint="give a folder saved by transformers, a hub id or a profile")
+    return _json_object(path.read_bytes(), path)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in a file, and what it is; `dtype` as safetensors names it."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Read name → place of all tensors of a folder's *.safetensors files, without reading a weight.
+
+    Raises:
+        BrokenModel: a file that is cut off, or whose header makes no sense.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(_header(path))
+    return tensors
+
+
+def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read name → (dtype, shape) of the same tensors; raises as `stored_tensors` does."""
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in stored_tensors(folder).items()}
+
+
+def read_model_spec(folder: Path) -> ModelSpec:
+    """Read a model folder's spec; the stored tensors say what config.json leaves open.
+
+    Raises:
+        ModelError: no model, a broken one, or one that trimkv does not run.
+    """
+    config = read_config(folder)
+    spec = ModelSpec.from_config(config)
+    tensors = read_safetensors_headers(folder)
+    skipped = ("lm_head.weight",) if spec.tied else ()
+    stored = sum(prod(shape) for name, (_, shape) in tensors.items() if name not in skipped and "inv_freq" not in name)
+    dtypes = {STORED_DTYPES[dtype] for dtype, _ in tensors.values() if dtype in STORED_DTYPES}
+    known = config.get("dtype") or config.get("torch_dtype") or len(dtypes) != 1
+    return replace(spec, weight_numel=max(spec.weight_numel, stored), dtype=spec.dtype if known else dtypes.pop())
+
+
+def read_gate_spec(folder: Path, *, id: str) -> GateSpec:
+    """Read what a gate folder of either format says of itself, without its tensors.
+
+    Raises:
+        ModelNotFound: neither gates.json nor config.json.
+        GateMismatch: gates that trimkv does not run.
+    """
+    own = folder / "gates.json"
+    config = _json_object(own.read_bytes(), own) if own.is_file() else read_config(folder)
+    return GateSpec.from_config(config, id=id)
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    header, data_bytes = _header_bytes(path)
+    entries = _json_object(header, path)
+    entries.pop("__metadata__", None)
+    try:
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {
+            name: StoredTensor(
+                path, 8 + len(header) + entry["data_offsets"][0], entry["dtype"], tuple(map(int, entry["shape"]))
+            )
+            for name, entry in entries.items()
+        }
+    except (LookupError, TypeError, ValueError):
+        raise BrokenModel(f"{path}: the header does not describe tensors", hint=_AGAIN) from None
+    if end != data_bytes:
+        raise BrokenModel(f"{path} is cut off: {data_bytes:,} of {end:,} bytes of tensors", hint=_AGAIN)
+    return tensors
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """Return a safetensors file's header, and how many bytes follow it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        follow = path.stat().st_size - 8 - length
+        if follow < 0 or length == 0:
+            raise BrokenModel(f"{path} is cut off or not a safetensors file", hint=_AGAIN)
+        return file.read(length), follow
+
+
+def _json_object(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BrokenModel(f"{path} is not valid JSON: {error}", hint=_AGAIN) from None
+    if not isinstance(value, dict):
+        raise BrokenModel(f"{path} is not a JSON object", hint=_AGAIN)
+    return value

@@ -1,0 +1,169 @@
+"""Profiles: one TOML file per model, with its gates, sizes and sampling defaults; the user's own come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from trimkv_cli.errors import ConfigError, ModelNotFound
+from trimkv_cli.files import check_keys, read_toml
+from trimkv_cli.model.spec import DTYPE_BYTES, GateSpec, GateVariant, ModelSpec
+
+BUILT_IN = "builtin:"
+SAMPLING_KEYS: Mapping[str, type] = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "top_h": float,
+    "repetition_penalty": float,
+}
+_KEYS: Mapping[str, type] = {
+    "model": str,
+    "revision": str,
+    "gates": str,
+    "gates_revision": str,
+    "variant": str,
+    "gate_hidden": int,
+    "trained_context": int,
+    "trained_kv_budget": int,
+    "kv_budget": int,
+    "prefill_chunk": int,
+    "weight_bytes": int,
+    "sampling": dict,
+    "config": dict,
+}
+_VARIANTS: Mapping[str, GateVariant] = {"rg": "rg", "rg10": "rg10", "streaming": "streaming", "none": "none"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A model under a short name; a revision of None is the hub's main."""
+
+    name: str
+    path: Path
+    model: str  # hub id, folder or "builtin:mini"
+    revision: str | None = None
+    gates: str | None = None  # hub id or folder
+    gates_revision: str | None = None
+    variant: str = "rg"
+    gate_hidden: int = 512
+    trained_context: int | None = None
+    trained_kv_budget: int | None = None
+    kv_budget: int | None = None
+    prefill_chunk: int | None = None
+    weight_bytes: int | None = None  # in the dtype of `config`
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # of config.json, what the plan needs
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """Return the model's shape as far as the profile carries it."""
+        if not self.config:
+            return None
+        spec = ModelSpec.from_config(self.config)
+        if self.weight_bytes is None:
+            return spec
+        return replace(spec, weight_numel=self.weight_bytes // DTYPE_BYTES[spec.dtype])
+
+    @property
+    def gate(self) -> GateSpec | None:
+        """Return what the profile says of its gates."""
+        if self.gates is None:
+            return None
+        model_type = self.config.get("model_type")
+        return GateSpec(
+            variant=_VARIANTS[self.variant],
+            id=self.gates,
+            hidden=self.gate_hidden,
+            memory_size=self.trained_kv_budget,
+            trained_context=self.trained_context,
+            base_model=self.model,
+            model_type=str(model_type) if model_type else None,
+        )
+
+
+def profile_folders() -> tuple[Path, ...]:
+    """Return where profiles lie, the user's own folder first."""
+    from platformdirs import user_config_path
+
+    package = Path(__file__).parents[1]
+    built_in = package / "_profiles"
+    return user_config_path("trimkv") / "profiles", built_in if built_in.is_dir() else package.parent / "profiles"
+
+
+def list_profiles() -> list[Profile]:
+    """Read all profiles, by name; one of the user's hides a built-in one of the same name.
+
+    Raises:
+        ConfigError: a faulty file.
+    """
+    return [read_profile(path) for _, path in sorted(_paths().items())]
+
+
+def find_profile(name: str) -> Profile | None:
+    """Return the profile of this name, if there is one.
+
+    Raises:
+        ConfigError: its file is faulty.
+    """
+    path = _paths().get(name)
+    return read_profile(path) if path else None
+
+
+def load_profile(name: str) -> Profile:
+    """Return the profile of this name.
+
+    Raises:
+        ModelNotFound: there is none.
+        ConfigError: its file is faulty.
+    """
+    profile = find_profile(name)
+    if profile is None:
+        near = get_close_matches(name, _paths(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "trimkv profiles list shows them"
+        raise ModelNotFound(f"there is no profile {name}", hint=hint)
+    return profile
+
+
+def profile_for(model_id: str) -> Profile | None:
+    """Return the profile whose gates were made for a hub model; gates that rank per head go first.
+
+    Raises:
+        ConfigError: a faulty file.
+    """
+    made_for = [profile for profile in list_profiles() if profile.model == model_id and profile.gates]
+    return min(made_for, key=lambda profile: (profile.variant != "rg", profile.name), default=None)
+
+
+def read_profile(path: Path) -> Profile:
+    """Read one profile file.
+
+    Raises:
+        ConfigError: unreadable, unknown keys, or values of another type.
+    """
+    values = read_toml(path)
+    check_keys(values, _KEYS, path)
+    check_keys(values.get("sampling", {}), SAMPLING_KEYS, path, table="sampling")
+    if not values.get("model"):
+        raise ConfigError(f"{path}: key 'model' is missing", hint='model = "Qwen/Qwen3-4B"')
+    if values.get("variant", "rg") not in _VARIANTS:
+        raise ConfigError(f"{path}: variant {values['variant']!r} is unknown", hint=f"one of {', '.join(_VARIANTS)}")
+    for key in ("kv_budget", "trained_kv_budget", "trained_context", "weight_bytes", "gate_hidden"):
+        if values.get(key, 1) < 1:
+            raise ConfigError(f"{path}: {key} = {values[key]} is too small", hint=f"{key} needs 1 or more")
+    known = {f.name for f in fields(Profile)}
+    return Profile(name=path.stem, path=path, **{key: value for key, value in values.items() if key in known})
+
+
+def _paths() -> dict[str, Path]:
+    return dict(_found())
+
+
+def _found() -> Iterator[tuple[str, Path]]:
+    for folder in reversed(profile_folders()):
+        yield from ((path.stem, path) for path in folder.glob("*.toml"))

@@ -1,0 +1,288 @@
+"""What a model and its gates measure: every number the plan needs, from config.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from trimkv_cli.errors import GateMismatch, UsageError
+from trimkv_cli.model.families import (
+    DEFAULTS,
+    layer_matrices,
+    layer_windows,
+    original_max_positions,
+    positive,
+    supported_type,
+    weight_numel,
+)
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
+Quantisation = Literal["none", "int8", "nf4"]
+GateVariant = Literal["rg", "rg10", "streaming", "none"]
+
+DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "nf4")
+SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
+_JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
+STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The shape of one decoder; `windows` has one entry per layer, None where attention is full."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+    dtype: Dtype
+    tied: bool
+    original_max_positions: int | None  # long-RoPE: where the short factors end
+    weight_numel: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read a transformers config.json of any 4.x or 5.x form.
+
+        Raises:
+            UnsupportedModel: a family or form that trimkv does not run.
+            BrokenModel: a key that is missing or has a value that makes no sense.
+        """
+        model_type = supported_type(config)
+        full = {**DEFAULTS[model_type], **config}
+        heads = positive(full, "num_attention_heads")
+        hidden = positive(full, "hidden_size")
+        shape = {
+            "num_layers": positive(full, "num_hidden_layers"),
+            "hidden_size": hidden,
+            "num_heads": heads,
+            "num_kv_heads": positive(full, "num_key_value_heads", heads),
+            "head_dim": positive(full, "head_dim", hidden // heads),
+            "intermediate_size": positive(full, "intermediate_size"),
+            "vocab_size": positive(full, "vocab_size"),
+        }
+        return cls(
+            model_type=model_type,
+            **shape,
+            max_positions=positive(full, "max_position_embeddings"),
+            windows=layer_windows(model_type, full),
+            dtype=_DTYPES.get(str(full.get("dtype") or full.get("torch_dtype")).removeprefix("torch."), "fp32"),
+            tied=bool(full["tie_word_embeddings"]),
+            original_max_positions=original_max_positions(full),
+            weight_numel=weight_numel(model_type, full, **shape),
+        )
+
+    @property
+    def slot_numel(self) -> int:
+        """K and V elements of one slot of one head."""
+        return 2 * self.head_dim
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the model's own dtype."""
+        return self.weight_numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """The linear layers (outputs, inputs) of one decoder layer, which quantisation makes smaller."""
+        return layer_matrices(
+            self.model_type,
+            hidden=self.hidden_size,
+            intermediate=self.intermediate_size,
+            q=self.num_heads * self.head_dim,
+            kv=self.num_kv_heads * self.head_dim,
+        )
+
+    def slots(self, layer: int, kv_budget: int) -> int:
+        """Count the slots per KV head of a layer: a window needs no more than itself."""
+        window = self.windows[layer]
+        return kv_budget if window is None else min(kv_budget, window)
+
+    def kv_bytes_per_row(self, kv_budget: int, dtype_bytes: int) -> int:
+        """Count the bytes that one sequence's cache takes, whatever its length."""
+        slots = sum(self.slots(layer, kv_budget) for layer in range(self.num_layers))
+        return self.num_kv_heads * slots * (self.slot_numel * dtype_bytes + SLOT_STATE_BYTES)
+
+    def journal_bytes_per_row(self, dtype_bytes: int) -> int:
+        """Count the bytes that keep what one decode step displaced in one sequence."""
+        return self.num_layers * self.num_kv_heads * (self.slot_numel * dtype_bytes + _JOURNAL_STATE_BYTES)
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Count K and V of one token over all layers, as a full cache without windows stores them."""
+        return self.num_layers * self.num_kv_heads * self.slot_numel * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateSpec:
+    """What ranks the tokens: a released gate, a constant one ("streaming") or a full cache ("none")."""
+
+    variant: GateVariant
+    id: str
+    hidden: int = 512  # width of the gate's MLP
+    memory_size: int | None = None  # the M it was trained for
+    largest_memory_size: int | None = None  # the most of them, where it was trained for several
+    trained_context: int | None = None
+    base_model: str | None = None
+    buffer_size: int | None = None  # reported; trimkv evicts at every step
+    model_type: str | None = None
+    sinks: int = 4  # tokens that a streaming gate never forgets
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, id: str) -> Self:
+        """Read the config.json of a released gate folder, where `memory_size` may be a float.
+
+        Raises:
+            GateMismatch: an unknown gate variant, or sizes that are not whole positive numbers.
+        """
+        variant = config.get("retention_gate")
+        if variant not in ("rg", "rg10"):
+            raise GateMismatch(
+                f"{id}: gate variant {variant!r} is not one that trimkv runs (rg, rg10)",
+                hint="try --gates streaming",
+            )
+        return cls(
+            variant="rg" if variant == "rg" else "rg10",
+            id=id,
+            hidden=_whole(config, "retention_gate_intermediate_size", id) or 512,
+            memory_size=_whole(config, "memory_size", id),
+            largest_memory_size=_whole(config, "largest_memory_size", id),
+            trained_context=_whole(config, "max_seq_len", id) or _whole(config, "trained_context", id),
+            base_model=config.get("base_model"),
+            buffer_size=_whole(config, "buffer_size", id),
+            model_type=config.get("model_type"),
+        )
+
+    @property
+    def trained(self) -> bool:
+        return self.variant in ("rg", "rg10")
+
+    @property
+    def kept(self) -> int:
+        """The first tokens of a sequence that this gate itself never evicts."""
+        return self.sinks if self.variant == "streaming" else 0
+
+    def numel(self, model: ModelSpec) -> int:
+        """Count the parameters of the gates of all layers, each layer with its own copy of a shared tensor."""
+        if not self.trained:
+            return 0
+        per_layer = model.hidden_size * self.hidden + self.hidden + self.hidden * model.num_kv_heads
+        middle = self.hidden * self.hidden + self.hidden if self.variant == "rg10" else 0
+        return model.num_layers * (per_layer + middle + model.num_kv_heads)
+
+
+def gate_bytes(model: ModelSpec, gate: GateSpec, dtype: Dtype) -> int:
+    """Count the bytes of the gates in the compute dtype; the per-head biases stay in float32."""
+    if not gate.trained:
+        return 0
+    biases = model.num_layers * model.num_kv_heads
+    return (gate.numel(model) - biases) * DTYPE_BYTES[dtype] + biases * 4
+
+
+def streaming_gate(sinks: int = 4) -> GateSpec:
+    """Describe the constant gate: the first tokens and the latest ones stay."""
+    return GateSpec(variant="streaming", id=f"streaming:{sinks}", sinks=sinks)
+
+
+def full_gate() -> GateSpec:
+    """Describe a full cache, which never evicts."""
+    return GateSpec(variant="none", id="none")
+
+
+def parse_dtype(text: str, default: Dtype) -> Dtype:
+    """Read a dtype flag; "auto" is the default given."""
+    names: dict[str, Dtype] = {**_DTYPES, "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
+    if text == "auto":
+        return default
+    if text not in names:
+        raise UsageError(f"{text!r} is not a dtype", hint="one of auto, bf16, fp16, fp32")
+    return names[text]
+
+
+def parse_kv_dtype(text: str) -> KvDtype | None:
+    """Read the dtype of cached keys and values; "auto" is None, that of the weights."""
+    if text in ("fp8", "float8_e4m3fn"):
+        return "fp8"
+    return None if text == "auto" else parse_dtype(text, "fp32")
+
+
+def parse_quantisation(text: str) -> Quantisation | None:
+    """Read `--quantize`; "auto" is None, the plan's choice."""
+    found = next((known for known in QUANTISATIONS if known == text), None)
+    if found is None and text != "auto":
+        raise UsageError(f"{text!r} is not a quantisation", hint="one of auto, none, int8, nf4")
+    return found
+
+
+def _whole(config: Mapping[str, Any], key: str, id: str) -> int | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or value != int(value) or value < 1:
+        hint = "get the gates again, or --gates streaming"
+        raise GateMismatch(f"{id}: {key} = {value!r} is not a whole number above 0", hint=hint)
+    return int(value)
+
+
+_EXAMPLE = "--pin system,sinks:4,recent:64"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """Pin the system message, the first `sinks` and the newest `recent` tokens: their score is +inf."""
+
+    system: bool = False
+    sinks: int = 0
+    recent: int = 0
+
+    @classmethod
+    def parse(cls, text: str | None) -> Pins:
+        """Read `system,sinks:4,recent:64`; None pins nothing.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        system, counts = False, {"sinks": 0, "recent": 0}
+        for part in (text or "").split(",") if text is not None else ():
+            found = re.fullmatch(r"(sinks|recent):([1-9]\d{0,8})", part.strip())
+            if part.strip() == "system":
+                system = True
+            elif found:
+                counts[found[1]] = int(found[2])
+            else:
+                raise UsageError(f"--pin {text}: {part.strip() or 'nothing'!r} cannot be pinned", hint=_EXAMPLE)
+        return cls(system=system, **counts)
+
+    def __str__(self) -> str:
+        counts = {"sinks": self.sinks, "recent": self.recent}
+        parts = ["system"] if self.system else []
+        return ",".join([*parts, *(f"{name}:{count}" for name, count in counts.items() if count)])
+
+    def count(self, prefix_len: int, sinks: int = 0) -> int:
+        """Count the tokens kept at once in a sequence whose system message has `prefix_len` tokens.
+
+        `sinks` are the first ones, which the gate itself keeps.
+        """
+        return max(sinks, self.sinks, prefix_len if self.system else 0) + self.recent
+
+    def check(self, prefix_len: int, slots: int, *, sinks: int = 0) -> None:
+        """Raise when pinned tokens, and the gate's own `sinks`, leave no slot to the others.
+
+        Raises:
+            UsageError: there are as many of them as slots, or more.
+        """
+        count = self.count(prefix_len, sinks)
+        if count >= slots:
+            raise UsageError(
+                f"{count} pinned tokens leave none of {slots} slots per head to the others",
+                hint=f"--kv-budget {2 * count}, or pin less",
+            )

@@ -1,0 +1,1 @@
+"""Every byte of a run before anything is loaded; plain Python."""

@@ -1,0 +1,257 @@
+"""What a user fixed, and the sizes that this leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trimkv_cli.errors import ContextOverflow, UsageError
+from trimkv_cli.model.machine import Machine
+from trimkv_cli.model.spec import (
+    DTYPE_BYTES,
+    QUANTISATIONS,
+    Dtype,
+    GateSpec,
+    KvDtype,
+    ModelSpec,
+    Quantisation,
+    parse_dtype,
+    parse_kv_dtype,
+    parse_quantisation,
+)
+from trimkv_cli.plan.bytes import Shape, Surroundings
+from trimkv_cli.units import SequenceBytes, format_size
+
+DEFAULT_CHUNK = 512
+SMALLEST_CHUNK = 64
+UNTRAINED_KV_BUDGET = 1024
+SMALLEST_KV_BUDGET = 32
+FULL_CACHE_CONTEXT = 4096
+MOST_ROWS = {"cpu": 8, "cuda": 64}
+QUANTISES = ("cpu", "cuda")  # devices that bitsandbytes serves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What a user fixed; None and "auto" leave a size to the plan.
+
+    `command` begins the counter-offers; the flags of this plan are appended to it.
+    """
+
+    budget: int | None = None  # bytes of everything; None = no limit
+    kv_budget: int | SequenceBytes | None = None
+    default_kv_budget: int | None = None  # a profile's wish, which a budget may make smaller
+    prefill_chunk: int | None = None  # 0 = the whole prompt
+    max_inflight: int | None = None
+    context: int | None = None
+    dtype: str = "auto"
+    quantize: str = "auto"
+    kv_dtype: str = "auto"
+    device: str = "cpu"  # cpu, cuda or mps
+    can_quantise: bool = True  # bitsandbytes is there
+    snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
+    machine: Machine = field(default_factory=Machine)
+    rebases: bool = False  # sequences may outgrow the model's positions
+    padded_rows: int = 0  # rows that every decode has, whatever runs
+    command: str = "trimkv plan"
+    offers: bool = True  # look for commands that would fit where this does not
+
+    def __post_init__(self) -> None:
+        sizes = {"--kv-budget": self.kv_budget, "--max-inflight": self.max_inflight, "--context": self.context}
+        for flag, size in sizes.items():
+            if isinstance(size, int) and size < 1:
+                raise UsageError(f"{flag} {size} is too small", hint=f"{flag} needs 1 or more")
+        if self.prefill_chunk is not None and self.prefill_chunk < 0:
+            raise UsageError(
+                f"--prefill-chunk {self.prefill_chunk} is below 0", hint="0 means the whole prompt at once"
+            )
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Write the options as they would be typed."""
+        kv_budget = self.kv_budget.amount if isinstance(self.kv_budget, SequenceBytes) else None
+        said = {
+            "--budget": self.budget,
+            "--kv-budget": f"{kv_budget}B" if kv_budget is not None else self.kv_budget,
+            "--max-inflight": self.max_inflight,
+            "--prefill-chunk": self.prefill_chunk,
+            "--context": self.context,
+            "--dtype": None if self.dtype == "auto" else self.dtype,
+            "--quantize": None if self.quantize == "auto" else self.quantize,
+            "--kv-dtype": None if self.kv_dtype == "auto" else self.kv_dtype,
+        }
+        return {flag: str(value) for flag, value in said.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How weights are kept: what they compute in, and whether the matrices are quantised."""
+
+    dtype: Dtype
+    quantize: Quantisation
+
+    def __str__(self) -> str:
+        return self.dtype if self.quantize == "none" else self.quantize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """The sizes allowed, each with the preferred one first; what a user fixed has one entry."""
+
+    kv_budgets: tuple[int, ...]
+    trained: int  # what the gate was trained for; fewer slots are the last thing to accept
+    precisions: tuple[Precision, ...]
+    kv_dtype: KvDtype | None  # None = as the weights
+    chunks: tuple[int, ...]
+    rows: tuple[int, ...]
+    around: Surroundings
+    budget_bytes: int | None
+    kv_flag: str | None = "--kv-budget"  # what makes the KV budget smaller
+    full_cache: bool = False  # it has a slot for each token of the context
+    dtype_is_free: bool = True
+    can_quantise: bool = True
+
+    @property
+    def preferred(self) -> Shape:
+        """The smallest shape that gives up nothing which changes quality much: KV budget and chunk stay."""
+        return self.shape(self.kv_budgets[0], self.precisions[-1], self.chunks[0], self.rows[-1])
+
+    def shape(self, kv_budget: int, precision: Precision, chunk: int, rows: int) -> Shape:
+        return Shape(
+            kv_budget=kv_budget,
+            prefill_chunk=chunk,
+            rows=rows,
+            dtype=precision.dtype,
+            quantize=precision.quantize,
+            kv_dtype=self.kv_dtype or precision.dtype,
+        )
+
+
+def halvings(first: int, smallest: int) -> tuple[int, ...]:
+    """List a size and its halves down to `smallest`."""
+    sizes = [first]
+    while sizes[-1] // 2 >= smallest:
+        sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
+
+
+def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
+    """List the sizes that the plan may choose from.
+
+    Raises:
+        UsageError: sizes that contradict each other.
+        ContextOverflow: a context past the model's positions.
+    """
+    if options.context is not None and options.context > spec.max_positions:
+        raise ContextOverflow(
+            f"a context of {options.context} is past the model's {spec.max_positions} positions",
+            hint=f"--context {spec.max_positions}",
+        )
+    precisions = _precisions(spec, options)
+    kv_dtype = parse_kv_dtype(options.kv_dtype)
+    if kv_dtype == "fp8" and options.device != "cuda":
+        raise UsageError(f"fp8 keys and values need a GPU, not {options.device}", hint="--kv-dtype bf16")
+    kv_budgets = _kv_budgets(spec, gate, options, DTYPE_BYTES[kv_dtype or precisions[0].dtype])
+    chunk = options.prefill_chunk
+    return Wish(
+        kv_budgets=kv_budgets,
+        trained=min(gate.memory_size or kv_budgets[0], kv_budgets[0]),
+        precisions=precisions,
+        kv_dtype=kv_dtype,
+        chunks=halvings(DEFAULT_CHUNK, SMALLEST_CHUNK) if chunk is None else (chunk,),
+        rows=(options.max_inflight,) if options.max_inflight else tuple(range(_most_rows(options), 0, -1)),
+        around=Surroundings(
+            longest_prompt=options.context or spec.max_positions,
+            padded_rows=options.padded_rows,
+            device=options.device,
+            counts_runtime=options.budget is not None,
+            snapshots=options.snapshots,
+            rebases=options.rebases,
+            machine=options.machine,
+        ),
+        budget_bytes=options.budget,
+        kv_flag=_kv_flag(gate, options),
+        full_cache=gate.variant == "none",
+        dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
+        can_quantise=options.can_quantise,
+    )
+
+
+def _most_rows(options: PlanOptions) -> int:
+    return options.padded_rows or MOST_ROWS.get(options.device, MOST_ROWS["cpu"])
+
+
+def _precisions(spec: ModelSpec, options: PlanOptions) -> tuple[Precision, ...]:
+    """List the precisions allowed, the highest first; what a budget does not force is never quantised."""
+    asked = parse_quantisation(options.quantize)
+    possible = options.can_quantise and options.device in QUANTISES and options.budget is not None
+    levels = (asked,) if asked is not None else QUANTISATIONS if possible else QUANTISATIONS[:1]
+    return tuple(Precision(dtype, level) for level in levels for dtype in _dtypes(spec, options))
+
+
+def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:
+    """List the dtypes allowed: auto on a CPU is fp32, or where that does not fit the model's own."""
+    if options.dtype != "auto" or options.device != "cpu" or spec.dtype == "fp32":
+        return (parse_dtype(options.dtype, spec.dtype),)
+    return ("fp32",) if isinstance(options.kv_budget, SequenceBytes) else ("fp32", spec.dtype)
+
+
+def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_bytes: int) -> tuple[int, ...]:
+    asked = options.kv_budget
+    if isinstance(asked, SequenceBytes):
+        asked = _slots_of(spec, asked.amount, dtype_bytes)
+    if gate.variant == "none":
+        return _full_budgets(spec, options, asked)
+    if asked is not None:
+        check_sinks(gate, asked)
+        return (asked,)
+    wanted = min(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, spec.max_positions)
+    between = [gate.memory_size] if gate.memory_size and gate.memory_size < wanted else []
+    check_sinks(gate, wanted)
+    sizes = {*halvings(wanted, SMALLEST_KV_BUDGET), *between}
+    return tuple(size for size in sorted(sizes, reverse=True) if size > gate.kept)
+
+
+def check_sinks(gate: GateSpec, kv_budget: int) -> None:
+    """Raise when the sinks of a streaming gate fill all slots: then no later token would ever be kept.
+
+    Raises:
+        UsageError: there are as many of them as slots, or more.
+    """
+    if gate.kept >= kv_budget:
+        raise UsageError(
+            f"{gate.kept} sinks leave none of {kv_budget} slots per head to later tokens",
+            hint=f"--kv-budget {2 * gate.kept}, or --gates streaming:{kv_budget // 2}",
+        )
+
+
+def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:
+    """Give a full cache as many slots as the context has tokens."""
+    if asked is not None and options.context is not None and asked < options.context:
+        raise UsageError(
+            f"a full cache of {asked} slots cannot hold a context of {options.context}",
+            hint=f"--kv-budget {options.context}, or --gates streaming",
+        )
+    fixed = asked or options.context
+    return (fixed,) if fixed else halvings(min(spec.max_positions, FULL_CACHE_CONTEXT), SMALLEST_KV_BUDGET)
+
+
+def _kv_flag(gate: GateSpec, options: PlanOptions) -> str | None:
+    if gate.variant != "none" or options.context is None:
+        return "--kv-budget"
+    return None if options.kv_budget is not None else "--context"
+
+
+def _slots_of(spec: ModelSpec, sequence_bytes: int, dtype_bytes: int) -> int:
+    """Divide the bytes of a sequence by those of a slot; windows make the last slots cheaper."""
+    low, high = 0, spec.max_positions
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = spec.kv_bytes_per_row(middle, dtype_bytes) <= sequence_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0:
+        least = format_size(spec.kv_bytes_per_row(1, dtype_bytes))
+        raise UsageError(
+            f"{format_size(sequence_bytes)} hold no slot: one of every head is {least}",
+            hint="--kv-budget 512 is slots per head; with a unit it is bytes per sequence: --kv-budget 256MiB",
+        )
+    return low
