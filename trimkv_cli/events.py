@@ -15,6 +15,14 @@ ErrorCode = Literal["out_of_memory", "not_finite"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """What a user should know although the work goes on."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
     """What one sequence's cache holds when its request ends."""
 
@@ -37,12 +45,12 @@ class RequestStats:
     prefill_chunk: int | None = None  # where memory forced smaller chunks than planned
 
     @property
-    def warnings(self) -> tuple[tuple[str, str], ...]:
-        """What the reader of an answer should know, as (code, message)."""
+    def warnings(self) -> tuple[Notice, ...]:
+        """What the reader of an answer should know."""
         if self.prefill_chunk is None:
             return ()
         message = f"memory ran out: the prompt was read in chunks of {self.prefill_chunk}, which changes results"
-        return (("prefill_chunk_reduced", message),)
+        return (Notice(code="prefill_chunk_reduced", message=message),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

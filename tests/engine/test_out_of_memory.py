@@ -196,7 +196,7 @@ def test_a_prefill_too_large_is_split_by_rows_and_then_by_chunks_with_a_note(tin
     chunks = {key: event.stats.prefill_chunk for key, event in last.items() if event.stats}
     assert chunks == {"0": 128, "1": None, "2": None}
     assert last["0"].stats is not None
-    assert [code for code, _ in last["0"].stats.warnings] == ["prefill_chunk_reduced"]
+    assert [warning.code for warning in last["0"].stats.warnings] == ["prefill_chunk_reduced"]
     smaller = make_engine(tiny_model("qwen3"), Shape(kv_budget=150, rows=1, prefill_chunk=128, gate="random"))
     assert finish(smaller, asked)[0] == got
 

@@ -123,7 +123,7 @@ def load_network(options: EngineOptions) -> Network:
         model=parts.model,
         gates=parts.gates,
         dtype=facts.plan.dtype,
-        warnings=tuple(message for _, message in facts.warnings),
+        warnings=tuple(warning.message for warning in facts.warnings),
     )
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from trimkv_cli.cache.gates import TRAINED_VARIANTS, activation_name, layer_shapes, tensor_key
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
+from trimkv_cli.events import Notice
 from trimkv_cli.files import whole_file, writing
 from trimkv_cli.model.spec import GateSpec, ModelSpec
-from trimkv_cli.plan.plan import Warning
 
 FORMAT_VERSION = 1
 OWN_CONFIG, OWN_WEIGHTS = "gates.json", "gates.safetensors"
@@ -46,7 +46,7 @@ class GateFiles(NamedTuple):
     gate: GateSpec
     tensors: dict[str, Tensor]
     hidden_act: str
-    warnings: tuple[Warning, ...]
+    warnings: tuple[Notice, ...]
 
 
 def read_gates(folder: str | Path, *, id: str | None = None) -> GateFiles:
@@ -187,10 +187,10 @@ def _describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where
     return GateSpec.from_config(known, id=id)
 
 
-def _warnings(config: Mapping[str, Any], gate: GateSpec, where: Path) -> Iterator[Warning]:
+def _warnings(config: Mapping[str, Any], gate: GateSpec, where: Path) -> Iterator[Notice]:
     if not config.get("retention_gate"):
         message = f"{where} names no gate variant; the tensors are those of {gate.variant}"
-        yield Warning(code="gate_variant", message=message)
+        yield Notice(code="gate_variant", message=message)
 
 
 def _variant(said: object, *, id: str) -> str:
@@ -258,7 +258,7 @@ MOST_NAMED = 8
 
 def check_gates(
     spec: ModelSpec, gate: GateSpec, tensors: Mapping[str, Tensor], *, model_id: str | None = None
-) -> tuple[Warning, ...]:
+) -> tuple[Notice, ...]:
     """Check that the gates fit the model; return what is odd but usable.
 
     Raises:
@@ -303,11 +303,9 @@ def _shape_faults(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
     yield from (f"{key} is not expected" for key in tensors if key not in expected)
 
 
-def _base_warning(gate: GateSpec, model_id: str | None) -> Iterator[Warning]:
+def _base_warning(gate: GateSpec, model_id: str | None) -> Iterator[Notice]:
     if model_id and gate.base_model and _model_name(model_id) != _model_name(gate.base_model):
-        yield Warning(
-            code="gate_base_model", message=f"{gate.id} was trained for {gate.base_model}, not for {model_id}"
-        )
+        yield Notice(code="gate_base_model", message=f"{gate.id} was trained for {gate.base_model}, not for {model_id}")
 
 
 def _model_name(model_id: str) -> str:
@@ -337,7 +335,7 @@ class GateFacts:
     file: Path
     file_bytes: int
     sha256: str
-    warnings: tuple[Warning, ...]
+    warnings: tuple[Notice, ...]
 
 
 def gate_facts(folder: Path, *, id: str) -> GateFacts:

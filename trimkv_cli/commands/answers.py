@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.commands.memory import budget_report, memory_line, memory_report
 from trimkv_cli.errors import UsageError
-from trimkv_cli.events import FinishReason, RequestStats
+from trimkv_cli.events import FinishReason, Notice, RequestStats
 from trimkv_cli.request import Request, SamplingParams
 from trimkv_cli.ui.plain import print_note, print_warning, to_json
 
@@ -84,8 +84,8 @@ def open_engine(
     engine = load_source(source, options, snapshots=snapshots, check=check)
     for note in engine.facts.notes if not quiet else ():
         print_note(note)
-    for _, message in engine.facts.warnings:
-        print_warning(message)
+    for warning in engine.facts.warnings:
+        print_warning(warning.message)
     return engine
 
 
@@ -111,7 +111,7 @@ def print_stats(engine: Engine, finished: Answer, *, tokens: tuple[int, int] | N
 
 
 def to_completion(
-    engine: Engine, finished: Answer, options: EngineOptions, warnings: Sequence[tuple[str, str]] = ()
+    engine: Engine, finished: Answer, options: EngineOptions, warnings: Sequence[Notice] = ()
 ) -> dict[str, Any]:
     """Return an OpenAI chat.completion object with the extra key `trimkv`; `warnings` are those about the prompt."""
     stats = finished.stats
@@ -131,9 +131,7 @@ def to_completion(
     }
 
 
-def _report(
-    engine: Engine, finished: Answer, options: EngineOptions, warnings: Sequence[tuple[str, str]]
-) -> dict[str, Any]:
+def _report(engine: Engine, finished: Answer, options: EngineOptions, warnings: Sequence[Notice]) -> dict[str, Any]:
     facts = engine.facts
     p50, p95 = engine.horizon(finished.request.id)
     return {
@@ -144,10 +142,7 @@ def _report(
         "cache": {**asdict(finished.stats.cache), "horizon_p50": p50, "horizon_p95": p95},
         "timing": _timing(engine, finished),
         "sampling": asdict(finished.request.params),
-        "warnings": [
-            {"code": code, "message": message}
-            for code, message in (*facts.warnings, *warnings, *finished.stats.warnings)
-        ],
+        "warnings": [asdict(each) for each in (*facts.warnings, *warnings, *finished.stats.warnings)],
     }
 
 

@@ -26,6 +26,7 @@ from trimkv_cli.commands.options import (
     with_options,
 )
 from trimkv_cli.errors import TrimkvError, UsageError
+from trimkv_cli.events import Notice
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.ui.fences import code_blocks
 from trimkv_cli.ui.plain import to_json
@@ -47,7 +48,7 @@ class _Form:
     stream: bool
     output: str | None
     live: bool | None
-    warnings: tuple[tuple[str, str], ...] = ()  # about the prompt, for the record
+    warnings: tuple[Notice, ...] = ()  # about the prompt, for the record
 
     def __post_init__(self) -> None:
         chosen = {"--json": self.json, "--stream-json/--no-stream-json": self.stream_json, "--extract": self.extract}

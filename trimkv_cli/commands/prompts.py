@@ -12,6 +12,7 @@ from string import Template
 from trimkv_cli.commands.documents import Reader
 from trimkv_cli.engine.text import Message, Prompt, Text
 from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
+from trimkv_cli.events import Notice
 from trimkv_cli.files import as_text, writing
 from trimkv_cli.loading.options import SamplingOptions
 from trimkv_cli.ui.plain import AnswerWriter, print_warning
@@ -100,13 +101,13 @@ def render(
     return Prompt(token_ids=tuple(text.encode(user, special=special_tokens)))
 
 
-def names_tokens(text: Text | None, user: str, *, raw: bool, special_tokens: bool) -> tuple[tuple[str, str], ...]:
-    """Warn, on stderr and with code and message, of a raw prompt whose special tokens are read as text."""
+def names_tokens(text: Text | None, user: str, *, raw: bool, special_tokens: bool) -> tuple[Notice, ...]:
+    """Warn, on stderr and in the record, of a raw prompt whose special tokens are read as text."""
     if not raw or special_tokens or not (named := need_text(text).named_tokens(user)):
         return ()
     message = f"the prompt holds {', '.join(named[:4])}, read as text: --special-tokens reads them as tokens"
     print_warning(message)
-    return (("special_tokens_as_text", message),)
+    return (Notice(code="special_tokens_as_text", message=message),)
 
 
 def needs(*, raw: bool, instead: str = "--raw continues a text as it stands") -> Callable[[Text | None], object]:

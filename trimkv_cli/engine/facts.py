@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimkv_cli.events import Notice
 from trimkv_cli.model.spec import GateSpec, ModelSpec, Pins
 from trimkv_cli.plan.plan import Plan
 
@@ -22,7 +23,7 @@ class EngineFacts:
     eos_token_ids: frozenset[int]
     sampling_defaults: Mapping[str, Any]
     notes: tuple[str, ...]  # what the user did not ask for but may like to know
-    warnings: tuple[tuple[str, str], ...]  # (code, message)
+    warnings: tuple[Notice, ...]
     weight_bytes: int
     gate_bytes: int
     load_s: float

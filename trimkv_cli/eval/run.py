@@ -118,7 +118,7 @@ def _remarks(parts: Parts, setups: list[_Setup]) -> Iterator[str]:
     """Yield what a user should know once: of the model, of its gates, and of each budget."""
     yield from parts.facts.notes
     loading = {warning.message for warning in parts.facts.plan.warnings}  # of a plan that nothing runs under
-    own = [message for _, message in parts.facts.warnings if message not in loading]
+    own = [warning.message for warning in parts.facts.warnings if warning.message not in loading]
     planned = [warning.message for setup in setups for warning in setup.plan.warnings]
     yield from (f"warning: {message}" for message in dict.fromkeys([*own, *planned]))
 

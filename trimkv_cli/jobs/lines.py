@@ -11,6 +11,7 @@ import orjson
 from pydantic import ValidationError
 
 from trimkv_cli.errors import UsageError
+from trimkv_cli.events import Notice
 from trimkv_cli.jobs.bodies import HARMLESS, IDLE, TOOLS, BatchLine, Body, SimpleLine, Strict, explain, is_harmless
 from trimkv_cli.jobs.formats import Form, make_form
 from trimkv_cli.jobs.reading import Line
@@ -23,14 +24,6 @@ _URLS: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "completions": ("completion", ("prompt", "prompt_token_ids")),
 }
 _SIMPLE = ("prompt", "messages", "prompt_token_ids")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
-    """Something in a line that was passed over."""
-
-    code: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,10 +102,7 @@ class Recorder:
             "kv_budget": self.kv_budget,
             "prefill_chunk": stats[0].prefill_chunk or self.prefill_chunk,
             "cache": asdict(stats[0].cache),
-            "warnings": [
-                *(asdict(warning) for warning in item.warnings),
-                *({"code": code, "message": message} for code, message in stats[0].warnings),
-            ],
+            "warnings": [asdict(warning) for warning in (*item.warnings, *stats[0].warnings)],
         }
         if not self.reproducible and self.memory is not None:
             extra |= self.memory()

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from trimkv_cli.errors import ContextOverflow, TrimkvError
-from trimkv_cli.jobs.lines import BadLine, Item, Notice, derive_seed
+from trimkv_cli.events import Notice
+from trimkv_cli.jobs.lines import BadLine, Item, derive_seed
 from trimkv_cli.request import Request, check_token_ids
 
 

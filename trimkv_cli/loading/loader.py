@@ -43,12 +43,13 @@ from trimkv_cli.errors import (
     UsageError,
     is_out_of_memory,
 )
+from trimkv_cli.events import Notice
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
 from trimkv_cli.loading.quantise import Interrupted, lazy_tensors, misshapen, quantisation_config
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.model.spec import KvDtype, Pins, Quantisation
-from trimkv_cli.plan.plan import Plan, PlanOptions, Warning, make_plan
+from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
 from trimkv_cli.units import format_size, format_sizes, parse_budget
 from trimkv_kernels import triton_obstacle
 
@@ -160,7 +161,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         eos_token_ids=end_token_ids(model, text),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
         notes=(*source.notes, *_echo(options, plan)),
-        warnings=tuple((w.code, w.message) for w in (*plan.warnings, *warnings, *kernel_warnings(device))),
+        warnings=(*plan.warnings, *warnings, *kernel_warnings(device)),
         weight_bytes=module_bytes(model),
         gate_bytes=module_bytes(gates),
         load_s=time.perf_counter() - started,
@@ -324,7 +325,7 @@ def _refuse_dynamic_rope(model: Any) -> None:
 
 def _load_gates(
     source: Source, plan: Plan, device: torch.device, *, offline: bool
-) -> tuple[nn.ModuleList, tuple[Warning, ...]]:
+) -> tuple[nn.ModuleList, tuple[Notice, ...]]:
     dtype = _DTYPES[plan.dtype]
     if source.gates_place is None:
         return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
@@ -334,13 +335,13 @@ def _load_gates(
     return gates, (*files.warnings, *warnings)
 
 
-def kernel_warnings(device: torch.device) -> tuple[Warning, ...]:
+def kernel_warnings(device: torch.device) -> tuple[Notice, ...]:
     """Warn of a GPU on which Triton does not run."""
     obstacle = triton_obstacle(device) if device.type == "cuda" else None
     if obstacle is None:
         return ()
     message = f"{obstacle.what}: the slower operations of torch run on {device} instead ({obstacle.remedy})"
-    return (Warning(code="no_triton", message=message),)
+    return (Notice(code="no_triton", message=message),)
 
 
 def end_token_ids(model: PreTrainedModel, text: Text | None) -> frozenset[int]:

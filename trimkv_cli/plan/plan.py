@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from trimkv_cli.errors import DoesNotFit, UsageError
+from trimkv_cli.events import Notice
 from trimkv_cli.model.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation
 from trimkv_cli.plan.bytes import Part, Shape, Surroundings, footprint
 from trimkv_cli.plan.choices import (
@@ -23,18 +24,10 @@ from trimkv_cli.plan.choices import (
 )
 from trimkv_cli.units import SequenceBytes, format_size, format_sizes
 
-__all__ = ["Part", "Plan", "PlanOptions", "Warning", "make_plan"]
+__all__ = ["Part", "Plan", "PlanOptions", "make_plan"]
 
 FAR_BELOW = 4  # the KV budget that gates were trained for over the one in use, from which on it is warned about
 _OF_A_STEP = ("workspace", "logits", "dequantised", "loading")  # parts that are free between steps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Warning:
-    """What a user should know although the work goes on."""
-
-    code: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +49,7 @@ class Plan:
     fits: bool
     offers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    warnings: tuple[Warning, ...] = field(default=())
+    warnings: tuple[Notice, ...] = field(default=())
 
     @property
     def total_bytes(self) -> int:
@@ -229,40 +222,40 @@ def _reason(gate: GateSpec, options: PlanOptions, slots: int, positions: int) ->
     return "as trained" if gate.memory_size else "the default without trained gates"
 
 
-def _warnings(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options: PlanOptions) -> Iterator[Warning]:
+def _warnings(spec: ModelSpec, gate: GateSpec, wish: Wish, shape: Shape, options: PlanOptions) -> Iterator[Notice]:
     trained, slots = gate.memory_size, shape.kv_budget
     if slots != wish.kv_budgets[0]:
         message = f"the budget forces {slots} slots per head instead of {wish.kv_budgets[0]}"
-        yield Warning(code="kv_budget_reduced", message=message)
+        yield Notice(code="kv_budget_reduced", message=message)
     if shape.prefill_chunk != wish.chunks[0]:
         message = f"the budget forces chunks of {shape.prefill_chunk} prompt tokens instead of {wish.chunks[0]}"
-        yield Warning(code="prefill_chunk_reduced", message=message)
+        yield Notice(code="prefill_chunk_reduced", message=message)
     best = wish.precisions[0]
     if shape.dtype != best.dtype:
-        yield Warning(code="dtype_reduced", message=f"the budget forces {shape.dtype} instead of {best.dtype}")
+        yield Notice(code="dtype_reduced", message=f"the budget forces {shape.dtype} instead of {best.dtype}")
     if shape.quantize != best.quantize:
         message = f"the budget forces {shape.quantize} weights instead of {best.dtype}"
-        yield Warning(code="weights_quantised", message=message)
+        yield Notice(code="weights_quantised", message=message)
     if slots < wish.trained and slots != wish.kv_budgets[0] and gate.trained:
         message = f"{gate.id} was trained for {trained} slots per head, and the budget leaves {slots}"
-        yield Warning(code="kv_budget_below_trained", message=message)
+        yield Notice(code="kv_budget_below_trained", message=message)
     elif trained is not None and slots * FAR_BELOW < trained and slots != options.default_kv_budget:
         message = f"{gate.id} was trained for {trained} slots per head; {slots} are less than a quarter of that"
-        yield Warning(code="kv_budget_below_trained", message=message)
+        yield Notice(code="kv_budget_below_trained", message=message)
     most = gate.largest_memory_size or trained
     if most is not None and slots > most and slots != options.default_kv_budget:
         up_to = "" if most == trained else "up to "
         message = f"{gate.id} was trained for {up_to}{most} slots per head, not for {slots}"
-        yield Warning(code="kv_budget_above_trained", message=message)
+        yield Notice(code="kv_budget_above_trained", message=message)
     if slots > spec.max_positions:
         message = f"{slots} slots per head are more than the model's {spec.max_positions} positions: some stay empty"
-        yield Warning(code="kv_budget_above_positions", message=message)
+        yield Notice(code="kv_budget_above_positions", message=message)
     if gate.trained_context and options.context and options.context > gate.trained_context:
         message = f"{gate.id} was trained on up to {gate.trained_context} tokens, not on {options.context}"
-        yield Warning(code="context_above_trained", message=message)
+        yield Notice(code="context_above_trained", message=message)
     if gate.variant == "rg10":
         message = f"{gate.id} was trained to share its budget between heads; here each head has {slots} slots"
-        yield Warning(code="budget_per_head", message=message)
+        yield Notice(code="budget_per_head", message=message)
 
 
 def total_bytes(spec: ModelSpec, gate: GateSpec, shape: Shape, around: Surroundings) -> int:

@@ -256,7 +256,7 @@ def facts_of(engine: Any) -> BackendFacts:
         kv_budget=facts.plan.kv_budget,
         prefill_chunk=facts.plan.prefill_chunk,
         rows=engine.max_rows,
-        warnings=tuple(message for _, message in facts.warnings),
+        warnings=tuple(warning.message for warning in facts.warnings),
     )
 
 
