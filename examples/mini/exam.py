@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.mini import texts
 from examples.mini.rows import Encoder
 from examples.mini.tokenizer import VOCAB_SIZE
 from examples.mini.training import predict
-from trimkv_cli.mini import language, readings
+from trimkv_cli.mini import language
 from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation, Telling
 
 SEED = "exam"
@@ -34,33 +35,31 @@ def _multi_turn(rng: Random, length: int, unseen: bool) -> Conversation:
 
 def _summary(rng: Random, length: int, unseen: bool) -> Conversation:
     points = max(2, min(12, length // 30))
-    return readings.summarize_notes(rng, readings.make_notes(rng, points=points, length=length), unseen=unseen)
+    return texts.summarize_notes(rng, texts.make_notes(rng, points=points, length=length), unseen=unseen)
 
 
 def _notes(rng: Random, length: int, unseen: bool) -> Conversation:
-    return readings.ask_about(rng, readings.make_notes(rng, points=6, length=length), unseen=unseen)
+    return texts.ask_about(rng, texts.make_notes(rng, points=6, length=length), unseen=unseen)
 
 
 def _story(rng: Random, length: int, unseen: bool) -> Conversation:
-    return readings.ask_about(
-        rng, readings.make_story(rng, facts=4, length=length, unseen=unseen), unseen=unseen, before=1.0
-    )
+    return texts.ask_about(rng, texts.make_story(rng, facts=4, length=length, unseen=unseen), unseen=unseen, before=1.0)
 
 
 def _table(rng: Random, length: int, unseen: bool) -> Conversation:
-    return readings.make_table(rng, rows=min(12, length // 6), unseen=unseen)
+    return texts.make_table(rng, rows=min(12, length // 6), unseen=unseen)
 
 
 def _table_backwards(rng: Random, length: int, unseen: bool) -> Conversation:
-    return readings.make_table(rng, rows=min(12, length // 6), unseen=unseen, reverse=1.0)
+    return texts.make_table(rng, rows=min(12, length // 6), unseen=unseen, reverse=1.0)
 
 
 def _steps(rng: Random, length: int, unseen: bool) -> Conversation:
-    return readings.make_steps(rng, rows=min(12, length // 6), unseen=unseen)
+    return language.make_steps(rng, rows=min(12, length // 6), unseen=unseen)
 
 
 def _list(rng: Random, length: int, unseen: bool) -> Conversation:
-    return readings.make_list(rng, rows=min(12, length // 6), unseen=unseen)
+    return texts.make_list(rng, rows=min(12, length // 6), unseen=unseen)
 
 
 SUBJECTS: dict[str, tuple[Make, tuple[int, ...]]] = {
@@ -151,7 +150,7 @@ of a point or the last point of a list; and whatever was told very many tokens a
 never saw more than {longest:,} at once. The table below, and those of trimkv's README, say how weak.
 
 ## Training
-- Data: a seeded generator (`language.py`, `readings.py`); values are random syllables and digits, so none can be learnt
+- Data: a seeded generator (`language.py`, `texts.py`); values are random syllables and digits, so none can be learnt
   by heart. No text from anywhere else.
 - Pairs first ("Zubo is my cat, 6 lamp." … "The lamp?" → "The lamp 6."): about two things, then about more whenever
   these were mastered, then with values of any kind. From many things at once it does not learn to look back.

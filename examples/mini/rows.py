@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from examples.mini import texts
 from examples.mini.tokenizer import TURN_END, TURN_START
-from trimkv_cli.mini import language, readings, words
+from trimkv_cli.mini import language, words
 from trimkv_cli.mini.language import STRANGE, Conversation, Message, Talk, Telling, draw_facts, draw_syllable, draw_word
 
 ANSWER_WEIGHT = 1.0
@@ -134,10 +135,10 @@ def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Con
     elif alike:
         while talk.told < count:
             talk.tell()
-    table, items = (partial(make, reverse=mixture.reverse) for make in (readings.make_table, readings.make_list))
+    table, items = (partial(make, reverse=mixture.reverse) for make in (texts.make_table, texts.make_list))
     while talk.words < length:
         if rng.random() < mixture.tasks:
-            make = rng.choice((table, readings.make_steps, items))
+            make = rng.choice((table, language.make_steps, items))
             talk.messages += make(rng, rows=rng.randint(3, max(4, min(16, length // 12)))).messages
         language.talk_on(talk, min(length, talk.words + rng.randint(30, 200)))
     return talk.done()
@@ -154,10 +155,10 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
         "alike": alike,
         "strange": mixture.strange,
     }
-    ask = partial(readings.ask_about, before=mixture.before)
-    text: readings.Story
+    ask = partial(texts.ask_about, before=mixture.before)
+    text: texts.Story
     if draw < mixture.summaries + mixture.notes:
-        text = notes = readings.make_notes(
+        text = notes = texts.make_notes(
             rng,
             points=points,
             loose=mixture.loose,
@@ -165,9 +166,9 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
             anagrams=rng.random() < mixture.anagrams,
             **shape,
         )
-        opening = readings.summarize_notes(rng, notes) if draw < mixture.summaries else ask(rng, notes)
+        opening = texts.summarize_notes(rng, notes) if draw < mixture.summaries else ask(rng, notes)
     else:
-        text = readings.make_story(rng, facts=points, **shape)
+        text = texts.make_story(rng, facts=points, **shape)
         opening = ask(rng, text)
     talk.messages += opening.messages
     talk.facts, talk.told = list(text.facts), len(text.facts)

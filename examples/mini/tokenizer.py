@@ -11,7 +11,8 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trimkv_cli.mini import MODEL_FOLDER, language, readings, words
+from examples.mini import texts
+from trimkv_cli.mini import MODEL_FOLDER, language, words
 
 VOCAB_SIZE = 1536
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -54,10 +55,10 @@ def _sample(rng: Random) -> list[str]:
         for _ in range(300)
         for conversation in (
             language.make_multi_turn(rng, facts=8, length=200),
-            readings.summarize_notes(rng, readings.make_notes(rng, points=3, length=60)),
-            readings.make_table(rng),
-            readings.make_steps(rng),
-            readings.make_list(rng),
+            texts.summarize_notes(rng, texts.make_notes(rng, points=3, length=60)),
+            texts.make_table(rng),
+            language.make_steps(rng),
+            texts.make_list(rng),
         )
     ]
     roles = ["system\n", "user\n", "assistant\n"] * 500

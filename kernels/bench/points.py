@@ -6,7 +6,9 @@ python -m bench.points --out kernels/bench/results/points-mini.json
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,17 +16,29 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from bench.record import run_trimkv, write_record
-from trimkv_cli.eval.scoring import count_points
-from trimkv_cli.mini import MODEL_FOLDER, readings
+from examples.mini import texts
+from trimkv_cli.eval.scoring import normalise
+from trimkv_cli.mini import MODEL_FOLDER
 
 FLAGS = "--kv-budget {kv_budget} --prefill-chunk 32 --greedy --json -q"
+_BULLET = re.compile(r"^\s*[-*•]?\s*(\d+[:.)])?\s*")
+
+
+def count_points(output: str, points: Sequence[str]) -> tuple[int, int]:
+    """Count how many of `points` an output lists, and how many of its lines are none of them: (listed, invented).
+
+    A line counts without its bullet and number. A point that is listed twice is listed once; nothing is invented by it.
+    """
+    said = [normalise(_BULLET.sub("", line)) for line in output.splitlines() if line.strip()]
+    wanted = {normalise(point) for point in points}
+    return len(wanted & set(said)), sum(line not in wanted for line in said)
 
 
 def measure(model: str, *, files: int, tokens: int, points: int, kv_budget: int) -> dict[str, Any]:
     """Summarize `files` generated notes files of about `tokens` tokens, seeds and phrasings as no training had them."""
     length = _words(tokens)
     asked = [
-        readings.make_notes(Random(f"bench points {tokens} {i}"), points=points, length=length, unseen=True)
+        texts.make_notes(Random(f"bench points {tokens} {i}"), points=points, length=length, unseen=True)
         for i in range(files)
     ]
     said = [_summarize(model, notes.text, FLAGS.format(kv_budget=kv_budget)) for notes in asked]
@@ -44,7 +58,7 @@ def measure(model: str, *, files: int, tokens: int, points: int, kv_budget: int)
 def _words(tokens: int) -> int:
     """Return the length of notes that are about `tokens` tokens of mini's tokenizer; a conversation has more a word."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-    sample = readings.make_notes(Random("bench points"), points=1, length=1000)
+    sample = texts.make_notes(Random("bench points"), points=1, length=1000)
     return round(tokens * 1000 / len(tokenizer.encode(sample.text)))
 
 

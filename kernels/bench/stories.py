@@ -14,8 +14,8 @@ from random import Random
 from typing import Any
 
 from bench.record import run_trimkv, write_record
+from examples.mini.texts import ask_about, make_story
 from trimkv_cli.mini.language import TOKENS_PER_WORD
-from trimkv_cli.mini.readings import ask_about, make_story
 
 EVAL = "--policies full,gates --budgets 32,64,128 --prefill-chunk 32 --json -q"
 PLACES = {"before": 1.0, "after": 0.0}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trimkv_cli.eval.scoring import count_points, is_right, wilson
+from bench.points import count_points
+from trimkv_cli.eval.scoring import is_right, wilson
 
 
 @pytest.mark.parametrize("output", ["Boro.", " boro", "BORO .", "Boro\n"])

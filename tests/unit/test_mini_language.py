@@ -11,7 +11,16 @@ from random import Random
 
 import pytest
 
+from examples.mini import texts
 from examples.mini.rows import EARLY, make_conversation
+from examples.mini.texts import (
+    ask_about,
+    make_list,
+    make_notes,
+    make_story,
+    make_table,
+    summarize_notes,
+)
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import (
     Conversation,
@@ -22,15 +31,7 @@ from trimkv_cli.mini.language import (
     filler_sentence,
     make_multi_turn,
     make_recall,
-)
-from trimkv_cli.mini.readings import (
-    ask_about,
-    make_list,
-    make_notes,
     make_steps,
-    make_story,
-    make_table,
-    summarize_notes,
 )
 
 Make = Callable[[Random], Conversation]
@@ -90,17 +91,17 @@ def test_recall_tells_first_and_asks_last() -> None:
 def test_unseen_phrasings_are_never_seen() -> None:
     """Catch an examination with the phrasings of the training."""
     for unseen, trained in (
-        (words.UNSEEN_LOOKUPS, words.LOOKUPS),
-        (words.UNSEEN_REVERSE_LOOKUPS, words.REVERSE_LOOKUPS),
-        (words.UNSEEN_NEXT_REQUESTS, words.NEXT_REQUESTS),
-        (words.UNSEEN_PREVIOUS_REQUESTS, words.PREVIOUS_REQUESTS),
+        (words.UNSEEN_LOOKUPS, texts.LOOKUPS),
+        (texts.UNSEEN_REVERSE_LOOKUPS, texts.REVERSE_LOOKUPS),
+        (texts.UNSEEN_NEXT_REQUESTS, texts.NEXT_REQUESTS),
+        (texts.UNSEEN_PREVIOUS_REQUESTS, texts.PREVIOUS_REQUESTS),
     ):
         assert not {*unseen} & {*trained}
     for relation in words.RELATIONS:
         assert not any(statement.startswith(words.OPENERS) for statement in relation.unseen_statements)
         assert not {*relation.unseen_statements} & {*relation.statements, *relation.value_first}
         assert not {*relation.unseen_questions} & {*relation.questions}
-    assert not {*words.UNSEEN_SUMMARY_REQUESTS} & {*words.SUMMARY_REQUESTS}
+    assert not {*texts.UNSEEN_SUMMARY_REQUESTS} & {*texts.SUMMARY_REQUESTS}
     for seed in range(20):
         text = text_before(make_recall(Random(seed), length=60, unseen=True), 99)
         trained = [phrase for relation in words.RELATIONS for phrase in relation.questions if "{t}" not in phrase]
@@ -111,7 +112,7 @@ def test_marked_points_are_numbered_and_the_summary_holds_just_them() -> None:
     """Catch a summary that misses a point, or a point that nobody marked."""
     for seed in range(20):
         notes = make_notes(Random(seed), points=7, length=150)
-        marked = [line for line in notes.text.splitlines() if line.split(" ")[0] in words.MARKS and ": " in line]
+        marked = [line for line in notes.text.splitlines() if line.split(" ")[0] in texts.MARKS and ": " in line]
         assert [line.split(" ", 1)[1] for line in marked] == [line[2:] for line in notes.summary.splitlines()]
         assert len(notes.points) == 7
 

@@ -14,7 +14,7 @@ from trimkv_cli.engine.text import Prompt, Text
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.eval.scoring import POLICIES, Match, Policy
 from trimkv_cli.files import as_text
-from trimkv_cli.mini import language, readings, words
+from trimkv_cli.mini import language, words
 from trimkv_cli.mini.language import Conversation, Talk, draw_value, draw_words
 from trimkv_cli.request import Request, SamplingParams
 
@@ -149,7 +149,7 @@ def _kv_retrieval(rng: Random, size: int) -> list[Case]:
 
 def _procedure(rng: Random, size: int) -> list[Case]:
     """Talk of other things, then a table of arrows to follow step by step."""
-    steps = readings.make_steps(rng, rows=max(3, min(_STEPS, size // 8)), unseen=True)
+    steps = language.make_steps(rng, rows=max(3, min(_STEPS, size // 8)), unseen=True)
     talk = Talk(rng)
     length = size - sum(len(message.content.split()) for message in steps.messages)
     while talk.words < length:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Match = Literal["exact", "contains"]
 
 _Z95 = 1.959963984540054
-_BULLET = re.compile(r"^\s*[-*•]?\s*(\d+[:.)])?\s*")
 
 
 def normalise(text: str) -> str:
@@ -35,16 +32,6 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def count_points(output: str, points: Sequence[str]) -> tuple[int, int]:
-    """Count how many of `points` an output lists, and how many of its lines are none of them: (listed, invented).
-
-    A line counts without its bullet and number. A point that is listed twice is listed once; nothing is invented by it.
-    """
-    said = [normalise(_BULLET.sub("", line)) for line in output.splitlines() if line.strip()]
-    wanted = {normalise(point) for point in points}
-    return len(wanted & set(said)), sum(line not in wanted for line in said)
 
 
 def _words(text: str) -> str:

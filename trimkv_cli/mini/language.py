@@ -134,27 +134,6 @@ def _loose_opener(rng: Random) -> str:
     return " ".join(rng.sample(_OPENING, k=rng.randint(1, 3))).capitalize() + rng.choice(("", ","))
 
 
-def loose_sentence(rng: Random) -> str:
-    """Write four to nine words in any order, strange ones among them: a sentence that only copying can repeat."""
-    known = f"{filler_sentence(rng)} {filler_sentence(rng)}".lower().replace(".", "").split()
-    drawn = [_loose_word(rng, known) for _ in range(rng.randint(4, 9))]
-    return f"{' '.join(drawn).capitalize()}."
-
-
-def _loose_word(rng: Random, known: Sequence[str]) -> str:
-    draw = rng.random()
-    if draw < 0.3:
-        return draw_word(rng)
-    return rng.choice(words.COMMON if draw < 0.65 else known)
-
-
-def shuffled(rng: Random, sentence: str) -> str:
-    """Put the words of a sentence in any order: what usually follows what then says nothing."""
-    drawn = sentence.rstrip(".").split()
-    rng.shuffle(drawn)
-    return f"{' '.join(drawn).capitalize()}."
-
-
 def careless(rng: Random, text: str) -> str:
     """Type some texts as people do: without capitals at the start, without a mark at the end."""
     if rng.random() < 0.15:
@@ -306,3 +285,35 @@ def talk_on(talk: Talk, length: int) -> None:
             talk.ask()
         else:
             talk.chat()
+
+
+def make_steps(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversation:
+    """Write arrows between `rows` words and follow them to the end, one step per line."""
+    keys = draw_words(rng, rows)
+    leads: dict[str, str] = {}
+    rest = list(keys)
+    while rest:
+        size = rng.randint(2, 5)
+        chain, rest = rest[:size], rest[size:]
+        leads |= dict(zip(chain, [*chain[1:], "end"], strict=True))
+    lines = [f"{here} -> {there}" for here, there in leads.items()]
+    rng.shuffle(lines)
+    requests = words.UNSEEN_STEPS_REQUESTS if unseen else words.STEPS_REQUESTS
+    turns = []
+    for start in rng.sample(list(leads), k=min(len(leads), 2)):
+        steps, here = [], start
+        while here != "end":
+            steps.append(f"{here} -> {leads[here]}")
+            here = leads[here]
+        turns.append((rng.choice(requests).format(k=start), "\n".join(steps)))
+    return open_with(rng, "\n".join([rng.choice(words.STEPS_TITLES), *lines]), turns)
+
+
+def open_with(rng: Random, text: str, turns: Sequence[tuple[str, str]]) -> Conversation:
+    """Put a text into the first question, before or after it."""
+    talk = Talk(rng)
+    (question, answer), *more = turns
+    talk.turn(f"{question}\n\n{text}" if rng.random() < 0.2 else f"{text}\n\n{question}", answer, scored=True)
+    for question, answer in more:
+        talk.turn(question, answer, scored=True)
+    return talk.done()

@@ -1,4 +1,4 @@
-"""The words of the synthetic language: relations that facts are made of, filler, marks, and requests."""
+"""The words of the synthetic language: relations that facts are made of, filler, and requests."""
 
 from __future__ import annotations
 
@@ -198,37 +198,11 @@ COMMON = (  # the hundred words that English uses most
     "new", "want", "because", "any", "these", "give", "day", "most", "us",
 )
 
-MARKS = ("Note", "NOTE", "Important", "Point")
-TITLES = ("Notes of the week", "Diary", "Report", "Minutes of the meeting", "A letter home", "My notes")
-SUMMARY_REQUESTS = (
-    # The first one is what `trimkv summarize` sends.
-    "Summarize the text above. Keep to what it says; list its main points.",
-    "Summarize the text above. Keep to what it says; list its main points.",
-    "Summarize the text above.",
-    "List the marked points.",
-    "List the main points.",
-    "List the notes.",
-)
-UNSEEN_SUMMARY_REQUESTS = ("List the main points of the text above.", "List its marked points.")
-
 TABLE_TITLES = ("Here is a table:", "Table:", "Use this table.", "This is the price list:", "Look at this table:")
-LOOKUPS = (
-    "What stands beside {k}?", "What is the value of {k}?", "Look up {k}.", "What does the table say about {k}?",
-    "How much is {k}?",
-)
 UNSEEN_LOOKUPS = ("Tell me the value of {k}.", "What does {k} stand for in the table?")
-REVERSE_LOOKUPS = (
-    "Which one has {v}?", "What stands before {v}?", "Which line says {v}?", "Look for {v}.", "What has the value {v}?",
-)
-UNSEEN_REVERSE_LOOKUPS = ("Which line has {v}?", "Tell me which one says {v}.")
 STEPS_TITLES = ("Follow the arrows:", "Rules:", "Here are the steps:", "Each line leads to another one:")
 STEPS_REQUESTS = (
     "Start at {k} and follow the arrows to the end, one per line.", "Begin with {k} and go on until the end.",
     "Start at {k} and go on until the end.",
 )
 UNSEEN_STEPS_REQUESTS = ("Begin with {k} and follow the arrows to the end.",)
-LIST_TITLES = ("Here is a list:", "List:", "My list:", "Look at this list:")
-NEXT_REQUESTS = ("What comes after {k}?", "Which one follows {k}?", "Which one is next after {k}?")
-UNSEEN_NEXT_REQUESTS = ("Which one comes after {k}?",)
-PREVIOUS_REQUESTS = ("What comes before {k}?", "Which one precedes {k}?", "Which one is just before {k}?")
-UNSEEN_PREVIOUS_REQUESTS = ("Which one comes before {k}?",)

@@ -1,4 +1,4 @@
-"""Texts to read and to be asked about: stories, notes with marked points, tables, arrows and lists."""
+"""Texts to read and to be asked about: stories, notes with marked points, tables and lists."""
 
 from __future__ import annotations
 
@@ -16,12 +16,41 @@ from trimkv_cli.mini.language import (
     Telling,
     draw_facts,
     draw_value,
+    draw_word,
     draw_words,
     filler,
     filler_sentence,
-    loose_sentence,
-    shuffled,
+    open_with,
 )
+
+# fmt: off
+MARKS = ("Note", "NOTE", "Important", "Point")
+TITLES = ("Notes of the week", "Diary", "Report", "Minutes of the meeting", "A letter home", "My notes")
+SUMMARY_REQUESTS = (
+    # The first one is what `trimkv summarize` sends.
+    "Summarize the text above. Keep to what it says; list its main points.",
+    "Summarize the text above. Keep to what it says; list its main points.",
+    "Summarize the text above.",
+    "List the marked points.",
+    "List the main points.",
+    "List the notes.",
+)
+UNSEEN_SUMMARY_REQUESTS = ("List the main points of the text above.", "List its marked points.")
+
+LOOKUPS = (
+    "What stands beside {k}?", "What is the value of {k}?", "Look up {k}.", "What does the table say about {k}?",
+    "How much is {k}?",
+)
+REVERSE_LOOKUPS = (
+    "Which one has {v}?", "What stands before {v}?", "Which line says {v}?", "Look for {v}.", "What has the value {v}?",
+)
+UNSEEN_REVERSE_LOOKUPS = ("Which line has {v}?", "Tell me which one says {v}.")
+LIST_TITLES = ("Here is a list:", "List:", "My list:", "Look at this list:")
+NEXT_REQUESTS = ("What comes after {k}?", "Which one follows {k}?", "Which one is next after {k}?")
+UNSEEN_NEXT_REQUESTS = ("Which one comes after {k}?",)
+PREVIOUS_REQUESTS = ("What comes before {k}?", "Which one precedes {k}?", "Which one is just before {k}?")
+UNSEEN_PREVIOUS_REQUESTS = ("Which one comes before {k}?",)
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +132,7 @@ def make_notes(
     mixed = [index for index in rest if shuffle and index not in others and rng.random() < shuffle]
     for index in mixed:
         told[index] = shuffled(rng, told[spared if anagrams else index])
-    mark = rng.choice(words.MARKS)
+    mark = rng.choice(MARKS)
     lines: list[str] = []
     count = sum(len(point.split()) + 2 for point in told)
     while count < length:
@@ -113,7 +142,7 @@ def make_notes(
     for index in reversed(range(points)):
         lines.insert(places[index], f"{mark} {index + 1}: {told[index]}")
     if rng.random() < 0.5:
-        lines.insert(0, rng.choice(words.TITLES))
+        lines.insert(0, rng.choice(TITLES))
     kept = (fact for index, fact in enumerate(facts) if index not in (*others, *mixed))
     return Notes(text="\n".join(lines), points=tuple(told), facts=tuple(kept))
 
@@ -121,7 +150,7 @@ def make_notes(
 def summarize_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conversation:
     """Ask for the marked points of a text, in the form in which `trimkv summarize` does."""
     talk = Talk(rng, unseen=unseen)
-    request = rng.choice(words.UNSEEN_SUMMARY_REQUESTS if unseen else words.SUMMARY_REQUESTS)
+    request = rng.choice(UNSEEN_SUMMARY_REQUESTS if unseen else SUMMARY_REQUESTS)
     talk.turn(f"{notes.text}\n\n{request}", notes.summary, scored=True)
     return talk.done()
 
@@ -148,36 +177,14 @@ def make_table(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: flo
     bar = rng.choice((": ", " | ", " = "))
     lines = [f"{key}{bar}{value}" for key, value in zip(keys, values, strict=True)]
     table = "\n".join([rng.choice(words.TABLE_TITLES), *lines])
-    forward = words.UNSEEN_LOOKUPS if unseen else words.LOOKUPS
-    backward = words.UNSEEN_REVERSE_LOOKUPS if unseen else words.REVERSE_LOOKUPS
+    forward = words.UNSEEN_LOOKUPS if unseen else LOOKUPS
+    backward = UNSEEN_REVERSE_LOOKUPS if unseen else REVERSE_LOOKUPS
     turns = []
     for row in rng.sample(range(rows), k=min(rows, 3)):
         back = reverse and values.count(values[row]) == 1 and rng.random() < reverse
         question = rng.choice(backward if back else forward).format(k=keys[row], v=values[row])
         turns.append((question, lines[row]))
-    return _about(rng, table, turns)
-
-
-def make_steps(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversation:
-    """Write arrows between `rows` words and follow them to the end, one step per line."""
-    keys = draw_words(rng, rows)
-    leads: dict[str, str] = {}
-    rest = list(keys)
-    while rest:
-        size = rng.randint(2, 5)
-        chain, rest = rest[:size], rest[size:]
-        leads |= dict(zip(chain, [*chain[1:], "end"], strict=True))
-    lines = [f"{here} -> {there}" for here, there in leads.items()]
-    rng.shuffle(lines)
-    requests = words.UNSEEN_STEPS_REQUESTS if unseen else words.STEPS_REQUESTS
-    turns = []
-    for start in rng.sample(list(leads), k=min(len(leads), 2)):
-        steps, here = [], start
-        while here != "end":
-            steps.append(f"{here} -> {leads[here]}")
-            here = leads[here]
-        turns.append((rng.choice(requests).format(k=start), "\n".join(steps)))
-    return _about(rng, "\n".join([rng.choice(words.STEPS_TITLES), *lines]), turns)
+    return open_with(rng, table, turns)
 
 
 def make_list(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: float = 0.0) -> Conversation:
@@ -186,22 +193,33 @@ def make_list(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: floa
     The share `reverse` of questions asks what comes before.
     """
     items = draw_words(rng, rows)
-    text = "\n".join([rng.choice(words.LIST_TITLES), *(f"- {item}" for item in items)])
-    forward = words.UNSEEN_NEXT_REQUESTS if unseen else words.NEXT_REQUESTS
-    backward = words.UNSEEN_PREVIOUS_REQUESTS if unseen else words.PREVIOUS_REQUESTS
+    text = "\n".join([rng.choice(LIST_TITLES), *(f"- {item}" for item in items)])
+    forward = UNSEEN_NEXT_REQUESTS if unseen else NEXT_REQUESTS
+    backward = UNSEEN_PREVIOUS_REQUESTS if unseen else PREVIOUS_REQUESTS
     turns = []
     for row in rng.sample(range(rows - 1), k=min(rows - 1, 3)):
         back = reverse and rng.random() < reverse
         question = rng.choice(backward if back else forward).format(k=items[row + 1 if back else row])
         turns.append((question, f"- {items[row]}\n- {items[row + 1]}"))
-    return _about(rng, text, turns)
+    return open_with(rng, text, turns)
 
 
-def _about(rng: Random, text: str, turns: Sequence[tuple[str, str]]) -> Conversation:
-    """Put a text into the first question, before or after it."""
-    talk = Talk(rng)
-    (question, answer), *more = turns
-    talk.turn(f"{question}\n\n{text}" if rng.random() < 0.2 else f"{text}\n\n{question}", answer, scored=True)
-    for question, answer in more:
-        talk.turn(question, answer, scored=True)
-    return talk.done()
+def loose_sentence(rng: Random) -> str:
+    """Write four to nine words in any order, strange ones among them: a sentence that only copying can repeat."""
+    known = f"{filler_sentence(rng)} {filler_sentence(rng)}".lower().replace(".", "").split()
+    drawn = [_loose_word(rng, known) for _ in range(rng.randint(4, 9))]
+    return f"{' '.join(drawn).capitalize()}."
+
+
+def _loose_word(rng: Random, known: Sequence[str]) -> str:
+    draw = rng.random()
+    if draw < 0.3:
+        return draw_word(rng)
+    return rng.choice(words.COMMON if draw < 0.65 else known)
+
+
+def shuffled(rng: Random, sentence: str) -> str:
+    """Put the words of a sentence in any order: what usually follows what then says nothing."""
+    drawn = sentence.rstrip(".").split()
+    rng.shuffle(drawn)
+    return f"{' '.join(drawn).capitalize()}."
