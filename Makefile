@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini bench-run bench-memory test lint format pictures bench-stream bench-speed bench-gpu rehearse-gpu clean
+.PHONY: help demo mini bench-mini bench-run bench-memory test test-fast lint format pictures bench-stream bench-speed bench-gpu rehearse-gpu clean
 
 help:
 	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench-mini    record what MODEL=mini (or a folder) remembers, and write it into the README"
 	@echo "make bench-run     record what batches cost and survive, and write it into the README (about 15 minutes)"
 	@echo "make test          run the tests"
+	@echo "make test-fast     run the unit tests that are not marked slow (under a minute on two cores)"
 	@echo "make lint          ruff, mypy --strict, import directions"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make pictures      draw the README's pictures anew with the built-in model"
@@ -57,7 +58,10 @@ bench-run: $(READY)
 	$(BIN)/python -m bench.readme
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=20
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow' tests/unit tests/eval tests/ui tests/train
 
 lint: $(READY)
 	$(BIN)/ruff check .
