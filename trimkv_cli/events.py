@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trimkv_cli.errors import OutOfDeviceMemory, TrimkvError
+from trimkv_cli.request import Request
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorCode = Literal["out_of_memory", "not_finite"]
@@ -86,6 +87,40 @@ class TokenEvent:
         if self.error_code == "not_finite":
             return TrimkvError(message, hint="--dtype bf16 or fp32 reach further; or get the model again")
         return TrimkvError(message, hint="another prompt, seed or format may go on")
+
+
+@dataclass(slots=True)
+class Answer:
+    """What has come of a request so far, gathered from its events."""
+
+    request: Request
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: TokenEvent | None = None  # the event with which it ended
+
+    def take(self, event: TokenEvent) -> None:
+        """Add what an event brings."""
+        self.pieces.append(event.text)
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs
+        if event.finish_reason is not None:
+            self.last = event
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return None if self.last is None else self.last.finish_reason
+
+    @property
+    def stats(self) -> RequestStats:
+        """Return what an answer that has ended cost."""
+        assert self.last is not None, "the answer is under way"
+        assert self.last.stats is not None, "the last event carries stats"
+        return self.last.stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

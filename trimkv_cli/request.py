@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trimkv_cli.errors import UsageError
 
@@ -124,3 +124,9 @@ class Request:
     keep: bool = False
     continues: str | None = None
     context: int = 0
+
+    def fitted(self, room: int, *, least: int = 1) -> Request:
+        """Return a request whose answer takes no more than the `room` that is left, where that is `least` tokens."""
+        if not least <= room < self.params.max_tokens:
+            return self
+        return replace(self, params=replace(self.params, max_tokens=room))

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from trimkv_cli.commands.answers import Answer
 from trimkv_cli.commands.summarize.pool import Chain, Pool, Summed, Task, summarize_text
 from trimkv_cli.commands.summarize.texts import TL_DR
 from trimkv_cli.errors import ContextOverflow, InputError, OutOfDeviceMemory, TrimkvError
-from trimkv_cli.events import CacheStats, RequestStats, TokenEvent
+from trimkv_cli.events import Answer, CacheStats, RequestStats, TokenEvent
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.request import SamplingParams
@@ -123,21 +122,17 @@ def test_summaries_that_do_not_shorten_end_in_an_error() -> None:
     chain = summarize_text(llm, "0", text, make_task(map_reduce=True))
     stage = next(chain)
     assert not stage.last
-    long = Answer(
-        request=stage.requests[0],
-        text=text,
-        token_ids=(),
-        finish_reason="length",
-        stats=RequestStats(
-            prompt_tokens=1,
-            completion_tokens=1,
-            shared_prefix_tokens=0,
-            queue_s=0.0,
-            ttft_s=0.0,
-            total_s=0.0,
-            cache=CacheStats(seen_tokens=1, kept_per_head=1, evicted=0),
-        ),
+    stats = RequestStats(
+        prompt_tokens=1,
+        completion_tokens=1,
+        shared_prefix_tokens=0,
+        queue_s=0.0,
+        ttft_s=0.0,
+        total_s=0.0,
+        cache=CacheStats(seen_tokens=1, kept_per_head=1, evicted=0),
     )
+    long = Answer(stage.requests[0])
+    long.take(TokenEvent(request_id=long.request.id, text=text, finish_reason="length", stats=stats))
     with pytest.raises(ContextOverflow, match="no shorter"):
         chain.send([long] * len(stage.requests))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trimkv_cli.chat.snapshots import Snapshots
 from trimkv_cli.chat.turns import Turn, seed_of, to_messages
 from trimkv_cli.errors import CacheMismatch, InputError, TrimkvError, UnsupportedModel, UsageError
-from trimkv_cli.events import FinishReason, RequestStats, TokenEvent
+from trimkv_cli.events import Answer, RequestStats, TokenEvent
 from trimkv_cli.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -21,26 +21,15 @@ Steps = Iterator[Sequence[TokenEvent]]
 Asked = Callable[[], bool]
 
 
-@dataclass(slots=True)
-class _Answer:
-    """An answer on its way; `before` is the part of it that an earlier request made, `fed` what the row had seen."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A turn on its way; `before` is the part of it that an earlier request made, `fed` what the row had seen."""
 
     user: str
     attempt: int
     first: int
     fed: int
     before: Turn | None = None
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    finish_reason: FinishReason = "abort"
-    stats: RequestStats | None = None
-
-    def take(self, event: TokenEvent) -> None:
-        """Add what an event brings."""
-        self.text += event.text
-        self.token_ids += event.token_ids
-        if event.finish_reason is not None:
-            self.finish_reason, self.stats = event.finish_reason, event.stats
 
 
 class Conversation:
@@ -112,7 +101,7 @@ class Conversation:
         params = replace(self.params, seed=seed_of(self.params.seed, len(self.turns) + 1, attempt))
         request = self._request(ids, params, prefix_len=prefix_len)
         self.llm.check(request)
-        return self._run(request, _Answer(user=user, attempt=attempt, first=self.seen, fed=self.seen), stopped)
+        return self._run(request, _Begun(user=user, attempt=attempt, first=self.seen, fed=self.seen), stopped)
 
     def go_on(self, stopped: Asked) -> Steps:
         """Go on with the last answer where it was cut; raises UsageError where it ended by itself."""
@@ -128,12 +117,9 @@ class Conversation:
         seed = seed_of(self.params.seed, len(self.turns), turn.attempt) + len(turn.token_ids)
         request = self._request(ids, replace(self.params, seed=seed % 2**63))
         self.llm.check(request)
-        answer = _Answer(
-            user=turn.user, attempt=turn.attempt, first=turn.first, fed=self.seen, before=turn, text=turn.answer,
-            token_ids=turn.token_ids,
-        )  # fmt: skip
+        begun = _Begun(user=turn.user, attempt=turn.attempt, first=turn.first, fed=self.seen, before=turn)
         self.turns = self.turns[:-1]
-        return self._run(request, answer, stopped)
+        return self._run(request, begun, stopped)
 
     def undo(self, count: int = 1) -> list[Turn]:
         """Take back the last turns and return them; where no state is left the next message reads what remains again.
@@ -221,13 +207,10 @@ class Conversation:
             continues=self._row,
             context=self.llm.facts.max_positions,
         )
-        left = self.llm.room(request)
-        if not self.fits_rest or not 1 <= left < params.max_tokens:
-            return request
-        return replace(request, params=replace(params, max_tokens=left))
+        return request.fitted(self.llm.room(request)) if self.fits_rest else request
 
-    def _run(self, request: Request, answer: _Answer, stopped: Asked) -> Steps:
-        decoder = self._decoder_after(answer, request)
+    def _run(self, request: Request, begun: _Begun, stopped: Asked) -> Steps:
+        answer, decoder = Answer(request), self._decoder_after(begun.before, request)
         self.tokens_to_read = len(request.prompt_token_ids)
         read_again = self.must_reread
         self.llm.add(request)
@@ -245,41 +228,36 @@ class Conversation:
                 yield events
         except TrimkvError:
             self.llm.abort(request.id)
-            if answer.before is not None:
-                self.turns.append(answer.before)
+            if begun.before is not None:
+                self.turns.append(begun.before)
             self.go_to_state()
             raise
         if read_again:  # the earlier turns stand in this one's prompt now
             self.turns = [replace(turn, first=0, prompt_tokens=0, seen=0) for turn in self.turns]
-        self._end(answer)
+        self._end(begun, answer)
 
-    def _decoder_after(self, answer: _Answer, request: Request) -> Detokenizer | None:
+    def _decoder_after(self, before: Turn | None, request: Request) -> Detokenizer | None:
         """Go on decoding where an answer was cut: some tokenizers drop the space before a text's first word."""
-        if answer.before is None:
+        if before is None:
             return None
         decoder = need_chat(self.llm.text).detokenizer(request.params.stop)
-        for token_id in answer.before.token_ids:
+        for token_id in before.token_ids:
             decoder.push(token_id)
         return decoder
 
-    def _end(self, answer: _Answer) -> None:
-        stats, before = answer.stats, answer.before
-        assert stats is not None, "the last event carries stats"
-        if len(answer.token_ids) > (len(before.token_ids) if before is not None else 0):
-            self._last_token = answer.token_ids[-1]
-        else:
-            self._last_token = None
-        continued = before is not None and before.token_ids
-        read = stats.prompt_tokens + answer.fed - answer.first
+    def _end(self, begun: _Begun, answer: Answer) -> None:
+        stats, before = answer.stats, begun.before
+        self._last_token = answer.token_ids[-1] if answer.token_ids else None
+        read = stats.prompt_tokens + begun.fed - begun.first
         self.turns.append(
             Turn(
-                user=answer.user,
-                answer=answer.text,
-                token_ids=answer.token_ids,
-                finish_reason=answer.finish_reason,
-                attempt=answer.attempt,
-                first=answer.first,
-                prompt_tokens=before.prompt_tokens if before is not None and continued else read,
+                user=begun.user,
+                answer=answer.text if before is None else before.answer + answer.text,
+                token_ids=(*(() if before is None else before.token_ids), *answer.token_ids),
+                finish_reason=answer.finish_reason or "abort",
+                attempt=begun.attempt,
+                first=begun.first,
+                prompt_tokens=before.prompt_tokens if before is not None and before.token_ids else read,
                 seen=stats.cache.seen_tokens,
             )
         )

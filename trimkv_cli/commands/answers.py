@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.commands.memory import budget_report, memory_line, memory_report
 from trimkv_cli.errors import UsageError
-from trimkv_cli.events import FinishReason, Notice, RequestStats
+from trimkv_cli.events import Answer, Notice
 from trimkv_cli.request import Request, SamplingParams
 from trimkv_cli.ui.plain import print_note, print_warning, to_json
 
@@ -21,48 +21,25 @@ if TYPE_CHECKING:
     from trimkv_cli.loading.options import EngineOptions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A finished request."""
-
-    request: Request
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stats: RequestStats
-
-
 def answer(engine: Engine, request: Request, on_text: Callable[[str], None] = lambda _: None) -> Answer:
     """Run one request to its end; `on_text` gets each piece of text as it comes."""
-    pieces: list[str] = []
-    token_ids: list[int] = []
+    finished = Answer(request)
     for event in engine.generate([request]):
-        token_ids += event.token_ids
+        finished.take(event)
         if event.text:
-            pieces.append(event.text)
             on_text(event.text)
         if event.fault is not None:
             raise event.fault
-        if event.finish_reason is not None:
-            assert event.stats is not None, "the last event carries stats"
-            return Answer(
-                request=request,
-                text="".join(pieces),
-                token_ids=tuple(token_ids),
-                finish_reason=event.finish_reason,
-                stats=event.stats,
-            )
-    raise AssertionError("a request ended without a last event")
+    return finished
 
 
 def within_room(engine: Engine, request: Request, *, said: bool, quiet: bool) -> Request:
     """Let an answer whose length nobody gave be as long as there are positions left; it is said when they are few."""
-    left = engine.room(request)
-    if said or not 1 <= left < request.params.max_tokens:
-        return request
-    if not quiet:
+    fitted = request if said else request.fitted(engine.room(request))
+    if fitted is not request and not quiet:
+        left = fitted.params.max_tokens
         print_note(f"{left} positions are left for the answer, of {engine.facts.max_positions}")
-    return replace(request, params=replace(request.params, max_tokens=left))
+    return fitted
 
 
 def open_engine(

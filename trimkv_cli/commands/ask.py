@@ -26,13 +26,12 @@ from trimkv_cli.commands.options import (
     with_options,
 )
 from trimkv_cli.errors import TrimkvError, UsageError
-from trimkv_cli.events import Notice
+from trimkv_cli.events import Answer, Notice
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.ui.fences import code_blocks
 from trimkv_cli.ui.plain import to_json
 
 if TYPE_CHECKING:
-    from trimkv_cli.commands.answers import Answer
     from trimkv_cli.engine.engine import Engine
     from trimkv_cli.request import Request
     from trimkv_cli.ui.plain import AnswerWriter

@@ -263,7 +263,7 @@ def _of_answer(llm: Engine, ids: tuple[int, ...], sampling: SamplingOptions, *, 
     llm.check(request)
     llm.start_trace()
     finished = answer(llm, request)
-    return Findings.of(llm, request.id, log_beta=llm.traced_log_beta(), output_token_ids=finished.token_ids)
+    return Findings.of(llm, request.id, log_beta=llm.traced_log_beta(), output_token_ids=tuple(finished.token_ids))
 
 
 def _of_cache(llm: Engine, path: str) -> Findings:

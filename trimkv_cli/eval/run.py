@@ -18,6 +18,7 @@ from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.eval.exam import EvalOptions, Exam, Question, make_exams
 from trimkv_cli.eval.scoring import Policy, Row, is_right, wilson
+from trimkv_cli.events import Answer
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.loader import Parts, load_parts, plan_for
 from trimkv_cli.loading.options import EngineOptions
@@ -163,7 +164,7 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
     )
 
 
-def _answer_logprob(engine: Engine, questions: tuple[Question, ...], said: dict[str, Said], say: Say) -> float | None:
+def _answer_logprob(engine: Engine, questions: tuple[Question, ...], said: dict[str, Answer], say: Say) -> float | None:
     try:
         return mean_logprob(engine, questions, said)
     except UsageError as error:
@@ -178,15 +179,12 @@ def _name(setup: _Setup, exam: Exam) -> str:
 
 def _ask(
     engine: Engine, questions: tuple[Question, ...], progress: Callable[[int], None]
-) -> Iterator[tuple[str, Said]]:
+) -> Iterator[tuple[str, Answer]]:
     """Yield (request id, answer) as answers are done; `progress` gets their number now and then."""
-    answers: dict[str, Said] = {}
+    answers = {question.request.id: Answer(question.request) for question in questions}
     said, done = time.monotonic(), 0
     for event in engine.generate(question.request for question in questions):
-        said_here = answers.setdefault(event.request_id, Said())
-        said_here.text += event.text
-        said_here.token_ids += event.token_ids
-        said_here.logprobs += tuple(one.logprob for one in event.logprobs)
+        answers[event.request_id].take(event)
         if event.fault is not None:
             raise event.fault
         if event.finish_reason is not None:
@@ -242,16 +240,7 @@ def policy_gates(policy: Policy, parts: Parts, *, positions: int, seed: int) -> 
     return list(build_gates(gate_spec(policy, parts.facts.gate), spec, {}, dtype=torch.float32, device=device))
 
 
-@dataclass(slots=True, kw_only=True)
-class Said:
-    """What a model said to one question: text, token ids and the log probability of each."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-
-
-def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[str, Said]) -> float:
+def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[str, Answer]) -> float:
     """Return the mean log probability of a token of the expected answers, in nats.
 
     Where the model said the expected tokens by itself, they need no second reading; the other questions are read again
@@ -261,20 +250,19 @@ def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[st
         UsageError: the tokenizer cannot be held to a text.
     """
     own = {q.request.id: said[q.request.id].logprobs[: len(q.answer_ids)] for q in questions if _is_own(q, said)}
-    forced = dict.fromkeys((q.request.id for q in questions if q.request.id not in own), ())
-    heard: dict[str, tuple[float, ...]] = {**own, **forced}
-    requests = [_with_answer(question) for question in questions if question.request.id in forced]
-    for event in engine.generate(requests):
+    forced = {q.request.id: Answer(_with_answer(q)) for q in questions if q.request.id not in own}
+    for event in engine.generate(answer.request for answer in forced.values()):
         if event.fault is not None:
             raise event.fault
-        heard[event.request_id] += tuple(one.logprob for one in event.logprobs)
-    values = [value for logprobs in heard.values() for value in logprobs]
+        forced[event.request_id].take(event)
+    heard = (*own.values(), *(answer.logprobs for answer in forced.values()))
+    values = [one.logprob for logprobs in heard for one in logprobs]
     return sum(values) / len(values)
 
 
-def _is_own(question: Question, said: Mapping[str, Said]) -> bool:
+def _is_own(question: Question, said: Mapping[str, Answer]) -> bool:
     count = len(question.answer_ids)
-    return said[question.request.id].token_ids[:count] == question.answer_ids
+    return tuple(said[question.request.id].token_ids[:count]) == question.answer_ids
 
 
 def _with_answer(question: Question) -> Request:

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 from trimkv_cli.errors import TrimkvError
-from trimkv_cli.events import RequestStats, TokenEvent, TokenLogprob
+from trimkv_cli.events import Answer, TokenEvent
 from trimkv_cli.jobs.lines import BadLine, Item
-from trimkv_cli.jobs.records import Answer, Record, Recorder, encode, name_tokens
+from trimkv_cli.jobs.records import Record, Recorder, encode
 from trimkv_cli.jobs.requests import Text, fitted, make_requests, refused, with_warnings
 from trimkv_cli.jobs.stopping import Limits, Stop
 from trimkv_cli.jobs.summary import Summary
@@ -114,25 +114,10 @@ class Sink(Protocol):
 
 
 @dataclass(slots=True, kw_only=True)
-class _Choice:
-    token_ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    stats: RequestStats | None = None
-
-    def take(self, event: TokenEvent) -> None:
-        self.token_ids.extend(event.token_ids)
-        self.pieces.append(event.text)
-        self.logprobs.extend(event.logprobs)
-        self.finish_reason, self.stats = event.finish_reason, event.stats
-
-
-@dataclass(slots=True, kw_only=True)
 class _Running:
     index: int
     item: Item
-    choices: dict[str, _Choice]  # by request id
+    choices: dict[str, Answer]  # by request id
 
 
 def run_job(
@@ -267,7 +252,7 @@ class _Job:
             self.engine.check(requests[0])  # the others differ in their seeds
         except TrimkvError as error:
             return refused(item, error)
-        running = _Running(index=index, item=item, choices={request.id: _Choice() for request in requests})
+        running = _Running(index=index, item=item, choices={request.id: Answer(request) for request in requests})
         for request in requests:
             self.running[request.id] = running
             self.engine.add(request)
@@ -284,28 +269,14 @@ class _Job:
         if event.finish_reason not in ("stop", "length"):
             message = event.error or "the engine gave this request up"
             self._fail(running, event.error_code or f"engine_{event.finish_reason}", message)
-        elif all(choice.finish_reason is not None for choice in running.choices.values()):
+        elif all(choice.last is not None for choice in running.choices.values()):
             self._succeed(running)
 
     def _succeed(self, running: _Running) -> None:
-        answers = [self._answer(running.item, choice) for choice in running.choices.values()]
+        answers = list(running.choices.values())
         self.summary.done += 1
         self.summary.count_tokens([answer.stats for answer in answers])
-        self._write(running.index, self.recorder.success(running.item, answers))
-
-    def _answer(self, item: Item, choice: _Choice) -> Answer:
-        assert choice.stats is not None, "a request's last event carries its stats"
-        text, named = self.engine.text, None
-        if item.params.logprobs is not None:
-            text_of = _nameless if text is None else text.token_text
-            named = name_tokens(choice.token_ids, choice.logprobs, text_of)
-        return Answer(
-            text=None if text is None else "".join(choice.pieces),
-            token_ids=choice.token_ids,
-            finish_reason=choice.finish_reason or "",
-            stats=choice.stats,
-            logprobs=named,
-        )
+        self._write(running.index, self.recorder.success(running.item, answers, self.engine.text))
 
     def _fail(self, running: _Running, code: str, message: str) -> None:
         """Write that an item failed, and drop what is left of its choices."""
@@ -331,10 +302,6 @@ class _Job:
 
     def _write(self, index: int, record: Record) -> None:
         self.writer.write(index, encode(record))
-
-
-def _nameless(token_id: int) -> str:
-    return f"token_id:{token_id}"
 
 
 T = TypeVar("T")

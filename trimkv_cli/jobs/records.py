@@ -12,24 +12,14 @@ from typing import Any
 
 import orjson
 
-from trimkv_cli.events import RequestStats, TokenLogprob
+from trimkv_cli.events import Answer, RequestStats, TokenLogprob
 from trimkv_cli.jobs.lines import BadLine, Item
+from trimkv_cli.jobs.requests import Text
 
 # Characters that JSON may carry raw, but that move a terminal's cursor or that str.splitlines() takes for a line's end.
 _UNSAFE = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One choice that the engine made for an item; `text` is None without a tokenizer."""
-
-    text: str | None
-    token_ids: Sequence[int]
-    finish_reason: str
-    stats: RequestStats
-    logprobs: Sequence[NamedLogprob] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +33,10 @@ class Recorder:
     reproducible: bool = False
     memory: Callable[[], Record] | None = None  # budget and memory as they are now
 
-    def success(self, item: Item, answers: Sequence[Answer]) -> Record:
-        """Return the record of an answered item, with all its choices."""
-        return self._record(self._key(item.custom_id), item.custom_id, status=200, body=self._body(item, answers))
+    def success(self, item: Item, answers: Sequence[Answer], text: Text | None) -> Record:
+        """Return the record of an answered item, with all its choices; without a tokenizer it has only token ids."""
+        body = self._body(item, answers, text)
+        return self._record(self._key(item.custom_id), item.custom_id, status=200, body=body)
 
     def bad_line(self, bad: BadLine) -> Record:
         """Return the record of a line that was refused."""
@@ -72,14 +63,14 @@ class Recorder:
         record: Record = {"id": f"batch_req_{key}", "custom_id": custom_id, "response": None, "error": error}
         return {**record, "trimkv": {"line": line}}
 
-    def _body(self, item: Item, answers: Sequence[Answer]) -> Record:
+    def _body(self, item: Item, answers: Sequence[Answer], text: Text | None) -> Record:
         completion = item.kind == "completion"
         return {
             "id": f"{'cmpl' if completion else 'chatcmpl'}-{self._key(item.custom_id)}",
             "object": "text_completion" if completion else "chat.completion",
             "created": 0 if self.reproducible else int(time.time()),
             "model": self.model,
-            "choices": [_choice(item, index, answer) for index, answer in enumerate(answers)],
+            "choices": [_choice(item, index, answer, text) for index, answer in enumerate(answers)],
             "usage": self._usage([answer.stats for answer in answers]),
             "trimkv": self._trimkv(item, [answer.stats for answer in answers]),
         }
@@ -120,19 +111,20 @@ def encode(record: Record) -> bytes:
     return _UNSAFE.sub(_escape, orjson.dumps(record)) + b"\n"
 
 
-def _choice(item: Item, index: int, answer: Answer) -> Record:
+def _choice(item: Item, index: int, answer: Answer, text: Text | None) -> Record:
     choice: Record = {"index": index}
     completion = item.kind == "completion"
     if completion:
-        choice["text"] = answer.text or ""
+        choice["text"] = "" if text is None else answer.text
     else:
-        choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        choice["message"] = {"role": "assistant", "content": None if text is None else answer.text, "refusal": None}
     logprobs = None
-    if answer.logprobs is not None:
-        logprobs = completion_logprobs(answer.logprobs) if completion else chat_logprobs(answer.logprobs)
+    if item.params.logprobs is not None:
+        named = name_tokens(answer.token_ids, answer.logprobs, _nameless if text is None else text.token_text)
+        logprobs = completion_logprobs(named) if completion else chat_logprobs(named)
     choice |= {"finish_reason": answer.finish_reason, "logprobs": logprobs}
     if item.return_token_ids:
-        choice["token_ids"] = list(answer.token_ids)
+        choice["token_ids"] = answer.token_ids
     return choice
 
 
@@ -165,6 +157,10 @@ def name_tokens(
         )
         for token_id, said in zip(token_ids, logprobs, strict=True)
     ]
+
+
+def _nameless(token_id: int) -> str:
+    return f"token_id:{token_id}"
 
 
 def chat_logprobs(tokens: Sequence[NamedLogprob]) -> dict[str, Any]:

@@ -76,10 +76,10 @@ def check_sizes(item: Item, *, vocab_size: int, positions: int | None) -> Item |
 
 def fitted(requests: list[Request], item: Item, left: int) -> tuple[list[Request], Item]:
     """Let answers whose length nobody gave be as long as `left` positions allow; the item then carries a warning."""
-    if item.max_tokens_said or not 1 <= left < item.params.max_tokens:
+    shorter = requests if item.max_tokens_said else [request.fitted(left) for request in requests]
+    if shorter == requests:
         return requests, item
     notice = Notice(code="max_tokens_reduced", message="fewer positions are left than max_tokens is by default")
-    shorter = [replace(request, params=replace(request.params, max_tokens=left)) for request in requests]
     return shorter, replace(item, warnings=(*item.warnings, notice))
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.commands.summarize.texts import Wish, as_json, joined
 from trimkv_cli.errors import InputError, TrimkvError
+from trimkv_cli.events import Answer
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.ui.live import Watch
 from trimkv_cli.ui.plain import AnswerWriter, print_error, print_note, to_json
 
 if TYPE_CHECKING:
-    from trimkv_cli.commands.answers import Answer
     from trimkv_cli.commands.documents import Document, Reader
     from trimkv_cli.commands.summarize.pool import Chain, Pool, Summed, Task
     from trimkv_cli.engine.engine import Engine

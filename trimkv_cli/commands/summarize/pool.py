@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trimkv_cli.commands.answers import Answer
 from trimkv_cli.commands.summarize.texts import cut
 from trimkv_cli.errors import ContextOverflow, TrimkvError
-from trimkv_cli.events import TokenEvent
+from trimkv_cli.events import Answer, TokenEvent
 from trimkv_cli.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -106,9 +105,8 @@ def _requests(llm: Engine, label: str, text: str, task: Task) -> tuple[Request, 
 
 def _request(llm: Engine, label: str, text: str, task: Task) -> Request:
     request = Request(id=label, prompt_token_ids=_render(llm, text, task), params=task.params, keep=True)
-    left = llm.room(request)
-    if not task.max_tokens_said and _LEAST_ROOM <= left < task.params.max_tokens:
-        request = replace(request, params=replace(task.params, max_tokens=left))
+    if not task.max_tokens_said:
+        request = request.fitted(llm.room(request), least=_LEAST_ROOM)
     llm.check(request)
     return request
 
@@ -127,15 +125,7 @@ class _Running:
     index: int
     chain: Chain
     last: bool = False
-    answers: dict[str, Answer | None] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Coming:
-    running: _Running
-    request: Request
-    pieces: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    answers: dict[str, Answer] = field(default_factory=dict)  # by request id
 
 
 class Pool:
@@ -151,8 +141,8 @@ class Pool:
         self._llm = llm
         self._on_text = on_text
         self._on_answer = on_answer
-        self._queue: deque[_Coming] = deque()
-        self._asked: dict[str, _Coming] = {}
+        self._queue: deque[tuple[_Running, Request]] = deque()
+        self._asked: dict[str, _Running] = {}  # by request id
         self._documents = 0
 
     @property
@@ -172,7 +162,9 @@ class Pool:
             if not self._queue and not self._asked:
                 return
             while self._queue and self._llm.num_waiting < self._llm.max_rows:
-                self._add(self._queue.popleft())
+                running, request = self._queue.popleft()
+                self._asked[request.id] = running
+                self._llm.add(request)
             for event in self._llm.step():
                 yield from self._take(event)
             after_step()
@@ -190,18 +182,13 @@ class Pool:
             yield running.index, error
             return
         running.last = stage.last
-        running.answers = dict.fromkeys((request.id for request in stage.requests), None)
-        self._queue.extend(_Coming(running, request) for request in stage.requests)
-
-    def _add(self, coming: _Coming) -> None:
-        self._asked[coming.request.id] = coming
-        self._llm.add(coming.request)
+        running.answers = {request.id: Answer(request) for request in stage.requests}
+        self._queue.extend((running, request) for request in stage.requests)
 
     def _take(self, event: TokenEvent) -> Iterator[tuple[int, Summed | TrimkvError]]:
-        coming = self._asked[event.request_id]
-        running = coming.running
-        coming.token_ids += event.token_ids
-        coming.pieces.append(event.text)
+        running = self._asked[event.request_id]
+        answer = running.answers[event.request_id]
+        answer.take(event)
         if event.text and running.last:
             self._on_text(running.index, event.text)
         if event.finish_reason is None:
@@ -211,27 +198,18 @@ class Pool:
             self._llm.release(event.request_id)
             yield from self._give_up(running, event.fault)
             return
-        assert event.stats is not None, "the last event carries stats"
-        answer = Answer(
-            request=coming.request,
-            text="".join(coming.pieces),
-            token_ids=tuple(coming.token_ids),
-            finish_reason=event.finish_reason,
-            stats=event.stats,
-        )
         if running.last:
             self._on_answer(running.index, answer)
         self._llm.release(event.request_id)
-        running.answers[event.request_id] = answer
-        if all(running.answers.values()):
-            yield from self._advance(running, [answer for answer in running.answers.values() if answer is not None])
+        if all(each.last is not None for each in running.answers.values()):
+            yield from self._advance(running, list(running.answers.values()))
 
     def _give_up(self, running: _Running, error: TrimkvError) -> Iterator[tuple[int, Summed | TrimkvError]]:
         """End a document one of whose requests failed; its others are dropped."""
-        for request_id in [key for key, coming in self._asked.items() if coming.running is running]:
+        for request_id in [key for key, asker in self._asked.items() if asker is running]:
             del self._asked[request_id]
             self._llm.abort(request_id)
-        self._queue = deque(coming for coming in self._queue if coming.running is not running)
+        self._queue = deque(queued for queued in self._queue if queued[0] is not running)
         self._documents -= 1
         running.chain.close()
         yield running.index, error
