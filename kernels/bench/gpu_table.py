@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.bench.shapes import find_shape
-from trimkv_cli.plan.plan import PlanOptions, make_plan
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import make_plan
 
 ROWS = "gpu.jsonl"
 _PAPER_TPS = {(32_768, 4): 130, (16_384, 4): 151, (16_384, 8): 280}  # arXiv 2512.03324: H100 or H200, M = 1,024
@@ -57,7 +58,7 @@ def _one_row(own: Iterable[Row], kernels: Iterable[Row], record: Row) -> Iterato
     shape = find_shape(record["shape"])
     options = PlanOptions(kv_budget=row["kv_budget"], max_inflight=1, dtype=record["dtype"])
     plan = make_plan(shape.spec, shape.gate, options)
-    read = sum(plan.part_bytes(part) for part in ("weights", "gates", "kv"))
+    read = sum(plan.run.part_bytes(part) for part in ("weights", "gates", "kv"))
     share = read / bandwidth / (row["ms_per_token_p50"] / 1e3)
     what = f"speed of one row, M = {row['kv_budget']}, of what reading its bytes at copy bandwidth allows"
     yield f"| {what} | {share:.0%} | ≥ 70% |"

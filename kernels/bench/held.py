@@ -65,7 +65,7 @@ def run_case(folder: Path, case: tuple[str, str, str, int, int, int]) -> dict[st
         prefill_chunk=256,
         threads=2,
     )
-    budget = plan_for(find_source(roomy, weights=True), roomy, torch.device("cpu")).total_bytes
+    budget = plan_for(find_source(roomy, weights=True), roomy, torch.device("cpu")).run.total_bytes
     engine = load_engine(replace(roomy, budget=str(budget), max_inflight=None))
     answered, middle = 0, 0
     for event in engine.generate(requests(count, longest)):
@@ -74,15 +74,15 @@ def run_case(folder: Path, case: tuple[str, str, str, int, int, int]) -> dict[st
             middle = engine.peak_bytes if answered == count // 2 else middle
     plan = engine.facts.plan
     return {
-        "rows": plan.rows,
+        "rows": plan.run.rows,
         "answered": answered,
-        "planned_bytes": plan.total_bytes,
+        "planned_bytes": plan.run.total_bytes,
         "peak_rss_bytes": engine.peak_bytes,
-        "peak_over_planned": engine.peak_bytes / plan.total_bytes,
+        "peak_over_planned": engine.peak_bytes / plan.run.total_bytes,
         "growth_in_second_half_bytes": engine.peak_bytes - middle,
         "undone_steps": engine.stats.undone_steps,
-        "runtime_bytes": plan.part_bytes("runtime"),
-        "slack_bytes": plan.part_bytes("slack"),
+        "runtime_bytes": plan.run.part_bytes("runtime"),
+        "slack_bytes": plan.run.part_bytes("slack"),
     }
 
 

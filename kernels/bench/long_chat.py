@@ -105,7 +105,7 @@ def measure(options: EngineOptions, *, conversations: int, tokens: int, every: i
     count = conversations * FACTS
     return {
         "policy": "streaming" if options.gates == "streaming" else "gates",
-        "kv_budget": engine.facts.plan.kv_budget,
+        "kv_budget": engine.facts.plan.run.kv_budget,
         "kv_bytes": engine.kv_bytes,
         "n": count,
         "tokens": [every * (mark + 1) for mark in range(len(marks))],

@@ -103,12 +103,12 @@ def measure(
         list(engine.generate(_requests(rows + 1, 2 * chunk + kv_budget)))
     measured = engine.facts.weight_bytes + engine.facts.gate_bytes + _cache_bytes(engine) + live.peak
     plan = engine.facts.plan
-    planned = sum(plan.part_bytes(name) for name in PLANNED)
+    planned = sum(plan.run.part_bytes(name) for name in PLANNED)
     engine.close()
     return {
         "dtype": dtype,
         "quantize": quantize,
-        "parts": {name: plan.part_bytes(name) for name in PLANNED},
+        "parts": {name: plan.run.part_bytes(name) for name in PLANNED},
         "planned_bytes": planned,
         "measured_bytes": measured,
         "planned_over_measured": planned / measured,

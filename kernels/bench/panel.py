@@ -68,11 +68,11 @@ def _progress(engine: Engine) -> Progress:
         weights_bytes=engine.facts.weight_bytes,
         gate_bytes=engine.facts.gate_bytes,
         kv_bytes=engine.kv_bytes,
-        workspace_bytes=plan.workspace_bytes,
+        workspace_bytes=plan.run.workspace_bytes,
         peak_bytes=engine.peak_bytes,
         budget_bytes=plan.budget_bytes,
         seen_tokens=seen,
-        full_cache_bytes=plan.full_cache_bytes(seen),
+        full_cache_bytes=plan.run.full_cache_bytes(seen),
     )
     return Progress(
         memory=memory,

@@ -45,10 +45,10 @@ def _cell(profile: Profile, size_gib: int) -> str:
     )
     plan = make_plan(profile.spec, profile.gate, options)
     if not plan.fits:
-        return f"needs {format_size(plan.total_bytes)}"
-    precision = plan.dtype if plan.quantize == "none" else plan.quantize
-    chunk = "" if plan.prefill_chunk == 512 else f", chunks of {plan.prefill_chunk}"
-    return f"{precision}, M {plan.kv_budget}, {plan.rows} row{'s' if plan.rows > 1 else ''}{chunk}"
+        return f"needs {format_size(plan.run.total_bytes)}"
+    precision = plan.run.dtype if plan.run.quantize == "none" else plan.run.quantize
+    chunk = "" if plan.run.prefill_chunk == 512 else f", chunks of {plan.run.prefill_chunk}"
+    return f"{precision}, M {plan.run.kv_budget}, {plan.run.rows} row{'s' if plan.run.rows > 1 else ''}{chunk}"
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.model.spec import GateSpec, ModelSpec
-from trimkv_cli.plan.plan import PlanOptions, make_plan
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import make_plan
 from trimkv_cli.request import Request, SamplingParams
 
 _GATE_HIDDEN = 32

@@ -30,7 +30,7 @@ def answer(engine: Engine, stream: BinaryIO, *, moves: bool, tokens: int) -> tup
     """Show an answer of `tokens` tokens on a terminal as chat does; return its seconds, and those of the line."""
     screen = Screen(lambda: Look(width=80, colour=True), moves=moves, stream=stream)
     view = AnswerView(screen)
-    meter = Meter(screen, view, seen=0, slots=engine.facts.plan.kv_budget, interval_s=1.0)
+    meter = Meter(screen, view, seen=0, slots=engine.facts.plan.run.kv_budget, interval_s=1.0)
     params = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True)
     engine.add(Request(id="bench", prompt_token_ids=(1, 2, 3), params=params))
     line_s, started = 0.0, time.perf_counter()
@@ -86,7 +86,7 @@ def main() -> None:
     rates = {moves: [round(arguments.tokens / s, 1) for s in each] for moves, each in seconds.items()}
     measured = {
         "model": engine.facts.model_id,
-        "kv_budget": engine.facts.plan.kv_budget,
+        "kv_budget": engine.facts.plan.run.kv_budget,
         "tokens": arguments.tokens,
         "tps_with": rates[True],
         "tps_without": rates[False],

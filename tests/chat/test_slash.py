@@ -385,11 +385,11 @@ def test_another_budget(chat: Chat) -> None:
     assert llm.facts.plan.budget_bytes == 2**31
     assert enter(chat, "/budget 40").errors == []
     enter(chat, "My dog is called Rex. " * 8)
-    held = llm.facts.plan.total_bytes
+    held = llm.facts.plan.run.total_bytes
     done = enter(chat, f"/budget {held - 40_000}B")
     assert done.errors == []
     assert done.notes[0].startswith("40 to ")
     assert "none" not in done.notes[0]
     assert not done.notes[0].endswith(" 0 evicted")
-    assert llm.facts.plan.total_bytes <= held - 40_000
-    assert llm.facts.plan.kv_budget < 40
+    assert llm.facts.plan.run.total_bytes <= held - 40_000
+    assert llm.facts.plan.run.kv_budget < 40

@@ -48,14 +48,14 @@ def test_requests_of_any_length_run_in_what_was_planned_for_three_rows(tmp_path:
         model=str(folder), offline=True, device="cpu", dtype="fp32", quantize="none", kv_budget="40", prefill_chunk=64
     )
     roomy = replace(asked, budget="64GiB", max_inflight=3)
-    budget = plan_for(find_source(roomy, weights=True), roomy, torch.device("cpu")).total_bytes
+    budget = plan_for(find_source(roomy, weights=True), roomy, torch.device("cpu")).run.total_bytes
     engine = load_engine(replace(asked, budget=str(budget)))
     plan = engine.facts.plan
-    assert (plan.rows, plan.total_bytes) == (3, budget)
+    assert (plan.run.rows, plan.run.total_bytes) == (3, budget)
     with LiveBytes() as first:
         ends = [event.finish_reason for event in engine.generate(requests(16, 1500)) if event.finish_reason]
     assert ends == ["length"] * 16
-    assert first.peak <= plan.part_bytes("workspace") + plan.part_bytes("logits")
+    assert first.peak <= plan.run.part_bytes("workspace") + plan.run.part_bytes("logits")
     with LiveBytes() as second:
         list(engine.generate(requests(16, 1500)))
     assert second.peak <= first.peak
@@ -74,7 +74,7 @@ def test_a_gpu_allocates_what_was_planned(dtype: str, quantize: str, tmp_path: P
     )
     torch.cuda.reset_peak_memory_stats()
     list(engine.generate(requests(12, 3000)))
-    planned = sum(engine.facts.plan.part_bytes(name) for name in PLANNED)
+    planned = sum(engine.facts.plan.run.part_bytes(name) for name in PLANNED)
     assert 0.97 <= planned / torch.cuda.max_memory_allocated() <= 1.03
     peaks = engine.measured_peaks()
-    assert peaks["reserved_bytes"] <= 4 * 2**30 - engine.facts.plan.part_bytes("runtime")
+    assert peaks["reserved_bytes"] <= 4 * 2**30 - engine.facts.plan.run.part_bytes("runtime")

@@ -89,10 +89,10 @@ def test_rows_that_nobody_asked_for_are_as_many_as_free_memory_holds(
     asked = EngineOptions(model=str(folder), **{**OPTIONS, "kv_budget": "96"})
     most = loader.plan_for(loader.find_source(asked, weights=True), asked, torch.device("cpu"))
     monkeypatch.setattr(loader, "swap_bytes", lambda _: 0)
-    monkeypatch.setattr(loader, "free_bytes", lambda _: most.total_bytes - 2 * most.kv_bytes_per_row)
+    monkeypatch.setattr(loader, "free_bytes", lambda _: most.run.total_bytes - 2 * most.run.kv_bytes_per_row)
     plan = load_engine(asked).facts.plan
-    assert 1 <= plan.rows < most.rows
-    assert (plan.kv_budget, plan.prefill_chunk, plan.dtype) == (96, most.prefill_chunk, most.dtype)
+    assert 1 <= plan.run.rows < most.run.rows
+    assert (plan.run.kv_budget, plan.run.prefill_chunk, plan.run.dtype) == (96, most.run.prefill_chunk, most.run.dtype)
     assert any("free memory" in choice for choice in plan.choices)
 
 

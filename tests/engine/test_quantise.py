@@ -17,7 +17,7 @@ from trimkv_cli.loading import quantise
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.model.spec import Dtype, ModelSpec, Quantisation
-from trimkv_cli.plan.bytes import weight_bytes
+from trimkv_cli.plan.run import weight_bytes
 from trimkv_cli.request import Request, SamplingParams
 
 BUFFER_BYTES = 2 * 8 * 4 * 2 + 4  # rotary frequencies, kept twice, of up to two sets; a scale of the embeddings
@@ -46,7 +46,7 @@ def test_the_weights_take_what_was_planned(family: str, quantize: Quantisation, 
     dtypes: tuple[Dtype, ...] = ("fp32", "bf16")
     for dtype in dtypes:
         engine = load_engine(options(path, quantize, dtype))
-        planned = engine.facts.plan.part_bytes("weights")
+        planned = engine.facts.plan.run.part_bytes("weights")
         assert planned <= engine.facts.weight_bytes <= planned + BUFFER_BYTES
 
 
@@ -115,7 +115,7 @@ def test_gates_keep_the_compute_dtype(golden: Path) -> None:
         params = SamplingParams(max_tokens=4, temperature=0.0)
         assert len(list(engine.generate([Request(id="a", prompt_token_ids=tuple(range(3, 60)), params=params)]))) == 4
     sizes = {quantize: engine.facts.gate_bytes for quantize, engine in engines.items()}
-    assert sizes["none"] == sizes["nf4"] == engines["nf4"].facts.plan.part_bytes("gates")
+    assert sizes["none"] == sizes["nf4"] == engines["nf4"].facts.plan.run.part_bytes("gates")
     assert engines["none"].fingerprint["quantize"] != engines["nf4"].fingerprint["quantize"]
 
 

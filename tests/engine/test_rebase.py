@@ -150,7 +150,7 @@ def test_the_slots_stay_as_many_as_they_are(tiny_model: TinyModel) -> None:
 def test_the_bytes_are_planned(tiny_model: TinyModel) -> None:
     """Catches four bytes a slot that no plan knows of."""
     engine = make_engine(tiny_model("qwen3"), shape(rows=3))
-    parts = {part.name: part.bytes for part in engine.facts.plan.parts}
+    parts = {part.name: part.bytes for part in engine.facts.plan.run.parts}
     assert parts["rebase"] == 4 * 3 * 2 * SLOTS * 4
     assert engine.kv_bytes == parts["kv"] + parts["shared_prefix"] + parts["rebase"]
 

@@ -51,7 +51,7 @@ def test_fewer_slots_keep_the_best_by_score(family: str, tiny_model: TinyModel) 
             expected += (24 if layer.window is None else min(24, layer.window)) - size
     assert (done.kv_budget_before, done.kv_budget, done.evicted) == (24, 9, expected)
     assert done.kv_bytes == engine.kv_bytes < done.kv_bytes_before
-    assert engine.facts.plan.kv_budget == 9
+    assert engine.facts.plan.run.kv_budget == 9
     assert engine.fingerprint["kv_budget"] == "9"
 
 
@@ -122,11 +122,11 @@ def test_a_smaller_budget_is_held_and_so_is_the_old_one_meanwhile(tiny_model: Ti
     engine = make_engine(tiny_model("qwen3", num_hidden_layers=8), shape)
     run(engine, [greedy("a", LONG, 5, keep=True)])
     kept, process = engine.kept("a"), psutil.Process()
-    roomy = engine.facts.plan.with_budget(2**40).total_bytes
+    roomy = engine.facts.plan.with_budget(2**40).run.total_bytes
     assert engine.set_budget(roomy).kv_budget == 40_000
     held = process.memory_info().rss
     engine._runner.resize = watched = Watched(engine._runner.resize, engine)  # type: ignore[method-assign]
-    done = engine.set_budget(roomy - engine.facts.plan.kv_bytes_per_row // 2)
+    done = engine.set_budget(roomy - engine.facts.plan.run.kv_bytes_per_row // 2)
     freed = done.kv_bytes_before - done.kv_bytes
     assert done.kv_budget < 30_000
     assert done.evicted == 0
@@ -134,7 +134,7 @@ def test_a_smaller_budget_is_held_and_so_is_the_old_one_meanwhile(tiny_model: Ti
     assert watched.peak - held < done.kv_bytes_before * 0.25
     assert held - process.memory_info().rss > 0.9 * freed > 2**24
     assert engine.peak_bytes < held - 0.8 * freed
-    assert engine.facts.plan.total_bytes <= (engine.facts.plan.budget_bytes or 0)
+    assert engine.facts.plan.run.total_bytes <= (engine.facts.plan.budget_bytes or 0)
     assert engine.set_budget(2 * roomy).kv_budget == done.kv_budget
     assert engine.resize(39_000).evicted == 0
     run(engine, [greedy("b", (1, 2, 3), 5, continues="a")])
@@ -160,8 +160,8 @@ def test_a_smaller_budget_evicts_the_worst(tiny_model: TinyModel) -> None:
     engine = make_engine(tiny_model("gemma3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
     run(engine, [greedy("a", LONG, 5, keep=True)])
     plan = engine.facts.plan.with_budget(2**40)
-    engine.set_budget(plan.total_bytes)
-    done = engine.set_budget(plan.with_slots(9).total_bytes)
+    engine.set_budget(plan.run.total_bytes)
+    done = engine.set_budget(plan.with_slots(9).run.total_bytes)
     assert (done.kv_budget_before, done.kv_budget) == (24, 9)
     assert done.evicted > 0
     other = make_engine(tiny_model("gemma3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
@@ -170,7 +170,7 @@ def test_a_smaller_budget_evicts_the_worst(tiny_model: TinyModel) -> None:
     assert other.kept("a") == engine.kept("a")
     with pytest.raises(DoesNotFit, match="1 slot per head needs"):
         engine.set_budget(2**20)
-    assert engine.facts.plan.budget_bytes == plan.with_slots(9).total_bytes
+    assert engine.facts.plan.budget_bytes == plan.with_slots(9).run.total_bytes
 
 
 def test_a_size_that_cannot_be_is_refused_before_anything_changes(tiny_model: TinyModel) -> None:
@@ -189,8 +189,9 @@ def test_a_size_that_cannot_be_is_refused_before_anything_changes(tiny_model: Ti
         talk.resize(9)
     talk.resize(10)
     assert all(set(range(9)) <= set(head) for layer in talk.kept("a") for head in layer)
-    plan = full.facts.plan
-    full.facts = replace(full.facts, plan=replace(plan, budget_bytes=plan.total_bytes + plan.kv_bytes_per_row // 2))
+    run_ = full.facts.plan.run
+    budget = run_.total_bytes + run_.kv_bytes_per_row // 2
+    full.facts = replace(full.facts, plan=replace(full.facts.plan, budget_bytes=budget))
     with pytest.raises(DoesNotFit) as caught:
         full.resize(400)
     most = int(str(caught.value.hint).split()[2])

@@ -15,7 +15,8 @@ from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.model.spec import GateSpec, ModelSpec, Pins, full_gate, streaming_gate
-from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.request import Request, SamplingParams
 
 NO_PINS = Pins()

@@ -10,8 +10,9 @@ import pytest
 from trimkv_cli.errors import UsageError
 from trimkv_cli.model.profiles import load_profile
 from trimkv_cli.model.spec import full_gate
+from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.compare import alternatives, solve_for
-from trimkv_cli.plan.plan import PlanOptions, make_plan
+from trimkv_cli.plan.plan import make_plan
 
 PROFILE: Any = load_profile("qwen3-4b-math")
 SPEC, GATE = PROFILE.spec, PROFILE.gate
@@ -24,7 +25,7 @@ def test_the_most_fits_and_one_more_does_not(unknown: str) -> None:
     gate = full_gate() if unknown == "context" else GATE
     solved = solve_for(unknown, SPEC, gate, OPTIONS)
     assert solved.plan.fits
-    assert solved.plan.total_bytes <= 12 * 2**30
+    assert solved.plan.run.total_bytes <= 12 * 2**30
     fixed = replace(OPTIONS, max_inflight=1, dtype="bf16", quantize="none", prefill_chunk=512, kv_budget=512)
     more = {
         "rows": replace(fixed, max_inflight=solved.value + 1),

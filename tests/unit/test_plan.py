@@ -15,7 +15,8 @@ from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.profiles import load_profile
 from trimkv_cli.model.spec import QUANTISATIONS, GateSpec, ModelSpec, full_gate, streaming_gate
-from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.units import SequenceBytes, parse_kv_budget, parse_size
 
 MIB = 2**20
@@ -57,14 +58,20 @@ def codes(plan: Plan) -> list[str]:
 
 def test_without_a_budget_everything_is_as_trained() -> None:
     plan = make_plan(SPEC, GATE, PlanOptions())
-    assert (plan.fits, plan.kv_budget, plan.rows, plan.prefill_chunk, plan.dtype) == (True, 512, 8, 512, "fp32")
+    assert (plan.fits, plan.run.kv_budget, plan.run.rows, plan.run.prefill_chunk, plan.run.dtype) == (
+        True,
+        512,
+        8,
+        512,
+        "fp32",
+    )
     assert plan.budget_bytes is None
-    assert plan.part_bytes("runtime") == 0
+    assert plan.run.part_bytes("runtime") == 0
 
 
 def test_a_gpu_runs_the_models_own_dtype_and_more_rows() -> None:
     plan = make_plan(SPEC, GATE, PlanOptions(device="cuda"))
-    assert (plan.dtype, plan.kv_dtype, plan.rows) == ("bf16", "bf16", 64)
+    assert (plan.run.dtype, plan.run.kv_dtype, plan.run.rows) == ("bf16", "bf16", 64)
 
 
 def test_the_cache_is_what_is_allocated() -> None:
@@ -82,19 +89,19 @@ def test_the_cache_is_what_is_allocated() -> None:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    assert plan.part_bytes("kv") == cache.nbytes
-    assert plan.part_bytes("shared_prefix") == cache.nbytes // 3
-    assert plan.part_bytes("journal") == cache.journal_nbytes // 3 * 4
+    assert plan.run.part_bytes("kv") == cache.nbytes
+    assert plan.run.part_bytes("shared_prefix") == cache.nbytes // 3
+    assert plan.run.part_bytes("journal") == cache.journal_nbytes // 3 * 4
 
 
 def test_one_sequence_shares_nothing() -> None:
-    assert make_plan(SPEC, GATE, PlanOptions(max_inflight=1)).part_bytes("shared_prefix") == 0
-    assert make_plan(SPEC, GATE, PlanOptions(prefill_chunk=0)).part_bytes("shared_prefix") == 0
+    assert make_plan(SPEC, GATE, PlanOptions(max_inflight=1)).run.part_bytes("shared_prefix") == 0
+    assert make_plan(SPEC, GATE, PlanOptions(prefill_chunk=0)).run.part_bytes("shared_prefix") == 0
 
 
 def test_decode_that_is_padded_to_eight_rows_has_eight_rows_of_cache() -> None:
     plan = make_plan(SPEC, GATE, PlanOptions(max_inflight=2, padded_rows=8))
-    assert (plan.rows, plan.part_bytes("kv")) == (2, 8 * plan.kv_bytes_per_row)
+    assert (plan.run.rows, plan.run.part_bytes("kv")) == (2, 8 * plan.run.kv_bytes_per_row)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +120,8 @@ def test_the_bytes_of_released_models(profile: str, slot_bytes: int) -> None:
     assert loaded.gate is not None
     plan = make_plan(loaded.spec, loaded.gate, PlanOptions(device="cuda", kv_budget=1))
     assert loaded.spec.kv_bytes_per_token(2) == slot_bytes
-    assert plan.full_cache_bytes(1000) == 1000 * slot_bytes
-    assert plan.kv_bytes_per_row == slot_bytes + 8 * loaded.spec.num_layers * loaded.spec.num_kv_heads
+    assert plan.run.full_cache_bytes(1000) == 1000 * slot_bytes
+    assert plan.run.kv_bytes_per_row == slot_bytes + 8 * loaded.spec.num_layers * loaded.spec.num_kv_heads
 
 
 def test_qwen3_4b_costs_2304_bytes_a_slot_beside_keys_and_values() -> None:
@@ -126,7 +133,7 @@ def test_qwen3_4b_costs_2304_bytes_a_slot_beside_keys_and_values() -> None:
 def test_a_kv_budget_in_bytes_is_a_division() -> None:
     per_slot = SPEC.kv_bytes_per_row(1, 4)
     plan = make_plan(SPEC, GATE, PlanOptions(kv_budget=SequenceBytes(amount=per_slot * 100 + 5)))
-    assert plan.kv_budget == 100
+    assert plan.run.kv_budget == 100
     with pytest.raises(UsageError, match="hold no slot"):
         make_plan(SPEC, GATE, PlanOptions(kv_budget=SequenceBytes(amount=per_slot - 1)))
 
@@ -161,7 +168,7 @@ def test_far_fewer_slots_than_trained_are_a_warning() -> None:
 def test_more_slots_than_positions_are_honoured_and_named() -> None:
     """Catches a refusal of budgets that hold everything, or a silent clamp."""
     plan = make_plan(SPEC, GATE, PlanOptions(kv_budget=10_000))
-    assert plan.kv_budget == 10_000
+    assert plan.run.kv_budget == 10_000
     assert codes(plan) == ["kv_budget_above_trained", "kv_budget_above_positions"]
 
 
@@ -175,24 +182,24 @@ def test_gates_with_a_shared_budget_are_a_warning() -> None:
 
 def test_the_trained_slots_are_no_more_than_positions() -> None:
     plan = make_plan(replace(SPEC, max_positions=200), GATE, PlanOptions())
-    assert plan.kv_budget == 200
+    assert plan.run.kv_budget == 200
     assert "200 slots per head: as many as the model has positions" in plan.choices
 
 
 def test_streaming_says_where_its_size_comes_from() -> None:
     plan = make_plan(SPEC, streaming_gate(), PlanOptions())
-    assert plan.kv_budget == 1024
+    assert plan.run.kv_budget == 1024
     assert "1024 slots per head: the default without trained gates" in plan.choices
 
 
 def test_a_full_cache_has_a_slot_for_every_token_of_the_context() -> None:
-    assert make_plan(SPEC, full_gate(), PlanOptions(context=700)).kv_budget == 700
+    assert make_plan(SPEC, full_gate(), PlanOptions(context=700)).run.kv_budget == 700
     with pytest.raises(UsageError, match="cannot hold"):
         make_plan(SPEC, full_gate(), PlanOptions(context=700, kv_budget=699))
 
 
 def test_a_profiles_default_gives_way_to_the_budget_and_a_flag_does_not() -> None:
-    limit = make_plan(SPEC, GATE, PlanOptions(budget=2**40, kv_budget=64, max_inflight=1, dtype="fp32")).total_bytes
+    limit = make_plan(SPEC, GATE, PlanOptions(budget=2**40, kv_budget=64, max_inflight=1, dtype="fp32")).run.total_bytes
     given_way = make_plan(SPEC, GATE, PlanOptions(budget=limit, default_kv_budget=256, max_inflight=1, dtype="fp32"))
     assert given_way.fits
     asked = PlanOptions(budget=limit, kv_budget=4096, prefill_chunk=512, max_inflight=1, dtype="fp32")
@@ -208,14 +215,14 @@ def test_a_tight_budget_costs_rows_then_precision_then_chunk_then_trained_slots_
         plan = make_plan(spec, gate, PlanOptions(budget=budget))
         if not plan.fits:
             break
-        assert plan.total_bytes <= budget
-        precision = (QUANTISATIONS[::-1].index(plan.quantize), plan.dtype == "fp32")
-        seen.append((plan.kv_budget, plan.prefill_chunk, precision, plan.rows))
-        assert ("weights_quantised" in codes(plan)) == (plan.quantize != "none")
-        assert ("kv_budget_below_trained" in codes(plan)) == (plan.kv_budget < 4096)
-        assert ("kv_budget_reduced" in codes(plan)) == (plan.kv_budget < 4096)
-        assert ("prefill_chunk_reduced" in codes(plan)) == (plan.prefill_chunk < 512)
-        assert ("dtype_reduced" in codes(plan)) == (plan.dtype != "fp32")
+        assert plan.run.total_bytes <= budget
+        precision = (QUANTISATIONS[::-1].index(plan.run.quantize), plan.run.dtype == "fp32")
+        seen.append((plan.run.kv_budget, plan.run.prefill_chunk, precision, plan.run.rows))
+        assert ("weights_quantised" in codes(plan)) == (plan.run.quantize != "none")
+        assert ("kv_budget_below_trained" in codes(plan)) == (plan.run.kv_budget < 4096)
+        assert ("kv_budget_reduced" in codes(plan)) == (plan.run.kv_budget < 4096)
+        assert ("prefill_chunk_reduced" in codes(plan)) == (plan.run.prefill_chunk < 512)
+        assert ("dtype_reduced" in codes(plan)) == (plan.run.dtype != "fp32")
     assert seen == sorted(seen, reverse=True)
     assert {slots for slots, _, _, _ in seen} > {4096}
     assert {level for _, _, (level, _), _ in seen} == {0, 1, 2}
@@ -224,7 +231,7 @@ def test_a_tight_budget_costs_rows_then_precision_then_chunk_then_trained_slots_
 def test_a_refusal_names_the_budget_that_would_do() -> None:
     plan = make_plan(SPEC, GATE, PlanOptions(budget=MIB))
     assert not plan.fits
-    assert f"trimkv plan --budget {plan.total_bytes}" in plan.offers
+    assert f"trimkv plan --budget {plan.run.total_bytes}" in plan.offers
     assert len(plan.offers) >= 2
     with pytest.raises(DoesNotFit) as caught:
         plan.ensure_fits()
@@ -254,21 +261,21 @@ def test_every_offer_fits_when_it_is_tried(options: PlanOptions, gate: GateSpec,
         plan = make_plan(spec, gate, options)
     except UsageError:
         return
-    assert plan.fits == (plan.total_bytes <= (options.budget or 0))
+    assert plan.fits == (plan.run.total_bytes <= (options.budget or 0))
     assert plan.fits or len(set(plan.offers)) >= 2
     for offer in plan.offers:
         retried = make_plan(spec, gate, replace(read_command(offer, options.device), can_quantise=options.can_quantise))
         assert retried.fits, offer
-        assert retried.total_bytes <= (retried.budget_bytes or 0)
+        assert retried.run.total_bytes <= (retried.budget_bytes or 0)
 
 
 def test_above_what_the_gate_was_trained_for_slots_go_before_precision() -> None:
     """Catches a profile's generous default that costs quality of the weights."""
     asked = PlanOptions(default_kv_budget=2048, max_inflight=1, budget=2**40)
     whole = make_plan(SPEC, GATE, asked)
-    assert (whole.kv_budget, whole.quantize) == (2048, "none")
-    tight = make_plan(SPEC, GATE, replace(asked, budget=whole.total_bytes - 1))
-    assert (tight.kv_budget, tight.quantize, tight.dtype) == (1024, "none", "fp32")
+    assert (whole.run.kv_budget, whole.run.quantize) == (2048, "none")
+    tight = make_plan(SPEC, GATE, replace(asked, budget=whole.run.total_bytes - 1))
+    assert (tight.run.kv_budget, tight.run.quantize, tight.run.dtype) == (1024, "none", "fp32")
 
 
 def test_fp8_needs_a_gpu() -> None:
@@ -276,7 +283,7 @@ def test_fp8_needs_a_gpu() -> None:
     with pytest.raises(UsageError, match="fp8"):
         make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8"))
     halved = make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8", device="cuda"))
-    assert halved.kv_bytes_per_row == SPEC.kv_bytes_per_row(512, 1)
+    assert halved.run.kv_bytes_per_row == SPEC.kv_bytes_per_row(512, 1)
 
 
 @pytest.mark.parametrize(("chunk", "dtype", "packs"), [(64, "bf16", True), (63, "bf16", False), (64, "fp32", False)])
@@ -286,7 +293,7 @@ def test_a_plan_counts_the_keys_that_torch_lays_out_anew_on_cpus_with_matrix_til
     """Catches a workspace that is too small on such CPUs only, where most tests never run."""
     asked = PlanOptions(kv_budget=512, prefill_chunk=chunk, max_inflight=1, dtype=dtype, device="cpu")
     with_tiles, without = (
-        make_plan(SPEC, GATE, replace(asked, machine=Machine(packs_keys=tiles))).part_bytes("workspace")
+        make_plan(SPEC, GATE, replace(asked, machine=Machine(packs_keys=tiles))).run.part_bytes("workspace")
         for tiles in (True, False)
     )
     keys = 512 + chunk
@@ -303,9 +310,9 @@ def test_a_plan_counts_the_matrices_that_several_rows_in_16_bits_lay_out_anew(
         kv_budget=64, max_inflight=rows, dtype=dtype, device="cpu", machine=Machine(reorders_halves=True)
     )
     matrices = SPEC.num_layers * sum(outputs * inputs for outputs, inputs in SPEC.matrices) * 2
-    assert make_plan(SPEC, GATE, asked).part_bytes("reordered") == (matrices if counted else 0)
+    assert make_plan(SPEC, GATE, asked).run.part_bytes("reordered") == (matrices if counted else 0)
     plain = make_plan(SPEC, GATE, replace(asked, machine=Machine()))
-    assert plain.part_bytes("reordered") == 0
+    assert plain.run.part_bytes("reordered") == 0
 
 
 @pytest.mark.parametrize(("sinks", "asked"), [(64, 64), (4, 4), (4, 1), (2000, None)])
@@ -322,9 +329,9 @@ def test_a_budget_never_makes_slots_so_few_that_sinks_fill_them() -> None:
     roomy = make_plan(SPEC, gate, PlanOptions(kv_budget=200, max_inflight=1))
     with pytest.raises(UsageError, match="100 sinks"):
         roomy.resized(100, limit=None)
-    for budget in range(roomy.total_bytes // 4, roomy.total_bytes, roomy.total_bytes // 16):
+    for budget in range(roomy.run.total_bytes // 4, roomy.run.total_bytes, roomy.run.total_bytes // 16):
         found = make_plan(SPEC, gate, PlanOptions(budget=budget, max_inflight=1))
-        assert found.kv_budget > 100 or not found.fits
+        assert found.run.kv_budget > 100 or not found.fits
 
 
 def test_a_refusal_that_is_close_says_by_how_much() -> None:
@@ -332,7 +339,7 @@ def test_a_refusal_that_is_close_says_by_how_much() -> None:
     asked = PlanOptions(
         budget=10 * MIB, kv_budget=8192, max_inflight=8, prefill_chunk=512, dtype="fp32", quantize="none"
     )
-    needed = make_plan(SPEC, GATE, asked).total_bytes
+    needed = make_plan(SPEC, GATE, asked).run.total_bytes
     with pytest.raises(DoesNotFit, match=r"40\.0 KiB short") as caught:
         make_plan(SPEC, GATE, replace(asked, budget=needed - 40 * 2**10)).ensure_fits()
     assert len(set(re.findall(r"[0-9.]+ [MG]iB", caught.value.message))) == 2

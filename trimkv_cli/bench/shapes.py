@@ -19,7 +19,8 @@ from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import find_source
 from trimkv_cli.model.profiles import list_profiles
 from trimkv_cli.model.spec import Dtype, GateSpec, ModelSpec
-from trimkv_cli.plan.plan import PlanOptions, make_plan
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import make_plan
 
 _TEN_MILLION: Mapping[str, Any] = {
     "model_type": "qwen3",
@@ -92,7 +93,7 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
     device = take_device(options.device)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     spec = shape.spec
-    dtype = make_plan(spec, shape.gate, PlanOptions(kv_budget=1, dtype=options.dtype, device=device.type)).dtype
+    dtype = make_plan(spec, shape.gate, PlanOptions(kv_budget=1, dtype=options.dtype, device=device.type)).run.dtype
     torch.manual_seed(0)
     values = {key: value for key, value in shape.config.items() if key not in ("model_type", "dtype")}
     config = AutoConfig.for_model(shape.config["model_type"], **values)
@@ -122,7 +123,7 @@ def load_network(options: EngineOptions) -> Network:
         gate=facts.gate,
         model=parts.model,
         gates=parts.gates,
-        dtype=facts.plan.dtype,
+        dtype=facts.plan.run.dtype,
         warnings=tuple(warning.message for warning in facts.warnings),
     )
 

@@ -27,7 +27,9 @@ from trimkv_cli.cache.releases import cache_argument, forward_logits
 from trimkv_cli.engine.devices import module_bytes, reset_peak
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.loading.assemble import assemble
-from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import Plan, make_plan
+from trimkv_cli.plan.run import Run
 from trimkv_cli.request import Request, SamplingParams
 
 
@@ -110,8 +112,12 @@ class SpeedOptions:
     repeats: int = 1
 
 
-def predict(network: Network, case: Case) -> Plan:
-    """Return the plan of a case, every byte of it."""
+def predict(network: Network, case: Case) -> Run:
+    """Return what a case is expected to take, every byte of it."""
+    return _plan(network, case).run
+
+
+def _plan(network: Network, case: Case) -> Plan:
     options = PlanOptions(
         kv_budget=case.kv_budget,
         max_inflight=case.rows,
@@ -134,11 +140,15 @@ def measure(network: Network, cases: Sequence[Case], options: SpeedOptions) -> I
         for _ in range(options.repeats):
             own.append(_run_own(network, case, options))
             full += [_run_plain(network, case)] if plain else []
-        plan = predict(network, case)
-        yield _row("trimkv", case, own, plan.total_bytes, options)
+        run = predict(network, case)
+        yield _row("trimkv", case, own, run.total_bytes, options)
         if full:
             yield _row(
-                "hf", case, full, plan.part_bytes("weights") + case.rows * plan.full_cache_bytes(case.context), options
+                "hf",
+                case,
+                full,
+                run.part_bytes("weights") + case.rows * run.full_cache_bytes(case.context),
+                options,
             )
 
 
@@ -182,7 +192,7 @@ def _prompts(network: Network, case: Case) -> Tensor:
 
 def make_engine(network: Network, case: Case, options: SpeedOptions) -> Engine:
     """Assemble an engine of the size of a case."""
-    plan = predict(network, case)
+    plan = _plan(network, case)
     facts = EngineFacts(
         model_id=network.name,
         spec=network.spec,

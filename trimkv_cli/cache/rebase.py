@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimkv_cli.cache.releases import rotary_embedding
 from trimkv_cli.errors import DoesNotFit, UnsupportedModel
-from trimkv_cli.plan.plan import Plan
+from trimkv_cli.plan.run import Run
 from trimkv_kernels import Slots
 
 _EMPTY_LAST = torch.iinfo(torch.int32).max
@@ -118,7 +118,7 @@ def rotate(key: Tensor, by: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat([turned.to(key.dtype), rest], dim=-1)
 
 
-def make_rebase(model: Any, slots: Sequence[Slots], *, plan: Plan, positions: int) -> Rebase:
+def make_rebase(model: Any, slots: Sequence[Slots], *, run: Run, positions: int) -> Rebase:
     """Make what renumbers the rows of a cache with these slots.
 
     Raises:
@@ -126,24 +126,24 @@ def make_rebase(model: Any, slots: Sequence[Slots], *, plan: Plan, positions: in
         DoesNotFit: what is kept and one chunk take more positions than there are.
     """
     rope_type = str((getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default"))
-    _check(plan, rope_type, positions)
+    _check(run, rope_type, positions)
     return Rebase(slots, limit=positions, inv_freq=rotary_embedding(model).inv_freq)
 
 
-def _check(plan: Plan, rope_type: str, positions: int) -> None:
-    if any(window is not None for window in plan.spec.windows):
+def _check(run: Run, rope_type: str, positions: int) -> None:
+    if any(window is not None for window in run.spec.windows):
         raise UnsupportedModel("--on-overflow rebase does not know sliding windows", hint="--on-overflow error")
     if rope_type in ("longrope", "su", "dynamic"):
         raise UnsupportedModel(
             f"--on-overflow rebase needs RoPE that stays as it is; this model's is {rope_type}",
             hint="--on-overflow error",
         )
-    if plan.prefill_chunk == 0:
+    if run.prefill_chunk == 0:
         raise DoesNotFit(
             "--on-overflow rebase reads in chunks, and --prefill-chunk 0 is none", hint="--prefill-chunk 512"
         )
-    if plan.kv_budget + plan.prefill_chunk > positions:
+    if run.kv_budget + run.prefill_chunk > positions:
         raise DoesNotFit(
-            f"{plan.kv_budget} slots and a chunk of {plan.prefill_chunk} take more than the {positions} positions",
+            f"{run.kv_budget} slots and a chunk of {run.prefill_chunk} take more than the {positions} positions",
             hint="a smaller --kv-budget or --prefill-chunk",
         )

@@ -116,14 +116,14 @@ def _announce(network: Network, cases: Sequence[Case]) -> None:
     from trimkv_cli.bench.speed import predict
 
     for case in cases:
-        plan = predict(network, case)
+        run = predict(network, case)
         parts = ", ".join(
-            f"{part.name.replace('_', ' ')} {format_size(part.bytes)}" for part in plan.parts if part.bytes
+            f"{part.name.replace('_', ' ')} {format_size(part.bytes)}" for part in run.parts if part.bytes
         )
         print_note(
             f"predicted for M = {case.kv_budget}, {case.rows} rows, context {case.context:,}: "
-            f"{format_size(plan.total_bytes)} ({parts}); a full cache alone would be "
-            f"{format_size(case.rows * plan.full_cache_bytes(case.context))}"
+            f"{format_size(run.total_bytes)} ({parts}); a full cache alone would be "
+            f"{format_size(case.rows * run.full_cache_bytes(case.context))}"
         )
 
 

@@ -20,11 +20,11 @@ def memory_use(engine: Engine, *, seen: int) -> MemoryUse:
         weights_bytes=facts.weight_bytes,
         gate_bytes=facts.gate_bytes,
         kv_bytes=engine.kv_bytes,
-        workspace_bytes=facts.plan.workspace_bytes,
+        workspace_bytes=facts.plan.run.workspace_bytes,
         peak_bytes=engine.peak_bytes,
         budget_bytes=facts.plan.budget_bytes,
         seen_tokens=seen,
-        full_cache_bytes=facts.plan.full_cache_bytes(seen),
+        full_cache_bytes=facts.plan.run.full_cache_bytes(seen),
     )
 
 
@@ -41,7 +41,7 @@ def budget_report(engine: Engine, requested: str | None) -> dict[str, Any]:
     """Return `budget` of a record: as asked for, in bytes, and whether the process has kept to it so far."""
     plan = engine.facts.plan
     held = None if plan.budget_bytes is None else engine.peak_bytes <= plan.budget_bytes
-    return {"requested": requested, "bytes": plan.budget_bytes, "kv_budget": plan.kv_budget, "honoured": held}
+    return {"requested": requested, "bytes": plan.budget_bytes, "kv_budget": plan.run.kv_budget, "honoured": held}
 
 
 def memory_report(engine: Engine) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def memory_report(engine: Engine) -> dict[str, Any]:
         "weights_bytes": facts.weight_bytes,
         "gate_bytes": facts.gate_bytes,
         "kv_bytes": engine.kv_bytes,
-        "workspace_bytes": facts.plan.workspace_bytes,
-        "planned_bytes": facts.plan.total_bytes,
+        "workspace_bytes": facts.plan.run.workspace_bytes,
+        "planned_bytes": facts.plan.run.total_bytes,
         "peak_bytes": engine.peak_bytes,
         "peaks": engine.measured_peaks(),
         "undone_steps": engine.stats.undone_steps,
@@ -88,5 +88,5 @@ def memory_line(engine: Engine) -> str:
     if plan.budget_bytes is None:
         return f"{said}, {format_size(reached)} at the peak"
     held = "held" if reached <= plan.budget_bytes else "NOT held"
-    peak, planned, budget = format_sizes(reached, plan.total_bytes, plan.budget_bytes)
+    peak, planned, budget = format_sizes(reached, plan.run.total_bytes, plan.budget_bytes)
     return f"{said}, {peak} at the peak, {planned} planned, budget {budget} {held}"

@@ -73,7 +73,7 @@ def plan(
     else:
         answer.push(_as_text(made, found.model_id, shown))
         answer.push("" if solved is None else f"\n{_say_solved(solved)}")
-        answer.push("" if others is None else "\n\n" + _say_alternatives(others, made))
+        answer.push("" if others is None else "\n\n" + _say_alternatives(others, made.run.kv_budget))
     answer.close()
     made.ensure_fits()
 
@@ -131,11 +131,11 @@ def _say_solved(solved: Solved) -> str:
     return f"up to {solved.value:,} {most[solved.unknown]} fit"
 
 
-def _say_alternatives(others: Sequence[Alternative], plan: Plan) -> str:
+def _say_alternatives(others: Sequence[Alternative], slots: int) -> str:
     from trimkv_cli.ui.plain import columns
     from trimkv_cli.units import format_size
 
-    rows = [("weights", "cache", "one sequence", f"rows of {plan.kv_budget} slots", "most slots", "full cache, tokens")]
+    rows = [("weights", "cache", "one sequence", f"rows of {slots} slots", "most slots", "full cache, tokens")]
     rows += [
         (
             each.weights,
@@ -151,24 +151,25 @@ def _say_alternatives(others: Sequence[Alternative], plan: Plan) -> str:
 
 
 def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, more: dict[str, Any]) -> str:
+    run = plan.run
     return jsonlib.dumps(
         {
             "fits": plan.fits,
             "model": model,
-            "gates": {"id": plan.gate.id, "trained_memory_size": plan.gate.memory_size},
-            "device": plan.device,
-            "dtype": plan.dtype,
-            "quantize": plan.quantize,
-            "kv_dtype": plan.kv_dtype,
-            "kv_budget": plan.kv_budget,
-            "rows": plan.rows,
-            "prefill_chunk": plan.prefill_chunk,
-            "parts": [asdict(part) for part in plan.parts],
-            "total_bytes": plan.total_bytes,
+            "gates": {"id": run.gate.id, "trained_memory_size": run.gate.memory_size},
+            "device": run.device,
+            "dtype": run.dtype,
+            "quantize": run.quantize,
+            "kv_dtype": run.kv_dtype,
+            "kv_budget": run.kv_budget,
+            "rows": run.rows,
+            "prefill_chunk": run.prefill_chunk,
+            "parts": [asdict(part) for part in run.parts],
+            "total_bytes": run.total_bytes,
             "budget_bytes": plan.budget_bytes,
             "budget": {"requested": requested, "bytes": plan.budget_bytes},
-            "kv_bytes_per_sequence": plan.kv_bytes_per_row,
-            "full_cache": {"context": context, "bytes": plan.full_cache_bytes(context)},
+            "kv_bytes_per_sequence": run.kv_bytes_per_row,
+            "full_cache": {"context": context, "bytes": run.full_cache_bytes(context)},
             "choices": list(plan.choices),
             "warnings": [asdict(warning) for warning in plan.warnings],
             "offers": list(plan.offers),
@@ -182,40 +183,42 @@ def _as_text(plan: Plan, model: str, context: int) -> str:
     from trimkv_cli.ui.plain import columns
     from trimkv_cli.units import format_size, format_sizes
 
-    total, budget = format_sizes(plan.total_bytes, plan.budget_bytes or plan.total_bytes)
+    run = plan.run
+    total, budget = format_sizes(run.total_bytes, plan.budget_bytes or run.total_bytes)
     compared = {"total": total, "budget": budget}
     lines = [(name, compared.get(name) or format_size(size), note) for name, size, note in _rows(plan, context)]
     width = max(len(size) for _, size, _ in lines)
     table = columns([(label, size.rjust(width), note) for label, size, note in lines])
-    return "\n".join([f"{model} with {plan.gate.id}", *(line.rstrip() for line in table), "", *_remarks(plan)])
+    return "\n".join([f"{model} with {run.gate.id}", *(line.rstrip() for line in table), "", *_remarks(plan)])
 
 
 def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
-    measured = "measured" if plan.around.machine.calibrated(plan.device) else "not measured: trimkv doctor --measure"
+    run = plan.run
+    measured = "measured" if run.machine.calibrated(run.device) else "not measured: trimkv doctor --measure"
     notes = {
-        "weights": plan.dtype if plan.quantize == "none" else f"{plan.quantize}, computing in {plan.dtype}",
-        "gates": plan.gate.variant,
-        "kv": f"{plan.rows} × {plan.kv_budget} slots per head, {plan.kv_dtype}",
+        "weights": run.dtype if run.quantize == "none" else f"{run.quantize}, computing in {run.dtype}",
+        "gates": run.gate.variant,
+        "kv": f"{run.rows} × {run.kv_budget} slots per head, {run.kv_dtype}",
         "shared_prefix": "one more sequence, to share a system message",
         "rebase": "the positions of tokens that outgrow the model's",
         "journal": "what one step displaces, to undo it",
         "undo": "copies of a sequence, to undo turns",
-        "workspace": f"one chunk of {plan.prefill_chunk or context} prompt tokens",
+        "workspace": f"one chunk of {run.prefill_chunk or context} prompt tokens",
         "logits": "sampling, beyond the workspace",
         "reordered": "16-bit matrices once more, as this CPU reads them for several rows",
         "dequantised": "the largest matrix, unpacked",
         "graphs": "captured steps",
         "loading": "tensors in transit while the model is read",
         "slack": "what an allocator takes beyond what is asked",
-        "runtime": f"{'torch and transformers' if plan.device == 'cpu' else f'{plan.device} context'}, {measured}",
+        "runtime": f"{'torch and transformers' if run.device == 'cpu' else f'{run.device} context'}, {measured}",
         "quantiser": "bitsandbytes and what it imports",
     }
-    for part in (part for part in plan.parts if part.bytes):
+    for part in (part for part in run.parts if part.bytes):
         yield part.name.replace("_", " "), part.bytes, notes.get(part.name, "")
-    yield "total", plan.total_bytes, "" if plan.budget_bytes is None else "fits" if plan.fits else "does not fit"
+    yield "total", run.total_bytes, "" if plan.budget_bytes is None else "fits" if plan.fits else "does not fit"
     if plan.budget_bytes is not None:
         yield "budget", plan.budget_bytes, ""
-    yield "full cache", plan.full_cache_bytes(context), f"for comparison: one sequence of {context} tokens"
+    yield "full cache", run.full_cache_bytes(context), f"for comparison: one sequence of {context} tokens"
 
 
 def _remarks(plan: Plan) -> Iterator[str]:

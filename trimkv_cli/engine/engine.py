@@ -36,7 +36,7 @@ class Engine(Resizing):
             raise UsageError("the prompt is empty", hint="give at least one token")
         check_token_ids(ids, facts.spec.vocab_size)
         self._runner.sampler.check(request.params)
-        slots = (facts.spec.slots(layer, facts.plan.kv_budget) for layer in range(facts.spec.num_layers))
+        slots = (facts.spec.slots(layer, facts.plan.run.kv_budget) for layer in range(facts.spec.num_layers))
         facts.pins.check(request.prefix_len, min(slots), sinks=facts.gate.kept)
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
@@ -52,9 +52,9 @@ class Engine(Resizing):
                 else "shorten the prompt, lower --max-tokens, or raise --context",
                 param=param,
             )
-        if facts.gate.variant == "none" and needed > facts.plan.kv_budget:
+        if facts.gate.variant == "none" and needed > facts.plan.run.kv_budget:
             raise ContextOverflow(
-                f"{asked} do not fit the {facts.plan.kv_budget} slots of a cache that may evict nothing",
+                f"{asked} do not fit the {facts.plan.run.kv_budget} slots of a cache that may evict nothing",
                 hint=f"--kv-budget {needed}, or gates: --gates streaming",
                 param=param,
             )
@@ -62,7 +62,7 @@ class Engine(Resizing):
     def room(self, request: Request) -> int:
         """Return how many tokens may follow the request's prompt; below 1 when the prompt alone is too long."""
         facts = self.facts
-        limit = min(self._positions, facts.plan.kv_budget) if facts.gate.variant == "none" else self._positions
+        limit = min(self._positions, facts.plan.run.kv_budget) if facts.gate.variant == "none" else self._positions
         return limit - self._tokens_before(request) - len(request.prompt_token_ids) + 1
 
     @property
@@ -217,7 +217,7 @@ class Engine(Resizing):
             self._runner.restart(row)
         if failure is not None:
             return self._give_up(row, failure)
-        return self._give_up(row, f"the model's logits are no numbers in {self.facts.plan.dtype}", "not_finite")
+        return self._give_up(row, f"the model's logits are no numbers in {self.facts.plan.run.dtype}", "not_finite")
 
     def _give_up(self, row: Row, error: str, code: ErrorCode | None = None) -> TokenEvent:
         """End a request that fails; what it had before its first token is as it was."""

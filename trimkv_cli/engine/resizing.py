@@ -46,16 +46,16 @@ class Resizing(KeptRows):
         limit = None if before is None else max(before, budget_bytes)
         most = plan.slots_within(budget_bytes, limit=limit)
         if most == 0:
-            least = plan.with_slots(1).total_bytes
+            least = plan.with_slots(1).run.total_bytes
             needed, budget = format_sizes(least, budget_bytes)
             raise DoesNotFit(
                 f"1 slot per head needs {needed}, and the budget is {budget}", hint=f"{least} bytes, or a larger budget"
             )
-        device, runtime = self._runner.device, plan.part_bytes("runtime")
+        device, runtime = self._runner.device, plan.run.part_bytes("runtime")
         if limit is not None:
             cap_allocator(device, limit - runtime)
         try:
-            done = self._change(plan, min(most, max(plan.kv_budget, facts.gate.memory_size or 0)), limit=limit)
+            done = self._change(plan, min(most, max(plan.run.kv_budget, facts.gate.memory_size or 0)), limit=limit)
         except TrimkvError:
             cap_allocator(device, sys.maxsize if before is None else before - runtime)
             raise
@@ -74,14 +74,14 @@ class Resizing(KeptRows):
         self._runner.cache.check_pins(kv_budget, [row.index for row in rows])
         evicted, failure = attempt(lambda: self._runner.resize(kv_budget, rows))
         if evicted is None:
-            self._runner.resize(before.kv_budget, rows)
+            self._runner.resize(before.run.kv_budget, rows)
             raise OutOfDeviceMemory(f"no memory for {kv_budget} slots per head: {failure}", hint="try fewer slots")
         give_back(self._runner.device)
         self._scheduler.forget_prefix()
         self.facts = replace(self.facts, plan=plan)
         self.fingerprint = {**self.fingerprint, "kv_budget": str(kv_budget)}
         return Resized(
-            kv_budget_before=before.kv_budget,
+            kv_budget_before=before.run.kv_budget,
             kv_budget=kv_budget,
             evicted=evicted,
             kv_bytes_before=bytes_before,

@@ -49,13 +49,13 @@ def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan, p
     """Name what a row of the cache depends on, as strings: sizes as they are, weights as short hashes."""
     return {
         "trimkv": __version__,
-        "weights": _hash(asdict(plan.spec), [model]),
-        "gates": _hash({**asdict(plan.gate), "id": None}, gates),  # a folder may move
-        "kv_budget": str(plan.kv_budget),
-        "prefill_chunk": str(plan.prefill_chunk),
-        "dtype": plan.dtype,
-        "quantize": plan.quantize,
-        "kv_dtype": plan.kv_dtype,
+        "weights": _hash(asdict(plan.run.spec), [model]),
+        "gates": _hash({**asdict(plan.run.gate), "id": None}, gates),  # a folder may move
+        "kv_budget": str(plan.run.kv_budget),
+        "prefill_chunk": str(plan.run.prefill_chunk),
+        "dtype": plan.run.dtype,
+        "quantize": plan.run.quantize,
+        "kv_dtype": plan.run.kv_dtype,
         "pins": str(pins),
     }
 

@@ -84,7 +84,7 @@ def _plan(
     # Without a limit on all memory, several rows' chunks go through the model together; the plan counts that.
     tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if _is_wide(engine, asked) else asked.prefill_chunk
     options = replace(engine, context=None, kv_budget=None, prefill_chunk=tokens)
-    largest = max(_setups(source, options, asked, positions), key=_slots).plan
+    largest = max(_setups(source, options, asked, positions), key=_slots).plan.run
     options = replace(options, dtype=largest.dtype, kv_budget=str(largest.kv_budget))
     return options, _setups(source, options, asked, positions)
 
@@ -108,7 +108,7 @@ def _setups(source: Source, options: EngineOptions, asked: EvalOptions, position
 
 
 def _slots(setup: _Setup) -> int:
-    return setup.plan.kv_budget
+    return setup.plan.run.kv_budget
 
 
 def _is_wide(engine: EngineOptions, asked: EvalOptions) -> bool:
@@ -125,15 +125,15 @@ def _remarks(parts: Parts, setups: list[_Setup]) -> Iterator[str]:
 
 
 def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOptions, positions: int) -> Engine:
-    plan = replace(setup.plan, prefill_chunk=asked.prefill_chunk)
+    plan = replace(setup.plan, run=replace(setup.plan.run, prefill_chunk=asked.prefill_chunk))
     return assemble(
         parts.model,
         policy_gates(setup.policy, parts, positions=positions, seed=asked.seed),
-        replace(parts.facts, gate=plan.gate, plan=plan),
+        replace(parts.facts, gate=plan.run.gate, plan=plan),
         text=parts.text,
         kv_dtype=parts.kv_dtype,
         deterministic=options.deterministic,
-        prefill_tokens=setup.plan.prefill_chunk,
+        prefill_tokens=setup.plan.run.prefill_chunk,
     )
 
 
@@ -149,14 +149,14 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
     return Row(
         task=exam.task,
         policy=setup.policy,
-        kv_budget=None if setup.policy == "full" else setup.plan.kv_budget,
+        kv_budget=None if setup.policy == "full" else setup.plan.run.kv_budget,
         accuracy=right / count,
         n=count,
         ci95=wilson(right, count),
         answer_logprob=_answer_logprob(engine, exam.questions, answers, say),
         decode_tps=tokens / seconds if seconds else 0.0,
         peak_bytes=peak_bytes,
-        kv_bytes=setup.plan.kv_bytes_per_row,
+        kv_bytes=setup.plan.run.kv_bytes_per_row,
         prefill_chunk=asked.prefill_chunk,
         context=exam.context,
         prompt_tokens=sum(len(q.request.prompt_token_ids) for q in exam.questions) / count,
@@ -173,7 +173,7 @@ def _answer_logprob(engine: Engine, questions: tuple[Question, ...], said: dict[
 
 
 def _name(setup: _Setup, exam: Exam) -> str:
-    budget = "" if setup.policy == "full" else f" M={setup.plan.kv_budget}"
+    budget = "" if setup.policy == "full" else f" M={setup.plan.run.kv_budget}"
     return f"{exam.task} {setup.policy}{budget}"
 
 

@@ -47,8 +47,8 @@ def assemble(
     is assembled.
     """
     plan, spec = facts.plan, facts.spec
-    rows = DETERMINISTIC_ROWS if deterministic else plan.rows
-    shares = plan.rows > 1 and plan.prefill_chunk > 0
+    rows = DETERMINISTIC_ROWS if deterministic else plan.run.rows
+    shares = plan.run.rows > 1 and plan.run.prefill_chunk > 0
     fingerprint = make_fingerprint(model, gates, plan, facts.pins)
     hooks: list[Any] = list(install(model, gates, sinks=facts.pins.sinks))
     if not deterministic:
@@ -56,7 +56,7 @@ def assemble(
             hooks += pack(model, rows=rows)
     cache = RetentionCache(
         rows=rows + shares,
-        kv_budget=plan.kv_budget,
+        kv_budget=plan.run.kv_budget,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         windows=spec.windows,
@@ -67,7 +67,7 @@ def assemble(
     )
     if rebases:
         slots = [layer.slots for layer in cache.layers]
-        cache.rebase = make_rebase(model, slots, plan=plan, positions=facts.max_positions)
+        cache.rebase = make_rebase(model, slots, run=plan.run, positions=facts.max_positions)
     config: Any = model.config
     grammars = None if text is None else Grammars(text.tokenizer, facts.eos_token_ids)
     runner = ModelRunner(
@@ -85,10 +85,10 @@ def assemble(
         runner.run_ahead(facts.eos_token_ids)
     scheduler = Scheduler(
         SchedulerOptions(
-            max_rows=plan.rows,
-            prefill_chunk=plan.prefill_chunk,
-            prefill_tokens=prefill_tokens or plan.prefill_chunk,
-            prefill_rows=1 if deterministic else plan.rows,
+            max_rows=plan.run.rows,
+            prefill_chunk=plan.run.prefill_chunk,
+            prefill_tokens=prefill_tokens or plan.run.prefill_chunk,
+            prefill_rows=1 if deterministic else plan.run.rows,
             prefix_row=rows if shares else None,
             long_rope_from=spec.original_max_positions,
         )

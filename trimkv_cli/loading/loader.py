@@ -49,7 +49,8 @@ from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
 from trimkv_cli.loading.quantise import Interrupted, lazy_tensors, misshapen, quantisation_config
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.model.spec import KvDtype, Pins, Quantisation
-from trimkv_cli.plan.plan import Plan, PlanOptions, make_plan
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.units import format_size, format_sizes, parse_budget
 from trimkv_kernels import triton_obstacle
 
@@ -141,13 +142,13 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         check(text)
     torch.set_num_threads(options.threads_or(torch.get_num_threads()))
     if plan.budget_bytes is not None:
-        cap_allocator(device, plan.budget_bytes - plan.part_bytes("runtime"))
+        cap_allocator(device, plan.budget_bytes - plan.run.part_bytes("runtime"))
     with tidy_heap():
         model = load_model(
             source,
-            _DTYPES[plan.dtype],
+            _DTYPES[plan.run.dtype],
             device,
-            quantize=plan.quantize,
+            quantize=plan.run.quantize,
             trust_remote_code=options.trust_remote_code,
         )
     with _short_of_memory(source):
@@ -167,7 +168,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         load_s=time.perf_counter() - started,
         pins=Pins.parse(options.pin),
     )
-    return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=_DTYPES[plan.kv_dtype])
+    return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=_DTYPES[plan.run.kv_dtype])
 
 
 def plan_for(source: Source, options: EngineOptions, device: torch.device, *, snapshots: int = 0) -> Plan:
@@ -205,13 +206,13 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device, *, sn
 def _to_come(plan: Plan) -> int:
     """Count what a run takes beyond what the process holds already."""
     # Without a budget, what a whole prompt in one chunk takes is not known before the prompt is.
-    unknown = plan.workspace_bytes if plan.prefill_chunk == 0 and plan.budget_bytes is None else 0
-    return plan.total_bytes - plan.part_bytes("runtime") - unknown
+    unknown = plan.run.workspace_bytes if plan.run.prefill_chunk == 0 and plan.budget_bytes is None else 0
+    return plan.run.total_bytes - plan.run.part_bytes("runtime") - unknown
 
 
 def _with_fewer_rows(source: Source, asked: PlanOptions, plan: Plan, most: int) -> Plan:
     """Return a plan of as many rows as memory holds, or else the one there is."""
-    for rows in range(plan.rows - 1, 0, -1):
+    for rows in range(plan.run.rows - 1, 0, -1):
         fewer = make_plan(source.spec, source.gate, replace(asked, max_inflight=rows))
         if _to_come(fewer) <= most:
             choice = f"{rows} sequences at a time: as many as the free memory holds"
@@ -326,7 +327,7 @@ def _refuse_dynamic_rope(model: Any) -> None:
 def _load_gates(
     source: Source, plan: Plan, device: torch.device, *, offline: bool
 ) -> tuple[nn.ModuleList, tuple[Notice, ...]]:
-    dtype = _DTYPES[plan.dtype]
+    dtype = _DTYPES[plan.run.dtype]
     if source.gates_place is None:
         return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
     files = read_gates(source.gates_place.folder("gates", offline=offline), id=source.gate.id)

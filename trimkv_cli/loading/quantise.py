@@ -22,7 +22,7 @@ from trimkv_cli.cache.releases import decoder_layers
 from trimkv_cli.errors import BrokenModel, ModelError
 from trimkv_cli.model.folders import StoredTensor, stored_tensors
 from trimkv_cli.model.spec import Quantisation
-from trimkv_cli.plan.bytes import matrix_bytes, packable, quantisable
+from trimkv_cli.plan.run import matrix_bytes, packable, quantisable
 
 _METHOD = "trimkv"
 

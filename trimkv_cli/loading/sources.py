@@ -16,7 +16,7 @@ from trimkv_cli.model.folders import read_gate_spec, read_model_spec
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.profiles import BUILT_IN, Profile, find_profile, list_profiles, load_profile, profile_for
 from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, streaming_gate
-from trimkv_cli.plan.plan import PlanOptions
+from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.units import parse_budget, parse_kv_budget
 
 if TYPE_CHECKING:

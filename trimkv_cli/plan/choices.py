@@ -1,8 +1,8 @@
-"""What a user fixed, and the sizes that this leaves open."""
+"""The sizes that a plan may choose from: what a user fixed, and what that leaves open."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.model.machine import Machine
@@ -18,7 +18,7 @@ from trimkv_cli.model.spec import (
     parse_kv_dtype,
     parse_quantisation,
 )
-from trimkv_cli.plan.bytes import Shape, Surroundings
+from trimkv_cli.plan.run import Run
 from trimkv_cli.units import SequenceBytes, format_size
 
 DEFAULT_CHUNK = 512
@@ -82,28 +82,20 @@ class PlanOptions:
         return {flag: str(value) for flag, value in said.items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """How weights are kept: what they compute in, and whether the matrices are quantised."""
-
-    dtype: Dtype
-    quantize: Quantisation
-
-    def __str__(self) -> str:
-        return self.dtype if self.quantize == "none" else self.quantize
+Precision = tuple[Dtype, Quantisation]  # what weights compute in, and whether the matrices are quantised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class Choices:
     """The sizes allowed, each with the preferred one first; what a user fixed has one entry."""
 
+    base: Run  # everything that is fixed; its sizes are replaced by those that are chosen
     kv_budgets: tuple[int, ...]
     trained: int  # what the gate was trained for; fewer slots are the last thing to accept
     precisions: tuple[Precision, ...]
     kv_dtype: KvDtype | None  # None = as the weights
     chunks: tuple[int, ...]
     rows: tuple[int, ...]
-    around: Surroundings
     budget_bytes: int | None
     kv_flag: str | None = "--kv-budget"  # what makes the KV budget smaller
     full_cache: bool = False  # it has a slot for each token of the context
@@ -111,19 +103,24 @@ class Wish:
     can_quantise: bool = True
 
     @property
-    def preferred(self) -> Shape:
-        """The smallest shape that gives up nothing which changes quality much: KV budget and chunk stay."""
-        return self.shape(self.kv_budgets[0], self.precisions[-1], self.chunks[0], self.rows[-1])
+    def preferred(self) -> Run:
+        """The smallest run that gives up nothing which changes quality much: KV budget and chunk stay."""
+        return self.run(self.kv_budgets[0], self.precisions[-1], self.chunks[0], self.rows[-1])
 
-    def shape(self, kv_budget: int, precision: Precision, chunk: int, rows: int) -> Shape:
-        return Shape(
+    def run(self, kv_budget: int, precision: Precision, chunk: int, rows: int) -> Run:
+        dtype, quantize = precision
+        return replace(
+            self.base,
             kv_budget=kv_budget,
             prefill_chunk=chunk,
             rows=rows,
-            dtype=precision.dtype,
-            quantize=precision.quantize,
-            kv_dtype=self.kv_dtype or precision.dtype,
+            dtype=dtype,
+            quantize=quantize,
+            kv_dtype=self.kv_dtype or dtype,
         )
+
+    def fits(self, run: Run) -> bool:
+        return self.budget_bytes is None or run.total_bytes <= self.budget_bytes
 
 
 def halvings(first: int, smallest: int) -> tuple[int, ...]:
@@ -134,7 +131,7 @@ def halvings(first: int, smallest: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
+def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choices:
     """List the sizes that the plan may choose from.
 
     Raises:
@@ -150,24 +147,34 @@ def make_wish(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Wish:
     kv_dtype = parse_kv_dtype(options.kv_dtype)
     if kv_dtype == "fp8" and options.device != "cuda":
         raise UsageError(f"fp8 keys and values need a GPU, not {options.device}", hint="--kv-dtype bf16")
-    kv_budgets = _kv_budgets(spec, gate, options, DTYPE_BYTES[kv_dtype or precisions[0].dtype])
-    chunk = options.prefill_chunk
-    return Wish(
+    kv_budgets = _kv_budgets(spec, gate, options, DTYPE_BYTES[kv_dtype or precisions[0][0]])
+    chunks = halvings(DEFAULT_CHUNK, SMALLEST_CHUNK) if options.prefill_chunk is None else (options.prefill_chunk,)
+    rows = (options.max_inflight,) if options.max_inflight else tuple(range(_most_rows(options), 0, -1))
+    dtype, quantize = precisions[0]
+    return Choices(
+        base=Run(
+            spec=spec,
+            gate=gate,
+            kv_budget=kv_budgets[0],
+            rows=rows[0],
+            prefill_chunk=chunks[0],
+            dtype=dtype,
+            kv_dtype=kv_dtype or dtype,
+            quantize=quantize,
+            device=options.device,
+            longest_prompt=options.context or spec.max_positions,
+            padded_rows=options.padded_rows,
+            snapshots=options.snapshots,
+            rebases=options.rebases,
+            counts_runtime=options.budget is not None,
+            machine=options.machine,
+        ),
         kv_budgets=kv_budgets,
         trained=min(gate.memory_size or kv_budgets[0], kv_budgets[0]),
         precisions=precisions,
         kv_dtype=kv_dtype,
-        chunks=halvings(DEFAULT_CHUNK, SMALLEST_CHUNK) if chunk is None else (chunk,),
-        rows=(options.max_inflight,) if options.max_inflight else tuple(range(_most_rows(options), 0, -1)),
-        around=Surroundings(
-            longest_prompt=options.context or spec.max_positions,
-            padded_rows=options.padded_rows,
-            device=options.device,
-            counts_runtime=options.budget is not None,
-            snapshots=options.snapshots,
-            rebases=options.rebases,
-            machine=options.machine,
-        ),
+        chunks=chunks,
+        rows=rows,
         budget_bytes=options.budget,
         kv_flag=_kv_flag(gate, options),
         full_cache=gate.variant == "none",
@@ -185,7 +192,7 @@ def _precisions(spec: ModelSpec, options: PlanOptions) -> tuple[Precision, ...]:
     asked = parse_quantisation(options.quantize)
     possible = options.can_quantise and options.device in QUANTISES and options.budget is not None
     levels = (asked,) if asked is not None else QUANTISATIONS if possible else QUANTISATIONS[:1]
-    return tuple(Precision(dtype, level) for level in levels for dtype in _dtypes(spec, options))
+    return tuple((dtype, level) for level in levels for dtype in _dtypes(spec, options))
 
 
 def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:

@@ -54,7 +54,7 @@ def solve_for(unknown: str, spec: ModelSpec, gate: GateSpec, options: PlanOption
             f"with these gates a sequence costs the same however long it is: up to {spec.max_positions} tokens",
             hint="--solve context is for a full cache: --gates none",
         )
-    first = make_plan(spec, gate, options)  # its precision and chunk stay
+    first = make_plan(spec, gate, options).run  # its precision and chunk stay
     fixed = replace(
         options,
         dtype=first.dtype,
@@ -82,7 +82,7 @@ def alternatives(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Itera
     """
     if options.budget is None:
         raise UsageError("--compare needs a budget", hint="--budget 8GiB --compare")
-    slots = make_plan(spec, gate, options).kv_budget
+    slots = make_plan(spec, gate, options).run.kv_budget
     for quantize in _quantisations(options):
         for dtype in dict.fromkeys(("fp32", spec.dtype) if options.device == "cpu" else (spec.dtype,)):
             for kv_dtype in _kv_dtypes(options, dtype):
@@ -92,13 +92,13 @@ def alternatives(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Itera
 
 def _alternative(spec: ModelSpec, gate: GateSpec, asked: PlanOptions, dtype: str, slots: int) -> Alternative:
     one = replace(asked, max_inflight=1)
-    plan = make_plan(spec, gate, one)
+    run = make_plan(spec, gate, one).run
     full = replace(one, kv_budget=None)
     return Alternative(
-        weights=dtype if plan.quantize == "none" else f"{plan.quantize} ({dtype})",
-        quantize=plan.quantize,
-        kv_dtype=plan.kv_dtype,
-        bytes=plan.total_bytes,
+        weights=dtype if run.quantize == "none" else f"{run.quantize} ({dtype})",
+        quantize=run.quantize,
+        kv_dtype=run.kv_dtype,
+        bytes=run.total_bytes,
         rows=_most(_MOST_ROWS, lambda n: _fits(spec, gate, replace(asked, max_inflight=n, kv_budget=slots))),
         kv_budget=_most(spec.max_positions, lambda n: _fits(spec, gate, replace(one, kv_budget=n))),
         full_context=_most(spec.max_positions, lambda n: _fits(spec, full_gate(), replace(full, context=n))),

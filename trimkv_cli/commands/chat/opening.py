@@ -144,7 +144,7 @@ def _to_store(engine: EngineOptions, llm: Engine) -> dict[str, Any]:
     if engine.model is not None and Path(engine.model).is_dir():
         said["model"] = str(Path(engine.model).absolute())
     plan = llm.facts.plan
-    solved = {"kv_budget": str(plan.kv_budget), "prefill_chunk": plan.prefill_chunk, "dtype": plan.dtype}
+    solved = {"kv_budget": str(plan.run.kv_budget), "prefill_chunk": plan.run.prefill_chunk, "dtype": plan.run.dtype}
     return {name: value for name, value in {**said, **solved}.items() if name not in _NOT_STORED}
 
 

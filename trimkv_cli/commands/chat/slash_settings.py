@@ -94,7 +94,7 @@ def _model_lines(chat: Chat) -> Iterable[str]:
     facts = chat.conversation.llm.facts
     yield _line("model", facts.model_id)
     yield _line("gates", facts.gate.id)
-    yield _line("kv_budget", f"{facts.plan.kv_budget} slots per head")
+    yield _line("kv_budget", f"{facts.plan.run.kv_budget} slots per head")
     yield _line("positions", f"{facts.max_positions:,}")
 
 

@@ -89,8 +89,8 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
         screen,
         view,
         seen=conversation.seen,
-        slots=llm.facts.plan.kv_budget,
-        interval_s=1.0 if llm.facts.plan.device == "cpu" else 0.25,
+        slots=llm.facts.plan.run.kv_budget,
+        interval_s=1.0 if llm.facts.plan.run.device == "cpu" else 0.25,
     )
     steps = begin(chat.interrupts.pressed)
     try:
@@ -118,7 +118,7 @@ def status_of(chat: Chat) -> Status:
         model=llm.facts.model_id,
         kept=llm.kept_per_head(conversation.row) if conversation.row is not None else 0,
         seen=seen,
-        slots=llm.facts.plan.kv_budget,
+        slots=llm.facts.plan.run.kv_budget,
         horizon=llm.horizon(conversation.row)[0] if conversation.row is not None else None,
         tps=_speed(stats.completion_tokens, stats.ttft_s, stats.total_s) if stats is not None else None,
         budget_bytes=llm.facts.plan.budget_bytes,

@@ -253,8 +253,8 @@ def facts_of(engine: Any) -> BackendFacts:
         fingerprint=dict(engine.fingerprint),
         template="" if engine.text is None else engine.text.template_hash,
         sampling_defaults=dict(facts.sampling_defaults),
-        kv_budget=facts.plan.kv_budget,
-        prefill_chunk=facts.plan.prefill_chunk,
+        kv_budget=facts.plan.run.kv_budget,
+        prefill_chunk=facts.plan.run.prefill_chunk,
         rows=engine.max_rows,
         warnings=tuple(warning.message for warning in facts.warnings),
     )
