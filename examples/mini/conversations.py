@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from examples.mini.rows import EARLY, TELLING, make_conversation
-from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation
+from trimkv_cli.mini.language import TOKENS_PER_WORD, Dialogue
 
 # Half of them hold no more to remember at a time than few slots can: what is worth a slot is learnt best from little.
 # The others hold as much as the model was trained on. What must not take a slot is learnt from long notes with few
@@ -48,7 +48,7 @@ def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> Non
     write_lines(out, drawn)
 
 
-def write_lines(out: Path, conversations: Iterable[Conversation]) -> None:
+def write_lines(out: Path, conversations: Iterable[Dialogue]) -> None:
     """Write each conversation to `out` as a line of messages, the form that `gates train` reads."""
     with out.open("w", encoding="utf-8") as file:
         for conversation in conversations:

@@ -15,50 +15,50 @@ from examples.mini.rows import Encoder
 from examples.mini.tokenizer import VOCAB_SIZE
 from examples.mini.training import predict
 from trimkv_cli.mini import language
-from trimkv_cli.mini.language import TOKENS_PER_WORD, Conversation, Telling
+from trimkv_cli.mini.language import TOKENS_PER_WORD, Dialogue, Telling
 
 SEED = "exam"
-Make = Callable[[Random, int, bool], Conversation]
+Make = Callable[[Random, int, bool], Dialogue]
 
 
-def _recall(rng: Random, length: int, unseen: bool) -> Conversation:
+def _recall(rng: Random, length: int, unseen: bool) -> Dialogue:
     return language.make_recall(rng, facts=6, length=length, unseen=unseen)
 
 
-def _value_first(rng: Random, length: int, unseen: bool) -> Conversation:
+def _value_first(rng: Random, length: int, unseen: bool) -> Dialogue:
     return language.make_recall(rng, facts=6, length=length, unseen=unseen, telling=Telling(value_first=1.0))
 
 
-def _multi_turn(rng: Random, length: int, unseen: bool) -> Conversation:
+def _multi_turn(rng: Random, length: int, unseen: bool) -> Dialogue:
     return language.make_multi_turn(rng, facts=6, length=length, unseen=unseen)
 
 
-def _summary(rng: Random, length: int, unseen: bool) -> Conversation:
+def _summary(rng: Random, length: int, unseen: bool) -> Dialogue:
     points = max(2, min(12, length // 30))
     return texts.summarize_notes(rng, texts.make_notes(rng, points=points, length=length), unseen=unseen)
 
 
-def _notes(rng: Random, length: int, unseen: bool) -> Conversation:
+def _notes(rng: Random, length: int, unseen: bool) -> Dialogue:
     return texts.ask_about(rng, texts.make_notes(rng, points=6, length=length), unseen=unseen)
 
 
-def _story(rng: Random, length: int, unseen: bool) -> Conversation:
+def _story(rng: Random, length: int, unseen: bool) -> Dialogue:
     return texts.ask_about(rng, texts.make_story(rng, facts=4, length=length, unseen=unseen), unseen=unseen, before=1.0)
 
 
-def _table(rng: Random, length: int, unseen: bool) -> Conversation:
+def _table(rng: Random, length: int, unseen: bool) -> Dialogue:
     return texts.make_table(rng, rows=min(12, length // 6), unseen=unseen)
 
 
-def _table_backwards(rng: Random, length: int, unseen: bool) -> Conversation:
+def _table_backwards(rng: Random, length: int, unseen: bool) -> Dialogue:
     return texts.make_table(rng, rows=min(12, length // 6), unseen=unseen, reverse=1.0)
 
 
-def _steps(rng: Random, length: int, unseen: bool) -> Conversation:
+def _steps(rng: Random, length: int, unseen: bool) -> Dialogue:
     return language.make_steps(rng, rows=min(12, length // 6), unseen=unseen)
 
 
-def _list(rng: Random, length: int, unseen: bool) -> Conversation:
+def _list(rng: Random, length: int, unseen: bool) -> Dialogue:
     return texts.make_list(rng, rows=min(12, length // 6), unseen=unseen)
 
 
@@ -100,7 +100,7 @@ def examine(folder: Path, *, questions: int = 200) -> Iterator[dict[str, Any]]:
                 }
 
 
-def answers_right(model: torch.nn.Module, encoder: Encoder, conversation: Conversation) -> tuple[list[bool], int]:
+def answers_right(model: torch.nn.Module, encoder: Encoder, conversation: Dialogue) -> tuple[list[bool], int]:
     """Return for each question whether greedy decoding would give its answer, and the tokens of the conversation.
 
     One pass over the conversation tells it: an answer is exact when each of its tokens, and the end after them, is the

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from examples.mini import texts
 from examples.mini.tokenizer import TURN_END, TURN_START
 from trimkv_cli.mini import language, words
-from trimkv_cli.mini.language import STRANGE, Conversation, Message, Talk, Telling, draw_facts, draw_syllable, draw_word
+from trimkv_cli.mini.language import STRANGE, Dialogue, Talk, Telling, Utterance, draw_facts, draw_syllable, draw_word
 
 ANSWER_WEIGHT = 1.0
 TELLING = Telling(value_first=0.3, openers=0.2)
@@ -84,7 +84,7 @@ class Encoder:
         self.turn_start, self.turn_end = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
         self.newline = tokenizer.encode("\n")
 
-    def encode(self, messages: tuple[Message, ...]) -> tuple[list[int], list[bool]]:
+    def encode(self, messages: tuple[Utterance, ...]) -> tuple[list[int], list[bool]]:
         """Return the token ids and, for each, whether it belongs to a scored answer (its end counts)."""
         ids: list[int] = []
         scored: list[bool] = []
@@ -115,7 +115,7 @@ def make_batch(
     )
 
 
-def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Conversation:
+def make_conversation(rng: Random, length: int, mixture: Mixture = EARLY) -> Dialogue:
     """Mix all skills in one conversation, or have nothing but pairs, of at least `length` words."""
     if rng.random() < mixture.pairs:
         return _only_pairs(rng, length, mixture.things)
@@ -174,7 +174,7 @@ def _open_with_text(talk: Talk, draw: float, length: int, mixture: Mixture, *, a
     talk.facts, talk.told = list(text.facts), len(text.facts)
 
 
-def _only_pairs(rng: Random, length: int, things: int | None) -> Conversation:
+def _only_pairs(rng: Random, length: int, things: int | None) -> Dialogue:
     talk = Talk(rng)
     while talk.words < length:
         add_pairs(talk, most=length // 12, things=things)

@@ -10,7 +10,7 @@ from trimkv_cli.mini import words
 from trimkv_cli.mini.language import (
     PLAIN,
     STRANGE,
-    Conversation,
+    Dialogue,
     Fact,
     Talk,
     Telling,
@@ -147,7 +147,7 @@ def make_notes(
     return Notes(text="\n".join(lines), points=tuple(told), facts=tuple(kept))
 
 
-def summarize_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conversation:
+def summarize_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Dialogue:
     """Ask for the marked points of a text, in the form in which `trimkv summarize` does."""
     talk = Talk(rng, unseen=unseen)
     request = rng.choice(UNSEEN_SUMMARY_REQUESTS if unseen else SUMMARY_REQUESTS)
@@ -155,7 +155,7 @@ def summarize_notes(rng: Random, notes: Notes, *, unseen: bool = False) -> Conve
     return talk.done()
 
 
-def ask_about(rng: Random, story: Story, *, unseen: bool = False, before: float = 0.3) -> Conversation:
+def ask_about(rng: Random, story: Story, *, unseen: bool = False, before: float = 0.3) -> Dialogue:
     """Ask about a text, the share `before` in front of it, as `trimkv ask -f` does; then ask on."""
     talk = Talk(rng, unseen=unseen, facts=list(story.facts), told=len(story.facts))
     fact = rng.choice(story.facts)
@@ -167,7 +167,7 @@ def ask_about(rng: Random, story: Story, *, unseen: bool = False, before: float 
     return talk.done()
 
 
-def make_table(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: float = 0.0) -> Conversation:
+def make_table(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: float = 0.0) -> Dialogue:
     """Write a table of `rows` lines and look some of them up; the answer is the line.
 
     The share `reverse` of questions names the value and wants the line that has it.
@@ -187,7 +187,7 @@ def make_table(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: flo
     return open_with(rng, table, turns)
 
 
-def make_list(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: float = 0.0) -> Conversation:
+def make_list(rng: Random, *, rows: int = 8, unseen: bool = False, reverse: float = 0.0) -> Dialogue:
     """Write a list of `rows` words and ask what follows some of them; the answer is both lines.
 
     The share `reverse` of questions asks what comes before.

@@ -17,7 +17,7 @@ from trimkv_cli.engine.engine import Engine
 from trimkv_cli.eval.scoring import is_right, wilson
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.mini.language import Message, Talk, draw_facts
+from trimkv_cli.mini.language import Talk, Utterance, draw_facts
 from trimkv_cli.request import Request, SamplingParams
 
 FACTS = 6
@@ -49,13 +49,13 @@ def write_script(engine: Engine, *, seed: int, tokens: int, every: int) -> Scrip
         if length + len(part) >= every * (len(parts) + 1):
             parts, length, part = [*parts, part], length + len(part), ()
     asked = [
-        (_encode(engine, [Message(role="user", content=f.ask(rng, unseen=True))], answer_next=True), f.answer)
+        (_encode(engine, [Utterance(role="user", content=f.ask(rng, unseen=True))], answer_next=True), f.answer)
         for f in talk.facts
     ]
     return Script(parts=tuple(parts), questions=tuple(asked))
 
 
-def _encode(engine: Engine, messages: Sequence[Message], *, answer_next: bool = False) -> tuple[int, ...]:
+def _encode(engine: Engine, messages: Sequence[Utterance], *, answer_next: bool = False) -> tuple[int, ...]:
     assert engine.text is not None
     said = [{"role": message.role, "content": message.content} for message in messages]
     ids = engine.text.tokenizer.apply_chat_template(said, add_generation_prompt=answer_next, return_dict=False)

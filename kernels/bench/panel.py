@@ -23,7 +23,7 @@ from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.request import Request, SamplingParams
 from trimkv_cli.ui.live import Panel, Watch
-from trimkv_cli.ui.panel import Progress
+from trimkv_cli.ui.panel import PanelState
 
 
 class _Screen(io.StringIO):
@@ -61,7 +61,7 @@ def redraw_ms(engine: Engine) -> float:
     return median(times)
 
 
-def _progress(engine: Engine) -> Progress:
+def _progress(engine: Engine) -> PanelState:
     glance, plan = engine.glance(), engine.facts.plan
     seen = 0 if glance is None else glance.seen_tokens
     memory = MemoryUse(
@@ -74,7 +74,7 @@ def _progress(engine: Engine) -> Progress:
         seen_tokens=seen,
         full_cache_bytes=plan.run.full_cache_bytes(seen),
     )
-    return Progress(
+    return PanelState(
         memory=memory,
         run=engine.stats,
         glance=glance,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_cli.eval.scoring import Row
+from trimkv_cli.eval.scoring import EvalResult
 from trimkv_cli.ui.accuracy import accuracy_plot
 
 
@@ -161,7 +161,7 @@ def _recall(rows: Sequence[dict[str, Any]], length: int) -> str:
 
 
 def _plot(rows: Sequence[dict[str, Any]], length: int) -> str:
-    shown = [Row(**{**row, "ci95": tuple(row["ci95"])}) for row in rows if row["context"] == length]
+    shown = [EvalResult(**{**row, "ci95": tuple(row["ci95"])}) for row in rows if row["context"] == length]
     return f"```text\n{accuracy_plot('recall', shown)}\n```"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli.errors import InputError
-from trimkv_cli.eval.exam import Case, read_cases
+from trimkv_cli.eval.exam import Sample, read_samples
 
 GOOD = '{"messages": [{"role": "user", "content": "Where?"}], "answer": "Here."}'
 
@@ -21,8 +21,8 @@ def _write(folder: Path, *lines: str) -> str:
 def test_messages_and_prompts_are_read(tmp_path: Path) -> None:
     """Catches a shape of line that is lost, and lines beyond the limit."""
     path = _write(tmp_path, GOOD, "", '{"id": 3, "prompt": "2 + 2 =", "answer": "4"}', GOOD)
-    first = Case(answer="Here.", messages=({"role": "user", "content": "Where?"},))
-    assert read_cases(path, limit=2) == [first, Case(answer="4", prompt="2 + 2 =")]
+    first = Sample(answer="Here.", messages=({"role": "user", "content": "Where?"},))
+    assert read_samples(path, limit=2) == [first, Sample(answer="4", prompt="2 + 2 =")]
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,11 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     """Catches a bad line that is passed over, or that nobody can find."""
     path = _write(tmp_path, GOOD, "", line)
     with pytest.raises(InputError) as caught:
-        read_cases(path)
+        read_samples(path)
     assert caught.value.message.startswith(f"{path}:3: ")
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     """Catches a division by no questions."""
     with pytest.raises(InputError):
-        read_cases(_write(tmp_path, ""))
+        read_samples(_write(tmp_path, ""))

@@ -11,7 +11,7 @@ import torch
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 from trimkv_cli.eval.exam import EvalOptions
 from trimkv_cli.eval.run import RandomGate, evaluate
-from trimkv_cli.eval.scoring import Row
+from trimkv_cli.eval.scoring import EvalResult
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import find_source
@@ -43,7 +43,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> str:
 _THINGS = [("boat", "Milo"), ("cat", "Zanuk"), ("shop", "Feda"), ("horse", "Tipo"), ("lamp", "Guvar"), ("key", "Sol")]
 
 
-def _run(own: str, **changes: object) -> list[Row]:
+def _run(own: str, **changes: object) -> list[EvalResult]:
     asked = EvalOptions(tasks=(), data=own, max_tokens=TOKENS, prefill_chunk=8, **changes)  # type: ignore[arg-type]
     return evaluate(find_source(ENGINE, weights=True), ENGINE, asked, say=lambda _: None)
 

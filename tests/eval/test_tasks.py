@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from trimkv_cli.eval.exam import TASKS, Case, make_cases
+from trimkv_cli.eval.exam import TASKS, Sample, draw_samples
 
 
-def _measure(case: Case) -> int:
+def _measure(case: Sample) -> int:
     return sum(2 * len(message["content"].split()) + 4 for message in case.messages)
 
 
-def _cases(task: str, *, count: int = 8, seed: int = 7, tokens: int = 600) -> list[Case]:
-    return make_cases(task, count=count, tokens=tokens, seed=seed, measure=_measure)
+def _cases(task: str, *, count: int = 8, seed: int = 7, tokens: int = 600) -> list[Sample]:
+    return draw_samples(task, count=count, tokens=tokens, seed=seed, measure=_measure)
 
 
 @pytest.mark.parametrize("task", TASKS)

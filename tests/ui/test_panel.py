@@ -19,9 +19,9 @@ from trimkv_cli.engine.snapshot import Glancer
 from trimkv_cli.events import Glance, MemoryUse, RunStats, median_age
 from trimkv_cli.ui import live
 from trimkv_cli.ui.cache_panel import bin_shares
-from trimkv_cli.ui.live import Frame, Lines, Panel, open_watch
+from trimkv_cli.ui.live import Lines, LiveRegion, Panel, open_watch
 from trimkv_cli.ui.look import Look
-from trimkv_cli.ui.panel import Jobs, Progress, draw_panel, progress_line
+from trimkv_cli.ui.panel import Jobs, PanelState, draw_panel, progress_line
 
 MEMORY = MemoryUse(
     weights_bytes=400 << 20, gate_bytes=10 << 20, kv_bytes=100 << 20, workspace_bytes=90 << 20, peak_bytes=700 << 20,
@@ -31,7 +31,7 @@ GLANCE = Glance(
     seen_tokens=12345, kept_per_head=32, slots=32, shares=tuple(i / 63 for i in range(64)), horizons=((5, 900),) * 4
 )
 STATS = RunStats(prefill_tokens=1200, decode_tokens=40, shared_prefix_tokens=0, steps=9, prefill_s=0.5, decode_s=2.0)
-PROGRESS = Progress(
+PROGRESS = PanelState(
     memory=MEMORY, run=STATS, glance=GLANCE, evicted=190_000, reading=(12_800, 50_000), elapsed_s=8.0, ttft_s=0.8,
     jobs=Jobs(done=12, failed=1, running=8, queued=20),
 )  # fmt: skip
@@ -64,7 +64,7 @@ def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Termina
     def make(columns: int, lines: int = 24) -> Terminal:
         stream = Terminal(columns, lines)
         size = property(lambda _: live.os.terminal_size((stream.screen.columns, stream.screen.lines)))
-        monkeypatch.setattr(Frame, "size", size)
+        monkeypatch.setattr(LiveRegion, "size", size)
         return stream
 
     return make
@@ -133,7 +133,7 @@ def test_a_panel_is_redrawn_in_place_and_leaves_nothing(terminal_of: Callable[..
 def test_a_terminal_that_becomes_narrower_keeps_no_pieces(terminal_of: Callable[..., Terminal]) -> None:
     """Catches the wrapped upper lines of a wide frame that stay above the narrow one."""
     stream = terminal_of(20)
-    frame = Frame(stream)
+    frame = LiveRegion(stream)
     frame.show(["\x1b[1m" + "x" * 18 + "\x1b[0m", "", "y" * 5])
     stream.screen.resize(lines=24, columns=9)
     frame.show(["z"])
@@ -178,7 +178,7 @@ def test_the_panel_asks_only_when_something_is_due(terminal_of: Callable[..., Te
     """Catches figures gathered at every step."""
     asked: list[int] = []
 
-    def ask() -> Progress:
+    def ask() -> PanelState:
         asked.append(1)
         return PROGRESS
 
@@ -241,7 +241,7 @@ def test_a_terminal_without_a_size_gets_one(monkeypatch: pytest.MonkeyPatch) -> 
             return 1
 
     monkeypatch.setattr(live.os, "get_terminal_size", lambda _: live.os.terminal_size((0, 0)))
-    frame = Frame(Sizeless())
+    frame = LiveRegion(Sizeless())
     assert frame.size == (80, 24)
     frame.show(["a", "b"])
     frame.clear()

@@ -23,7 +23,7 @@ from examples.mini.texts import (
 )
 from trimkv_cli.mini import words
 from trimkv_cli.mini.language import (
-    Conversation,
+    Dialogue,
     Talk,
     Telling,
     draw_facts,
@@ -34,7 +34,7 @@ from trimkv_cli.mini.language import (
     make_steps,
 )
 
-Make = Callable[[Random], Conversation]
+Make = Callable[[Random], Dialogue]
 KINDS: dict[str, Make] = {
     "recall": lambda rng: make_recall(rng, facts=6, length=300),
     "multi-turn": lambda rng: make_multi_turn(rng, facts=6, length=300),
@@ -50,7 +50,7 @@ KINDS: dict[str, Make] = {
 }
 
 
-def text_before(conversation: Conversation, turn: int) -> str:
+def text_before(conversation: Dialogue, turn: int) -> str:
     return "\n".join(message.content for message in conversation.messages[:turn])
 
 
@@ -174,7 +174,7 @@ def test_arrows_end_and_every_step_is_a_line_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("make", [make_table, make_list])
-def test_backwards_the_question_names_what_stands_last(make: Callable[..., Conversation]) -> None:
+def test_backwards_the_question_names_what_stands_last(make: Callable[..., Dialogue]) -> None:
     """Catch a training that only ever looks forward, and an examination that changes with it."""
     for seed in range(20):
         for reverse, place in ((0.0, 0), (1.0, -1)):

@@ -17,7 +17,7 @@ from trimkv_cli.units import parse_kv_budget, read_flag
 
 if TYPE_CHECKING:
     from trimkv_cli.eval.exam import EvalOptions
-    from trimkv_cli.eval.scoring import Row
+    from trimkv_cli.eval.scoring import EvalResult
     from trimkv_cli.loading.sources import Source
 
 _BUDGETS = "32,64,128"
@@ -140,13 +140,13 @@ def _eval_options(
     )
 
 
-def _evaluate(source: Source, options: EngineOptions, asked: EvalOptions, *, quiet: bool) -> list[Row]:
+def _evaluate(source: Source, options: EngineOptions, asked: EvalOptions, *, quiet: bool) -> list[EvalResult]:
     from trimkv_cli.eval.run import evaluate
 
     return evaluate(source, options, asked, say=(lambda _: None) if quiet else print_note)
 
 
-def _show(rows: list[Row], *, json: bool) -> None:
+def _show(rows: list[EvalResult], *, json: bool) -> None:
     if json:
         print(json_module.dumps({"rows": [asdict(row) for row in rows]}))
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.memory import memory_use
 from trimkv_cli.ui.live import Panel, Watch, open_watch
-from trimkv_cli.ui.panel import Jobs, Progress, summary_line
+from trimkv_cli.ui.panel import Jobs, PanelState, summary_line
 from trimkv_cli.ui.plain import print_note
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def watch(
     """
     started = time.monotonic()
 
-    def ask() -> Progress:
+    def ask() -> PanelState:
         glance = llm.glance()
-        return Progress(
+        return PanelState(
             memory=memory_use(llm, seen=0 if glance is None else glance.seen_tokens),
             run=llm.stats,
             glance=glance,

@@ -15,14 +15,14 @@ from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.eval.scoring import POLICIES, Match, Policy
 from trimkv_cli.files import as_text
 from trimkv_cli.mini import language, words
-from trimkv_cli.mini.language import Conversation, Talk, draw_value, draw_words
+from trimkv_cli.mini.language import Dialogue, Talk, draw_value, draw_words
 from trimkv_cli.request import Request, SamplingParams
 
 _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class Sample:
     """What is asked, as messages or as a text to continue, and the one answer that counts as right.
 
     `value` is the part of a generated answer that `--match contains` looks for; "" = all of it.
@@ -34,7 +34,7 @@ class Case:
     prompt: str | None = None
 
 
-def read_cases(path: str, *, limit: int | None = None) -> list[Case]:
+def read_samples(path: str, *, limit: int | None = None) -> list[Sample]:
     """Read JSON lines with `answer` and either `messages` or `prompt`; blank lines are passed over.
 
     Raises:
@@ -47,13 +47,13 @@ def read_cases(path: str, *, limit: int | None = None) -> list[Case]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}", hint=f"iconv -t UTF-8 {path}") from error
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    cases = [_read_line(line, f"{path}:{number}") for number, line in filled[:limit]]
-    if not cases:
+    samples = [_read_line(line, f"{path}:{number}") for number, line in filled[:limit]]
+    if not samples:
         raise InputError(f"{path} holds no questions", hint='a line is {"messages": [...], "answer": "..."}')
-    return cases
+    return samples
 
 
-def _read_line(line: str, where: str) -> Case:
+def _read_line(line: str, where: str) -> Sample:
     try:
         data = json.loads(line)
     except ValueError as error:
@@ -66,10 +66,10 @@ def _read_line(line: str, where: str) -> Case:
     if (messages is None) == (prompt is None):
         raise _bad(where, "give either messages or prompt")
     if prompt is None:
-        return Case(answer=as_text(answer, where), messages=_read_messages(messages, where))
+        return Sample(answer=as_text(answer, where), messages=_read_messages(messages, where))
     if not isinstance(prompt, str) or not prompt:
         raise _bad(where, "prompt must be a text that is not empty")
-    return Case(answer=as_text(answer, where), prompt=as_text(prompt, where))
+    return Sample(answer=as_text(answer, where), prompt=as_text(prompt, where))
 
 
 def _read_messages(messages: Any, where: str) -> tuple[Mapping[str, str], ...]:
@@ -88,7 +88,7 @@ def _bad(where: str, what: str) -> InputError:
     return InputError(f"{where}: {what}", hint='a line is {"messages": [...], "answer": "..."}')
 
 
-Make = Callable[[Random, int], Sequence[Case]]
+Make = Callable[[Random, int], Sequence[Sample]]
 
 _FACTS = 6
 _STEPS = 12  # lines of a procedure's table
@@ -96,7 +96,7 @@ _PROBES = 12
 _SMALLEST = 24  # words; less holds no question
 
 
-def make_cases(task: str, *, count: int, tokens: int, seed: int, measure: Callable[[Case], int]) -> list[Case]:
+def draw_samples(task: str, *, count: int, tokens: int, seed: int, measure: Callable[[Sample], int]) -> list[Sample]:
     """Draw `count` questions, each about a conversation of its own that has about `tokens` tokens by `measure`.
 
     The first questions are the same whatever `count` is.
@@ -112,7 +112,7 @@ def _rng(*key: object) -> Random:
     return Random(" ".join(map(str, ("trimkv eval", *key))))  # noqa: S311
 
 
-def _fit(make: Make, task: str, tokens: int, measure: Callable[[Case], int]) -> int:
+def _fit(make: Make, task: str, tokens: int, measure: Callable[[Sample], int]) -> int:
     """Find the size whose longest questions have `tokens` tokens on average."""
     size = max(_SMALLEST, tokens / language.TOKENS_PER_WORD)
     for _ in range(3):
@@ -121,20 +121,20 @@ def _fit(make: Make, task: str, tokens: int, measure: Callable[[Case], int]) -> 
     return round(size)
 
 
-def _recall(rng: Random, size: int) -> list[Case]:
+def _recall(rng: Random, size: int) -> list[Sample]:
     """Six facts in the first half of a conversation, one question at its end."""
-    return _cases(language.make_recall(rng, facts=_FACTS, length=size, questions=1, unseen=True))
+    return _samples(language.make_recall(rng, facts=_FACTS, length=size, questions=1, unseen=True))
 
 
-def _multi_turn(rng: Random, size: int) -> list[Case]:
+def _multi_turn(rng: Random, size: int) -> list[Sample]:
     """Questions all along a conversation; earlier ones stand in it with their right answers."""
     while True:
-        cases = _cases(language.make_multi_turn(rng, facts=_FACTS, length=size, unseen=True))
-        if cases:
-            return cases
+        samples = _samples(language.make_multi_turn(rng, facts=_FACTS, length=size, unseen=True))
+        if samples:
+            return samples
 
 
-def _kv_retrieval(rng: Random, size: int) -> list[Case]:
+def _kv_retrieval(rng: Random, size: int) -> list[Sample]:
     """A long table of random words and random values, and then the question for one of them."""
     keys = draw_words(rng, max(2, size // 2))
     values = [draw_value(rng, rng.choice(("number", "code", "name"))) for _ in keys]
@@ -144,24 +144,24 @@ def _kv_retrieval(rng: Random, size: int) -> list[Case]:
     question = rng.choice(words.UNSEEN_LOOKUPS).format(k=keys[asked])
     content = "\n".join(table) + f"\n\n{question}"
     answer = f"{keys[asked]}{bar}{values[asked]}"  # the line itself, as the built-in model says it
-    return [Case(messages=({"role": "user", "content": content},), answer=answer, value=values[asked])]
+    return [Sample(messages=({"role": "user", "content": content},), answer=answer, value=values[asked])]
 
 
-def _procedure(rng: Random, size: int) -> list[Case]:
+def _procedure(rng: Random, size: int) -> list[Sample]:
     """Talk of other things, then a table of arrows to follow step by step."""
     steps = language.make_steps(rng, rows=max(3, min(_STEPS, size // 8)), unseen=True)
     talk = Talk(rng)
     length = size - sum(len(message.content.split()) for message in steps.messages)
     while talk.words < length:
         talk.chat()
-    return _cases(Conversation(messages=(*talk.messages, *steps.messages)))
+    return _samples(Dialogue(messages=(*talk.messages, *steps.messages)))
 
 
-def _cases(conversation: Conversation) -> list[Case]:
-    """Make each question of a conversation one case: everything before it, the question, its answer."""
+def _samples(conversation: Dialogue) -> list[Sample]:
+    """Make each question of a conversation one sample: everything before it, the question, its answer."""
     messages = tuple({"role": message.role, "content": message.content} for message in conversation.messages)
     return [
-        Case(messages=messages[: asked.turn], answer=asked.answer, value=_value(asked.answer))
+        Sample(messages=messages[: asked.turn], answer=asked.answer, value=_value(asked.answer))
         for asked in conversation.questions
     ]
 
@@ -216,7 +216,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class EncodedSample:
     """A request, the answer that counts as right, and the tokens of the expected text as encoded on its own."""
 
     request: Request
@@ -230,14 +230,13 @@ class Exam:
 
     task: str
     context: int
-    questions: tuple[Question, ...]
+    samples: tuple[EncodedSample, ...]
 
     @property
     def positions(self) -> int:
         """How long the longest sequence may become."""
         return max(
-            len(q.request.prompt_token_ids) + max(q.request.params.max_tokens, len(q.answer_ids))
-            for q in self.questions
+            len(q.request.prompt_token_ids) + max(q.request.params.max_tokens, len(q.answer_ids)) for q in self.samples
         )
 
 
@@ -249,38 +248,38 @@ def make_exams(options: EvalOptions, text: Text) -> Iterator[Exam]:
         UnsupportedModel: the model has no chat template.
     """
 
-    def measure(case: Case) -> int:
-        return len(_encode(case, text).token_ids)
+    def measure(sample: Sample) -> int:
+        return len(_encode(sample, text).token_ids)
 
     for task in options.tasks:
         count = options.samples or 100
-        cases = make_cases(task, count=count, tokens=options.context, seed=options.seed, measure=measure)
-        yield Exam(task=task, context=options.context, questions=_questions(task, cases, text, options))
+        samples = draw_samples(task, count=count, tokens=options.context, seed=options.seed, measure=measure)
+        yield Exam(task=task, context=options.context, samples=_encode_samples(task, samples, text, options))
     if options.data is not None:
         name = Path(options.data).name
-        questions = _questions(name, read_cases(options.data, limit=options.samples), text, options)
-        yield Exam(task=name, context=max(len(q.request.prompt_token_ids) for q in questions), questions=questions)
+        encoded = _encode_samples(name, read_samples(options.data, limit=options.samples), text, options)
+        yield Exam(task=name, context=max(len(q.request.prompt_token_ids) for q in encoded), samples=encoded)
 
 
-def _questions(task: str, cases: list[Case], text: Text, options: EvalOptions) -> tuple[Question, ...]:
-    return tuple(_question(f"{task}-{number}", case, text, options) for number, case in enumerate(cases))
+def _encode_samples(task: str, samples: list[Sample], text: Text, options: EvalOptions) -> tuple[EncodedSample, ...]:
+    return tuple(_encode_sample(f"{task}-{number}", sample, text, options) for number, sample in enumerate(samples))
 
 
-def _question(id: str, case: Case, text: Text, options: EvalOptions) -> Question:
-    prompt = _encode(case, text)
-    answer_ids = tuple(text.tokenizer.encode(case.answer, add_special_tokens=False))
+def _encode_sample(id: str, sample: Sample, text: Text, options: EvalOptions) -> EncodedSample:
+    prompt = _encode(sample, text)
+    answer_ids = tuple(text.tokenizer.encode(sample.answer, add_special_tokens=False))
     params = SamplingParams(
         max_tokens=options.max_tokens or len(answer_ids) + _SPARE_TOKENS[options.match],
         temperature=0.0,
         logprobs=0,
-        stop=("\n",) if case.prompt is not None and "\n" not in case.answer else (),
+        stop=("\n",) if sample.prompt is not None and "\n" not in sample.answer else (),
     )
     request = Request(id=id, prompt_token_ids=prompt.token_ids, prefix_len=prompt.prefix_len, params=params)
-    expected = case.value if options.match == "contains" and case.value else case.answer
-    return Question(request=request, answer=expected, answer_ids=answer_ids)
+    expected = sample.value if options.match == "contains" and sample.value else sample.answer
+    return EncodedSample(request=request, answer=expected, answer_ids=answer_ids)
 
 
-def _encode(case: Case, text: Text) -> Prompt:
-    if case.prompt is not None:
-        return Prompt(token_ids=tuple(text.encode(case.prompt)))
-    return text.render_chat(case.messages, think=False)
+def _encode(sample: Sample, text: Text) -> Prompt:
+    if sample.prompt is not None:
+        return Prompt(token_ids=tuple(text.encode(sample.prompt)))
+    return text.render_chat(sample.messages, think=False)

@@ -1,4 +1,4 @@
-"""Draws accuracy against budget as a PNG or SVG file."""
+"""Accuracy against budget as a PNG or SVG file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_cli.eval.scoring import POLICIES, Row
+from trimkv_cli.eval.scoring import POLICIES, EvalResult
 from trimkv_cli.files import whole_file
 
 # Blue, orange, green and grey that stay apart for colour-blind readers; each line has its own marker too.
@@ -18,7 +18,7 @@ _LOOKS = {
 }
 
 
-def draw(rows: Sequence[Row], path: str) -> None:
+def draw(rows: Sequence[EvalResult], path: str) -> None:
     """Write one panel per task: a line per policy with its 95 % interval, the full cache as a level.
 
     Raises:
@@ -44,7 +44,7 @@ def draw(rows: Sequence[Row], path: str) -> None:
         figure.savefig(partial, dpi=160, format=form, metadata={"Date": None} if form == "svg" else None)
 
 
-def _draw_task(panel: Any, rows: Sequence[Row]) -> None:
+def _draw_task(panel: Any, rows: Sequence[EvalResult]) -> None:
     budgets = sorted({row.kv_budget for row in rows if row.kv_budget is not None})
     for policy in POLICIES:
         own = sorted((row for row in rows if row.policy == policy), key=lambda row: row.kv_budget or 0)

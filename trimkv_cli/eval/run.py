@@ -1,4 +1,4 @@
-"""Asks the same questions under every policy and budget, around one loaded model."""
+"""The same questions under every policy and budget, around one loaded model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trimkv_cli.engine.devices import pick_device
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
-from trimkv_cli.eval.exam import EvalOptions, Exam, Question, make_exams
-from trimkv_cli.eval.scoring import Policy, Row, is_right, wilson
+from trimkv_cli.eval.exam import EncodedSample, EvalOptions, Exam, make_exams
+from trimkv_cli.eval.scoring import EvalResult, Policy, is_right, wilson
 from trimkv_cli.events import Answer
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.loader import Parts, load_parts, plan_for
@@ -41,7 +41,7 @@ class _Setup:
     plan: Plan
 
 
-def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: Say) -> list[Row]:
+def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: Say) -> list[EvalResult]:
     """Return the rows by task, in the order in which policies and budgets were asked for; `say` gets progress.
 
     Raises:
@@ -62,7 +62,7 @@ def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: 
     parts = load_parts(source, options)
     for remark in _remarks(parts, setups):
         say(remark)
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, int], EvalResult] = {}
     for number, setup in sorted(enumerate(setups), key=lambda pair: _slots(pair[1])):
         with closing(_engine(parts, setup, asked, options, positions)) as llm:
             rows |= {(exam.task, number): _measure(llm, setup, exam, asked, say) for exam in exams}
@@ -137,36 +137,38 @@ def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOpti
     )
 
 
-def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say: Say) -> Row:
+def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say: Say) -> EvalResult:
     before = engine.stats
     name = _name(setup, exam)
-    answers = dict(_ask(engine, exam.questions, lambda done: say(f"{name}: {done} of {len(exam.questions)} answered")))
-    right = sum(is_right(answers[q.request.id].text, q.answer, asked.match) for q in exam.questions)
-    count, seconds = len(exam.questions), engine.stats.decode_s - before.decode_s
+    answers = dict(_ask(engine, exam.samples, lambda done: say(f"{name}: {done} of {len(exam.samples)} answered")))
+    right = sum(is_right(answers[q.request.id].text, q.answer, asked.match) for q in exam.samples)
+    count, seconds = len(exam.samples), engine.stats.decode_s - before.decode_s
     tokens = engine.stats.decode_tokens - before.decode_tokens
     peak_bytes = engine.peak_bytes
     say(f"{name}: {right} of {count} right")
-    return Row(
+    return EvalResult(
         task=exam.task,
         policy=setup.policy,
         kv_budget=None if setup.policy == "full" else setup.plan.run.kv_budget,
         accuracy=right / count,
         n=count,
         ci95=wilson(right, count),
-        answer_logprob=_answer_logprob(engine, exam.questions, answers, say),
+        answer_logprob=_answer_logprob(engine, exam.samples, answers, say),
         decode_tps=tokens / seconds if seconds else 0.0,
         peak_bytes=peak_bytes,
         kv_bytes=setup.plan.run.kv_bytes_per_row,
         prefill_chunk=asked.prefill_chunk,
         context=exam.context,
-        prompt_tokens=sum(len(q.request.prompt_token_ids) for q in exam.questions) / count,
+        prompt_tokens=sum(len(q.request.prompt_token_ids) for q in exam.samples) / count,
         seed=asked.seed,
     )
 
 
-def _answer_logprob(engine: Engine, questions: tuple[Question, ...], said: dict[str, Answer], say: Say) -> float | None:
+def _answer_logprob(
+    engine: Engine, samples: tuple[EncodedSample, ...], said: dict[str, Answer], say: Say
+) -> float | None:
     try:
-        return mean_logprob(engine, questions, said)
+        return mean_logprob(engine, samples, said)
     except UsageError as error:
         say(f"warning: no log-likelihood of the answers: {error.message}")
         return None
@@ -178,20 +180,20 @@ def _name(setup: _Setup, exam: Exam) -> str:
 
 
 def _ask(
-    engine: Engine, questions: tuple[Question, ...], progress: Callable[[int], None]
+    engine: Engine, samples: tuple[EncodedSample, ...], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, Answer]]:
     """Yield (request id, answer) as answers are done; `progress` gets their number now and then."""
-    answers = {question.request.id: Answer(question.request) for question in questions}
-    said, done = time.monotonic(), 0
-    for event in engine.generate(question.request for question in questions):
+    answers = {sample.request.id: Answer(sample.request) for sample in samples}
+    reported, done = time.monotonic(), 0
+    for event in engine.generate(sample.request for sample in samples):
         answers[event.request_id].take(event)
         if event.fault is not None:
             raise event.fault
         if event.finish_reason is not None:
             done += 1
             yield event.request_id, answers.pop(event.request_id)
-        if time.monotonic() - said >= _SAY_EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() - reported >= _SAY_EVERY_S:
+            reported = time.monotonic()
             progress(done)
 
 
@@ -240,7 +242,7 @@ def policy_gates(policy: Policy, parts: Parts, *, positions: int, seed: int) -> 
     return list(build_gates(gate_spec(policy, parts.facts.gate), spec, {}, dtype=torch.float32, device=device))
 
 
-def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[str, Answer]) -> float:
+def mean_logprob(engine: Engine, samples: Sequence[EncodedSample], said: Mapping[str, Answer]) -> float:
     """Return the mean log probability of a token of the expected answers, in nats.
 
     Where the model said the expected tokens by itself, they need no second reading; the other questions are read again
@@ -249,8 +251,8 @@ def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[st
     Raises:
         UsageError: the tokenizer cannot be held to a text.
     """
-    own = {q.request.id: said[q.request.id].logprobs[: len(q.answer_ids)] for q in questions if _is_own(q, said)}
-    forced = {q.request.id: Answer(_with_answer(q)) for q in questions if q.request.id not in own}
+    own = {q.request.id: said[q.request.id].logprobs[: len(q.answer_ids)] for q in samples if _is_own(q, said)}
+    forced = {q.request.id: Answer(_with_answer(q)) for q in samples if q.request.id not in own}
     for event in engine.generate(answer.request for answer in forced.values()):
         if event.fault is not None:
             raise event.fault
@@ -260,13 +262,13 @@ def mean_logprob(engine: Engine, questions: Sequence[Question], said: Mapping[st
     return sum(values) / len(values)
 
 
-def _is_own(question: Question, said: Mapping[str, Answer]) -> bool:
-    count = len(question.answer_ids)
-    return tuple(said[question.request.id].token_ids[:count]) == question.answer_ids
+def _is_own(sample: EncodedSample, said: Mapping[str, Answer]) -> bool:
+    count = len(sample.answer_ids)
+    return tuple(said[sample.request.id].token_ids[:count]) == sample.answer_ids
 
 
-def _with_answer(question: Question) -> Request:
+def _with_answer(sample: EncodedSample) -> Request:
     """Ask so that the answer can only be the expected tokens (in llguidance's notation of token ids)."""
-    grammar = "start: " + " ".join(f"<[{token}]>" for token in question.answer_ids)
-    params = replace(question.request.params, max_tokens=len(question.answer_ids), grammar=grammar, stop=(), logprobs=0)
-    return replace(question.request, params=params)
+    grammar = "start: " + " ".join(f"<[{token}]>" for token in sample.answer_ids)
+    params = replace(sample.request.params, max_tokens=len(sample.answer_ids), grammar=grammar, stop=(), logprobs=0)
+    return replace(sample.request, params=params)

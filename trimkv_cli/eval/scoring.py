@@ -43,7 +43,7 @@ POLICIES: tuple[Policy, ...] = ("full", "gates", "streaming", "random")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class EvalResult:
     """The accuracy of one policy at one budget, and what it took; `kv_budget` is None for the full cache.
 
     On a CPU `peak_bytes` is the process's peak so far; small caches run first, so it does not hide their size.

@@ -148,7 +148,7 @@ TOKENS_PER_WORD = 1.55  # of the mini tokenizer, template included; tests hold i
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+class Utterance:
     """One message; `scored` marks an assistant's answer that only one text can be."""
 
     role: Role
@@ -165,10 +165,10 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
+class Dialogue:
     """Messages with all answers in them."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Utterance, ...]
 
     @property
     def questions(self) -> tuple[Question, ...]:
@@ -188,7 +188,7 @@ class Talk:
 
     rng: Random
     unseen: bool = False
-    messages: list[Message] = field(default_factory=list)
+    messages: list[Utterance] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
     told: int = 0
     fresh: float = 0.0
@@ -203,8 +203,8 @@ class Talk:
 
     def turn(self, user: str, assistant: str, *, scored: bool = False) -> None:
         """Add a message and its answer."""
-        self.messages.append(Message(role="user", content=user))
-        self.messages.append(Message(role="assistant", content=assistant, scored=scored))
+        self.messages.append(Utterance(role="user", content=user))
+        self.messages.append(Utterance(role="assistant", content=assistant, scored=scored))
 
     def tell(self) -> None:
         """Let the user tell the next one or two facts, sometimes among other things."""
@@ -235,9 +235,9 @@ class Talk:
         said = filler(self.rng, self.rng.choice((1, 1, 2, 3)), strange=self.strange)
         self.turn(careless(self.rng, said), self.rng.choice(words.REPLIES))
 
-    def done(self) -> Conversation:
+    def done(self) -> Dialogue:
         """Close the conversation."""
-        return Conversation(messages=tuple(self.messages))
+        return Dialogue(messages=tuple(self.messages))
 
 
 def make_recall(
@@ -248,7 +248,7 @@ def make_recall(
     questions: int | None = None,
     unseen: bool = False,
     telling: Telling = PLAIN,
-) -> Conversation:
+) -> Dialogue:
     """Tell `facts` facts within the first half of about `length` words, chat on, and ask for them at the end.
 
     Every fact is asked for once, or `questions` of them. About `TOKENS_PER_WORD` tokens make a word.
@@ -268,7 +268,7 @@ def make_recall(
     return talk.done()
 
 
-def make_multi_turn(rng: Random, *, facts: int = 6, length: int = 500, unseen: bool = False) -> Conversation:
+def make_multi_turn(rng: Random, *, facts: int = 6, length: int = 500, unseen: bool = False) -> Dialogue:
     """Tell, ask and chat in any order until `length` words are written; facts are asked for more than once."""
     talk = Talk(rng, unseen=unseen, facts=draw_facts(rng, facts))
     talk_on(talk, length)
@@ -287,7 +287,7 @@ def talk_on(talk: Talk, length: int) -> None:
             talk.chat()
 
 
-def make_steps(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversation:
+def make_steps(rng: Random, *, rows: int = 8, unseen: bool = False) -> Dialogue:
     """Write arrows between `rows` words and follow them to the end, one step per line."""
     keys = draw_words(rng, rows)
     leads: dict[str, str] = {}
@@ -309,7 +309,7 @@ def make_steps(rng: Random, *, rows: int = 8, unseen: bool = False) -> Conversat
     return open_with(rng, "\n".join([rng.choice(words.STEPS_TITLES), *lines]), turns)
 
 
-def open_with(rng: Random, text: str, turns: Sequence[tuple[str, str]]) -> Conversation:
+def open_with(rng: Random, text: str, turns: Sequence[tuple[str, str]]) -> Dialogue:
     """Put a text into the first question, before or after it."""
     talk = Talk(rng)
     (question, answer), *more = turns

@@ -25,7 +25,7 @@ Content = str | list[dict[str, str]]  # a plain text, or the messages of a conve
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DocumentPlace:
     """Where one document lies; `line` counts from 1, and is 0 for a text file, which is one document."""
 
     path: Path
@@ -48,7 +48,7 @@ class DataFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
-        self.places: list[Place] = []
+        self.places: list[DocumentPlace] = []
         digest = sha256()
         bad: list[str] = []
         for path in paths:
@@ -85,22 +85,22 @@ class DataFiles:
             raise InputError(f"{place}: {error}", hint="leave the data alone while training") from error
 
 
-def _split(path: Path) -> Iterator[tuple[Place, bytes]]:
+def _split(path: Path) -> Iterator[tuple[DocumentPlace, bytes]]:
     try:
         if path.suffix not in CONVERSATIONS:
             data = path.read_bytes()
-            yield Place(path, 0, 0, len(data)), data
+            yield DocumentPlace(path, 0, 0, len(data)), data
             return
         with path.open("rb") as file:
             offset = 0
             for number, line in enumerate(file, 1):
-                yield Place(path, number, offset, len(line)), line
+                yield DocumentPlace(path, number, offset, len(line)), line
                 offset += len(line)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", hint="give a .jsonl or a text file") from error
 
 
-def _parse(data: bytes, place: Place) -> Content:
+def _parse(data: bytes, place: DocumentPlace) -> Content:
     """Return the document; ValueError says what is wrong."""
     if not place.line:
         return _decoded(data)

@@ -34,7 +34,7 @@ class Cursor:
     unasked_sequences: int = 0  # without an answer in them, which teach nothing
 
 
-class Packed(NamedTuple):
+class PackedSequence(NamedTuple):
     """One sequence `[T]`; `wanted` marks the tokens that the loss asks for, never a document's first."""
 
     ids: NDArray[np.int64]
@@ -105,7 +105,7 @@ class Packer:
         self._pieces = lru_cache(maxsize=2)(self._cut)
         self._order = lru_cache(maxsize=1)(self._shuffled)
 
-    def next(self) -> Packed:
+    def next(self) -> PackedSequence:
         """Fill the next sequence: pieces follow one another until one does not fit."""
         room, pieces = self._context, list[Tokens]()
         while len((piece := self._peek()).ids) <= room:
@@ -147,7 +147,7 @@ class Packer:
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, 0, epoch]).permutation(self._count)
 
-    def _pack(self, pieces: Sequence[Tokens]) -> Packed:
+    def _pack(self, pieces: Sequence[Tokens]) -> PackedSequence:
         rng = np.random.default_rng([self._seed, 1, self.cursor.sequences])
         ids = np.zeros(self._context, dtype=np.int64)
         wanted = np.zeros(self._context, dtype=np.bool_)
@@ -160,7 +160,7 @@ class Packer:
             wanted[start] = False
             positions[span] = stretched(len(piece.ids), self._gap, rng)
             start = span.stop
-        return Packed(ids, wanted, positions, documents)
+        return PackedSequence(ids, wanted, positions, documents)
 
 
 def stretched(length: int, gap: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -179,7 +179,7 @@ def stretched(length: int, gap: int, rng: np.random.Generator) -> NDArray[np.int
     return positions + np.cumsum(jumps)
 
 
-def stack(sequences: Sequence[Packed], device: torch.device) -> Batch:
+def stack(sequences: Sequence[PackedSequence], device: torch.device) -> Batch:
     """Put sequences into one batch, without the columns that are padding in all of them."""
     longest = max(int((packed.documents != PADDING).sum()) for packed in sequences)
     columns = [torch.from_numpy(np.stack(field)[:, :longest]).to(device) for field in zip(*sequences, strict=True)]

@@ -98,7 +98,7 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunOptions, l
     identity = _identity(source, data, options, trainer)
     if run.overwrite:
         (run.output / FILE_NAME).unlink(missing_ok=True)
-    progress = load_checkpoint(run.output, trainer, identity) or Progress()
+    progress = load_checkpoint(run.output, trainer, identity) or TrainingState()
     for note in (*source.notes, _resumed(trainer, run), _described(trainer, data)):
         if note:
             listener.note(note)
@@ -162,7 +162,7 @@ def _model_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _make_packer(data: DataFiles, text: Text, options: TrainOptions, progress: Progress) -> Packer:
+def _make_packer(data: DataFiles, text: Text, options: TrainOptions, progress: TrainingState) -> Packer:
     def load(index: int) -> list[Tokens]:
         try:
             return encode_document(text, data.read(index))
@@ -184,7 +184,7 @@ def _make_packer(data: DataFiles, text: Text, options: TrainOptions, progress: P
 def _train(
     trainer: Trainer,
     packer: Packer,
-    progress: Progress,
+    progress: TrainingState,
     run: RunOptions,
     listener: Listener,
     identity: dict[str, Any],
@@ -233,7 +233,7 @@ def _teach(trainer: Trainer, packer: Packer, cursors: deque[Cursor]) -> Iterator
         yield from (trainer.teach(batch, counts) for batch in batches)
 
 
-def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Progress, run: RunOptions) -> None:
+def _write(trainer: Trainer, source: Source, data: DataFiles, progress: TrainingState, run: RunOptions) -> None:
     gate = describe_gates(trainer.options, source.spec, source.model_id)
     hidden_act = activation_name(trainer.model.config.to_dict())
     if run.export == "released":
@@ -274,7 +274,7 @@ RECENT_STEPS = 20
 
 
 @dataclass(slots=True, kw_only=True)
-class Progress:
+class TrainingState:
     """What a run carries from step to step beside tensors."""
 
     cursor: Cursor = field(default_factory=Cursor)
@@ -289,7 +289,7 @@ class Progress:
         return {name: sum(row[name] for row in rows) / len(rows) for name in computed}
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, progress: Progress, identity: Mapping[str, Any]) -> None:
+def save_checkpoint(folder: Path, trainer: Trainer, progress: TrainingState, identity: Mapping[str, Any]) -> None:
     """Write the run's state; an earlier one stays until the new one is safe on the disk.
 
     Raises:
@@ -309,7 +309,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, progress: Progress, identity
         save_file(_tensors(trainer), partial, metadata={"trimkv": json.dumps(state)})
 
 
-def load_checkpoint(folder: Path, trainer: Trainer, identity: Mapping[str, Any]) -> Progress | None:
+def load_checkpoint(folder: Path, trainer: Trainer, identity: Mapping[str, Any]) -> TrainingState | None:
     """Put a run's state into `trainer`; None when there is none to go on from.
 
     Raises:
@@ -326,7 +326,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, identity: Mapping[str, Any])
         _check_identity(path, state["identity"], identity)
         _restore(trainer, tensors, int(state["steps_done"]))
         recent = (Losses(**losses) for losses in state["recent"])
-        return Progress(cursor=Cursor(**state["cursor"]), recent=deque(recent, maxlen=RECENT_STEPS))
+        return TrainingState(cursor=Cursor(**state["cursor"]), recent=deque(recent, maxlen=RECENT_STEPS))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         hint = "--overwrite trains from the start"
         raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}", hint=hint) from error

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trimkv_cli.eval.scoring import POLICIES, Row
+from trimkv_cli.eval.scoring import POLICIES, EvalResult
 from trimkv_cli.ui.plain import columns
 from trimkv_cli.units import format_size
 
@@ -20,14 +20,14 @@ _COLUMN = 8
 _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never cut
 
 
-def accuracy_report(rows: Sequence[Row]) -> str:
+def accuracy_report(rows: Sequence[EvalResult]) -> str:
     """Return the table, then one plot per task; plain characters, for a pipe as well as for a terminal."""
     tasks = dict.fromkeys(row.task for row in rows)
     plots = (accuracy_plot(task, [row for row in rows if row.task == task]) for task in tasks)
     return "\n\n".join([_table(rows), *plots])
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[EvalResult]) -> str:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("policy", no_wrap=True)
@@ -40,7 +40,7 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").split("\n"))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: EvalResult) -> tuple[str, ...]:
     low, high = row.ci95
     return (
         row.task,
@@ -56,12 +56,12 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def accuracy_plot(task: str, rows: Sequence[Row]) -> str:
+def accuracy_plot(task: str, rows: Sequence[EvalResult]) -> str:
     """Return the plot of one task."""
     return "\n".join(_plot(task, rows))
 
 
-def _plot(task: str, rows: Sequence[Row]) -> Iterator[str]:
+def _plot(task: str, rows: Sequence[EvalResult]) -> Iterator[str]:
     """Draw a grid with one column per budget; where several policies meet, all their letters stand side by side."""
     budgets: list[int | None] = [*sorted({row.kv_budget for row in rows if row.kv_budget is not None})]
     columns = budgets or [None]
@@ -74,7 +74,7 @@ def _plot(task: str, rows: Sequence[Row]) -> Iterator[str]:
     yield ("       " + "".join(str(budget).center(_COLUMN) for budget in budgets)).rstrip()
 
 
-def _marks(rows: Sequence[Row], budget: int | None, level: int) -> str:
+def _marks(rows: Sequence[EvalResult], budget: int | None, level: int) -> str:
     here = (row for row in rows if row.kv_budget in (None, budget) and round(row.accuracy * _LEVELS) == level)
     return "".join(sorted({_MARKS[row.policy] for row in here}, key="FGSR".index))
 

@@ -19,13 +19,13 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from trimkv_cli.ui.look import Look
-from trimkv_cli.ui.panel import Progress, draw_panel, progress_line
+from trimkv_cli.ui.panel import PanelState, draw_panel, progress_line
 
 _ERASE_BELOW = "\x1b[J"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class Frame:
+class LiveRegion:
     """Own the last lines of a terminal; the cursor stays visible and stands under the frame.
 
     Whatever else is to be written there needs `clear` before it. Only for terminals: see `live.may_move`.
@@ -108,7 +108,7 @@ class Watch:
 class Lines(Watch):
     """Print a plain line every ten seconds: nothing that needs a terminal."""
 
-    def __init__(self, stream: TextIO, ask: Callable[[], Progress], *, every_s: float = _LINE_EVERY_S) -> None:
+    def __init__(self, stream: TextIO, ask: Callable[[], PanelState], *, every_s: float = _LINE_EVERY_S) -> None:
         self._stream = stream
         self._ask = ask
         self._every_s = every_s
@@ -127,7 +127,7 @@ class Panel(Watch):
     def __init__(
         self,
         stream: TextIO,
-        ask: Callable[[], Progress],
+        ask: Callable[[], PanelState],
         *,
         ascii_only: bool = False,
         every_s: float = _PANEL_EVERY_S,
@@ -137,9 +137,9 @@ class Panel(Watch):
         self._ascii = ascii_only
         self._every_s = every_s
         self._due = 0.0
-        self._before: Progress | None = None
+        self._before: PanelState | None = None
         self._ended = False
-        self._frame = Frame(stream)
+        self._frame = LiveRegion(stream)
 
     def tick(self) -> None:
         """Redraw when it is time to."""
@@ -177,7 +177,7 @@ class Panel(Watch):
 
 @contextmanager
 def open_watch(
-    ask: Callable[[], Progress], *, wanted: bool | None, quiet: bool, ascii_only: bool = False
+    ask: Callable[[], PanelState], *, wanted: bool | None, quiet: bool, ascii_only: bool = False
 ) -> Iterator[Watch]:
     """Watch work on stderr: a panel on a terminal unless `wanted` is False, else lines unless `quiet`."""
     if quiet and not wanted:

@@ -29,7 +29,7 @@ class Jobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class PanelState:
     """All that a panel shows, at one moment; `reading` is how many prompt tokens are read, of how many."""
 
     memory: MemoryUse
@@ -56,17 +56,17 @@ class Progress:
         return (whole - read) / self.prefill_tps if whole > read and self.prefill_tps else None
 
 
-def draw_panel(now: Progress, before: Progress | None, look: Look) -> list[str]:
+def draw_panel(now: PanelState, before: PanelState | None, look: Look) -> list[str]:
     """Return the panel's lines, the most important first; `before` is what was shown last, for rates."""
     return [line for part in _parts(now, before, look) for line in look.paint(part).split("\n")]
 
 
-def progress_line(now: Progress) -> str:
+def progress_line(now: PanelState) -> str:
     """Say in one plain line how far the work is, for a log."""
     return ", ".join([*_jobs(now), *_reading(now), *_writing(now), f"{now.elapsed_s:.0f} s"])
 
 
-def summary_line(now: Progress) -> str:
+def summary_line(now: PanelState) -> str:
     """Say in one line what was done, for when the panel is gone."""
     written = f" at {now.decode_tps:,.1f} tok/s" if now.run.decode_s else ""
     return (
@@ -75,7 +75,7 @@ def summary_line(now: Progress) -> str:
     )
 
 
-def _parts(now: Progress, before: Progress | None, look: Look) -> Iterator[Text]:
+def _parts(now: PanelState, before: PanelState | None, look: Look) -> Iterator[Text]:
     yield cache_panel(now.memory, look)
     if now.glance is not None:
         yield _pictures(now.glance, look)
@@ -109,14 +109,14 @@ def _beside(left: Text, right: Text, column: int) -> Text:
     return Text("\n").join(lines)
 
 
-def _jobs(now: Progress) -> list[str]:
+def _jobs(now: PanelState) -> list[str]:
     if now.jobs is None:
         return []
     queued = [] if now.jobs.queued is None else [f"{now.jobs.queued:,} queued"]
     return [f"{now.jobs.done:,} done", f"{now.jobs.failed:,} failed", f"{now.jobs.running:,} in flight", *queued]
 
 
-def _counts(now: Progress, before: Progress | None) -> list[str]:
+def _counts(now: PanelState, before: PanelState | None) -> list[str]:
     if now.glance is None:
         return ["nothing read yet"]
     rate = 0.0
@@ -131,18 +131,18 @@ def _counts(now: Progress, before: Progress | None) -> list[str]:
     ]
 
 
-def _speed(now: Progress) -> list[str]:
+def _speed(now: PanelState) -> list[str]:
     first = [] if now.ttft_s is None else [f"first token after {now.ttft_s:.1f} s"]
     read = [f"prefill {now.prefill_tps:,.0f} tok/s"] if now.run.prefill_s else []
     return [*read, *_writing(now), *first, f"{now.elapsed_s:.0f} s"]
 
 
-def _writing(now: Progress) -> list[str]:
+def _writing(now: PanelState) -> list[str]:
     """Say how fast tokens are written, once some are."""
     return [f"decode {now.decode_tps:,.1f} tok/s"] if now.run.decode_s else []
 
 
-def _reading(now: Progress) -> list[str]:
+def _reading(now: PanelState) -> list[str]:
     read, whole = now.reading
     if whole <= read:
         return []
