@@ -14,7 +14,7 @@ from trimkv_cli.train import eviction
 from trimkv_cli.train.attention import hidden_states
 from trimkv_cli.train.eviction import attend_to_kept
 from trimkv_cli.train.options import SOFTEST, Border, TrainOptions
-from trimkv_cli.train.training_pass import Reading, TrainingPass
+from trimkv_cli.train.training_pass import TeacherStates, TrainingPass
 
 TinyModel = Callable[..., Any]
 SHARP = 1e6
@@ -26,10 +26,10 @@ def test_with_a_slot_for_every_token_the_student_is_the_teacher(tiny_model: Tiny
     trainer = make_trainer(tiny_model(family))
     batch = make_batch(length=40)
     asked, real = batch.asked()
-    reading, border = Reading(), Border(slots=40, sharpness=1)
+    left, border = TeacherStates(), Border(slots=40, sharpness=1)
     with torch.no_grad():
-        teacher = hidden_states(trainer.model, batch.ids, batch.make_pass(gated=False, reading=reading))
-        now = batch.make_pass(gated=True, border=border, reading=reading, columns=asked)
+        teacher = hidden_states(trainer.model, batch.ids, batch.make_pass(gated=False, teacher=left))
+        now = batch.make_pass(gated=True, border=border, teacher=left, columns=asked)
         student = hidden_states(trainer.model, batch.ids, now)
     assert 0 < asked.shape[1] < 40
     torch.testing.assert_close(student[real], teacher.take_along_dim(asked[:, :, None], 1)[real], rtol=1e-4, atol=1e-5)

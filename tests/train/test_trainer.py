@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from helpers.tiny_training import make_batch, make_trainer
-from trimkv_cli.train.lessons import Counts, Lesson
 from trimkv_cli.train.packing import Batch
+from trimkv_cli.train.teacher import Counts, TeacherBatch
 
 TinyModel = Callable[..., Any]
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]
@@ -61,13 +61,13 @@ def test_no_lesson_outlives_its_turn(tiny_model: TinyModel) -> None:
     trainer = make_trainer(tiny_model("qwen3"))
     before: list[weakref.ref[torch.Tensor]] = []
 
-    def teach() -> Iterator[Lesson]:
+    def teach() -> Iterator[TeacherBatch]:
         for seed in range(3):
             assert all(states() is None for states in before)
-            lesson = trainer.teach(make_batch(seed=seed))
-            before.append(weakref.ref(lesson.states))
-            yield lesson
-            del lesson
+            batch = trainer.teach(make_batch(seed=seed))
+            before.append(weakref.ref(batch.states))
+            yield batch
+            del batch
 
     trainer.step(teach())
     assert len(before) == 3

@@ -67,8 +67,8 @@ def _make_hook(layer_index: int, gate: nn.Module, window: int | None) -> Hook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         now: TrainingPass = kwargs["training_pass"]
         hidden = entering(args, kwargs)
-        if now.reading is not None:  # the teacher leaves it there, the student finds it
-            hidden = now.reading.hidden.setdefault(layer_index, hidden)
+        if now.teacher is not None:  # the teacher leaves it there, the student finds it
+            hidden = now.teacher.hidden.setdefault(layer_index, hidden)
         log_beta = gate(hidden, now.positions).transpose(1, 2) if now.gated else None
         if log_beta is not None:
             now.log_betas.setdefault(layer_index, log_beta)  # a checkpointed layer comes here twice
@@ -94,10 +94,10 @@ def attend(
 
     `log_beta` `[B, Hkv, T]` makes it the student's attention, differentiable in it.
     """
-    if training_pass.reading is not None:
+    if training_pass.teacher is not None:
         layer: Any = module.layer_idx
-        key = training_pass.reading.keys.setdefault(layer, key)
-        value = training_pass.reading.values.setdefault(layer, value)
+        key = training_pass.teacher.keys.setdefault(layer, key)
+        value = training_pass.teacher.values.setdefault(layer, value)
     inputs = query.float() * scaling, key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
         if log_beta is not None and training_pass.border is not None:

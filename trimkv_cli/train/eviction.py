@@ -83,24 +83,24 @@ class _SoftBorder(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lasting: Tensor, log_ages: Tensor, border: Border
     ) -> Tensor:
         scores = lasting[:, :, None] - log_ages
-        around = _around(scores, border.slots)
-        level = scores.gather(3, around).mean(dim=3, keepdim=True).clamp(min=-_FAR / 2)
+        neighbours = _border_neighbours(scores, border.slots)
+        level = scores.gather(3, neighbours).mean(dim=3, keepdim=True).clamp(min=-_FAR / 2)
         above = scores.sub_(level).mul_(border.sharpness)
         logits = _of_each_head(query, key.mT)
         weights = logits.add_(functional.logsigmoid(above)[:, :, None]).softmax(dim=4)
         output = _of_each_head(weights, value)
-        ctx.save_for_backward(key, value, weights, output, above.sigmoid_(), around)
+        ctx.save_for_backward(key, value, weights, output, above.sigmoid_(), neighbours)
         ctx.sharpness = border.sharpness
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        key, value, weights, output, kept, around = ctx.saved_tensors
+        key, value, weights, output, kept, neighbours = ctx.saved_tensors
         mean = (grads[0] * output).sum(dim=4, keepdim=True)
         of_logits = _of_each_head(grads[0], value.mT).sub_(mean).mul_(weights)
         of_scores = of_logits.sum(dim=2).mul_(1 - kept).mul_(ctx.sharpness)
         of_level = of_scores.sum(dim=3, keepdim=True) / -2  # half of it is each neighbour's
-        of_scores.scatter_add_(3, around, of_level.expand_as(around))
+        of_scores.scatter_add_(3, neighbours, of_level.expand_as(neighbours))
         return _of_each_head(of_logits, key), None, None, of_scores.sum(dim=2), None, None
 
 
@@ -110,7 +110,7 @@ def _of_each_head(many: Tensor, one: Tensor) -> Tensor:
     return product.view(*many.shape[:4], one.shape[3])
 
 
-def _around(scores: Tensor, slots: int) -> Tensor:
+def _border_neighbours(scores: Tensor, slots: int) -> Tensor:
     """Return where the border's neighbours are, the best that is evicted and the worst that is kept: `[…, 2]`."""
     if scores.device.type != "cpu":
         return scores.topk(slots + 1, dim=3).indices[..., -2:]

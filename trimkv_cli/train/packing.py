@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimkv_cli.train.documents import Tokens
 from trimkv_cli.train.options import Border
-from trimkv_cli.train.training_pass import Reading, TrainingPass
+from trimkv_cli.train.training_pass import TeacherStates, TrainingPass
 
 PADDING = -1
 MOST_GAPS = 4
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
         *,
         gated: bool,
         border: Border | None = None,
-        reading: Reading | None = None,
+        teacher: TeacherStates | None = None,
         columns: Tensor | None = None,
     ) -> TrainingPass:
         return TrainingPass(
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
             gated=gated,
             border=border,
             one_document=self.one_document,
-            reading=reading,
+            teacher=teacher,
             columns=columns,
         )
 

@@ -30,9 +30,9 @@ from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.model.spec import parse_dtype
 from trimkv_cli.train.documents import DataFiles, Tokens, encode_document
-from trimkv_cli.train.lessons import Counts, Lesson, lessons_ahead, read_ahead
 from trimkv_cli.train.options import Export, TrainOptions
 from trimkv_cli.train.packing import Cursor, Packer, stack
+from trimkv_cli.train.teacher import Counts, TeacherBatch, batches_ahead, prefetch
 from trimkv_cli.train.trainer import Losses, Trainer, describe_gates, new_gates
 
 SAMPLE_BYTES = 1 << 16
@@ -192,13 +192,13 @@ def _train(
     options = trainer.options
     started, tokens_before = time.perf_counter(), progress.cursor.tokens
     cursors = deque[Cursor]()
-    lessons = _teach(trainer, packer, cursors)
+    batches = _teach(trainer, packer, cursors)
     two = trainer.model.device.type == "cpu" and torch.get_num_threads() > 1
-    ahead = lessons_ahead(trainer.spec, options) if two else 0
-    with read_ahead(lessons, ahead) if ahead else nullcontext(lessons) as lessons:
+    ahead = batches_ahead(trainer.spec, options) if two else 0
+    with prefetch(batches, ahead) if ahead else nullcontext(batches) as batches:
         while trainer.steps_done < options.steps:
             lr = options.lr_at(trainer.steps_done)
-            losses = trainer.step(islice(lessons, options.accumulate))
+            losses = trainer.step(islice(batches, options.accumulate))
             progress.recent.append(losses)
             progress.cursor = cursors.popleft()
             step, stop = trainer.steps_done, listener.should_stop()
@@ -221,8 +221,8 @@ def _train(
                 )
 
 
-def _teach(trainer: Trainer, packer: Packer, cursors: deque[Cursor]) -> Iterator[Lesson]:
-    """Give the lessons of all steps that are left, and `cursors` where the data goes on after each."""
+def _teach(trainer: Trainer, packer: Packer, cursors: deque[Cursor]) -> Iterator[TeacherBatch]:
+    """Give the batches of all steps that are left, and `cursors` where the data goes on after each."""
     options, device = trainer.options, trainer.model.device
     for _ in range(trainer.steps_done, options.steps):
         sequences = [packer.next() for _ in range(options.sequences_per_step)]

@@ -14,11 +14,11 @@ from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.train.attention import checkpoint_layers, hidden_states, install
-from trimkv_cli.train.lessons import Counts, Lesson
 from trimkv_cli.train.losses import capacity_excess, distill, place_weights
 from trimkv_cli.train.options import Border, TrainOptions
 from trimkv_cli.train.packing import Batch
-from trimkv_cli.train.training_pass import Reading, TrainingPass
+from trimkv_cli.train.teacher import Counts, TeacherBatch
+from trimkv_cli.train.training_pass import TeacherStates, TrainingPass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,52 +60,52 @@ class Trainer:
         if recompute_layers:
             checkpoint_layers(model)
 
-    def step(self, lessons: Iterable[Lesson]) -> Losses:
-        """Update the gates once, from the lessons of one step, each forgotten before the next."""
-        sums = sum(map(self._learn, lessons, count()), torch.zeros(3, device=self.model.device))
+    def step(self, batches: Iterable[TeacherBatch]) -> Losses:
+        """Update the gates once, from the batches of one step, each forgotten before the next."""
+        sums = sum(map(self._learn, batches, count()), torch.zeros(3, device=self.model.device))
         self._update()
         kl, ntp, capacity = sums.tolist()
         weight = self.options.cap_weight
         return Losses(kl=kl, ntp=ntp, capacity=capacity if weight else None, total=kl + ntp + weight * capacity)
 
-    def _learn(self, lesson: Lesson, forward: int) -> Tensor:
-        """Add a lesson's share of the gradient, and return that of the losses."""
-        parts = self.losses(lesson, border=self.options.border_at(self.steps_done, forward))
+    def _learn(self, taught: TeacherBatch, forward: int) -> Tensor:
+        """Add a batch's share of the gradient, and return that of the losses."""
+        parts = self.losses(taught, border=self.options.border_at(self.steps_done, forward))
         loss = parts[0] + parts[1] + self.options.cap_weight * parts[2]
         if loss.requires_grad:  # a student with a slot for every token has nothing to learn
             loss.backward()  # type: ignore[no-untyped-call]
         return torch.stack(parts).detach()
 
     @torch.no_grad()
-    def teach(self, batch: Batch, counts: Counts | None = None) -> Lesson:
+    def teach(self, batch: Batch, counts: Counts | None = None) -> TeacherBatch:
         """Have the model read a micro-batch without gates; any thread may, whatever `step` does meanwhile.
 
         The counts are its step's; without them it is a step of its own.
         """
-        reading = Reading() if self.options.student == "evicting" else None
+        layers = TeacherStates() if self.options.student == "evicting" else None
         asked, real = batch.asked()
         with self._precision():
-            states = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, reading=reading))
+            states = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, teacher=layers))
         states = states.take_along_dim(asked[:, :, None], dim=1)
         counts = counts or Counts.of([batch])
-        return Lesson(batch=batch, counts=counts, asked=asked, real=real, states=states, reading=reading)
+        return TeacherBatch(batch=batch, counts=counts, asked=asked, real=real, states=states, layers=layers)
 
-    def losses(self, lesson: Lesson, *, border: Border | None = None) -> list[Tensor]:
+    def losses(self, taught: TeacherBatch, *, border: Border | None = None) -> list[Tensor]:
         """Return KL, NTP and capacity of a micro-batch, its shares of a step's means.
 
         With a border the student is an evicting one, which computes nothing but what is asked for: its answers see
         what lies before the border of what the teacher has read. A capacity of weight 0 is not computed, and 0.
         """
-        batch, counts, asked, real = lesson.batch, lesson.counts, lesson.asked, lesson.real
+        batch, counts, asked, real = taught.batch, taught.counts, taught.asked, taught.real
         columns = None if border is None else asked
-        now = batch.make_pass(gated=True, border=border, reading=lesson.reading, columns=columns)
+        now = batch.make_pass(gated=True, border=border, teacher=taught.layers, columns=columns)
         with self._precision():
             student = hidden_states(self.model, batch.ids, now)
             if columns is None:
                 student = student.take_along_dim(asked[:, :, None], dim=1)
             kl, ntp = distill(
                 student[real],
-                lesson.states[real],
+                taught.states[real],
                 batch.ids.take_along_dim(asked + 1, dim=1)[real],
                 _head(self.model),
                 vocab_size=self.spec.vocab_size,

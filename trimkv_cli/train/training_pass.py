@@ -14,7 +14,7 @@ from trimkv_cli.train.options import Border
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class TeacherStates:
     """What the teacher's forward left of each layer: what entered its attention `[B, T, hidden]`, keys and values."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class TrainingPass:
 
     Several documents may share a row; none sees another. The student leaves each layer's `log_beta` `[B, Hkv, T]` in
     `log_betas`. A fading one sees all tokens. An evicting one has a border, and computes the `columns` alone: it sees
-    what the slots would hold there of the teacher's `reading`.
+    what the slots would hold there of what the teacher has read.
     """
 
     positions: Tensor  # [B, T] int64, increasing within a document
@@ -36,7 +36,7 @@ class TrainingPass:
     gated: bool
     border: Border | None = None
     one_document: bool = False  # no row has more than one, so that order alone says what is visible
-    reading: Reading | None = None
+    teacher: TeacherStates | None = None
     columns: Tensor | None = None  # [B, Tq] int64: which tokens are queries; None: all
     log_betas: dict[int, Tensor] = field(default_factory=dict)
 

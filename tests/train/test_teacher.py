@@ -12,8 +12,8 @@ import torch
 
 from trimkv_cli.engine.devices import on_threads
 from trimkv_cli.model.spec import ModelSpec
-from trimkv_cli.train.lessons import lessons_ahead, read_ahead
 from trimkv_cli.train.options import TrainOptions
+from trimkv_cli.train.teacher import batches_ahead, prefetch
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 def test_lessons_come_in_order_a_few_ahead_and_so_does_their_error() -> None:
-    """Catches lessons without bound or out of order, an error that is lost, and threads that stay divided."""
+    """Catches batches without bound or out of order, an error that is lost, and threads that stay divided."""
     drawn: list[Any] = []
     threads = set()
 
@@ -35,13 +35,13 @@ def test_lessons_come_in_order_a_few_ahead_and_so_does_their_error() -> None:
             yield SimpleNamespace(number=number)
         raise ValueError("the tenth")
 
-    with read_ahead(draw(), 2) as lessons:
+    with prefetch(draw(), 2) as batches:
         for number in range(9):
-            assert next(lessons).number == number
+            assert next(batches).number == number
             assert torch.get_num_threads() == 1
             assert len(drawn) <= number + 1 + 2
         with pytest.raises(ValueError, match="the tenth"):
-            next(lessons)
+            next(batches)
     assert torch.get_num_threads() == 2
     assert threads == {("teacher_0", 1)}
 
@@ -53,4 +53,4 @@ def test_large_lessons_do_not_wait(student: Any, layers: int, ahead: int) -> Non
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4 if layers == 4 else 8}
     config = {"model_type": "qwen3", "vocab_size": 1000, "intermediate_size": 512, "max_position_embeddings": 4096}
     spec = ModelSpec.from_config({**config, **sizes, **heads, "num_hidden_layers": layers})
-    assert lessons_ahead(spec, TrainOptions(memory_size=64, context=2048, steps=1, student=student)) == ahead
+    assert batches_ahead(spec, TrainOptions(memory_size=64, context=2048, steps=1, student=student)) == ahead

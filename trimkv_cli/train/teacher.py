@@ -2,7 +2,7 @@
 
 The teacher does not depend on the gates, so nothing that comes out depends on when it reads. Two threads that share
 each of a small model's products are hardly faster than one; two that have work of their own are. Products of a large
-model are better shared, and its lessons too big to wait.
+model are better shared, and its batches too big to wait.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from trimkv_cli.engine.devices import on_threads, settle
 from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.train.options import TrainOptions
 from trimkv_cli.train.packing import PADDING, Batch
-from trimkv_cli.train.training_pass import Reading
+from trimkv_cli.train.training_pass import TeacherStates
 
-MOST_AHEAD = 3  # lessons; some take the teacher longer than the student, some not
-WAITING_BYTES = 1 << 26  # of lessons that wait, at most
+MOST_AHEAD = 3  # batches; some take the teacher longer than the student, some not
+WAITING_BYTES = 1 << 26  # of batches that wait, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class TeacherBatch:
     """A micro-batch, its step's counts, what it asks for, and the teacher's states of that: `[B, N, hidden]`.
 
     They enter the output embedding. An evicting student learns from what the teacher has read, too.
@@ -53,11 +53,11 @@ class Lesson:
     asked: Tensor  # as `Batch.asked` gives them
     real: Tensor
     states: Tensor
-    reading: Reading | None
+    layers: TeacherStates | None
 
 
-def lessons_ahead(spec: ModelSpec, options: TrainOptions) -> int:
-    """Return how many lessons of this shape may wait; 0 for those of a large model."""
+def batches_ahead(spec: ModelSpec, options: TrainOptions) -> int:
+    """Return how many batches of this shape may wait; 0 for those of a large model."""
     numel = spec.hidden_size
     if options.student == "evicting":
         numel += spec.num_layers * (spec.hidden_size + 2 * spec.num_kv_heads * spec.head_dim)
@@ -65,10 +65,10 @@ def lessons_ahead(spec: ModelSpec, options: TrainOptions) -> int:
 
 
 @contextmanager
-def read_ahead(lessons: Iterator[Lesson], count: int) -> Iterator[Iterator[Lesson]]:
-    """Have another thread prepare the next lessons, `count` at most, while the caller works on the last one.
+def prefetch(batches: Iterator[TeacherBatch], count: int) -> Iterator[Iterator[TeacherBatch]]:
+    """Have another thread prepare the next batches, `count` at most, while the caller works on the last one.
 
-    The two share this thread's threads. An error comes where its lesson would.
+    The two share this thread's threads. An error comes where its batch would.
     """
     threads = torch.get_num_threads()
     theirs = threads // 2
@@ -76,11 +76,11 @@ def read_ahead(lessons: Iterator[Lesson], count: int) -> Iterator[Iterator[Lesso
         on_threads(threads - theirs),
         ThreadPoolExecutor(1, thread_name_prefix="teacher", initializer=settle, initargs=(theirs,)) as pool,
     ):
-        yield _drawn(pool, lessons, count)
+        yield _drawn(pool, batches, count)
 
 
-def _drawn(pool: ThreadPoolExecutor, lessons: Iterator[Lesson], count: int) -> Iterator[Lesson]:
-    waiting = deque(pool.submit(next, lessons, None) for _ in range(count))
-    while (lesson := waiting.popleft().result()) is not None:
-        waiting.append(pool.submit(next, lessons, None))
-        yield lesson
+def _drawn(pool: ThreadPoolExecutor, batches: Iterator[TeacherBatch], count: int) -> Iterator[TeacherBatch]:
+    waiting = deque(pool.submit(next, batches, None) for _ in range(count))
+    while (batch := waiting.popleft().result()) is not None:
+        waiting.append(pool.submit(next, batches, None))
+        yield batch
