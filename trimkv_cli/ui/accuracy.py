@@ -1,10 +1,10 @@
-"""An evaluation on the terminal: a table, and accuracy against budget as a plot of characters."""
+"""Tables of measurements: accuracy, also as a plot of characters against the budget, and speed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from io import StringIO
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 from trimkv_cli.eval.scoring import POLICIES, EvalResult
 from trimkv_cli.ui.plain import columns
 from trimkv_cli.units import format_size
+
+if TYPE_CHECKING:
+    from trimkv_cli.bench.speed import SpeedRow
 
 _MARKS = {"full": "F", "gates": "G", "streaming": "S", "random": "R"}
 _LEVELS = 10
@@ -57,21 +60,17 @@ def _cells(row: EvalResult) -> tuple[str, ...]:
 
 
 def accuracy_plot(task: str, rows: Sequence[EvalResult]) -> str:
-    """Return the plot of one task."""
-    return "\n".join(_plot(task, rows))
-
-
-def _plot(task: str, rows: Sequence[EvalResult]) -> Iterator[str]:
     """Draw a grid with one column per budget; where several policies meet, all their letters stand side by side."""
     budgets: list[int | None] = [*sorted({row.kv_budget for row in rows if row.kv_budget is not None})]
     columns = budgets or [None]
     present = [policy for policy in POLICIES if any(row.policy == policy for row in rows)]
-    yield f"{task}: accuracy against M   " + "  ".join(f"{_MARKS[policy]} {policy}" for policy in present)
+    lines = [f"{task}: accuracy against M   " + "  ".join(f"{_MARKS[policy]} {policy}" for policy in present)]
     for level in range(_LEVELS, -1, -1):
         cells = (_marks(rows, budget, level).center(_COLUMN) for budget in columns)
-        yield f"{level / _LEVELS:5.0%} |{''.join(cells)}".rstrip()
-    yield "      +" + "-" * (_COLUMN * len(columns))
-    yield ("       " + "".join(str(budget).center(_COLUMN) for budget in budgets)).rstrip()
+        lines.append(f"{level / _LEVELS:5.0%} |{''.join(cells)}".rstrip())
+    lines.append("      +" + "-" * (_COLUMN * len(columns)))
+    lines.append(("       " + "".join(str(budget).center(_COLUMN) for budget in budgets)).rstrip())
+    return "\n".join(lines)
 
 
 def _marks(rows: Sequence[EvalResult], budget: int | None, level: int) -> str:
@@ -82,37 +81,12 @@ def _marks(rows: Sequence[EvalResult], budget: int | None, level: int) -> str:
 _HEAD = ("engine", "M", "rows", "context", "prefill tok/s", "decode tok/s", "ms/token p50", "p95", "TTFT s", "peak")
 
 
-class Measured(Protocol):
-    """What a line shows."""
-
-    @property
-    def engine(self) -> str: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def kv_budget(self) -> int | None: ...
-    @property
-    def prefill_tps(self) -> float: ...
-    @property
-    def decode_tps(self) -> float: ...
-    @property
-    def ms_per_token_p50(self) -> float: ...
-    @property
-    def ms_per_token_p95(self) -> float: ...
-    @property
-    def ttft_s(self) -> float: ...
-    @property
-    def peak_bytes(self) -> int | None: ...
-
-
-def speed_lines(rows: Sequence[Measured]) -> Iterator[str]:
+def speed_lines(rows: Sequence[SpeedRow]) -> Iterator[str]:
     """Yield the heading and a line per measurement, in columns."""
     return columns([_HEAD, *(_speed_cells(row) for row in rows)])
 
 
-def _speed_cells(row: Measured) -> tuple[str, ...]:
+def _speed_cells(row: SpeedRow) -> tuple[str, ...]:
     return (
         row.engine,
         "all" if row.kv_budget is None else str(row.kv_budget),

@@ -25,7 +25,7 @@ def memory_map(retained: Retained, look: Look) -> Text:
 
 
 def bin_shares(shares: Sequence[float], bins: int) -> list[float]:
-    """Average over at most `bins` equal parts of the sequence."""
+    """Average over at most `bins` equal parts."""
     count = min(bins, len(shares))
     edges = [index * len(shares) // count for index in range(count + 1)] if count else [0]
     return [sum(shares[start:end]) / (end - start) for start, end in pairwise(edges)]
@@ -94,7 +94,7 @@ def head_strip(retained: Retained, look: Look) -> Text:
 
 def draw_strip(values: Sequence[Sequence[float]], caption: str, look: Look, *, rows: int = _MOST_ROWS) -> Text:
     """Draw `[layer][head]` values between 0 and 1 in tenths; more heads than `rows` share lines by their mean."""
-    columns = [_at_most(layer, rows) for layer in values]
+    columns = [bin_shares(layer, rows) for layer in values]
     heads = "heads" if all(len(layer) <= rows for layer in values) else f"means of {len(values[0])} heads"
     picture = Text().append(look.join([f"{heads} down, {len(values)} layers across", caption]), "dim")
     gap = " " if 2 * len(columns) + 2 <= look.width else ""
@@ -104,12 +104,6 @@ def draw_strip(values: Sequence[Sequence[float]], caption: str, look: Look, *, r
             value = column[head] if head < len(column) else 0.0
             picture.append(look.digit(value) + gap, look.style(value))
     return picture
-
-
-def _at_most(values: Sequence[float], count: int) -> list[float]:
-    rows = min(count, len(values))
-    edges = [index * len(values) // rows for index in range(rows + 1)]
-    return [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
 
 
 @dataclass(frozen=True, slots=True)

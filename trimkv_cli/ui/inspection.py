@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
@@ -150,13 +150,8 @@ def _source_hash(text: str) -> str:
 
 def _as_script(value: dict[str, Any]) -> str:
     """Write JSON that may stand inside a script element, whatever the texts contain."""
-    return _replaced(json.dumps(value, separators=(",", ":"), ensure_ascii=False), (("<", "\\u003c"), (">", "\\u003e")))
-
-
-def _replaced(text: str, pairs: Iterable[tuple[str, str]]) -> str:
-    for old, new in pairs:
-        text = text.replace(old, new)
-    return text
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 _BLUE, _ORANGE, _INK = "#1a6b8a", "#d55e00", "#333333"

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import StringIO
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -80,13 +80,17 @@ class Look:
     def paint(self, text: Text) -> str:
         """Return the picture as characters, with colour codes when this look has colour."""
         out = StringIO()
-        console = Console(
+        self.console(out).print(text, soft_wrap=True, end="")
+        return out.getvalue()
+
+    def console(self, out: StringIO, **options: Any) -> Console:
+        """Return a console of this width and these colours."""
+        return Console(
             file=out,
             width=self.width,
             color_system="256" if self.colour else None,
             force_terminal=self.colour,
             no_color=not self.colour,
             legacy_windows=False,
+            **options,
         )
-        console.print(text, soft_wrap=True, end="")
-        return out.getvalue()

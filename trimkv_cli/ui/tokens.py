@@ -31,7 +31,8 @@ def token_view(
     """
     shares = retained.shares()
     end = min(retained.seen, len(pieces)) if stop is None else stop
-    cells = (_Cell(_shown(piece, look), share, "\n" in piece) for piece, share in _between(pieces, shares, start, end))
+    shown = zip(pieces[start:end], shares[start:end], strict=True)
+    cells = (_Cell(_shown(piece, look), share, "\n" in piece) for piece, share in shown)
     picture = Text()
     for number, line in enumerate(_lines(cells, look.width)):
         picture.append("\n" if number else "")
@@ -79,10 +80,6 @@ def format_tokens(count: float, look: Look) -> str:
         return look.infinity
     rounded = round(count) if count < 100 else int(float(f"{count:.2g}"))
     return f"{rounded:,} tokens" if rounded != 1 else "1 token"
-
-
-def _between(pieces: Sequence[str], shares: Sequence[float], start: int, end: int) -> Iterator[tuple[str, float]]:
-    return zip(pieces[start:end], shares[start:end], strict=True)
 
 
 def _shown(piece: str, look: Look) -> str:

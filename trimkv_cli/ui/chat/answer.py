@@ -105,16 +105,7 @@ def draw_block(block: str, look: Look) -> str:
     markdown = _Block("", code_theme="ansi_dark", hyperlinks=False)
     markdown.parsed = MarkdownIt().enable(["strikethrough", "table"]).disable(_LEFT_AS_TEXT).parse(neutralise(block))
     out = StringIO()
-    Console(
-        file=out,
-        width=look.width,
-        color_system="256" if look.colour else None,
-        force_terminal=look.colour,
-        no_color=not look.colour,
-        legacy_windows=False,
-        emoji=False,
-        highlight=False,
-    ).print(markdown)
+    look.console(out, emoji=False, highlight=False).print(markdown)
     drawn = _AROUND.sub("", _PADDING.sub(r"\1", out.getvalue()))
     return drawn.translate(_ASCII) if look.ascii else drawn
 
