@@ -71,19 +71,19 @@ def read(engine: Engine, script: Script) -> Iterator[int]:
     for number, part in enumerate(script.parts):
         now = f"part {number}"
         listen(engine, Request(id=now, prompt_token_ids=part, params=_greedy(1), keep=True, continues=before))
-        state = replace(engine.save(now), last_token=None)  # what the model would have said was not said
-        engine.release(now)
+        state = replace(engine.kept.save(now), last_token=None)  # what the model would have said was not said
+        engine.kept.release(now)
         right = 0
         for ids, answer in script.questions:
-            engine.restore(state, "aside")
+            engine.kept.restore(state, "aside")
             params = _greedy(len(answer) + SPARE_TOKENS)  # a token is a character or more
             said = listen(engine, Request(id="asked", prompt_token_ids=ids, params=params, continues="aside"))
             right += is_right(said, answer)
-        engine.restore(state, now)
+        engine.kept.restore(state, now)
         before = now
         yield right
     assert before is not None
-    engine.release(before)
+    engine.kept.release(before)
 
 
 def listen(engine: Engine, request: Request) -> str:

@@ -45,20 +45,8 @@ def make_engine(*, kv_budget: int, positions: int) -> Engine:
     spec = ModelSpec.from_config(config.to_dict())
     gate = GateSpec(variant="rg", id="random", hidden=_GATE_HIDDEN, memory_size=kv_budget)
     gates = build_gates(gate, spec, _random_gates(spec), dtype=torch.float32, device="cpu")
-    facts = EngineFacts(
-        model_id="random",
-        spec=spec,
-        gate=gate,
-        plan=make_plan(spec, gate, PlanOptions(kv_budget=kv_budget, max_inflight=1)),
-        max_positions=positions,
-        eos_token_ids=frozenset(),
-        sampling_defaults={},
-        notes=(),
-        warnings=(),
-        weight_bytes=0,
-        gate_bytes=0,
-        load_s=0.0,
-    )
+    plan = make_plan(spec, gate, PlanOptions(kv_budget=kv_budget, max_inflight=1))
+    facts = EngineFacts.of(model, gates, plan=plan, model_id="random")
     return assemble(model, list(gates), facts, text=None, kv_dtype=torch.float32)
 
 

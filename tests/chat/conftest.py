@@ -19,4 +19,4 @@ def engine() -> Any:
 def llm(engine: Any) -> Iterator[Any]:
     yield engine
     for request_id in list(engine._scheduler.parked):
-        engine.release(request_id)
+        engine.kept.release(request_id)

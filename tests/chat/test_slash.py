@@ -356,7 +356,7 @@ def test_what_is_pinned_stays(chat: Chat) -> None:
     shown = enter(chat, "/pin Zubo").shown
     assert shown[0] == "pinned: Zubo"
     enter(chat, "My dog is called Rex. " * 20)
-    shares = chat.conversation.llm.retained(chat.conversation.row).shares()
+    shares = chat.conversation.llm.kept.retained(chat.conversation.row).shares()
     pieces = "".join(enter(chat, "/pin").shown)
     assert "pinned: Zubo" in pieces
     first = next(index for index, share in enumerate(shares) if share == 1.0)
@@ -369,7 +369,7 @@ def test_another_budget(chat: Chat) -> None:
     """Catches a smaller cache that says nothing, states of the old size that undo cannot use, and a session with it."""
     llm = chat.conversation.llm
     enter(chat, "My cat is called Zubo.", "My dog is called Rex. " * 8)
-    heads = llm.retained(chat.conversation.row).num_heads
+    heads = llm.kept.retained(chat.conversation.row).num_heads
     note = enter(chat, "/budget 24").notes[0]
     assert note.startswith("40 to 24 slots per head")
     assert note.endswith(f"{16 * heads} evicted")

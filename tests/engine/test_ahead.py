@@ -42,8 +42,8 @@ def make_pair(model: TinyModel, shape: Shape = SHAPE) -> tuple[Engine, Engine]:
 
 
 def assert_same_cache(one: Engine, other: Engine, request_id: str) -> None:
-    assert one.seen(request_id) == other.seen(request_id)
-    assert one.kept(request_id) == other.kept(request_id)
+    assert one.kept.seen(request_id) == other.kept.seen(request_id)
+    assert one.kept.positions(request_id) == other.kept.positions(request_id)
 
 
 def test_running_ahead_changes_no_token(tiny_model: TinyModel) -> None:

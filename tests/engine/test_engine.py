@@ -92,14 +92,14 @@ def test_kept_sets_equal_a_replay_of_the_scores(family: str, chunk: int, budget:
     prompt, new, prefix = make_prompts(1, seed=3)[0] * 2, 11, 4
     engine.start_trace()
     run(engine, [greedy("a", prompt, new, keep=True, prefix_len=prefix)])
-    seen = engine.seen("a")
+    seen = engine.kept.seen("a")
     assert seen == len(prompt) + new - 1
     step = chunk or len(prompt)
     prefill_ends = {*range(step, len(prompt), step), len(prompt)} | ({prefix} if chunk else set())
     ends = [*sorted(prefill_ends), *range(len(prompt) + 1, seen + 1)]
     log_beta = engine.traced_log_beta()
     windows = ModelSpec.from_config(tiny_model(family).config.to_dict()).windows
-    for layer, heads in enumerate(engine.kept("a")):
+    for layer, heads in enumerate(engine.kept.positions("a")):
         history = torch.tensor(log_beta[layer])
         assert history.shape[1] == seen
         for head, kept in enumerate(heads):

@@ -38,10 +38,10 @@ def test_tokens_kept_positions_and_log_beta(case: dict[str, Any]) -> None:
         request = Request(id=f"case-{steps}", prompt_token_ids=prompt, params=params, keep=True)
         tokens = [token for event in engine.generate([request]) for token in event.token_ids]
         assert tokens[:48] == data["greedy_ids"].tolist()[: steps + 1]
-        np.testing.assert_array_equal(np.array(engine.kept(request.id)), data[f"kept_{steps}"])
+        np.testing.assert_array_equal(np.array(engine.kept.positions(request.id)), data[f"kept_{steps}"])
         log_beta = np.array(engine.traced_log_beta())
         np.testing.assert_allclose(log_beta, data["log_beta"][..., : log_beta.shape[-1]], rtol=1e-4, atol=1e-5)
-        engine.release(request.id)
+        engine.kept.release(request.id)
 
 
 def test_the_activation_is_found_under_gemma_s_name(tmp_path: Path) -> None:

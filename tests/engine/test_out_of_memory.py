@@ -74,7 +74,7 @@ def finish(engine: Engine, asked: Iterable[Request]) -> tuple[dict[str, list[int
 
 def is_idle(engine: Engine) -> bool:
     scheduler = engine._scheduler
-    return not (engine.has_work or engine._progress or scheduler.running or scheduler.suspended)
+    return not (engine.has_work or engine._states or scheduler.running or scheduler.suspended)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_out_of_memory_at_any_operation_changes_no_token(
         engine = make_engine(model, shape)
         with FailAt() as counting:
             tokens, _ = finish(engine, requests())
-        undisturbed[deterministic] = tokens, engine.kept("4"), counting.count
+        undisturbed[deterministic] = tokens, engine.kept.positions("4"), counting.count
         engine.close()
     tokens, kept, operations = undisturbed[deterministic]
     failing = data.draw(st.sets(st.integers(0, operations - 1), min_size=1, max_size=3))
@@ -108,8 +108,8 @@ def test_out_of_memory_at_any_operation_changes_no_token(
     assert last.keys() == tokens.keys()
     assert {key: got[key] for key in whole} == {key: tokens[key] for key in whole}
     if "4" in whole:
-        assert engine.kept("4") == kept
-        engine.release("4")
+        assert engine.kept.positions("4") == kept
+        engine.kept.release("4")
     assert is_idle(engine)
     assert {row.index for row in engine._scheduler.parked.values()} == set()
 
@@ -218,8 +218,8 @@ def test_what_cannot_run_alone_fails_alone(tiny_model: TinyModel) -> None:
     assert "memory" in (last["2"].error or "")
     assert got.pop("2") == want.pop("2")[:4]
     assert got == want
-    assert engine.seen("2") == 20 + 3  # as it was before the step that failed
-    engine.release("2")
+    assert engine.kept.seen("2") == 20 + 3  # as it was before the step that failed
+    engine.kept.release("2")
     assert is_idle(engine)
 
 
@@ -231,12 +231,12 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(tiny_model: TinyMod
     for each in (calm, engine):
         finish(each, [first])
     want, _ = finish(calm, [greedy("2", second, 6, keep=True, continues="1")])
-    before = engine.kept("1")
+    before = engine.kept.positions("1")
     broken = [True]
     break_when(engine, lambda batch: isinstance(batch, Prefill) and broken[0] and batch.chunks[0].last)
     _, last = finish(engine, [greedy("2", second, 6, keep=True, continues="1")])
     assert last["2"].error_code == "out_of_memory"
-    assert (engine.kept("1"), engine.seen("1")) == (before, 35)
+    assert (engine.kept.positions("1"), engine.kept.seen("1")) == (before, 35)
     broken[0] = False
     assert finish(engine, [greedy("3", second, 6, keep=True, continues="1")])[0]["3"] == want["2"]
 

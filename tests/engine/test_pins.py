@@ -32,7 +32,7 @@ def test_pinned_tokens_outlive_every_other(family: str, tiny_model: TinyModel) -
     output = run(engine, requests)
     assert output["a"] == output["b"]
     for name in output:
-        for layer, window in zip(engine.kept(name), engine.facts.spec.windows, strict=True):
+        for layer, window in zip(engine.kept.positions(name), engine.facts.spec.windows, strict=True):
             for head in layer:
                 assert len(head) == 11 if window is None else len(head) <= 11
                 assert window is not None or head[:5] == [0, 1, 2, 3, 4]
@@ -43,24 +43,24 @@ def test_short_prompts_pin_what_follows_them(tiny_model: TinyModel) -> None:
     """Catches sinks that are counted in the prompt alone."""
     engine = make_pinned(tiny_model("qwen3"), Pins(sinks=6))
     run(engine, [greedy("a", PROMPT[:2], 40, keep=True)])
-    assert all(head[:6] == list(range(6)) for layer in engine.kept("a") for head in layer)
+    assert all(head[:6] == list(range(6)) for layer in engine.kept.positions("a") for head in layer)
 
 
 def test_a_pin_set_later_holds_and_is_saved(tiny_model: TinyModel) -> None:
     """Catches pins that a saved state loses, and what lasts being said to end."""
     engine = make_engine(tiny_model("qwen3"), replace(SHAPE, rows=1))
     run(engine, [greedy("a", PROMPT, 3, keep=True)])
-    position = engine.kept("a")[0][0][0]
-    holders = sum(position in head for layer in engine.kept("a") for head in layer)
-    assert engine.pin("a", [position]) == holders
-    assert engine.retained("a").survivals()[position] == torch.inf
-    state = engine.save("a")
-    engine.release("a")
-    engine.restore(state, "a")
+    position = engine.kept.positions("a")[0][0][0]
+    holders = sum(position in head for layer in engine.kept.positions("a") for head in layer)
+    assert engine.kept.pin("a", [position]) == holders
+    assert engine.kept.retained("a").survivals()[position] == torch.inf
+    state = engine.kept.save("a")
+    engine.kept.release("a")
+    engine.kept.restore(state, "a")
     run(engine, [greedy("b", PROMPT, 30, keep=True, continues="a")])
-    assert sum(position in head for layer in engine.kept("b") for head in layer) == holders
+    assert sum(position in head for layer in engine.kept.positions("b") for head in layer) == holders
     with pytest.raises(UsageError, match="leave none of 11 slots"):
-        engine.pin("b", range(200))
+        engine.kept.pin("b", range(200))
 
 
 def test_as_many_pins_as_slots_are_refused(tiny_model: TinyModel) -> None:
@@ -83,9 +83,9 @@ def test_a_kept_row_with_pins_is_left_alone_while_others_decode(tiny_model: Tiny
     """Catches a pinned slot of a row without a token that a decode beside it takes, its age being negative."""
     engine = make_pinned(tiny_model("llama"), Pins(sinks=4), replace(SHAPE, rows=3))
     run(engine, [greedy("a", PROMPT, 5, keep=True)])
-    before = engine.kept("a"), engine.retained("a")
+    before = engine.kept.positions("a"), engine.kept.retained("a")
     run(engine, [greedy("b", PROMPT[5:], 20, keep=True), greedy("c", PROMPT[9:], 20, keep=True)])
-    assert (engine.kept("a"), engine.retained("a")) == before
+    assert (engine.kept.positions("a"), engine.kept.retained("a")) == before
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
@@ -96,17 +96,17 @@ def test_the_newest_tokens_stay(family: str, decoder: bool, tiny_model: TinyMode
     if not decoder:
         engine._runner._decoder = None
     run(engine, [greedy("short", PROMPT[:2], 3, keep=True)])
-    assert engine.kept("short")[0][0] == list(range(4))
+    assert engine.kept.positions("short")[0][0] == list(range(4))
     run(engine, [greedy("a", PROMPT, 30, keep=True)])
-    seen = engine.seen("a")
-    for layer, window in zip(engine.kept("a"), engine.facts.spec.windows, strict=True):
+    seen = engine.kept.seen("a")
+    for layer, window in zip(engine.kept.positions("a"), engine.facts.spec.windows, strict=True):
         for head in layer:
             assert head[-5:] == list(range(seen - 5, seen))
             assert window is not None or head[:2] == [0, 1]
     free = make_engine(tiny_model(family), SHAPE)
     run(free, [greedy("a", PROMPT, 30, keep=True)])
-    assert free.kept("a") != engine.kept("a")
-    assert engine.kept("short")[0][0] == list(range(4))  # a row without a token was left alone
-    retained = engine.retained("a")
+    assert free.kept.positions("a") != engine.kept.positions("a")
+    assert engine.kept.positions("short")[0][0] == list(range(4))  # a row without a token was left alone
+    retained = engine.kept.retained("a")
     assert min(retained.survivals()[-4:]) >= 1
     assert all(position < seen - 5 for position, _ in retained.next_out())

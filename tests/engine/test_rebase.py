@@ -117,11 +117,11 @@ def test_a_row_alone_is_as_among_others_and_can_be_put_back(tiny_model: TinyMode
     alone = make_engine(model, shape(rows=3, gate="random"))
     assert together == {request.id: run(alone, [request])[request.id] for request in requests}
     run(alone, [greedy("first", PROMPT, 30, keep=True)])
-    state = alone.save("first")
+    state = alone.kept.save("first")
     ends = []
     for name in ("first", "again"):
         ends.append(run(alone, [greedy(f"{name}+", [9, 8, 7], 30, continues=name)])[f"{name}+"])
-        alone.restore(state, "again")
+        alone.kept.restore(state, "again")
     assert ends[0] == ends[1]
 
 

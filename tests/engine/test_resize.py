@@ -39,10 +39,10 @@ def test_fewer_slots_keep_the_best_by_score(family: str, tiny_model: TinyModel) 
     """Catches the newest or the first slots kept instead of the best, and a wrong count of what went."""
     engine = make_engine(tiny_model(family), Shape(kv_budget=24, rows=3, gate="random", prefill_chunk=16))
     run(engine, [greedy("a", LONG, 5, keep=True)])
-    held = engine.retained("a")
+    held = engine.kept.retained("a")
     done = engine.resize(9)
     expected = 0
-    for layer, kept in zip(held.layers, engine.kept("a"), strict=True):
+    for layer, kept in zip(held.layers, engine.kept.positions("a"), strict=True):
         size = 9 if layer.window is None else min(9, layer.window)
         for head, positions in zip(layer.heads, kept, strict=True):
             scores = {p: b * (held.seen + 1 - p) for p, b in zip(head.positions, head.log_beta, strict=True)}
@@ -83,10 +83,10 @@ def test_sequences_go_on_through_any_changes_of_size(tiny_model: TinyModel, size
             engine.step()
     finish(engine)
     for key in "ab":
-        for layer, heads in zip(engine.retained(key).layers, engine.kept(key), strict=True):
+        for layer, heads in zip(engine.kept.retained(key).layers, engine.kept.positions(key), strict=True):
             for head in heads:
                 assert len(head) == len(set(head)) <= layer.slots
-                assert head[-1] < engine.seen(key)
+                assert head[-1] < engine.kept.seen(key)
     cache = engine._runner.cache
     for row in engine._scheduler.parked.values():
         for index, layer in enumerate(cache.layers):
@@ -103,12 +103,12 @@ def test_a_saved_turn_can_be_restored_into_another_size(tiny_model: TinyModel) -
     """Catches an undo that fails, or holds more than there are slots, after the size was changed."""
     engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
     run(engine, [greedy("a", LONG, 5, keep=True)])
-    saved, kept = engine.save("a"), engine.kept("a")
+    saved, kept = engine.kept.save("a"), engine.kept.positions("a")
     for size in (30, 9):
         engine.resize(size)
-        engine.release("a")
-        engine.restore(saved, "a")
-        for before, now in zip(kept, engine.kept("a"), strict=True):
+        engine.kept.release("a")
+        engine.kept.restore(saved, "a")
+        for before, now in zip(kept, engine.kept.positions("a"), strict=True):
             for all_of, some in zip(before, now, strict=True):
                 assert len(some) == min(24, size)
                 assert set(some) <= set(all_of)
@@ -121,7 +121,7 @@ def test_a_smaller_budget_is_held_and_so_is_the_old_one_meanwhile(tiny_model: Ti
     shape = Shape(kv_budget=40_000, rows=1, gate="random", prefill_chunk=16)
     engine = make_engine(tiny_model("qwen3", num_hidden_layers=8), shape)
     run(engine, [greedy("a", LONG, 5, keep=True)])
-    kept, process = engine.kept("a"), psutil.Process()
+    kept, process = engine.kept.positions("a"), psutil.Process()
     roomy = engine.facts.plan.with_budget(2**40).run.total_bytes
     assert engine.set_budget(roomy).kv_budget == 40_000
     held = process.memory_info().rss
@@ -130,7 +130,7 @@ def test_a_smaller_budget_is_held_and_so_is_the_old_one_meanwhile(tiny_model: Ti
     freed = done.kv_bytes_before - done.kv_bytes
     assert done.kv_budget < 30_000
     assert done.evicted == 0
-    assert engine.kept("a") == kept
+    assert engine.kept.positions("a") == kept
     assert watched.peak - held < done.kv_bytes_before * 0.25
     assert held - process.memory_info().rss > 0.9 * freed > 2**24
     assert engine.peak_bytes < held - 0.8 * freed
@@ -167,7 +167,7 @@ def test_a_smaller_budget_evicts_the_worst(tiny_model: TinyModel) -> None:
     other = make_engine(tiny_model("gemma3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
     run(other, [greedy("a", LONG, 5, keep=True)])
     assert other.resize(9).evicted == done.evicted
-    assert other.kept("a") == engine.kept("a")
+    assert other.kept.positions("a") == engine.kept.positions("a")
     with pytest.raises(DoesNotFit, match="1 slot per head needs"):
         engine.set_budget(2**20)
     assert engine.facts.plan.budget_bytes == plan.with_slots(9).run.total_bytes
@@ -177,40 +177,40 @@ def test_a_size_that_cannot_be_is_refused_before_anything_changes(tiny_model: Ti
     """Catches tokens lost for a size that is then refused."""
     full = make_engine(tiny_model("qwen3"), Shape(kv_budget=96, rows=1))
     run(full, [greedy("a", LONG, 5, keep=True)])
-    kept = full.kept("a")
+    kept = full.kept.positions("a")
     with pytest.raises(ContextOverflow, match="cannot hold"):
         full.resize(50)
     with pytest.raises(UsageError, match="keeps no token"):
         full.resize(0)
     talk = make_engine(tiny_model("qwen3"), Shape(kv_budget=24, rows=1, gate="random"))
     run(talk, [greedy("a", LONG[:20], 5, keep=True)])
-    talk.pin("a", range(9))
+    talk.kept.pin("a", range(9))
     with pytest.raises(UsageError, match="9 tokens are pinned"):
         talk.resize(9)
     talk.resize(10)
-    assert all(set(range(9)) <= set(head) for layer in talk.kept("a") for head in layer)
+    assert all(set(range(9)) <= set(head) for layer in talk.kept.positions("a") for head in layer)
     run_ = full.facts.plan.run
     budget = run_.total_bytes + run_.kv_bytes_per_row // 2
     full.facts = replace(full.facts, plan=replace(full.facts.plan, budget_bytes=budget))
     with pytest.raises(DoesNotFit) as caught:
         full.resize(400)
     most = int(str(caught.value.hint).split()[2])
-    assert full.kept("a") == kept
+    assert full.kept.positions("a") == kept
     full.resize(most)
-    assert full.kept("a") == kept
+    assert full.kept.positions("a") == kept
 
 
 def test_states_that_are_kept_shrink_with_the_slots(tiny_model: TinyModel) -> None:
     """Catches copies for undo that stay as large as they were, beside a plan that counts them as small."""
     engine = make_engine(tiny_model("gemma3"), Shape(kv_budget=24, rows=1, gate="random", prefill_chunk=16))
     run(engine, [greedy("a", LONG, 5, keep=True)])
-    whole = engine.save("a")
+    whole = engine.kept.save("a")
     engine.resize(9)
-    fitted = engine.fitted(whole)
+    fitted = engine.kept.fitted(whole)
     assert fitted.nbytes < whole.nbytes
     kept = []
     for state in (whole, fitted):
-        engine.release("a")
-        engine.restore(state, "a")
-        kept.append(engine.kept("a"))
+        engine.kept.release("a")
+        engine.kept.restore(state, "a")
+        kept.append(engine.kept.positions("a"))
     assert kept[0] == kept[1]

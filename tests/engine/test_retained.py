@@ -17,7 +17,7 @@ TinyModel = Callable[..., Any]
 def retained_after(model: Any, count: int) -> tuple[Retained, list[list[list[int]]]]:
     engine = make_engine(model, Shape(kv_budget=16, rows=1, gate="random"))
     run(engine, [greedy("a", PROMPT, count, keep=True)])
-    return engine.retained("a"), engine.kept("a")
+    return engine.kept.retained("a"), engine.kept.positions("a")
 
 
 def test_it_is_what_the_slots_hold(tiny_model: TinyModel) -> None:

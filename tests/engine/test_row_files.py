@@ -23,7 +23,7 @@ PROMPT = tuple(range(3, 60))
 
 def write(path: Path, engine: Engine) -> RowState:
     run(engine, [greedy("1", PROMPT, 5, keep=True)])
-    state = engine.save("1")
+    state = engine.kept.save("1")
     write_row(path, state, model_id="tiny", fingerprint=engine.fingerprint)
     return state
 
@@ -41,7 +41,7 @@ def test_another_process_goes_on_as_the_first_would_have(tmp_path: Path, tiny_mo
     question = (state.last_token or 0, 9, 8, 7)
     want = run(engine, [greedy("2", question, 9, continues="1")])["2"]
     fresh = make_engine(tiny_model("qwen3"), SHAPE)
-    fresh.restore(read(path, fresh), "1")
+    fresh.kept.restore(read(path, fresh), "1")
     assert run(fresh, [greedy("2", question, 9, continues="1")])["2"] == want
     assert fresh.stats.prefill_tokens == len(question)
 
@@ -80,11 +80,11 @@ def test_a_row_that_has_outgrown_the_positions_goes_on_elsewhere(tmp_path: Path,
     assert write(path, engine).rebased is not None
     want = run(engine, [greedy("2", (9, 8, 7), 30, continues="1")])["2"]
     fresh = make_engine(model(), shape)
-    fresh.restore(read(path, fresh), "1")
+    fresh.kept.restore(read(path, fresh), "1")
     assert run(fresh, [greedy("2", (9, 8, 7), 30, continues="1")])["2"] == want
     other = make_engine(model(), SHAPE)
     with pytest.raises(CacheMismatch, match="outgrown"):
-        other.restore(read(path, other), "1")
+        other.kept.restore(read(path, other), "1")
 
 
 def test_what_another_version_made_is_refused(tmp_path: Path, tiny_model: TinyModel) -> None:

@@ -31,15 +31,15 @@ def test_after_undo_the_same_seed_gives_the_same_tokens(family: str, tiny_model:
     """Catches slots, counts, positions or the unfed last token that a turn leaves behind after it was undone."""
     engine = make_engine(tiny_model(family), SHAPE)
     answer = say(engine, turn("1", FIRST))
-    state, kept = engine.save("1"), engine.kept("1")
+    state, kept = engine.kept.save("1"), engine.kept.positions("1")
     straight = say(engine, turn("2", (answer[-1], *SECOND), continues="1"))
-    engine.release("2")
-    engine.restore(state, "1")
-    assert engine.kept("1") == kept
+    engine.kept.release("2")
+    engine.kept.restore(state, "1")
+    assert engine.kept.positions("1") == kept
     say(engine, turn("2b", (answer[-1], *FIRST), continues="1", seed=8))
-    engine.release("2b")
-    engine.restore(state, "1")
-    assert engine.retained("1").seen == len(state.token_ids) == len(FIRST) + len(answer) - 1
+    engine.kept.release("2b")
+    engine.kept.restore(state, "1")
+    assert engine.kept.retained("1").seen == len(state.token_ids) == len(FIRST) + len(answer) - 1
     assert say(engine, turn("2c", (answer[-1], *SECOND), continues="1")) == straight
 
 
@@ -47,16 +47,16 @@ def test_branches_of_a_fork_go_on_independently(tiny_model: TinyModel) -> None:
     """Catches branches that share a row, or a copy that aliases the cache's memory."""
     alone = make_engine(tiny_model("qwen3"), SHAPE)
     answer = say(alone, turn("1", FIRST))
-    state = alone.save("1")
+    state = alone.kept.save("1")
     want = {}
     for name, ids in (("left", SECOND), ("right", FIRST)):
         if name == "right":
-            alone.restore(state, "1")
+            alone.kept.restore(state, "1")
         want[name] = say(alone, turn(name, (answer[-1], *ids), continues="1"))
-        alone.release(name)
+        alone.kept.release(name)
     several = make_engine(tiny_model("qwen3"), replace(SHAPE, rows=3))
     for name in want:
-        several.restore(state, f"before {name}")
+        several.kept.restore(state, f"before {name}")
     requests = [
         turn(name, (answer[-1], *ids), continues=f"before {name}") for name, ids in (("left", SECOND), ("right", FIRST))
     ]
@@ -70,9 +70,9 @@ def test_a_state_remembers_what_was_not_read(tiny_model: TinyModel) -> None:
     engine.add(greedy("1", FIRST, 5, keep=True))
     assert engine.step() == []
     assert engine.stop("1") is not None
-    state = engine.save("1")
-    engine.release("1")
-    engine.restore(state, "1")
+    state = engine.kept.save("1")
+    engine.kept.release("1")
+    engine.kept.restore(state, "1")
     reply = run(engine, [greedy("2", SECOND, 5, continues="1")])["2"]
     assert run(make_engine(tiny_model("llama"), shape), [greedy("x", FIRST + SECOND, 5)])["x"] == reply
 
@@ -81,7 +81,7 @@ def test_a_state_takes_the_bytes_of_the_slots_in_use(tiny_model: TinyModel) -> N
     """Catches snapshots that grow with the conversation, or that copy empty slots."""
     engine = make_engine(tiny_model("qwen3"), SHAPE)
     say(engine, turn("1", FIRST))
-    assert engine.save("1").nbytes == engine.kv_bytes
+    assert engine.kept.save("1").nbytes == engine.kv_bytes
     short = make_engine(tiny_model("qwen3"), replace(SHAPE, kv_budget=200))
     say(short, turn("1", FIRST))
-    assert short.save("1").nbytes * 200 == short.kv_bytes * short.seen("1")
+    assert short.kept.save("1").nbytes * 200 == short.kv_bytes * short.kept.seen("1")

@@ -38,7 +38,7 @@ def summarize(llm: Any, texts: list[str | None], task: Task) -> tuple[dict[int, 
         return (yield from summarize_text(llm, str(index), text, task))
 
     def keep(index: int, answer: Answer) -> None:
-        assert llm.seen(answer.request.id) > 0
+        assert llm.kept.seen(answer.request.id) > 0
         seen.append(index)
 
     def chains() -> Iterator[Chain]:

@@ -63,21 +63,8 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
     gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device=model.device)
     if shape.gate == "random":
         gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_layers)]
-    facts = EngineFacts(
-        model_id="tiny",
-        spec=spec,
-        gate=gate,
-        plan=make_plan_for(spec, gate, shape),
-        max_positions=spec.max_positions,
-        eos_token_ids=shape.eos,
-        sampling_defaults={},
-        notes=(),
-        warnings=(),
-        weight_bytes=0,
-        gate_bytes=0,
-        load_s=0.0,
-        pins=pins,
-    )
+    plan = make_plan_for(spec, gate, shape)
+    facts = EngineFacts.of(model, gates, plan=plan, model_id="tiny", eos_token_ids=shape.eos, pins=pins)
     how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "compiled": compiled}
     return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, **how)
 

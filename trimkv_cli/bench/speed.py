@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache
 import trimkv_cli
 from trimkv_cli.bench.shapes import Network
 from trimkv_cli.cache.releases import cache_argument, forward_logits
-from trimkv_cli.engine.devices import module_bytes, reset_peak
+from trimkv_cli.engine.devices import reset_peak
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.plan.choices import PlanOptions
@@ -192,21 +192,7 @@ def _prompts(network: Network, case: Case) -> Tensor:
 
 def make_engine(network: Network, case: Case, options: SpeedOptions) -> Engine:
     """Assemble an engine of the size of a case."""
-    plan = _plan(network, case)
-    facts = EngineFacts(
-        model_id=network.name,
-        spec=network.spec,
-        gate=network.gate,
-        plan=plan,
-        max_positions=network.spec.max_positions,
-        eos_token_ids=frozenset(),
-        sampling_defaults={},
-        notes=(),
-        warnings=(),
-        weight_bytes=module_bytes(network.model),
-        gate_bytes=sum(module_bytes(gate) for gate in network.gates),
-        load_s=0.0,
-    )
+    facts = EngineFacts.of(network.model, network.gates, plan=_plan(network, case), model_id=network.name)
     dtype = network.model.dtype
     return assemble(
         network.model,

@@ -64,7 +64,7 @@ class Conversation:
 
     @property
     def row(self) -> str | None:
-        """Name what the engine keeps of this conversation: `llm.retained(row)` and its like."""
+        """Name what the engine keeps of this conversation: `llm.kept.retained(row)` and its like."""
         return self._row
 
     @property
@@ -80,7 +80,7 @@ class Conversation:
     @property
     def seen(self) -> int:
         """Count the tokens that the row has seen."""
-        return self.llm.seen(self._row) if self._row is not None else 0
+        return self.llm.kept.seen(self._row) if self._row is not None else 0
 
     @property
     def starts_in_thought(self) -> bool:
@@ -110,9 +110,9 @@ class Conversation:
         turn = self.turns[-1]
         if turn.finish_reason == "stop":
             raise UsageError("the answer had come to its end", hint="/regen asks for another one")
-        unread, last = self.llm.unread(self._row), self._last_token
+        unread, last = self.llm.kept.unread(self._row), self._last_token
         if unread:
-            self._put_back(replace(self.llm.save(self._row), unread=()))
+            self._put_back(replace(self.llm.kept.save(self._row), unread=()))
         ids = (*unread, *(() if last is None else (last,)))
         seed = seed_of(self.params.seed, len(self.turns), turn.attempt) + len(turn.token_ids)
         request = self._request(ids, replace(self.params, seed=seed % 2**63))
@@ -177,12 +177,12 @@ class Conversation:
     def pin(self, positions: Iterable[int]) -> None:
         """Keep tokens for good where heads still hold them; raises UsageError where too few slots would be left."""
         assert self._row is not None, "nothing has been said"
-        self.llm.pin(self._row, positions)
+        self.llm.kept.pin(self._row, positions)
 
     def save_state(self) -> None:
         """Keep the state after the last turn."""
         if self._row is not None:
-            self.snapshots.put(len(self.turns), self.llm.save(self._row))
+            self.snapshots.put(len(self.turns), self.llm.kept.save(self._row))
 
     def _render(self, user: str) -> tuple[tuple[int, ...], int]:
         text = need_chat(self.llm.text)
@@ -267,12 +267,12 @@ class Conversation:
         self._let_go()
         self._ids += 1
         self._row = f"state-{self._ids}"
-        self.llm.restore(state, self._row)
+        self.llm.kept.restore(state, self._row)
         self._last_token = state.last_token
 
     def _let_go(self) -> None:
         if self._row is not None:
-            self.llm.release(self._row)
+            self.llm.kept.release(self._row)
         self._row, self._last_token = None, None
 
 

@@ -110,7 +110,7 @@ def to_completion(
 
 def _report(engine: Engine, finished: Answer, options: EngineOptions, warnings: Sequence[Notice]) -> dict[str, Any]:
     facts = engine.facts
-    p50, p95 = engine.horizon(finished.request.id)
+    p50, p95 = engine.kept.horizon(finished.request.id)
     return {
         "model": facts.model_id,
         "gates": {"id": facts.gate.id, "trained_memory_size": facts.gate.memory_size},
@@ -180,7 +180,7 @@ def save_read(llm: Engine, request_id: str, path: str) -> None:
     """Write what a finished request left in the cache; raises as `write_row` does."""
     from trimkv_cli.engine.row_files import write_row
 
-    write_row(Path(path), llm.save(request_id), model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
+    write_row(Path(path), llm.kept.save(request_id), model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
 
 
 def restore_read(llm: Engine, path: str) -> RowState:
@@ -188,7 +188,7 @@ def restore_read(llm: Engine, path: str) -> RowState:
     from trimkv_cli.engine.row_files import read_row
 
     state = read_row(Path(path), model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
-    llm.restore(state, path)
+    llm.kept.restore(state, path)
     return state
 
 

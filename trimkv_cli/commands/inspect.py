@@ -79,10 +79,10 @@ class Findings:
         """Look at the row that a finished or restored request left; without `log_beta` only what is kept has one."""
         from trimkv_cli.commands.memory import memory_use, pieces_of
 
-        retained, ids = llm.retained(request_id), llm.token_ids(request_id)
+        retained, ids = llm.kept.retained(request_id), llm.kept.token_ids(request_id)
         return cls(
             retained=retained,
-            kept=llm.kept(request_id),
+            kept=llm.kept.positions(request_id),
             pieces=pieces_of(llm, [*ids, *output_token_ids[-1:]])[: retained.seen],
             memory=memory_use(llm, seen=retained.seen),
             log_beta=_of_kept(retained) if log_beta is None else log_beta,

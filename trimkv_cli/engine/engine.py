@@ -4,25 +4,163 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import nn
 
-from trimkv_cli.engine.facts import EngineFacts
-from trimkv_cli.engine.gauges import Progress
-from trimkv_cli.engine.recovery import attempt
-from trimkv_cli.engine.resizing import Resizing
+from trimkv_cli.engine.devices import cap_allocator, give_back, measured_peaks, module_bytes, peak_bytes, reset_peak
+from trimkv_cli.engine.kept_rows import KeptRows
+from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.recovery import Recovery, attempt
 from trimkv_cli.engine.sampler import NO_TOKEN
-from trimkv_cli.engine.scheduler import Decode, Prefill, Row
-from trimkv_cli.errors import ContextOverflow, UsageError
-from trimkv_cli.events import CacheStats, ErrorCode, FinishReason, RequestStats, TokenEvent
+from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
+from trimkv_cli.engine.snapshot import Glancer
+from trimkv_cli.engine.text import Detokenizer, Text
+from trimkv_cli.errors import ContextOverflow, DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
+from trimkv_cli.events import (
+    CacheStats,
+    ErrorCode,
+    FinishReason,
+    Glance,
+    Notice,
+    RequestStats,
+    Resized,
+    RunStats,
+    TokenEvent,
+)
+from trimkv_cli.model.spec import GateSpec, ModelSpec, Pins
+from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request, check_token_ids
+from trimkv_cli.units import format_sizes
 
-__all__ = ["Engine", "EngineFacts"]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What stays the same while an engine lives, and what its callers may want to know of it."""
+
+    model_id: str
+    plan: Plan
+    weight_bytes: int
+    gate_bytes: int
+    max_positions: int
+    eos_token_ids: frozenset[int] = frozenset()
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the user did not ask for but may like to know
+    warnings: tuple[Notice, ...] = ()
+    load_s: float = 0.0
+    pins: Pins = field(default_factory=Pins)
+
+    @classmethod
+    def of(cls, model: nn.Module, gates: Iterable[nn.Module], *, plan: Plan, **others: Any) -> EngineFacts:
+        """Count the bytes of what was loaded; without `max_positions` a model has its own."""
+        sizes = {"weight_bytes": module_bytes(model), "gate_bytes": module_bytes(nn.ModuleList(gates))}
+        return cls(plan=plan, **{"max_positions": plan.run.spec.max_positions, **sizes, **others})
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.plan.run.spec
+
+    @property
+    def gate(self) -> GateSpec:
+        return self.plan.run.gate
 
 
-class Engine(Resizing):
-    """Run many requests over the rows of one bounded cache, each at its own pace."""
+@dataclass(slots=True, kw_only=True)
+class RequestState:
+    """What the engine remembers of a request beside its row."""
+
+    detokenizer: Detokenizer | None
+    added: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    first_token: float | None = None
+
+
+class Engine:
+    """Run many requests over the rows of one bounded cache, each at its own pace.
+
+    `kept` is what finished requests left in their rows.
+    """
+
+    def __init__(
+        self,
+        *,
+        facts: EngineFacts,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        text: Text | None,
+        fingerprint: Mapping[str, str],
+        hooks: Sequence[Any] = (),
+        compact: bool = True,
+    ) -> None:
+        self.facts = facts
+        self.text = text
+        self.fingerprint = fingerprint
+        self.kept = KeptRows(runner.cache, scheduler)
+        self._runner = runner
+        self._scheduler = scheduler
+        self._recovery = Recovery(runner, scheduler)
+        self._glancer = Glancer(runner.cache)
+        self._hooks = hooks
+        self._compact = compact
+        self._states: dict[str, RequestState] = {}
+        self._counts = {"prefill_tokens": 0, "decode_tokens": 0, "shared_prefix_tokens": 0, "steps": 0}
+        self._seconds = {Prefill: 0.0, Decode: 0.0}
+        self._evicted = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its id must not be in use."""
+        self.check(request)
+        assert request.id not in self._states, f"request id {request.id!r} is in use"
+        detokenizer = self.text.detokenizer(request.params.stop) if self.text is not None else None
+        self._states[request.id] = RequestState(detokenizer=detokenizer)
+        self._scheduler.add(request)
+
+    def step(self) -> list[TokenEvent]:
+        """Run one prefill batch and one decode batch, and return what they brought.
+
+        What runs out of memory is undone and tried again in a later step, smaller; a request that cannot be run alone
+        either ends with the finish reason "error", and the others go on.
+        """
+        events = [event for move in self._scheduler.resume() for event in self._move(*move)]
+        events += [event for row in self._scheduler.admit() for event in self._start(row)]
+        events += [event for batch in self._scheduler.schedule() for event in self._run(batch)]
+        move = self._scheduler.compact() if self._compact else None
+        return events if move is None else [*events, *self._move(*move)]
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
+        """Run requests as rows become free, pulling few ahead; yield events as they come."""
+        coming = iter(requests)
+        while True:
+            while self.num_waiting < self.max_rows and (request := next(coming, None)) is not None:
+                self.add(request)
+            if not self.has_work:
+                return
+            yield from self.step()
+
+    def stop(self, request_id: str) -> TokenEvent | None:
+        """End a running request now, as if it had reached its length; None when it is not running."""
+        row = self._scheduler.find(request_id)
+        if row is None:
+            return None
+        detokenizer = self._states[request_id].detokenizer
+        text = detokenizer.finish() if detokenizer is not None else ""
+        return TokenEvent(request_id=request_id, text=text, finish_reason="abort", stats=self._finish(row))
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its row; no further event comes of it."""
+        self._states.pop(request_id, None)
+        row = self._scheduler.find(request_id)
+        if row is not None:
+            self._runner.leave(row)
+        self._scheduler.drop(request_id)
+
+    def close(self) -> None:
+        """Take the gates out of the model, so that another engine can be assembled around it; this one is done."""
+        for hook in self._hooks:
+            hook.remove()
 
     def check(self, request: Request) -> None:
         """Raise when a request can never be honoured.
@@ -74,86 +212,15 @@ class Engine(Resizing):
         parked = self._scheduler.parked.get(request.continues or "")
         return parked.seen + len(parked.unread) if parked is not None else 0
 
-    def add(self, request: Request) -> None:
-        """Queue a request; its id must not be in use."""
-        self.check(request)
-        assert request.id not in self._progress, f"request id {request.id!r} is in use"
-        detokenizer = self.text.detokenizer(request.params.stop) if self.text is not None else None
-        self._progress[request.id] = Progress(detokenizer=detokenizer)
-        self._scheduler.add(request)
-
-    def abort(self, request_id: str) -> None:
-        """Drop a request and free its row; no further event comes of it."""
-        self._progress.pop(request_id, None)
-        row = self._scheduler.find(request_id)
-        if row is not None:
-            self._runner.leave(row)
-        self._scheduler.drop(request_id)
-
-    def running_s(self, request_id: str) -> float:
-        """Return how long ago a request got its row, 0 when it waits for one."""
-        started = self._progress[request_id].started
-        return time.perf_counter() - started if started else 0.0
-
-    def step(self) -> list[TokenEvent]:
-        """Run one prefill batch and one decode batch, and return what they brought.
-
-        What runs out of memory is undone and tried again in a later step, smaller; a request that cannot be run alone
-        either ends with the finish reason "error", and the others go on.
-        """
-        events = [event for move in self._scheduler.resume() for event in self._move(*move)]
-        events += [event for row in self._scheduler.admit() for event in self._start(row)]
-        events += [event for batch in self._scheduler.schedule() for event in self._run(batch)]
-        move = self._scheduler.compact() if self._compact else None
-        return events if move is None else [*events, *self._move(*move)]
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
-        """Run requests as rows become free, pulling few ahead; yield events as they come."""
-        coming = iter(requests)
-        while True:
-            while self.num_waiting < self.max_rows and (request := next(coming, None)) is not None:
-                self.add(request)
-            if not self.has_work:
-                return
-            yield from self.step()
-
-    def stop(self, request_id: str) -> TokenEvent | None:
-        """End a running request now, as if it had reached its length; None when it is not running."""
-        row = self._scheduler.find(request_id)
-        if row is None:
-            return None
-        detokenizer = self._progress[request_id].detokenizer
-        text = detokenizer.finish() if detokenizer is not None else ""
-        return TokenEvent(request_id=request_id, text=text, finish_reason="abort", stats=self._finish(row))
-
-    def close(self) -> None:
-        """Take the gates out of the model, so that another engine can be assembled around it; this one is done."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def start_trace(self) -> None:
-        """Remember log_beta of every token from now on; meant for one request at a time."""
-        self._runner.trace = [[] for _ in self._runner.cache.layers]
-
-    def traced_log_beta(self) -> list[list[list[float]]]:
-        """Return what was remembered since `start_trace`: `[layer][head][token]`."""
-        assert self._runner.trace is not None, "start_trace comes first"
-        return [torch.cat(steps, dim=2)[0].tolist() for steps in self._runner.trace]
-
     def _move(self, source: int, target: int) -> list[TokenEvent]:
-        for _ in range(2):  # the source stays whole until all is copied
-            _, failure = attempt(lambda: self._runner.move(source, target))
-            if failure is None:
-                return []
-        return [self._out_of_memory(self._scheduler.running[target], failure or "")]
+        # Once more where memory is short: the source stays whole until all is copied.
+        _, failure = attempt(lambda: self._runner.move(source, target), tries=2)
+        return [] if failure is None else [self._out_of_memory(self._scheduler.running[target], failure)]
 
     def _start(self, row: Row) -> list[TokenEvent]:
-        self._progress[row.request.id].started = time.perf_counter()
-        for _ in range(2):
-            _, failure = attempt(lambda: self._runner.start(row))
-            if failure is None:
-                return []
-        return [self._out_of_memory(row, failure or "")]
+        self._states[row.request.id].started = time.perf_counter()
+        _, failure = attempt(lambda: self._runner.start(row), tries=2)
+        return [] if failure is None else [self._out_of_memory(row, failure)]
 
     def _run(self, batch: Prefill | Decode) -> list[TokenEvent]:
         started = time.perf_counter()
@@ -173,14 +240,14 @@ class Engine(Resizing):
         """Append a token to its sequence and say what came of it."""
         if token == NO_TOKEN:
             return self._no_token(row)
-        request, progress = row.request, self._progress[row.request.id]
+        request, state = row.request, self._states[row.request.id]
         row.output.append(token)
         row.failures, row.saved = 0, None
         logprobs = () if row.logprob is None else (row.logprob,)
-        if progress.first_token is None:
-            progress.first_token = time.perf_counter()
+        if state.first_token is None:
+            state.first_token = time.perf_counter()
         ends = token in self.facts.eos_token_ids and not request.params.ignore_eos
-        detokenizer = progress.detokenizer
+        detokenizer = state.detokenizer
         text = detokenizer.push(token) if detokenizer is not None and not ends else ""
         stopped = detokenizer is not None and detokenizer.stopped
         reason: FinishReason | None = None
@@ -221,7 +288,7 @@ class Engine(Resizing):
 
     def _give_up(self, row: Row, error: str, code: ErrorCode | None = None) -> TokenEvent:
         """End a request that fails; what it had before its first token is as it was."""
-        detokenizer = self._progress[row.request.id].detokenizer
+        detokenizer = self._states[row.request.id].detokenizer
         text = detokenizer.finish() if detokenizer is not None and row.output else ""
         return TokenEvent(
             request_id=row.request.id,
@@ -239,15 +306,15 @@ class Engine(Resizing):
         else:
             self._scheduler.give_up(row)
         self._counts["shared_prefix_tokens"] += row.shared
-        progress, now, cache = self._progress.pop(row.request.id), time.perf_counter(), self._runner.cache
+        state, now, cache = self._states.pop(row.request.id), time.perf_counter(), self._runner.cache
         self._evicted += cache.evicted(row.index)
         return RequestStats(
             prompt_tokens=len(row.request.prompt_token_ids),
             completion_tokens=len(row.output),
             shared_prefix_tokens=row.shared,
-            queue_s=progress.started - progress.added,
-            ttft_s=None if progress.first_token is None else progress.first_token - progress.added,
-            total_s=now - progress.added,
+            queue_s=state.started - state.added,
+            ttft_s=None if state.first_token is None else state.first_token - state.added,
+            total_s=now - state.added,
             cache=CacheStats(
                 seen_tokens=row.seen,
                 kept_per_head=cache.kept_per_head(row.index),
@@ -255,3 +322,160 @@ class Engine(Resizing):
             ),
             prefill_chunk=row.chunk,
         )
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def max_rows(self) -> int:
+        return self._scheduler.options.max_rows
+
+    def running_s(self, request_id: str) -> float:
+        """Return how long ago a request got its row, 0 when it waits for one."""
+        started = self._states[request_id].started
+        return time.perf_counter() - started if started else 0.0
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Return how long the oldest running request waited for its first token; None while it still does."""
+        row = next(iter(self._scheduler.running.values()), None)
+        state = None if row is None else self._states[row.request.id]
+        if state is None or state.first_token is None:
+            return None
+        return state.first_token - state.added
+
+    @property
+    def reading(self) -> tuple[int, int]:
+        """Count the prompt tokens that were read, and all there are, of the requests that still read theirs."""
+        rows = [row for row in self._scheduler.running.values() if row.prefilling]
+        waiting = sum(len(request.prompt_token_ids) for request in self._scheduler.waiting)
+        whole = sum(len(row.request.prompt_token_ids) for row in rows)
+        return sum(row.fed for row in rows), whole + waiting
+
+    @property
+    def stats(self) -> RunStats:
+        return RunStats(
+            prefill_s=self._seconds[Prefill],
+            decode_s=self._seconds[Decode],
+            undone_steps=self._recovery.undone_steps,
+            **self._counts,
+        )
+
+    @property
+    def evicted(self) -> int:
+        """Count the (layer, head) slots lost so far, by requests that run and that have ended."""
+        running = self._scheduler.running.values()
+        return self._evicted + sum(self._runner.cache.evicted(row.index) for row in running)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._runner.cache.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return peak_bytes(self._runner.device)
+
+    def measured_peaks(self) -> dict[str, int]:
+        """Return the largest sizes so far by who counts them: the process, and on a GPU allocator and NVML."""
+        return measured_peaks(self._runner.device)
+
+    def glance(self) -> Glance | None:
+        """Look at what the oldest running request's row holds; cheap, and never waits for the device."""
+        row = next(iter(self._scheduler.running.values()), None)
+        return None if row is None else self._glancer.take(row.index)
+
+    def start_trace(self) -> None:
+        """Remember log_beta of every token from now on; meant for one request at a time."""
+        self._runner.trace = [[] for _ in self._runner.cache.layers]
+
+    def traced_log_beta(self) -> list[list[list[float]]]:
+        """Return what was remembered since `start_trace`: `[layer][head][token]`."""
+        assert self._runner.trace is not None, "start_trace comes first"
+        return [torch.cat(steps, dim=2)[0].tolist() for steps in self._runner.trace]
+
+    def resize(self, kv_budget: int) -> Resized:
+        """Change the slots per head while requests run or are kept; these go on with what the new size holds.
+
+        Fewer slots evict by score, as it is now; more begin empty. From then on results are those of the new size.
+
+        Raises:
+            UsageError: no slot at all, none beside pinned tokens, or positions are given anew.
+            DoesNotFit: more than the budget holds, old and new of what is moved at once counted.
+            ContextOverflow: fewer than a full cache, which may evict nothing, holds already.
+            OutOfDeviceMemory: there was not enough memory after all; the size stays as it was.
+        """
+        return self._change(self.facts.plan, kv_budget, limit=self.facts.plan.budget_bytes)
+
+    def set_budget(self, budget_bytes: int) -> Resized:
+        """Give the process another budget: the slots shrink where they must, or grow, to what was trained at most.
+
+        The larger of both budgets holds while slots move; peaks count from then on.
+
+        Raises:
+            DoesNotFit: no slot fits beside all the rest; nothing has changed.
+            TrimkvError: as `resize`.
+        """
+        facts, before = self.facts, self.facts.plan.budget_bytes
+        plan = facts.plan.with_budget(budget_bytes)
+        limit = None if before is None else max(before, budget_bytes)
+        most = plan.slots_within(budget_bytes, limit=limit)
+        if most == 0:
+            least = plan.with_slots(1).run.total_bytes
+            needed, budget = format_sizes(least, budget_bytes)
+            raise DoesNotFit(
+                f"1 slot per head needs {needed}, and the budget is {budget}", hint=f"{least} bytes, or a larger budget"
+            )
+        device, runtime = self._runner.device, plan.run.part_bytes("runtime")
+        if limit is not None:
+            cap_allocator(device, limit - runtime)
+        try:
+            done = self._change(plan, min(most, max(plan.run.kv_budget, facts.gate.memory_size or 0)), limit=limit)
+        except TrimkvError:
+            cap_allocator(device, sys.maxsize if before is None else before - runtime)
+            raise
+        cap_allocator(device, budget_bytes - runtime)
+        reset_peak(device)
+        return done
+
+    def _change(self, before: Plan, kv_budget: int, *, limit: int | None) -> Resized:
+        """Change the slots per head from a plan of those that there are; raises as `resize` does."""
+        if self._runner.cache.rebase is not None:
+            hint = "begin anew with another --kv-budget, or without --on-overflow rebase"
+            raise UsageError("the slots are as many as they are under --on-overflow rebase", hint=hint)
+        bytes_before, rows = self.kv_bytes, self._scheduler.begun
+        plan = before.resized(kv_budget, limit=limit)
+        self._check_full_cache(kv_budget, rows)
+        self._runner.cache.check_pins(kv_budget, [row.index for row in rows])
+        evicted, failure = attempt(lambda: self._runner.resize(kv_budget, rows))
+        if evicted is None:
+            self._runner.resize(before.run.kv_budget, rows)
+            raise OutOfDeviceMemory(f"no memory for {kv_budget} slots per head: {failure}", hint="try fewer slots")
+        give_back(self._runner.device)
+        self._scheduler.forget_prefix()
+        self.facts = replace(self.facts, plan=plan)
+        self.fingerprint = {**self.fingerprint, "kv_budget": str(kv_budget)}
+        return Resized(
+            kv_budget_before=before.run.kv_budget,
+            kv_budget=kv_budget,
+            evicted=evicted,
+            kv_bytes_before=bytes_before,
+            kv_bytes=self.kv_bytes,
+        )
+
+    def _check_full_cache(self, kv_budget: int, rows: Sequence[Row]) -> None:
+        needed = max((self._tokens_at_end(row) for row in rows), default=0)
+        if self.facts.gate.variant == "none" and needed > kv_budget:
+            raise ContextOverflow(
+                f"a full cache of {kv_budget} slots cannot hold the {needed} tokens of what runs or is kept",
+                hint=f"{needed} slots or more, or gates: --gates streaming",
+            )
+
+    def _tokens_at_end(self, row: Row) -> int:
+        if self._scheduler.parked.get(row.request.id) is row:
+            return row.seen
+        return row.base + len(row.request.prompt_token_ids) + row.request.params.max_tokens - 1

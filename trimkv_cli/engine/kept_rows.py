@@ -1,27 +1,32 @@
-"""What finished requests with `keep` left in their rows: to read, to save, to go on from."""
+"""Rows that finished requests with `keep` left: to read, to save, to go on from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from trimkv_cli.engine.gauges import Gauges
+from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.row_files import RowState
+from trimkv_cli.engine.scheduler import Scheduler
 from trimkv_cli.errors import CacheMismatch
 from trimkv_cli.events import Retained
 from trimkv_cli.request import Request
 
 
-class KeptRows(Gauges):
+class KeptRows:
     """Reach the row of a finished request by the request's id, until it is released or continued."""
 
-    def kept(self, request_id: str) -> list[list[list[int]]]:
+    def __init__(self, cache: RetentionCache, scheduler: Scheduler) -> None:
+        self._cache = cache
+        self._scheduler = scheduler
+
+    def positions(self, request_id: str) -> list[list[list[int]]]:
         """Return the positions that a finished request with `keep` left in the cache: `[layer][head][ascending]`."""
-        return self._runner.cache.kept(self._scheduler.parked[request_id].index)
+        return self._cache.kept(self._scheduler.parked[request_id].index)
 
     def retained(self, request_id: str) -> Retained:
         """Return what such a request left in the cache, with how long each token is expected to stay."""
-        return self._runner.cache.retained(self._scheduler.parked[request_id].index)
+        return self._cache.retained(self._scheduler.parked[request_id].index)
 
     def pin(self, request_id: str, positions: Iterable[int]) -> int:
         """Never evict these tokens of such a row where heads still hold them; return the pinned ones of all heads.
@@ -29,7 +34,7 @@ class KeptRows(Gauges):
         Raises:
             UsageError: they would leave some head no slot for others; nothing is pinned.
         """
-        return self._runner.cache.pin(self._scheduler.parked[request_id].index, positions)
+        return self._cache.pin(self._scheduler.parked[request_id].index, positions)
 
     def seen(self, request_id: str) -> int:
         """Return how many tokens the row of a finished request with `keep` has been fed."""
@@ -43,21 +48,21 @@ class KeptRows(Gauges):
         """Return the prompt tokens that such a request had not read when it was stopped."""
         return self._scheduler.parked[request_id].unread
 
-    def kept_per_head(self, request_id: str) -> int:
+    def per_head(self, request_id: str) -> int:
         """Return how many tokens each head of such a row holds, in a layer without a window."""
-        return self._runner.cache.kept_per_head(self._scheduler.parked[request_id].index)
+        return self._cache.kept_per_head(self._scheduler.parked[request_id].index)
 
     def horizon(self, request_id: str) -> tuple[int, int]:
         """Return the median and the 95th percentile of the age, in tokens, of what such a request left in the cache."""
-        ages = self._runner.cache.ages(self._scheduler.parked[request_id].index)
+        ages = self._cache.ages(self._scheduler.parked[request_id].index)
         return (int(ages[len(ages) // 2]), int(ages[len(ages) * 95 // 100])) if len(ages) else (0, 0)
 
     def save(self, request_id: str) -> RowState:
         """Copy what such a request left, so that what comes after it can be undone; its row stays as it is."""
         row = self._scheduler.parked[request_id]
-        rebase = self._runner.cache.rebase
+        rebase = self._cache.rebase
         return RowState(
-            layers=self._runner.cache.save_row(row.index),
+            layers=self._cache.save_row(row.index),
             rebased=None if rebase is None else rebase.save(row.index),
             token_ids=row.token_ids,
             unread=row.unread,
@@ -73,20 +78,20 @@ class KeptRows(Gauges):
         Raises:
             CacheMismatch: its tokens have new positions, and here nothing gives any.
         """
-        if state.rebased is not None and self._runner.cache.rebase is None:
+        if state.rebased is not None and self._cache.rebase is None:
             raise CacheMismatch("what was saved has outgrown the model's positions", hint="--on-overflow rebase")
         request = Request(id=request_id, prompt_token_ids=state.unread, keep=True)
         row = self._scheduler.park(
             request, history=state.token_ids, last_token=state.last_token, long_rope=state.long_rope
         )
-        self._runner.cache.load_row(row.index, state.layers, seen=row.seen)
+        self._cache.load_row(row.index, state.layers, seen=row.seen)
         if state.rebased is not None:
-            assert self._runner.cache.rebase is not None
-            self._runner.cache.rebase.load(row.index, state.rebased)
+            assert self._cache.rebase is not None
+            self._cache.rebase.load(row.index, state.rebased)
 
     def fitted(self, state: RowState) -> RowState:
         """Return what of a saved state the slots hold now: of more than there are, the best."""
-        return replace(state, layers=self._runner.cache.fitted(state.layers, seen=len(state.token_ids)))
+        return replace(state, layers=self._cache.fitted(state.layers, seen=len(state.token_ids)))
 
     def release(self, request_id: str) -> None:
         """Free the row of a finished request with `keep`."""

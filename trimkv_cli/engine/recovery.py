@@ -16,7 +16,7 @@ from trimkv_cli.plan.choices import SMALLEST_CHUNK
 Result = TypeVar("Result")
 
 
-def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
+def attempt(work: Callable[[], Result], *, tries: int = 1) -> tuple[Result | None, str | None]:
     """Return what `work` returns, or None and why there was not enough memory for it."""
     try:
         return work(), None
@@ -27,7 +27,7 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
     # The error's frames, which hold tensors, are gone here: what the allocator kept for them can be given back.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None, reason
+    return (None, reason) if tries == 1 else attempt(work, tries=tries - 1)
 
 
 class Recovery:

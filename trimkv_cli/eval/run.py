@@ -129,7 +129,7 @@ def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOpti
     return assemble(
         parts.model,
         policy_gates(setup.policy, parts, positions=positions, seed=asked.seed),
-        replace(parts.facts, gate=plan.run.gate, plan=plan),
+        replace(parts.facts, plan=plan),
         text=parts.text,
         kv_dtype=parts.kv_dtype,
         deterministic=options.deterministic,

@@ -27,7 +27,6 @@ from trimkv_cli.engine.devices import (
     cap_allocator,
     device_bytes,
     free_bytes,
-    module_bytes,
     swap_bytes,
     take_device,
     tidy_heap,
@@ -153,18 +152,16 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         )
     with _short_of_memory(source):
         gates, warnings = _load_gates(source, plan, device, offline=options.offline)
-    facts = EngineFacts(
-        model_id=source.model_id,
-        spec=source.spec,
-        gate=source.gate,
+    facts = EngineFacts.of(
+        model,
+        gates,
         plan=plan,
+        model_id=source.model_id,
         max_positions=options.context or source.spec.max_positions,
         eos_token_ids=end_token_ids(model, text),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
         notes=(*source.notes, *_echo(options, plan)),
         warnings=(*plan.warnings, *warnings, *kernel_warnings(device)),
-        weight_bytes=module_bytes(model),
-        gate_bytes=module_bytes(gates),
         load_s=time.perf_counter() - started,
         pins=Pins.parse(options.pin),
     )

@@ -53,13 +53,13 @@ def _golden_run(engine: Engine, case: str, data: dict[str, Any], steps: int, *, 
     prompt = tuple(data["input_ids"].tolist())
     tokens = run(engine, [Request(id="golden", prompt_token_ids=prompt, params=params, keep=True)])["golden"]
     want = data["greedy_ids"].tolist()[: steps + 1]
-    kept = bool(np.array_equal(np.array(engine.kept("golden")), data[f"kept_{steps}"]))
+    kept = bool(np.array_equal(np.array(engine.kept.positions("golden")), data[f"kept_{steps}"]))
     facts: dict[str, Any] = {"tokens_equal": tokens[: len(want)] == want, "kept_equal": kept, "tokens": len(want)}
     if traced:
         log_beta = np.array(engine.traced_log_beta())
         error = np.abs(log_beta - data["log_beta"][..., : log_beta.shape[-1]]).max()
         facts["log_beta_error"] = float(error)
-    engine.release("golden")
+    engine.kept.release("golden")
     ok = facts["tokens_equal"] and kept and facts.get("log_beta_error", 0.0) < 1e-3
     yield Evidence(check=f"golden {case}, {steps} steps, {WAYS[not traced]}", ok=ok, facts=facts)
 
@@ -173,7 +173,7 @@ def _growing(engine: Engine, _: Path) -> dict[str, Any]:
         engine.add(greedy(str(n), _prompt(n, 20 + n), 40, keep=True))
         _steps(engine, tokens, lambda n=n: len(tokens.get(str(n), ())) >= 3)
     _steps(engine, tokens, _never)
-    return {"tokens": tokens, "kept": [engine.kept(str(n)) for n in range(8)]}
+    return {"tokens": tokens, "kept": [engine.kept.positions(str(n)) for n in range(8)]}
 
 
 def _resize(engine: Engine, _: Path) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _resize(engine: Engine, _: Path) -> dict[str, Any]:
         _steps(engine, tokens, lambda count=count: all(len(tokens.get(str(n), ())) >= count for n in range(2)))
         evicted.append(engine.resize(slots).evicted)
     _steps(engine, tokens, _never)
-    return {"tokens": tokens, "evicted": evicted, "kept": [engine.kept(str(n)) for n in range(2)]}
+    return {"tokens": tokens, "evicted": evicted, "kept": [engine.kept.positions(str(n)) for n in range(2)]}
 
 
 def _stop(engine: Engine, _: Path) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _stop(engine: Engine, _: Path) -> dict[str, Any]:
     engine.add(greedy("b", _prompt(2, 30), 12))
     _steps(engine, tokens, lambda: len(tokens.get("a", ())) >= 6)
     engine.stop("a")
-    at_stop = {"seen": engine.seen("a"), "kept": engine.kept("a")}
+    at_stop = {"seen": engine.kept.seen("a"), "kept": engine.kept.positions("a")}
     _steps(engine, tokens, _never)
     after = run(engine, [greedy("c", (5, 6, 7), 9, continues="a")])
     return {**at_stop, "a": tokens["a"][:6], "b": tokens["b"], "after": after}
@@ -205,16 +205,16 @@ def _stop(engine: Engine, _: Path) -> dict[str, Any]:
 def _save(engine: Engine, folder: Path) -> dict[str, Any]:
     """a row in a file: saved, read into another row, gone on with twice alike."""
     run(engine, [greedy("a", _prompt(3, 50), 8, keep=True)])
-    state, path = engine.save("a"), folder / "row.kv"
+    state, path = engine.kept.save("a"), folder / "row.kv"
     write_row(path, state, model_id="tiny", fingerprint=engine.fingerprint)
     turn = (state.last_token or 0, 9, 8)
     first = run(engine, [greedy("b", turn, 9, continues="a", keep=True)])["b"]
-    kept = engine.kept("b")
-    engine.release("b")
-    engine.restore(read_row(path, model_id="tiny", fingerprint=engine.fingerprint), "a")
+    kept = engine.kept.positions("b")
+    engine.kept.release("b")
+    engine.kept.restore(read_row(path, model_id="tiny", fingerprint=engine.fingerprint), "a")
     path.unlink()
     again = run(engine, [greedy("b", turn, 9, continues="a", keep=True)])["b"]
-    same = again == first and engine.kept("b") == kept
+    same = again == first and engine.kept.positions("b") == kept
     return {"tokens": first, "kept": kept, "twice alike": same or again}
 
 

@@ -47,7 +47,7 @@ def _stats_of_before(chat: Chat) -> None:
         f"last turn  {turn.prompt_tokens} tokens read, {len(turn.token_ids)} generated, in an earlier run"
     )
     if row is not None:
-        kept = conversation.llm.kept_per_head(row)
+        kept = conversation.llm.kept.per_head(row)
         chat.display.print(f"cache      {kept} of {conversation.seen} tokens kept per head")
 
 
@@ -163,13 +163,13 @@ def _retained(chat: Chat) -> Retained:
     row = chat.conversation.row
     if row is None:
         raise UsageError("the cache is empty", hint="send a message first")
-    return chat.conversation.llm.retained(row)
+    return chat.conversation.llm.kept.retained(row)
 
 
 def _pieces(chat: Chat) -> list[str]:
     row = chat.conversation.row
     assert row is not None, "_retained comes first"
-    return pieces_of(chat.conversation.llm, chat.conversation.llm.token_ids(row))
+    return pieces_of(chat.conversation.llm, chat.conversation.llm.kept.token_ids(row))
 
 
 MEMORY = (

@@ -157,7 +157,7 @@ def _budget(chat: Chat, argument: str) -> None:
         done = llm.set_budget(budget.amount)
         chat.autosave.options["budget"] = argument
     chat.autosave.options["kv_budget"] = str(done.kv_budget)
-    conversation.snapshots.use(llm.fingerprint, llm.fitted)
+    conversation.snapshots.use(llm.fingerprint, llm.kept.fitted)
     chat.autosave.save(conversation)
     sizes = f"{format_size(done.kv_bytes_before)} to {format_size(done.kv_bytes)} of cache"
     chat.display.note(f"{done.kv_budget_before} to {done.kv_budget} slots per head, {sizes}; {done.evicted:,} evicted")

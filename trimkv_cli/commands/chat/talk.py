@@ -116,10 +116,10 @@ def status_of(chat: Chat) -> Status:
     llm, stats, seen = conversation.llm, conversation.last_stats, conversation.seen
     return Status(
         model=llm.facts.model_id,
-        kept=llm.kept_per_head(conversation.row) if conversation.row is not None else 0,
+        kept=llm.kept.per_head(conversation.row) if conversation.row is not None else 0,
         seen=seen,
         slots=llm.facts.plan.run.kv_budget,
-        horizon=llm.horizon(conversation.row)[0] if conversation.row is not None else None,
+        horizon=llm.kept.horizon(conversation.row)[0] if conversation.row is not None else None,
         tps=_speed(stats.completion_tokens, stats.ttft_s, stats.total_s) if stats is not None else None,
         budget_bytes=llm.facts.plan.budget_bytes,
         peak_bytes=llm.peak_bytes,

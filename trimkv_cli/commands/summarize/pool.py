@@ -195,12 +195,12 @@ class Pool:
             return
         del self._asked[event.request_id]
         if event.fault is not None:
-            self._llm.release(event.request_id)
+            self._llm.kept.release(event.request_id)
             yield from self._give_up(running, event.fault)
             return
         if running.last:
             self._on_answer(running.index, answer)
-        self._llm.release(event.request_id)
+        self._llm.kept.release(event.request_id)
         if all(each.last is not None for each in running.answers.values()):
             yield from self._advance(running, list(running.answers.values()))
 
