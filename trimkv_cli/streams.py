@@ -1,4 +1,4 @@
-"""The standard streams as they were handed to the process: some may be closed, or on a full disk."""
+"""The standard streams and signals of the process, and a clock for what is said now and then."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import codecs
 import errno
 import os
 import select
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from io import TextIOWrapper
-from typing import Literal
+from types import TracebackType
+from typing import Any, Literal
 
 _PATIENCE_S = 2.0
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF}
@@ -76,3 +79,57 @@ def _reopen(number: int, flags: int, mode: Literal["r", "w"]) -> TextIOWrapper:
         os.dup2(opened, number)
         os.close(opened)
     return open(number, mode, encoding="utf-8", closefd=False)  # a number is no path
+
+
+class Interrupts:
+    """Note the first of some signals while entered, so that nothing is left half done; the second ends the process."""
+
+    def __init__(self, *numbers: signal.Signals, on_first: Callable[[], None] = lambda: None) -> None:
+        self._numbers = numbers or (signal.SIGINT, signal.SIGTERM)
+        self._on_first = on_first
+        self._noted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.signal(number, self._note) for number in self._numbers}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def noted(self) -> bool:
+        """Say whether there was one since `clear`."""
+        return self._noted
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self._noted = False
+
+    def _note(self, number: int, _: object) -> None:
+        if not self._noted:
+            self._noted = True
+            self._on_first()
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+
+class Every:
+    """A clock that is due once in so many seconds, for the first time after these or `at_once`."""
+
+    def __init__(self, seconds: float, *, at_once: bool = False) -> None:
+        self._seconds = seconds
+        self._next = 0.0 if at_once else time.monotonic() + seconds
+
+    def due(self) -> bool:
+        """Say whether it is time; the next interval begins then."""
+        if (now := time.monotonic()) < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
+
+    def hurry(self) -> None:
+        """Be due now."""
+        self._next = 0.0

@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.snapshot import Glancer
 from trimkv_cli.events import Glance, MemoryUse, RunStats, median_age
+from trimkv_cli.streams import Every
 from trimkv_cli.ui import live
 from trimkv_cli.ui.cache_panel import bin_shares
 from trimkv_cli.ui.live import Lines, LiveRegion, Panel, open_watch
@@ -182,7 +183,10 @@ def test_the_panel_asks_only_when_something_is_due(terminal_of: Callable[..., Te
         asked.append(1)
         return PROGRESS
 
-    panel, lines = Panel(terminal_of(80), ask, every_s=3600.0), Lines(io.StringIO(), ask, every_s=3600.0)
+    panel, lines = (
+        Panel(terminal_of(80), ask, every_s=3600.0),
+        Lines(print, lambda: progress_line(ask()), Every(3600.0)),
+    )
     for _ in range(100):
         panel.tick()
         lines.tick()
@@ -200,7 +204,7 @@ def test_off_a_terminal_there_is_no_code_whatever_the_environment_says(
         monkeypatch.setenv(name, value)
     with open_watch(lambda: PROGRESS, wanted=True, quiet=False) as watch:
         assert isinstance(watch, Lines)
-        watch._due = 0.0
+        watch._every.hurry()
         watch.tick()
     assert stream.getvalue() == progress_line(PROGRESS) + "\n"
     with open_watch(lambda: PROGRESS, wanted=None, quiet=True) as watch:

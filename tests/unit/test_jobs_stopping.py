@@ -136,7 +136,7 @@ def test_a_second_signal_ends_the_process_and_handlers_are_put_back() -> None:
         stop = Stop()
         with stopped_by_signals(stop):
             signal.raise_signal(number)
-            assert (stop.reason, stop.signal_number) == ("signal", number)
+            assert stop.reason == "signal"
             with pytest.raises(ends) as caught:
                 signal.raise_signal(number)
         assert number != signal.SIGTERM or caught.value.code == 143

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimkv_cli.commands.options import Offline, Quiet, Revision, option
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.streams import Every, Interrupts
 from trimkv_cli.train.options import Export, Schedule, Student, TrainedVariant, TrainOptions
 from trimkv_cli.ui.plain import neutralise, print_note, print_warning
 
@@ -140,8 +136,8 @@ def train(
         recompute_layers=gradient_checkpointing,
     )
     progress = _Progress(log_every=log_every, quiet=quiet)
-    with _stop_on_signals() as signals:
-        listener = Listener(note=progress.note, step=progress.step, should_stop=lambda: bool(signals))
+    with Interrupts() as interrupts:
+        listener = Listener(note=progress.note, step=progress.step, should_stop=interrupts.noted)
         train_gates(engine, options, run, listener)
     print(neutralise(str(output)))
 
@@ -151,7 +147,7 @@ class _Progress:
 
     def __init__(self, *, log_every: int | None, quiet: bool) -> None:
         self._every, self._quiet = log_every, quiet
-        self._next_s = 0.0
+        self._clock = Every(LOG_EVERY_S, at_once=True)
         self._shown: dict[str, int] = {}  # counts of what was warned of, as last shown
         self._before: int | None = None  # steps done before this process
 
@@ -164,13 +160,12 @@ class _Progress:
         self._before = report.step - 1 if self._before is None else self._before
         if self._quiet or not self._due(report):
             return
-        self._next_s = time.monotonic() + LOG_EVERY_S
         print_note(_line(report, done=report.step - self._before))
 
     def _due(self, report: StepReport) -> bool:
         if self._every is not None:
             return report.step % self._every == 0 or report.step == report.steps
-        return report.step == report.steps or time.monotonic() >= self._next_s
+        return self._clock.due() or report.step == report.steps
 
     def _warn_of_data(self, report: StepReport) -> None:
         """Say, at the first one and at the end, how many documents were cut and how many sequences taught nothing."""
@@ -205,23 +200,3 @@ def _line(report: StepReport, *, done: int) -> str:
         f"{capacity}  lr {report.lr:.1e}  {report.tokens / report.elapsed_s:,.0f} tok/s  "
         f"left {int(left) // 60}:{int(left) % 60:02d}"
     )
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM instead of ending; a second one ends at once."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

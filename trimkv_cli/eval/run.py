@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from trimkv_cli.loading.sources import Source
 from trimkv_cli.model.spec import GateSpec, full_gate, streaming_gate
 from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request
+from trimkv_cli.streams import Every
 
 Say = Callable[[str], None]
 
@@ -184,7 +184,7 @@ def _ask(
 ) -> Iterator[tuple[str, Answer]]:
     """Yield (request id, answer) as answers are done; `progress` gets their number now and then."""
     answers = {sample.request.id: Answer(sample.request) for sample in samples}
-    reported, done = time.monotonic(), 0
+    clock, done = Every(_SAY_EVERY_S), 0
     for event in engine.generate(sample.request for sample in samples):
         answers[event.request_id].take(event)
         if event.fault is not None:
@@ -192,8 +192,7 @@ def _ask(
         if event.finish_reason is not None:
             done += 1
             yield event.request_id, answers.pop(event.request_id)
-        if time.monotonic() - reported >= _SAY_EVERY_S:
-            reported = time.monotonic()
+        if clock.due():
             progress(done)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Literal
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.summary import Summary
+from trimkv_cli.streams import Interrupts
 
 Reason = Literal["signal", "time", "errors"]
 
@@ -74,38 +72,19 @@ class Stop:
     """Carry the wish to end a job from whoever has it to the loop; the first one counts."""
 
     reason: Reason | None = None
-    signal_number: int | None = None
     asked_at: float = 0.0
 
-    def ask(self, reason: Reason, *, signal_number: int | None = None) -> None:
+    def ask(self, reason: Reason) -> None:
         """Ask the job to admit no more."""
         if self.reason is None:
-            self.reason, self.signal_number, self.asked_at = reason, signal_number, time.monotonic()
+            self.reason, self.asked_at = reason, time.monotonic()
 
     def over(self, grace_s: float) -> bool:
         """Tell whether rows in flight have had their time."""
         return self.reason is not None and time.monotonic() - self.asked_at >= grace_s
 
 
-@contextmanager
-def stopped_by_signals(stop: Stop) -> Iterator[None]:
+def stopped_by_signals(stop: Stop) -> Interrupts:
     """Let the first SIGINT or SIGTERM ask for the end and the second end the process; ignored signals stay ignored."""
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if stop.signal_number is None:
-            stop.ask("signal", signal_number=number)
-            stop.signal_number = number
-            return
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    watched = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in watched:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number in watched:
-            signal.signal(number, before[number])
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    return Interrupts(*heeded, on_first=lambda: stop.ask("signal"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TextIO
+from typing import Any
 
 from trimkv_cli.events import RequestStats
 from trimkv_cli.jobs.lines import Item
@@ -133,37 +132,3 @@ def _counts(**counts: int) -> str:
 
 def _times(count: int) -> str:
     return "1 line" if count == 1 else f"{count:,} lines"
-
-
-class PlainProgress:
-    """Print one line every `every_s` seconds when called after each step."""
-
-    def __init__(self, stream: TextIO, *, every_s: float = 10.0) -> None:
-        self._stream = stream
-        self._every_s = every_s
-        self._due = time.monotonic() + every_s
-
-    def __call__(self, summary: Summary) -> None:
-        """Print when a line is due."""
-        if (now := time.monotonic()) >= self._due:
-            self._due = now + self._every_s
-            print(self.line(summary), file=self._stream, flush=True)
-
-    def line(self, summary: Summary) -> str:
-        """Return what is printed."""
-        return summary.progress()
-
-    def end(self, summary: Summary) -> None:
-        """Leave the last word to the report."""
-
-
-class JsonProgress(PlainProgress):
-    """Print one JSON object instead, for programs."""
-
-    def line(self, summary: Summary) -> str:
-        """Return all counts as JSON."""
-        return json.dumps(summary.as_json())
-
-    def end(self, summary: Summary) -> None:
-        """Print the final counts."""
-        print(self.line(summary), file=self._stream, flush=True)

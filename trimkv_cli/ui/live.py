@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +17,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from trimkv_cli.streams import Every
 from trimkv_cli.ui.look import Look
 from trimkv_cli.ui.panel import PanelState, draw_panel, progress_line
 
@@ -79,11 +79,17 @@ def _reflows() -> bool:
 
 _PANEL_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
+_DRAWN_EVERY_S = 0.25
 
 
 def may_move() -> bool:
     """Say whether stderr is a terminal that may be redrawn."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
+
+
+def print_line(text: str) -> None:
+    """Print a line of progress on stderr, as it is."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Watch:
@@ -106,19 +112,17 @@ class Watch:
 
 
 class Lines(Watch):
-    """Print a plain line every ten seconds: nothing that needs a terminal."""
+    """Write a line whenever the clock is due: every ten seconds, where nothing else is said."""
 
-    def __init__(self, stream: TextIO, ask: Callable[[], PanelState], *, every_s: float = _LINE_EVERY_S) -> None:
-        self._stream = stream
-        self._ask = ask
-        self._every_s = every_s
-        self._due = time.monotonic() + every_s
+    def __init__(self, write: Callable[[str], None], say: Callable[[], str], every: Every | None = None) -> None:
+        self._write = write
+        self._say = say
+        self._every = every or Every(_LINE_EVERY_S)
 
     def tick(self) -> None:
-        """Print when a line is due."""
-        if (now := time.monotonic()) >= self._due:
-            self._due = now + self._every_s
-            print(progress_line(self._ask()), file=self._stream, flush=True)
+        """Write when a line is due."""
+        if self._every.due():
+            self._write(self._say())
 
 
 class Panel(Watch):
@@ -135,17 +139,15 @@ class Panel(Watch):
         self._stream = stream
         self._ask = ask
         self._ascii = ascii_only
-        self._every_s = every_s
-        self._due = 0.0
+        self._every = Every(every_s, at_once=True)
         self._before: PanelState | None = None
         self._ended = False
         self._frame = LiveRegion(stream)
 
     def tick(self) -> None:
         """Redraw when it is time to."""
-        if self._ended or (now := time.monotonic()) < self._due:
+        if self._ended or not self._every.due():
             return
-        self._due = now + self._every_s
         progress = self._ask()
         look = Look.of(self._stream, ascii_only=self._ascii, width=self._frame.size.columns)
         self._frame.show(draw_panel(progress, self._before, look))
@@ -158,7 +160,7 @@ class Panel(Watch):
         try:
             yield
         finally:
-            self._due = 0.0
+            self._every.hurry()
 
     def stop_and_go_on(self, number: int, _: FrameType | None) -> None:
         """Leave a clean terminal to the shell on Ctrl-Z, and draw anew after `fg`."""
@@ -167,7 +169,7 @@ class Panel(Watch):
         os.kill(os.getpid(), number)  # stopped here, until SIGCONT
         signal.signal(number, self.stop_and_go_on)
         self._frame.forget()
-        self._due = 0.0
+        self._every.hurry()
 
     def end(self) -> None:
         """Take the panel away for good."""
@@ -184,7 +186,7 @@ def open_watch(
         yield Watch()
         return
     if wanted is False or not may_move():
-        yield Lines(sys.stderr, ask)
+        yield Lines(print_line, lambda: progress_line(ask()))
         return
     panel, suspends = Panel(sys.stderr, ask, ascii_only=ascii_only), getattr(signal, "SIGTSTP", None)
     before = signal.signal(suspends, panel.stop_and_go_on) if suspends is not None else None
@@ -217,22 +219,15 @@ def token_counter(*, wanted: bool | None) -> Iterator[Callable[[str], None]]:
         yield count
 
 
-_EVERY_S = 0.25
-
-
 @contextmanager
-def drawn_line() -> Iterator[Callable[[Callable[[], str]], None]]:
-    """Yield a function that draws what the given one says, when it is time to; the line is gone at the end."""
-    due = 0.0
+def drawn_line(say: Callable[[], str]) -> Iterator[Watch]:
+    """Draw a line over itself, four times a second; it is gone at the end."""
     # Without the two flags Live would send what is printed to stdout to stderr.
     with Live(
         console=Console(stderr=True), transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
     ) as live:
 
-        def draw(say: Callable[[], str]) -> None:
-            nonlocal due
-            if (now := time.monotonic()) >= due:
-                due = now + _EVERY_S
-                live.update(Text(say(), no_wrap=True, overflow="ellipsis"), refresh=True)
+        def draw(text: str) -> None:
+            live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
-        yield draw
+        yield Lines(draw, say, Every(_DRAWN_EVERY_S, at_once=True))

@@ -1,51 +1,19 @@
-"""Ctrl-C outside of the input line: noted the first time, so that nothing is left half done."""
+"""One running chat, and what a slash command is."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from signal import SIGINT
+from typing import TYPE_CHECKING, Protocol
 
 from trimkv_cli.errors import UsageError
+from trimkv_cli.streams import Interrupts
 
 if TYPE_CHECKING:
     from trimkv_cli.chat.autosave import Autosave
     from trimkv_cli.chat.conversation import Conversation, Steps
     from trimkv_cli.ui.look import Look
-
-
-class Interrupts:
-    """Note Ctrl-C while entered; inside a step it would leave some layers a token ahead of others.
-
-    The second press since `clear` does not wait: it raises KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self._pressed = False
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def pressed(self) -> bool:
-        """Say whether Ctrl-C was pressed since `clear`."""
-        return self._pressed
-
-    def clear(self) -> None:
-        """Forget what was pressed."""
-        self._pressed = False
-
-    def _note(self, *_: object) -> None:
-        if self._pressed:
-            raise KeyboardInterrupt
-        self._pressed = True
 
 
 class Display(Protocol):
@@ -78,7 +46,7 @@ class Chat:
     autosave: Autosave
     display: Display
     run: Callable[[Callable[[Callable[[], bool]], Steps]], None]
-    interrupts: Interrupts = field(default_factory=Interrupts)
+    interrupts: Interrupts = field(default_factory=lambda: Interrupts(SIGINT))
     shown: Shown = field(default_factory=Shown)
     attached: list[tuple[str, str]] = field(default_factory=list)  # name and text of files for the next message
     encoding: str | None = None  # of files; None: as each shows itself

@@ -92,7 +92,7 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
         slots=llm.facts.plan.run.kv_budget,
         interval_s=1.0 if llm.facts.plan.run.device == "cpu" else 0.25,
     )
-    steps = begin(chat.interrupts.pressed)
+    steps = begin(chat.interrupts.noted)
     try:
         for events in steps:
             for event in events:

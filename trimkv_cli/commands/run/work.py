@@ -35,12 +35,12 @@ from trimkv_cli.jobs.sidecar import (
     write_sidecar,
 )
 from trimkv_cli.jobs.stopping import Stop, stopped_by_signals
-from trimkv_cli.jobs.summary import JsonProgress, PlainProgress, Summary
+from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.loading.sources import Source, find_here, model_names
 from trimkv_cli.streams import say_if_nothing_comes
-from trimkv_cli.ui.live import drawn_line, may_move
+from trimkv_cli.ui.live import Lines, Watch, drawn_line, may_move, print_line
 from trimkv_cli.ui.panel import Jobs
 from trimkv_cli.ui.plain import neutralise, print_note, print_warning
 
@@ -194,8 +194,8 @@ class _Run:
             stop=stop,
         )
         try:
-            with stopped_by_signals(stop), _progress(choices, backend, summary) as progress:
-                backend.run(replace(job, progress=progress))
+            with stopped_by_signals(stop), _progress(choices, backend, summary) as shown:
+                backend.run(replace(job, progress=lambda _: shown.tick()))
         finally:
             if backend.memory is not None:
                 summary.note_memory(backend.memory())
@@ -320,29 +320,26 @@ def _memory(engine: Any, requested: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(choices: Choices, backend: Backend, summary: Summary) -> Iterator[Callable[[Summary], None]]:
-    """Yield what shows how the job goes: on a terminal the live panel, else a line now and then, or nothing."""
+def _progress(choices: Choices, backend: Backend, summary: Summary) -> Iterator[Watch]:
+    """Show how the job goes: on a terminal the live panel, else a line now and then, or nothing."""
     mixed = choices.output == "-" and sys.stdout.isatty()  # records would be drawn over
     if choices.progress == "none" or (choices.quiet and choices.progress == "auto"):
-        yield _silent
+        yield Watch()
+    elif choices.progress == "json":
+        yield Lines(print_line, lambda: json.dumps(summary.as_json()))
+        print_line(json.dumps(summary.as_json()))
     elif choices.progress != "auto" or mixed or not may_move():
-        shown = JsonProgress(sys.stderr) if choices.progress == "json" else PlainProgress(sys.stderr)
-        yield shown
-        shown.end(summary)
+        yield Lines(print_line, summary.progress)
     elif isinstance(backend, LocalBackend):
         with watch(backend.engine, live=None, quiet=False, jobs=lambda: _jobs(summary)) as panel:
-            yield lambda _: panel.tick()
+            yield panel
     else:
-        with drawn_line() as draw:
-            yield lambda summary: draw(summary.progress)
+        with drawn_line(summary.progress) as line:
+            yield line
 
 
 def _jobs(summary: Summary) -> Jobs:
     return Jobs(done=summary.done, failed=summary.errors, running=summary.running)
-
-
-def _silent(summary: Summary) -> None:
-    """Show nothing."""
 
 
 def _write_summary(choices: Choices, summary: Summary, blank_lines: int) -> None:
