@@ -1,18 +1,22 @@
 """Decode steps of one row as they are and compiled, in turns of a few steps within one process.
 
+CPU time is what steps take on a machine with nothing else to do; other processes lengthen wall time alone.
+
 python -m bench.compiled --threads 1 --out kernels/bench/results/compile-10m-cpu.json
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from bench.overheads import by_turns, decoding
+from bench.overheads import decoding
 from bench.record import write_record
 from trimkv_cli.bench.shapes import Network, find_shape, random_network
 from trimkv_cli.bench.speed import Case, SpeedOptions, make_engine
@@ -33,15 +37,33 @@ def compare(network: Network, context: int, *, kv_budget: int, turns: int, repea
         for _ in range(32):  # the first compile
             engine.step()
         engines[name] = engine
-    runs = [by_turns({name: engine.step for name, engine in engines.items()}, turns) for _ in range(repeats)]
-    speeds = {name: median(1e3 / run[name] for run in runs) for name in engines}
+    sides = {name: engine.step for name, engine in engines.items()}
+    runs = [_by_turns(sides, turns) for _ in range(repeats)]
+    speeds = {name: median(1e3 / run[name]["cpu_ms"] for run in runs) for name in engines}
     return {
         "context": context,
         "rows": 1,
         "eager_tps": speeds["eager"],
         "compiled_tps": speeds["compiled"],
         "compiled_over_eager": speeds["compiled"] / speeds["eager"],
-        "ms_per_token": runs,
+        "wall_compiled_over_eager": median(run["eager"]["wall_ms"] / run["compiled"]["wall_ms"] for run in runs),
+        "runs": runs,
+    }
+
+
+def _by_turns(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, dict[str, float]]:
+    """Let each side take its steps in turn; return the median milliseconds of one step of each."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(turns):
+        for name, step in sides.items():
+            step()  # warms up after the other side
+            for _ in range(8):
+                wall, cpu = time.perf_counter(), time.process_time()
+                step()
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: {clock: median(taken[i] for taken in all_taken) * 1e3 for i, clock in enumerate(("wall_ms", "cpu_ms"))}
+        for name, all_taken in times.items()
     }
 
 
