@@ -10,7 +10,7 @@ import pytest
 
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.jobs.earlier import scan
-from trimkv_cli.jobs.job import run_job
+from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.records import Recorder
@@ -50,7 +50,7 @@ def records(engine: Engine, **selection: Any) -> list[bytes]:
     out = io.BytesIO()
     recorder = Recorder(model="mini", run_seed=0, kv_budget=24, prefill_chunk=16, reproducible=True)
     items = parse_lines(LineReader(io.BytesIO(DATA)), Rules(), Selection(**selection))
-    run_job(engine, items, Writer(out), recorder)
+    run_job(engine, Job(lines=items, sink=Writer(out), recorder=recorder))
     return out.getvalue().splitlines()
 
 

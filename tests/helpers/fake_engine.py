@@ -9,7 +9,7 @@ from typing import Any
 
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, RequestStats, TokenEvent
-from trimkv_cli.jobs.job import run_job
+from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.records import Recorder
@@ -132,5 +132,6 @@ def run(
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     out = io.BytesIO()
     items = parse_lines(LineReader(io.BytesIO("\n".join(texts).encode())), Rules(**rules))
-    summary = run_job(engine or FakeEngine(text=FakeText()), items, Writer(out, order=order), recorder)
+    job = Job(lines=items, sink=Writer(out, order=order), recorder=recorder)
+    summary = run_job(engine or FakeEngine(text=FakeText()), job)
     return [json.loads(line) for line in out.getvalue().splitlines()], summary

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from helpers.fake_engine import RECORDER, FakeEngine, FakeText
-from trimkv_cli.jobs.job import run_job
+from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.selection import parse_lines
@@ -43,7 +43,7 @@ LINES: list[tuple[bytes, str]] = [
 def test_every_bad_line_is_told_where_it_stands_and_what_is_wrong() -> None:
     out = io.BytesIO()
     items = parse_lines(LineReader(io.BytesIO(b"\n".join(line for line, _ in LINES))), Rules())
-    summary = run_job(FakeEngine(text=FakeText()), items, Writer(out, order="input"), RECORDER)
+    summary = run_job(FakeEngine(text=FakeText()), Job(lines=items, sink=Writer(out, order="input"), recorder=RECORDER))
     records = [json.loads(line) for line in out.getvalue().splitlines()]
     assert len(records) == len(LINES)
     assert (summary.done, summary.bad, summary.failed) == (2, len(LINES) - 2, 0)

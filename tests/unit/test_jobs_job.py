@@ -12,7 +12,7 @@ import pytest
 
 from helpers.fake_engine import RECORDER, FakeEngine, FakeText, by_id, run
 from trimkv_cli.errors import UsageError
-from trimkv_cli.jobs.job import run_job
+from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import BadLine, Item, Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.records import Recorder, encode
@@ -169,7 +169,7 @@ def test_an_input_that_waits_does_not_hold_results_back() -> None:
         yield from parse_lines(LineReader(io.BytesIO(b'{"prompt":"a","max_tokens":3}')), Rules())
         assert written.wait(10), "the first result has to be there before the input ends"
 
-    summary = run_job(FakeEngine(text=FakeText()), lines(), Writer(Stream()), RECORDER)
+    summary = run_job(FakeEngine(text=FakeText()), Job(lines=lines(), sink=Writer(Stream()), recorder=RECORDER))
     assert summary.done == 1
 
 
@@ -180,7 +180,7 @@ def test_an_input_that_breaks_off_is_told_after_what_was_read_is_answered() -> N
 
     out = io.BytesIO()
     with pytest.raises(UsageError, match="damaged"):
-        run_job(FakeEngine(text=FakeText()), lines(), Writer(out), RECORDER)
+        run_job(FakeEngine(text=FakeText()), Job(lines=lines(), sink=Writer(out), recorder=RECORDER))
     assert len(out.getvalue().splitlines()) == 3
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.fake_engine import RECORDER, FakeEngine, FakeText
 from trimkv_cli.errors import UsageError
-from trimkv_cli.jobs.job import run_job
+from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.selection import parse_lines
@@ -25,7 +25,9 @@ def run(*lines: Any, limits: Limits, stop: Stop | None = None, rows: int = 2) ->
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     out, engine = io.BytesIO(), FakeEngine(max_rows=rows, text=FakeText())
     items = parse_lines(LineReader(io.BytesIO("\n".join(texts).encode())), Rules())
-    summary = run_job(engine, items, Writer(out), RECORDER, limits=limits, stop=stop)
+    summary = run_job(
+        engine, Job(lines=items, sink=Writer(out), recorder=RECORDER, limits=limits or Limits(), stop=stop or Stop())
+    )
     assert engine.queue == [] or summary.stopped is None
     return [json.loads(line) for line in out.getvalue().splitlines()], summary
 
@@ -96,7 +98,8 @@ def test_only_rows_in_flight_get_the_grace() -> None:
     stop, out = Stop(), io.BytesIO()
     engine = FakeEngine(max_rows=2, text=FakeText(), starts_at=6)
     items = parse_lines(LineReader(io.BytesIO("\n".join(map(json.dumps, prompts(6))).encode())), Rules())
-    run_job(engine, items, Writer(out), RECORDER, progress=lambda _: stop.ask("signal"), stop=stop)
+    job = Job(lines=items, sink=Writer(out), recorder=RECORDER, progress=lambda _: stop.ask("signal"), stop=stop)
+    run_job(engine, job)
     assert [json.loads(line)["custom_id"] for line in out.getvalue().splitlines()] == ["line-1", "line-2"]
 
 
@@ -116,7 +119,8 @@ def test_a_job_that_was_done_when_it_was_stopped_is_done() -> None:
         if summary.done:
             stop.ask("signal")
 
-    summary = run_job(engine, items, Writer(out), RECORDER, progress=ask_when_done, stop=stop)
+    job = Job(lines=items, sink=Writer(out), recorder=RECORDER, progress=ask_when_done, stop=stop)
+    summary = run_job(engine, job)
     assert summary.done == 1
     assert len(out.getvalue().splitlines()) == 1
 

@@ -380,7 +380,7 @@ class Worker:
 
     def _run(self, recorder: Recorder, limits: Limits) -> None:
         try:
-            run_job(self._engine, self._endless(), self, recorder, limits=limits)
+            run_job(self._engine, Job(lines=self._endless(), sink=self, recorder=recorder, limits=limits))
         except BaseException:  # noqa: BLE001  whatever it is, this process is of no use any more: Ray starts another
             traceback.print_exc()
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a job needs of whatever answers its lines: one engine here, or many on a cluster."""
+"""One batch job: lines in, a record of each out, answered by one engine here or by many on a cluster."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Job:
     lines: Iterable[Item | BadLine]
     sink: Sink
     recorder: Recorder
-    summary: Summary
+    summary: Summary = field(default_factory=Summary)
     limits: Limits = field(default_factory=Limits)
     stop: Stop = field(default_factory=Stop)
     progress: Callable[[Summary], None] = lambda _: None
@@ -67,16 +67,7 @@ class LocalBackend:
 
     def run(self, job: Job) -> None:
         """Run a job to its end, or until it is stopped."""
-        run_job(
-            self.engine,
-            job.lines,
-            job.sink,
-            job.recorder,
-            summary=job.summary,
-            progress=job.progress,
-            limits=job.limits,
-            stop=job.stop,
-        )
+        run_job(self.engine, job)
 
     def close(self) -> None:
         """Do nothing: the engine ends with the process."""
@@ -120,52 +111,31 @@ class _Running:
     choices: dict[str, Answer]  # by request id
 
 
-def run_job(
-    engine: Engine,
-    lines: Iterable[Item | BadLine],
-    writer: Sink,
-    recorder: Recorder,
-    *,
-    summary: Summary | None = None,
-    progress: Callable[[Summary], None] = lambda _: None,
-    limits: Limits | None = None,
-    stop: Stop | None = None,
-) -> Summary:
-    """Answer every line and write its record; `progress` is called after every step and while waiting for input.
+def run_job(engine: Engine, job: Job) -> Summary:
+    """Answer every line and write its record; `job.progress` is called after every step and while waiting for input.
 
     A job that is stopped says so in `summary.stopped`; what it had not finished by then is not written.
 
     Raises:
         TrimkvError: the input cannot be read any further; what was read is answered and written first.
     """
-    summary = Summary() if summary is None else summary
-    with Feed(lines) as feed:
-        job = _Job(engine, feed, writer, recorder, summary, limits or Limits(), stop or Stop())
-        while job.advance():
-            progress(summary)
-    if job.input_error is not None:
-        raise job.input_error
-    return summary
+    with Feed(job.lines) as feed:
+        loop = _Loop(engine, feed, job)
+        while loop.advance():
+            job.progress(job.summary)
+    if loop.input_error is not None:
+        raise loop.input_error
+    return job.summary
 
 
-class _Job:
-    def __init__(
-        self,
-        engine: Engine,
-        feed: Feed[Item | BadLine],
-        writer: Sink,
-        recorder: Recorder,
-        summary: Summary,
-        limits: Limits,
-        stop: Stop,
-    ) -> None:
+class _Loop:
+    """A job between two steps of its engine."""
+
+    def __init__(self, engine: Engine, feed: Feed[Item | BadLine], job: Job) -> None:
         self.engine = engine
         self.feed = feed
-        self.writer = writer
-        self.recorder = recorder
-        self.summary = summary
-        self.limits = limits
-        self.stop = stop
+        self.job = job
+        self.summary, self.limits, self.stop = job.summary, job.limits, job.stop
         self.running: dict[str, _Running] = {}  # by request id: an item with several choices stands here several times
         self.capacity = engine.max_rows + max(_FEWEST_WAITING, engine.max_rows)
         self.taken = 0
@@ -215,7 +185,7 @@ class _Job:
 
     def _admit(self) -> None:
         for _ in range(_BATCH):
-            if len(self.running) >= self.capacity or self.writer.held >= _MOST_HELD:
+            if len(self.running) >= self.capacity or self.job.sink.held >= _MOST_HELD:
                 return
             line = self._next_line()
             if line is None:
@@ -237,7 +207,7 @@ class _Job:
             line = self._add(line, index)
         if isinstance(line, BadLine):
             self.summary.bad += 1
-            self._write(index, self.recorder.bad_line(line))
+            self._write(index, self.job.recorder.bad_line(line))
 
     def _add(self, item: Item, index: int) -> Item | BadLine:
         """Hand the item to the engine; return what is wrong with it if it cannot be run."""
@@ -276,7 +246,7 @@ class _Job:
         answers = list(running.choices.values())
         self.summary.done += 1
         self.summary.count_tokens([answer.stats for answer in answers])
-        self._write(running.index, self.recorder.success(running.item, answers, self.engine.text))
+        self._write(running.index, self.job.recorder.success(running.item, answers, self.engine.text))
 
     def _fail(self, running: _Running, code: str, message: str) -> None:
         """Write that an item failed, and drop what is left of its choices."""
@@ -284,7 +254,7 @@ class _Job:
             if self.running.pop(request_id, None) is not None:
                 self.engine.abort(request_id)
         self.summary.failed += 1
-        self._write(running.index, self.recorder.failure(running.item, code=code, message=message))
+        self._write(running.index, self.job.recorder.failure(running.item, code=code, message=message))
 
     def _end_late_ones(self) -> None:
         limit_s = self.limits.timeout_s
@@ -301,7 +271,7 @@ class _Job:
             self.stop.ask("errors")
 
     def _write(self, index: int, record: Record) -> None:
-        self.writer.write(index, encode(record))
+        self.job.sink.write(index, encode(record))
 
 
 T = TypeVar("T")

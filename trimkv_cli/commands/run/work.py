@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -115,25 +115,16 @@ def _within(parsed: Item | BadLine, source: Source | None, options: EngineOption
     return check_sizes(parsed, vocab_size=source.spec.vocab_size, positions=positions)
 
 
+@dataclass(frozen=True, slots=True)
 class _Run:
     """One run: with an `output` file it leaves a sidecar, with `before` it goes on with an earlier one."""
 
-    def __init__(
-        self,
-        choices: Choices,
-        options: EngineOptions,
-        sampling: SamplingOptions,
-        *,
-        output: Path | None = None,
-        before: Sidecar | None = None,
-        earlier: Earlier | None = None,
-    ) -> None:
-        self.choices = choices
-        self.options = options
-        self.sampling = sampling
-        self.output = output
-        self.before = before
-        self.earlier = earlier or Earlier()
+    choices: Choices
+    options: EngineOptions
+    sampling: SamplingOptions
+    output: Path | None = None
+    before: Sidecar | None = None
+    earlier: Earlier = field(default_factory=Earlier)
 
     def go(self, stream: BinaryIO) -> Summary:
         """Load what answers, prepare the output, and run."""
