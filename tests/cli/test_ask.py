@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.programs import COMMAND, ENVIRONMENT, trimkv, trimkv_on_a_terminal
+from helpers.programs import COMMAND, ENVIRONMENT, Run, trimkv, trimkv_on_a_terminal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ASK = ("ask", "Tell me something", "--greedy", "-n", "24", "--ignore-eos", "--threads", "1")
@@ -22,13 +22,12 @@ def test_stdout_is_the_same_bytes_everywhere() -> None:
     assert plain.stdout.endswith(b"\n")
     assert not plain.stdout.endswith(b"\n\n")
     assert b"\x1b" not in plain.stderr
-    for name in ("FORCE_COLOR", "CI"):
-        other = trimkv(*ASK, environment={name: "1"})
+    for more, name in (((), "CI"), (("--no-stream",), "FORCE_COLOR")):
+        other = trimkv(*ASK, *more, environment={name: "1"})
         assert other.stdout == plain.stdout
         assert b"\x1b" not in other.stderr
     shown = trimkv_on_a_terminal(*ASK, "-q", "--no-live", environment={"FORCE_COLOR": "1"})
     assert shown.replace(b"\r\n", b"\n") == plain.stdout
-    assert trimkv(*ASK, "-q", "--no-stream").stdout == plain.stdout
 
 
 def test_a_closed_pipe_ends_at_once_with_141() -> None:
@@ -50,9 +49,9 @@ def test_a_closed_pipe_ends_at_once_with_141() -> None:
     assert errors == b""
 
 
-def test_json_is_one_chat_completion_with_what_it_cost() -> None:
+def test_json_is_one_chat_completion_with_what_it_cost(here: Run) -> None:
     """Catches a record that lacks a promised key or miscounts."""
-    done = trimkv(*ASK, "--json", "--kv-budget", "16")
+    done = here(*ASK, "--json", "--kv-budget", "16")
     record = json.loads(done.stdout)
     assert record["object"] == "chat.completion"
     assert record["choices"][0]["message"]["role"] == "assistant"
@@ -64,22 +63,22 @@ def test_json_is_one_chat_completion_with_what_it_cost() -> None:
     assert {"model", "gates", "budget", "memory", "cache", "timing", "sampling", "warnings"} <= own.keys()
 
 
-def test_a_seed_is_drawn_and_reported_and_repeats_the_answer() -> None:
+def test_a_seed_is_drawn_and_reported_and_repeats_the_answer(here: Run) -> None:
     """Catches a seed that is fixed behind the user's back, or that does not decide the tokens."""
     sampled = ("ask", "Tell me", "-n", "12", "--ignore-eos", "--temperature", "1", "--json", "-q", "--threads", "1")
-    first, second = (json.loads(trimkv(*sampled).stdout) for _ in range(2))
+    first, second = (json.loads(here(*sampled).stdout) for _ in range(2))
     seeds = [record["trimkv"]["sampling"]["seed"] for record in (first, second)]
     assert seeds[0] != seeds[1]
-    again = json.loads(trimkv(*sampled, "--seed", str(seeds[0])).stdout)
+    again = json.loads(here(*sampled, "--seed", str(seeds[0])).stdout)
     assert again["choices"] == first["choices"]
 
 
-def test_piped_text_and_files_are_appended_to_the_prompt(tmp_path: Path) -> None:
+def test_piped_text_and_files_are_appended_to_the_prompt(here: Run, tmp_path: Path) -> None:
     """Catches stdin or -f being forgotten: more input must be more prompt tokens."""
     note = tmp_path / "note.txt"
     note.write_text("some words in a file")
     counts = [
-        json.loads(trimkv(*ASK, *more, "--json", stdin=stdin).stdout)["usage"]["prompt_tokens"]
+        json.loads(here(*ASK, *more, "--json", stdin=stdin).stdout)["usage"]["prompt_tokens"]
         for more, stdin in (((), ""), ((), "some words in a pipe"), (("-f", note), "some words in a pipe"))
     ]
     assert counts[0] < counts[1] < counts[2]
@@ -112,9 +111,11 @@ def test_piped_text_and_files_are_appended_to_the_prompt(tmp_path: Path) -> None
         (("no-such-command",), 2, "no-such-command"),
     ],
 )
-def test_bad_input_gets_one_error_line_a_hint_and_its_code(arguments: tuple[str, ...], code: int, words: str) -> None:
+def test_bad_input_gets_one_error_line_a_hint_and_its_code(
+    here: Run, arguments: tuple[str, ...], code: int, words: str
+) -> None:
     """Catches tracebacks, wrong exit codes, and hints that say nothing."""
-    done = trimkv(*arguments)
+    done = here(*arguments)
     lines = [line for line in done.stderr.decode().splitlines() if line.startswith(("error: ", "hint: "))]
     assert done.returncode == code, done.stderr
     assert done.stdout == b""
@@ -176,14 +177,14 @@ def test_a_byte_that_is_not_utf_8_is_refused_before_a_model_is_loaded() -> None:
         assert refused.stderr.startswith(b"error: the prompt is not UTF-8: byte e9 after 'caf'\nhint: ")
 
 
-def test_a_raw_prompt_with_special_tokens_is_warned_about_or_read_as_such() -> None:
+def test_a_raw_prompt_with_special_tokens_is_warned_about_or_read_as_such(here: Run) -> None:
     """Catches a prompt rendered elsewhere whose tokens are read as letters, without a word about it."""
     prompt = "<|im_start|>user\nMy cat is called Zubo.<|im_end|>\n<|im_start|>assistant\n"
     ways: tuple[tuple[str, ...], ...] = ((), ("--special-tokens",))
-    plain, special = (trimkv("ask", "--raw", *more, "--json", "-n", "1", prompt) for more in ways)
+    plain, special = (here("ask", "--raw", *more, "--json", "-n", "1", prompt) for more in ways)
     assert b"warning: the prompt holds <|im_start|>, <|im_end|>, read as text: --special-tokens" in plain.stderr
     assert [w["code"] for w in json.loads(plain.stdout)["trimkv"]["warnings"]] == ["special_tokens_as_text"]
     assert b"warning" not in special.stderr
     counts = [json.loads(done.stdout)["usage"]["prompt_tokens"] for done in (plain, special)]
     assert counts[1] < counts[0] - 10
-    assert trimkv("ask", "--special-tokens", "hi").returncode == 2
+    assert here("ask", "--special-tokens", "hi").returncode == 2

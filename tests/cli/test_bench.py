@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import trimkv_cli
-from helpers.programs import trimkv
+from helpers.programs import Run
 from trimkv_cli.bench.shapes import find_shape
 from trimkv_cli.bench.speed import own_commit, surroundings
 from trimkv_cli.commands.bench import bench
 from trimkv_cli.errors import ContextOverflow, UsageError
 
 
-def test_both_sides_are_measured_and_predicted_bytes_come_first() -> None:
-    done = trimkv(
+def test_both_sides_are_measured_and_predicted_bytes_come_first(here: Run) -> None:
+    done = here(
         "bench", "--kv-budget", "16,32", "--contexts", "40", "--compare", "hf", "--threads", "1", "--json", "--offline"
     )
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.programs import Run
 from trimkv_cli.loading.checkup import measure_machine
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +23,9 @@ def _doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-def test_json_is_all_of_stdout() -> None:
+def test_json_is_all_of_stdout(here: Run) -> None:
     """Catch progress bars or remarks between a program and the object it reads."""
-    done = _doctor("--json")
+    done = here("doctor", "--json")
     report = json.loads(done.stdout)
     assert report["ok"] == (done.returncode == 0)
     assert {"name", "status", "detail", "hint"} == report["checks"][0].keys()

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers.programs import trimkv
+from helpers.programs import Run
 
 SMALL = ("mini", "--samples", "2", "--context", "60", "--tasks", "recall", "--seed", "7", "--threads", "1")
 
 
-def test_json_is_rows_and_nothing_else() -> None:
+def test_json_is_rows_and_nothing_else(here: Run) -> None:
     """Catches talk on stdout, and a row without what the table is made of."""
-    done = trimkv("eval", *SMALL, "--budgets", "8,16", "--policies", "full,streaming", "--json")
+    done = here("eval", *SMALL, "--budgets", "8,16", "--policies", "full,streaming", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["policy"], row["kv_budget"]) for row in rows] == [
@@ -31,9 +31,9 @@ def test_json_is_rows_and_nothing_else() -> None:
     assert b"\x1b" not in done.stderr
 
 
-def test_table_and_plot_go_into_a_pipe() -> None:
+def test_table_and_plot_go_into_a_pipe(here: Run) -> None:
     """Catches colours in a pipe, a table that is cut, and a plot that only matplotlib can draw."""
-    done = trimkv("eval", *SMALL, "--kv-budget", "8", "-q", environment={"FORCE_COLOR": "1", "COLUMNS": "40"})
+    done = here("eval", *SMALL, "--kv-budget", "8", "-q", environment={"FORCE_COLOR": "1", "COLUMNS": "40"})
     text = done.stdout.decode()
     assert done.returncode == 0, done.stderr
     assert done.stderr == b""
@@ -55,28 +55,28 @@ def test_table_and_plot_go_into_a_pipe() -> None:
         (("--data", "nowhere.jsonl"), b"cannot read nowhere.jsonl"),
     ],
 )
-def test_what_cannot_be_asked_is_said(arguments: tuple[str, ...], said: bytes) -> None:
+def test_what_cannot_be_asked_is_said(here: Run, arguments: tuple[str, ...], said: bytes) -> None:
     """Catches a typing error that costs a run, or a traceback."""
-    done = trimkv("eval", *SMALL, *arguments)
+    done = here("eval", *SMALL, *arguments)
     assert done.returncode == 2
     assert done.stdout == b""
     assert said in done.stderr
     assert b"Traceback" not in done.stderr
 
 
-def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path) -> None:
+def test_a_bad_line_is_named_by_file_and_number(here: Run, tmp_path: Path) -> None:
     """Catches a bad line that nobody can find."""
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
-    done = trimkv("eval", "mini", "--data", path, "--threads", "1")
+    done = here("eval", "mini", "--data", path, "--threads", "1")
     assert done.returncode == 2
     assert f"{path}:2: answer".encode() in done.stderr
 
 
-def test_plot_files(tmp_path: Path) -> None:
+def test_plot_files(here: Run, tmp_path: Path) -> None:
     """Catches a plot that is not drawn, and a missing matplotlib that is found out at the end."""
     path = tmp_path / "accuracy.svg"
-    done = trimkv("eval", *SMALL, "--budgets", "8,16", "--plot", path, "--json")
+    done = here("eval", *SMALL, "--budgets", "8,16", "--plot", path, "--json")
     if importlib.util.find_spec("matplotlib") is None:
         assert done.returncode == 2
         assert b"pip install 'trimkv-cli[plot]'" in done.stderr

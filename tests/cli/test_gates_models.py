@@ -1,25 +1,28 @@
-"""`trimkv gates` and `trimkv models`: data on stdout, talk on stderr, exit codes of a real process."""
+"""`trimkv gates` and `trimkv models`: data on stdout, talk on stderr, exit codes."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
+from helpers.programs import Run
+
+Text = Callable[..., subprocess.CompletedProcess[str]]
 GOLDEN = Path(__file__).parents[1] / "golden"
 GATES, MODEL = str(GOLDEN / "qwen3_rg"), str(GOLDEN / "qwen3_base")
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hugging Face cache, seen by the processes that a test starts."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """An empty Hugging Face cache, offline as all tests are."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
@@ -30,14 +33,16 @@ def put(cache: Path, id: str, source: str) -> Path:
     return Path(shutil.copytree(source, repository / "snapshots" / ("c" * 40)))
 
 
-def trimkv(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    command = [sys.executable, "-m", "trimkv_cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+@pytest.fixture
+def trimkv(here: Run) -> Text:
+    def invoke(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done = here(*arguments)
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return invoke
 
 
-def test_gates_show() -> None:
+def test_gates_show(trimkv: Text) -> None:
     """Catches a fact that is missing from the text for people."""
     done = trimkv("gates", "show", GATES)
     assert (done.returncode, done.stderr) == (0, "")
@@ -46,7 +51,7 @@ def test_gates_show() -> None:
     assert done.stdout.splitlines()[-1].split() == ["layer", "2", "bias", "2.87", "…", "3.43"]
 
 
-def test_gates_show_json() -> None:
+def test_gates_show_json(trimkv: Text) -> None:
     """Catches a key that scripts rely on."""
     facts = json.loads(trimkv("gates", "show", GATES, "--json").stdout)
     assert facts["memory_size"] == 32
@@ -55,14 +60,14 @@ def test_gates_show_json() -> None:
     assert [layer["layer"] for layer in facts["layers"]] == [0, 1, 2]
 
 
-def test_gates_verify() -> None:
+def test_gates_verify(trimkv: Text) -> None:
     """Catches an answer that is not one line on stdout."""
     done = trimkv("gates", "verify", GATES, "--model", MODEL)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"ok: {GATES} (rg) fits {MODEL}: 3 layers of 2 KV heads, 12 tensors\n"
 
 
-def test_gates_verify_without_a_model_takes_the_base(cache: Path) -> None:
+def test_gates_verify_without_a_model_takes_the_base(trimkv: Text, cache: Path) -> None:
     """Catches gates that are checked against the default model instead of their own."""
     assert trimkv("gates", "verify", "mini").stdout.startswith("ok: mini (rg) fits mini: ")
     done = trimkv("gates", "verify", GATES)
@@ -70,7 +75,7 @@ def test_gates_verify_without_a_model_takes_the_base(cache: Path) -> None:
     assert done.stderr.endswith("hint: name the model with --model\n")
 
 
-def test_gates_verify_of_another_model(tmp_path: Path) -> None:
+def test_gates_verify_of_another_model(trimkv: Text, tmp_path: Path) -> None:
     """Catches exit code 0 for gates that do not fit."""
     config = json.loads(Path(MODEL, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
@@ -82,7 +87,7 @@ def test_gates_verify_of_another_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["streaming", "./nowhere", MODEL, "some/gates"])
-def test_gates_that_are_none(cache: Path, name: str) -> None:
+def test_gates_that_are_none(trimkv: Text, cache: Path, name: str) -> None:
     """Catches a traceback for a constant gate, a missing folder, a model folder, an uncached id."""
     done = trimkv("gates", "show", name)
     assert (done.returncode, done.stdout) == (6, "")
@@ -90,7 +95,7 @@ def test_gates_that_are_none(cache: Path, name: str) -> None:
     assert "\nhint: " in done.stderr
 
 
-def test_models_list(cache: Path) -> None:
+def test_models_list(trimkv: Text, cache: Path) -> None:
     """Catches a list without the built-in model, or one that needs a cache folder."""
     assert [model["id"] for model in json.loads(trimkv("models", "list", "--json").stdout)["models"]] == ["mini"]
     put(cache, "some/model", MODEL)
@@ -101,7 +106,7 @@ def test_models_list(cache: Path) -> None:
     assert rows[-1][-1] == "cccccccc"
 
 
-def test_models_show(cache: Path) -> None:
+def test_models_show(trimkv: Text, cache: Path) -> None:
     """Catches bytes that are not those of the specification: 2 · layers · KV heads · head_dim · 4 bytes."""
     put(cache, "some/model", MODEL)
     facts = json.loads(trimkv("models", "show", "some/model", "--offline", "--json").stdout)
@@ -124,7 +129,7 @@ def test_models_show_loads_neither_torch_nor_weights() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_models_pull_prints_the_folder(cache: Path) -> None:
+def test_models_pull_prints_the_folder(trimkv: Text, cache: Path) -> None:
     """Catches progress on stdout: `$(trimkv models pull ID)` must be a path."""
     folder = put(cache, "some/model", MODEL)
     gates = put(cache, "some/gates", GATES)
@@ -135,14 +140,14 @@ def test_models_pull_prints_the_folder(cache: Path) -> None:
     assert (mini / "config.json").is_file()
 
 
-def test_models_pull_without_network(cache: Path) -> None:
+def test_models_pull_without_network(trimkv: Text, cache: Path) -> None:
     """Catches a pull that fails without a word on what to do."""
     done = trimkv("models", "pull", "some/model")
     assert (done.returncode, done.stdout) == (6, "")
     assert "hint: when the network is back: trimkv models pull some/model" in done.stderr
 
 
-def test_gates_train_names_the_choices() -> None:
+def test_gates_train_names_the_choices(trimkv: Text) -> None:
     """Catches the words of a validator in front of our users' error."""
     train = ["gates", "train", "mini", "--data", "no.jsonl", "-o", "no", "--memory-size", "8", "--context", "64"]
     done = trimkv(*train, "--steps", "1", "--student", "sleeping")

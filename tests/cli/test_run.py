@@ -9,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.programs import Run
+
+TextRun = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "CI": "1", "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-m", "trimkv_cli", "run"]
@@ -32,6 +36,17 @@ def trimkv_run(*arguments: str | Path, stdin: str | None = None) -> subprocess.C
         timeout=120,
         check=False,
     )
+
+
+@pytest.fixture
+def run_here(here: Run) -> TextRun:
+    """Run in this process."""
+
+    def invoke(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        done = here("run", *arguments, environment={"CI": "1"})
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return invoke
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -64,9 +79,11 @@ MIXED = [
 ]
 
 
-def test_good_lines_are_answered_and_bad_ones_named_whatever_stands_beside_them(tmp_path: Path) -> None:
+def test_good_lines_are_answered_and_bad_ones_named_whatever_stands_beside_them(
+    run_here: TextRun, tmp_path: Path
+) -> None:
     source, output = write_lines(tmp_path / "in.jsonl", *MIXED), tmp_path / "out.jsonl"
-    done = trimkv_run(source, "-o", output, "--order", "input", "-n", "4", *SMALL)
+    done = run_here(source, "-o", output, "--order", "input", "-n", "4", *SMALL)
     assert done.returncode == 3, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -172,14 +189,12 @@ def finish(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
 
 
-def test_deterministic_lines_are_the_same_bytes_in_any_company(tmp_path: Path) -> None:
+def test_deterministic_lines_are_the_same_bytes_in_any_company(run_here: TextRun, tmp_path: Path) -> None:
     """Only the line number may tell of the neighbours, so the line that is compared comes first."""
     mine = {"id": "me", "prompt": "Once upon a time", "temperature": 1.0, "max_tokens": 24, "ignore_eos": True}
     others = [{"id": str(n), "prompt": "x" * (n + 1), "max_tokens": 3 * n + 1} for n in range(6)]
-    alone = trimkv_run(write_lines(tmp_path / "a.jsonl", mine), "--deterministic", "--order", "input", *SMALL)
-    company = trimkv_run(
-        write_lines(tmp_path / "b.jsonl", mine, *others), "--deterministic", "--order", "input", *SMALL
-    )
+    alone = run_here(write_lines(tmp_path / "a.jsonl", mine), "--deterministic", "--order", "input", *SMALL)
+    company = run_here(write_lines(tmp_path / "b.jsonl", mine, *others), "--deterministic", "--order", "input", *SMALL)
     assert alone.returncode == company.returncode == 0, company.stderr
     assert alone.stdout.splitlines()[0] == company.stdout.splitlines()[0]
 
@@ -232,12 +247,12 @@ BODIES: list[dict[str, Any]] = [
 ]
 
 
-def test_validate_refuses_what_the_run_refuses_and_nothing_else(tmp_path: Path) -> None:
+def test_validate_refuses_what_the_run_refuses_and_nothing_else(run_here: TextRun, tmp_path: Path) -> None:
     """Catches a check that passes lines which the run refuses, or refuses lines that it would answer."""
     hello = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
     source = write_lines(tmp_path / "in.jsonl", *({**hello, **body} for body in BODIES))
-    checked = trimkv_run(source, "--validate", "-m", "mini", "--strict")
-    ran = trimkv_run(source, "--order", "input", *SMALL, "--strict")
+    checked = run_here(source, "--validate", "-m", "mini", "--strict")
+    ran = run_here(source, "--order", "input", *SMALL, "--strict")
     records = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len(records) == len(BODIES)
     refused = [n for n, record in enumerate(records, 1) if record["response"]["status_code"] != 200]
@@ -248,7 +263,7 @@ def test_validate_refuses_what_the_run_refuses_and_nothing_else(tmp_path: Path) 
 COLOUR = {"type": "object", "properties": {"p": {"enum": ["red", "green"]}}, "required": ["p"]}
 
 
-def test_a_small_model_spends_few_tokens_on_a_schema(tmp_path: Path) -> None:
+def test_a_small_model_spends_few_tokens_on_a_schema(run_here: TextRun, tmp_path: Path) -> None:
     """Catches newlines between the braces until max_tokens, and an empty answer where nothing satisfies a schema."""
     schemas = [{**COLOUR, "additionalProperties": False}, {"$ref": "#"}]
     lines = [
@@ -260,7 +275,7 @@ def test_a_small_model_spends_few_tokens_on_a_schema(tmp_path: Path) -> None:
         }
         for schema in schemas
     ]
-    done = trimkv_run(write_lines(tmp_path / "in.jsonl", *lines), "--order", "input", *SMALL)
+    done = run_here(write_lines(tmp_path / "in.jsonl", *lines), "--order", "input", *SMALL)
     answered, refused = [json.loads(line)["response"] for line in done.stdout.splitlines()]
     [choice] = answered["body"]["choices"]
     assert json.loads(choice["message"]["content"])["p"] in ("red", "green")
@@ -269,10 +284,10 @@ def test_a_small_model_spends_few_tokens_on_a_schema(tmp_path: Path) -> None:
     assert (refused["status_code"], refused["body"]["error"]["code"]) == (400, "invalid_schema")
 
 
-def test_a_text_file_is_one_prompt_per_line(tmp_path: Path) -> None:
+def test_a_text_file_is_one_prompt_per_line(run_here: TextRun, tmp_path: Path) -> None:
     source = tmp_path / "prompts.txt"
     source.write_text("Hello\n\n{not json\n")
-    done = trimkv_run(source, "-n", "2", "--limit", "2", "-q", *SMALL)
+    done = run_here(source, "-n", "2", "--limit", "2", "-q", *SMALL)
     assert done.returncode == 0, done.stderr
     assert sorted(json.loads(line)["custom_id"] for line in done.stdout.splitlines()) == ["line-1", "line-3"]
     assert done.stderr == ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.programs import trimkv
+from helpers.programs import Run, trimkv
 from trimkv_cli.commands.answers import answer
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
@@ -40,19 +40,19 @@ def live_answer(summary_tokens: int) -> str:
     return answer(llm, Request(id="2", prompt_token_ids=tuple(ids), params=params, continues="1")).text
 
 
-def test_a_saved_read_answers_as_the_live_session(saved: Path) -> None:
+def test_a_saved_read_answers_as_the_live_session(here: Run, saved: Path) -> None:
     """Catches a file that lacks part of the state, a text read again, and a file changed by asking."""
     before = saved.read_bytes()
-    records = [json.loads(trimkv("ask", "--cache", saved, QUESTION, "--json", *SIZES).stdout) for _ in range(2)]
+    records = [json.loads(run("ask", "--cache", saved, QUESTION, "--json", *SIZES).stdout) for run in (trimkv, here)]
     texts = [record["choices"][0]["message"]["content"] for record in records]
     assert texts == [live_answer(9)] * 2
     assert records[0]["usage"]["prompt_tokens"] < 40 < records[0]["trimkv"]["cache"]["seen_tokens"]
     assert saved.read_bytes() == before
 
 
-def test_what_does_not_fit_is_refused_with_the_reason(saved: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_with_the_reason(here: Run, saved: Path, tmp_path: Path) -> None:
     """Catches answers from a cache that other sizes or gates made, tracebacks, and flags that are ignored."""
-    other = trimkv("ask", "--cache", saved, QUESTION, "--kv-budget", "64", "--gates", "streaming")
+    other = here("ask", "--cache", saved, QUESTION, "--kv-budget", "64", "--gates", "streaming")
     assert other.returncode == 6
     assert b"other gates" in other.stderr
     assert b"another --kv-budget (40, here 64)" in other.stderr
@@ -63,11 +63,11 @@ def test_what_does_not_fit_is_refused_with_the_reason(saved: Path, tmp_path: Pat
         ("--cache", saved, "--system", "x"),
         ("--cache", saved, "--raw"),
     ):
-        done = trimkv("ask", *arguments, QUESTION, *SIZES)
+        done = here("ask", *arguments, QUESTION, *SIZES)
         assert done.returncode == 2, done.stderr
         assert done.stderr.count(b"error:") == 1
     for wrong in (("a", "b", "--save-cache", "x.kv"), (saved, "--save-cache", tmp_path / "none" / "x.kv")):
-        assert trimkv("summarize", *wrong).returncode == 2
+        assert here("summarize", *wrong).returncode == 2
 
 
 def test_what_a_saved_read_holds_can_be_looked_at(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.programs import COMMAND, ENVIRONMENT, trimkv, trimkv_on_a_terminal
+from helpers.programs import COMMAND, ENVIRONMENT, Run, trimkv, trimkv_on_a_terminal
 
 ASK = "ask hi -n 4 --greedy --ignore-eos --threads 1 -q"
 
@@ -15,6 +15,11 @@ ASK = "ask hi -n 4 --greedy --ignore-eos --threads 1 -q"
 def shell(arguments: str) -> subprocess.CompletedProcess[bytes]:
     line = f"'{COMMAND[0]}' -m trimkv_cli {arguments}"
     return subprocess.run(["sh", "-c", line], capture_output=True, env=ENVIRONMENT, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def answer() -> bytes:
+    return trimkv(*ASK.split()).stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
@@ -46,23 +51,22 @@ def test_a_closed_stdout_is_an_error_unless_nothing_goes_there(command: str, tmp
         assert out.read_bytes()
 
 
-def test_closed_stdin_and_stderr_do_not_reach_stdout() -> None:
+def test_closed_stdin_and_stderr_do_not_reach_stdout(answer: bytes) -> None:
     """Catches notes that land on stdout, and a crash, where a stream is missing."""
-    asked = ASK.replace(" -q", "")
-    open_streams, closed = shell(asked), shell(f"{asked} <&- 2>&-")
+    closed = shell(f"{ASK.replace(' -q', '')} <&- 2>&-")
     assert closed.returncode == 0
-    assert closed.stdout == open_streams.stdout
+    assert closed.stdout == answer
 
 
-def test_a_dumb_terminal_gets_the_same_bytes() -> None:
+def test_a_dumb_terminal_gets_the_same_bytes(answer: bytes) -> None:
     """Catches cursor codes on a terminal that has none, on stdout and stderr together."""
     shown = trimkv_on_a_terminal(*ASK.split(), environment={"TERM": "dumb", "FORCE_COLOR": "1"})
-    assert shown.replace(b"\r\n", b"\n") == trimkv(*ASK.split()).stdout
+    assert shown.replace(b"\r\n", b"\n") == answer
 
 
-def test_quiet_keeps_warnings_and_help_says_so() -> None:
+def test_quiet_keeps_warnings_and_help_says_so(here: Run) -> None:
     """Catches a help text that promises silence, and a warning that -q swallows."""
-    help_text = " ".join(trimkv("ask", "--help").stdout.decode().replace("│", " ").split())
+    help_text = " ".join(here("ask", "--help").stdout.decode().replace("│", " ").split())
     assert "Only warnings and errors on stderr." in help_text
-    done = trimkv(*ASK.split(), "--kv-budget", "100000")
+    done = here(*ASK.split(), "--kv-budget", "100000")
     assert b"warning: " in done.stderr

@@ -6,9 +6,10 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+Run = Callable[..., subprocess.CompletedProcess[bytes]]
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "trimkv_cli"]
 ENVIRONMENT = {
