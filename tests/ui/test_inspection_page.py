@@ -53,7 +53,7 @@ class Case:
     def page(self) -> str:
         pieces = [f" w{p}" if p % 9 else "line\n" for p in range(self.seen - 1)]
         return inspection_page(
-            self.retained(), self.log_beta(), [*pieces, HOSTILE], MEMORY,
+            self.retained(), [*pieces, HOSTILE], MEMORY, self.log_beta(),
             model="<b>mini</b>", gates="g", prompt_tokens=self.seen - 5,
         )  # fmt: skip
 

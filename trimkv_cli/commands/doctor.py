@@ -30,32 +30,13 @@ def doctor(
 
     trimkv doctor --json | jq .
     """
-    from trimkv_cli.loading.checkup import checkup
-    from trimkv_cli.ui.plain import AnswerWriter
+    from trimkv_cli.loading.checkup import calibrate, checkup
+    from trimkv_cli.ui.plain import print_answer
 
-    findings = [*(_measured() if measure else ()), *checkup()]
-    answer = AnswerWriter()
-    answer.push(_as_json(findings) if json else _as_text(findings))
-    answer.close()
+    findings = [*(calibrate() if measure else ()), *checkup()]
+    print_answer(_as_json(findings) if json else _as_text(findings))
     if not _healthy(findings):
         raise typer.Exit(1)
-
-
-def _measured() -> list[Finding]:
-    """Calibrate this machine, keep the numbers, and say them."""
-    from trimkv_cli.loading.checkup import Finding, measure_machine, unmeasured
-    from trimkv_cli.model.machine import store
-    from trimkv_cli.units import format_size
-
-    machine = measure_machine()
-    kept = store(machine)
-    sizes = {"cpu runtime": machine.cpu_runtime_bytes, "cuda context": machine.cuda_context_bytes}
-    found = [
-        Finding(name=name, status="ok", detail=f"{format_size(size)}, kept in {kept}")
-        for name, size in sizes.items()
-        if size is not None
-    ]
-    return [*found, *unmeasured(machine)]
 
 
 def _healthy(findings: list[Finding]) -> bool:

@@ -12,7 +12,7 @@ from trimkv_cli.commands.options import Json, ModelName, Quiet, with_options
 from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.scoring import POLICIES, Match, Policy
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.ui.plain import print_note
+from trimkv_cli.ui.plain import print_answer, print_note
 from trimkv_cli.units import parse_kv_budget, read_flag
 
 if TYPE_CHECKING:
@@ -151,11 +151,8 @@ def _show(rows: list[EvalResult], *, json: bool) -> None:
         print(json_module.dumps({"rows": [asdict(row) for row in rows]}))
         return
     from trimkv_cli.ui.accuracy import accuracy_report
-    from trimkv_cli.ui.plain import AnswerWriter
 
-    answer = AnswerWriter()
-    answer.push(accuracy_report(rows))
-    answer.close()
+    print_answer(accuracy_report(rows))
 
 
 def _check_plot(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Writes what a cache kept: on the terminal, as JSON, as a page, a PNG or an SVG."""
+"""`trimkv inspect`: what a cache kept, on the terminal, as JSON, as a page, a PNG or an SVG."""
 
 from __future__ import annotations
 
@@ -36,23 +36,10 @@ from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.ui.look import ColourChoice, Look
+    from trimkv_cli.ui.look import ColourChoice
 
 
 _SVG_WIDTH = 90
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """Where the flags want the findings."""
-
-    json: bool
-    html: str | None
-    png: str | None
-    svg: str | None
-    colour: ColourChoice
-    ascii_only: bool
-    quiet: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,25 +77,41 @@ class Findings:
             output_token_ids=output_token_ids,
         )
 
-    def show(self, output: Output, llm: Engine) -> None:
+    def show(
+        self,
+        llm: Engine,
+        *,
+        html: str | None,
+        png: str | None,
+        svg: str | None,
+        json: bool,
+        colour: ColourChoice,
+        ascii_only: bool,
+        quiet: bool,
+    ) -> None:
         """Write the findings wherever they are wanted; files take the place of the picture on the terminal."""
-        if output.html is not None:
-            _write(output.html, self._page(llm), "--html")
-        if output.png is not None:
-            from trimkv_cli.ui.inspection import draw_inspection
+        from trimkv_cli.ui.inspection import draw_inspection, inspection, inspection_page, terminal_picture
+        from trimkv_cli.ui.look import Look
 
-            draw_inspection(self.retained, self.log_beta, output.png, model=llm.facts.model_id)
-        if output.svg is not None:
-            _write(output.svg, self._terminal(), "--svg")
-        written = [path for path in (output.html, output.png, output.svg) if path is not None]
-        for path in written if not output.quiet else ():
+        held = (self.retained, self.pieces, self.memory)
+        model = llm.facts.model_id
+        if html is not None:
+            page = inspection_page(
+                *held, self.log_beta, model=model, gates=llm.facts.gate.id, prompt_tokens=self.prompt_tokens
+            )
+            _write(html, page, "--html")
+        if png is not None:
+            draw_inspection(self.retained, self.log_beta, png, model=model)
+        if svg is not None:
+            painted = inspection(*held, Look(width=_SVG_WIDTH, colour=True))
+            _write(svg, terminal_picture(painted, title="trimkv inspect", width=_SVG_WIDTH), "--svg")
+        written = [path for path in (html, png, svg) if path is not None]
+        for path in written if not quiet else ():
             print_note(f"wrote {path}, {format_size(Path(path).stat().st_size)}")
-        if output.json:
+        if json:
             print(to_json(self._record()))
         elif not written:
-            from trimkv_cli.ui.look import Look
-
-            print(self._pictures(Look.of(sys.stdout, colour=output.colour, ascii_only=output.ascii_only)))
+            print(inspection(*held, Look.of(sys.stdout, colour=colour, ascii_only=ascii_only)))
 
     def _record(self) -> dict[str, Any]:
         # JSON has neither NaN (gone, unknown) nor infinity (pinned).
@@ -119,31 +122,6 @@ class Findings:
             "log_beta": known,
             "output_token_ids": list(self.output_token_ids),
         }
-
-    def _pictures(self, look: Look) -> str:
-        from trimkv_cli.ui.inspection import inspection
-
-        return inspection(self.retained, self.pieces, self.memory, look)
-
-    def _terminal(self) -> str:
-        from trimkv_cli.ui.inspection import terminal_picture
-        from trimkv_cli.ui.look import Look
-
-        painted = self._pictures(Look(width=_SVG_WIDTH, colour=True))
-        return terminal_picture(painted, title="trimkv inspect", width=_SVG_WIDTH)
-
-    def _page(self, llm: Engine) -> str:
-        from trimkv_cli.ui.inspection import inspection_page
-
-        return inspection_page(
-            self.retained,
-            self.log_beta,
-            self.pieces,
-            self.memory,
-            model=llm.facts.model_id,
-            gates=llm.facts.gate.id,
-            prompt_tokens=self.prompt_tokens,
-        )
 
 
 def check_places(html: str | None, png: str | None, svg: str | None) -> None:
@@ -248,7 +226,7 @@ def inspect(
                 llm.text, user, system=system_text, raw=raw, think=think, special_tokens=special_tokens
             ).token_ids
         findings = _of_answer(llm, ids, sampling, quiet=quiet)
-    findings.show(Output(json=json, html=html, png=png, svg=svg, colour=color, ascii_only=ascii_only, quiet=quiet), llm)
+    findings.show(llm, html=html, png=png, svg=svg, json=json, colour=color, ascii_only=ascii_only, quiet=quiet)
     check_budget(llm)
 
 

@@ -53,7 +53,7 @@ def plan(
     from trimkv_cli.loading.sources import find_source
     from trimkv_cli.plan.compare import alternatives, solve_for
     from trimkv_cli.plan.plan import make_plan
-    from trimkv_cli.ui.plain import AnswerWriter
+    from trimkv_cli.ui.plain import print_answer
 
     asked = replace(engine, model=name or engine.model)  # a configured default gives way to the argument
     found = find_source(asked, weights=False)
@@ -64,17 +64,16 @@ def plan(
     solved = solve_for(solve, found.spec, found.gate, options) if solve is not None else None
     others = list(alternatives(found.spec, found.gate, options)) if compare else None
     made = solved.plan if solved is not None else make_plan(found.spec, found.gate, options)
-    answer = AnswerWriter()
     shown = asked.context or found.spec.max_positions
     if json:
         more: dict[str, Any] = {} if solved is None else {"solved": {"unknown": solved.unknown, "value": solved.value}}
         more |= {} if others is None else {"compare": [asdict(each) for each in others]}
-        answer.push(_as_json(made, found.model_id, shown, requested=asked.budget, more=more))
+        text = _as_json(made, found.model_id, shown, requested=asked.budget, more=more)
     else:
-        answer.push(_as_text(made, found.model_id, shown))
-        answer.push("" if solved is None else f"\n{_say_solved(solved)}")
-        answer.push("" if others is None else "\n\n" + _say_alternatives(others, made.run.kv_budget))
-    answer.close()
+        text = _as_text(made, found.model_id, shown)
+        text += "" if solved is None else f"\n{_say_solved(solved)}"
+        text += "" if others is None else "\n\n" + _say_alternatives(others, made.run.kv_budget)
+    print_answer(text)
     made.ensure_fits()
 
 

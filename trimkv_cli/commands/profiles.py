@@ -10,6 +10,7 @@ import typer
 
 from trimkv_cli.commands.options import CommandGroup, Json
 from trimkv_cli.model.profiles import Profile, list_profiles, load_profile, profile_folders
+from trimkv_cli.ui.plain import columns, print_answer
 
 profiles_app = CommandGroup(help="Look at profiles: a model under a short name.", no_args_is_help=True)
 
@@ -21,7 +22,7 @@ def list_(*, json: Json = False) -> None:
     trimkv profiles list
     """
     profiles = list_profiles()
-    _print(jsonlib.dumps([_facts(profile) for profile in profiles], indent=2) if json else _table(profiles))
+    print_answer(jsonlib.dumps([_facts(profile) for profile in profiles], indent=2) if json else _table(profiles))
 
 
 @profiles_app.command()
@@ -33,7 +34,7 @@ def show(
     trimkv profiles show mini > my-mini.toml
     """
     profile = load_profile(name)
-    _print(jsonlib.dumps(_facts(profile), indent=2) if json else profile.path.read_text(encoding="utf-8"))
+    print_answer(jsonlib.dumps(_facts(profile), indent=2) if json else profile.path.read_text(encoding="utf-8"))
 
 
 @profiles_app.command()
@@ -42,7 +43,7 @@ def path() -> None:
 
     trimkv profiles path
     """
-    _print("\n".join(str(folder) for folder in profile_folders()))
+    print_answer("\n".join(str(folder) for folder in profile_folders()))
 
 
 def _facts(profile: Profile) -> dict[str, Any]:
@@ -50,15 +51,5 @@ def _facts(profile: Profile) -> dict[str, Any]:
 
 
 def _table(profiles: list[Profile]) -> str:
-    from trimkv_cli.ui.plain import columns
-
     rows = [(p.name, p.model, p.gates or "-", str(p.kv_budget or "-")) for p in profiles]
     return "\n".join(columns([("NAME", "MODEL", "GATES", "SLOTS"), *rows]))
-
-
-def _print(text: str) -> None:
-    from trimkv_cli.ui.plain import AnswerWriter
-
-    answer = AnswerWriter()
-    answer.push(text)
-    answer.close()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json as jsonlib
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimkv_cli.commands.options import CommandGroup, Json, Output, complete_session
-from trimkv_cli.errors import UsageError
+from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.ui.plain import columns, neutralise
+
+if TYPE_CHECKING:
+    from trimkv_cli.chat.store import SessionStore
 
 sessions_app = CommandGroup(help="Look at stored conversations, export, copy and delete them.", no_args_is_help=True)
 
@@ -24,7 +29,6 @@ def list_(*, json: Json = False) -> None:
     trimkv sessions list
     """
     from trimkv_cli.chat.store import SessionStore
-    from trimkv_cli.commands.session_table import session_table
 
     store = SessionStore.default()
     if json:
@@ -99,6 +103,22 @@ def fork(
 
     store = SessionStore.default()
     print(store.copy(name, copy or store.free_name(name)))
+
+
+def session_table(store: SessionStore) -> list[str]:
+    """Return a heading and a line per session, the last one used first; nothing where there is none."""
+    rows = [_row(store, name) for name in store.names()]
+    return list(columns([("NAME", "TURNS", "MODEL", "USED", "BEGINS"), *rows])) if rows else []
+
+
+def _row(store: SessionStore, name: str) -> tuple[str, ...]:
+    try:
+        session = store.read(name)
+    except InputError:
+        return (name, "?", "?", "?", "(its file is damaged)")
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.updated))
+    first = " ".join(session.turns[0].user.split())[:40] if session.turns else ""
+    return (name, str(len(session.turns)), neutralise(session.model), used, neutralise(first))
 
 
 def _facts(session: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `trimkv doctor` looks at: is everything there that a run needs, and does it work?"""
+"""The checks of `trimkv doctor`: versions, device, number formats, folders, terminal and the built-in model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import psutil
 from trimkv_cli import __version__
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.files import can_write
-from trimkv_cli.model.machine import Machine, memory_bytes
+from trimkv_cli.model.machine import Machine, memory_bytes, store
 from trimkv_cli.tested import NEWEST, installed_version, untested
 from trimkv_cli.units import format_size
 
@@ -173,15 +173,6 @@ def mini() -> Iterator[Finding]:
     yield Finding(name="mini model", status="ok" if right else "fault", detail=detail)
 
 
-def unmeasured(machine: Machine) -> Iterator[Finding]:
-    """Report a GPU whose driver did not tell what a process takes of it."""
-    import torch
-
-    if machine.cuda_context_bytes is None and torch.cuda.is_available():
-        detail = "not measured: nvidia-ml-py is missing, or NVML does not say what a process holds (in containers)"
-        yield Finding(name="cuda context", status="note", detail=detail, hint="pip install nvidia-ml-py")
-
-
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
@@ -261,6 +252,20 @@ if torch.cuda.is_available():
 found["cpu_runtime_bytes"] = peak_rss()
 print(json.dumps(found))
 """
+
+
+def calibrate() -> Iterator[Finding]:
+    """Measure this machine, keep the numbers, and report them; of a GPU also that its driver did not tell."""
+    import torch
+
+    machine = measure_machine()
+    kept = store(machine)
+    for name, size in {"cpu runtime": machine.cpu_runtime_bytes, "cuda context": machine.cuda_context_bytes}.items():
+        if size is not None:
+            yield Finding(name=name, status="ok", detail=f"{format_size(size)}, kept in {kept}")
+    if machine.cuda_context_bytes is None and torch.cuda.is_available():
+        detail = "not measured: nvidia-ml-py is missing, or NVML does not say what a process holds (in containers)"
+        yield Finding(name="cuda context", status="note", detail=detail, hint="pip install nvidia-ml-py")
 
 
 def measure_machine() -> Machine:

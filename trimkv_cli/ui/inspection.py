@@ -78,9 +78,9 @@ LogBeta = Sequence[Sequence[Sequence[float]]]  # [layer][head][position]
 
 def inspection_page(
     retained: Retained,
-    log_beta: LogBeta,
     pieces: Sequence[str],
     memory: MemoryUse,
+    log_beta: LogBeta,
     *,
     model: str,
     gates: str,

@@ -65,6 +65,13 @@ class AnswerWriter:
             self._stream.flush()
 
 
+def print_answer(text: str) -> None:
+    """Print a whole text on stdout as an answer is printed."""
+    writer = AnswerWriter()
+    writer.push(text)
+    writer.close()
+
+
 def print_error(message: str, hint: str | None) -> None:
     """Say what happened and, on a line of its own, what to try."""
     _say(f"error: {message}")

@@ -13,7 +13,7 @@ from trimkv_cli.chat.conversation import need_chat
 from trimkv_cli.chat.store import Transcript
 from trimkv_cli.chat.turns import split_thought
 from trimkv_cli.commands.chat.slash_command import Chat, SlashCommand
-from trimkv_cli.commands.session_table import session_table
+from trimkv_cli.commands.sessions import session_table
 from trimkv_cli.errors import UsageError
 from trimkv_cli.files import whole_file
 from trimkv_cli.request import Request
