@@ -13,7 +13,7 @@ from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.prompts import fill, gather, read_system, read_template
 from trimkv_cli.commands.summarize.texts import Wish
 from trimkv_cli.errors import InputError, NotUtf8, TrimkvError
-from trimkv_cli.eval.exam import read_cases
+from trimkv_cli.eval.exam import read_samples
 from trimkv_cli.files import as_text
 from trimkv_cli.loading.options import SamplingOptions
 from trimkv_cli.settings import load_settings
@@ -69,7 +69,7 @@ def test_surrogates_in_files_are_errors_of_these_files(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"prompt": "\\ud800", "answer": "a"}')
     with pytest.raises(InputError, match=r"lines.jsonl:1 is not UTF-8: U\+D800"):
-        read_cases(str(path))
+        read_samples(str(path))
     path.write_text('{"text": "\\ud800"}')
     with pytest.raises(InputError, match=r"lines.jsonl:1: a text is not UTF-8"):
         DataFiles([path])
