@@ -89,8 +89,6 @@ TEN = --shape 10m --random-weights --kv-budget 256 --compare hf --device cpu --d
 bench-speed: $(READY)
 	$(BIN)/trimkv bench $(TEN) --contexts 1024,8192,32768 > $(RESULTS)/speed-10m-cpu.json
 	$(BIN)/trimkv bench $(TEN) --contexts 8192 --rows 8 > $(RESULTS)/speed-10m-cpu-8-rows.json
-	$(BIN)/trimkv bench $(TEN) --contexts 1024,8192,32768 --compile > $(RESULTS)/speed-10m-cpu-compiled.json
-	$(BIN)/trimkv bench $(TEN) --contexts 8192 --rows 8 --compile > $(RESULTS)/speed-10m-cpu-8-rows-compiled.json
 	$(BIN)/python -m bench.overheads --out $(RESULTS)/overheads-10m-cpu.json
 	$(BIN)/python -m bench.readme
 

@@ -31,7 +31,6 @@ KEYS: Mapping[str, type] = {
     "max_inflight": int,
     "pin": str,
     "deterministic": bool,
-    "compile": bool,
     "threads": int,
     **SAMPLING_KEYS,
     "seed": int,
@@ -63,9 +62,7 @@ _REPLACES: Mapping[str, tuple[str, ...]] = {
     "system_file": ("system",),
     "raw": ("system",),
     "cache": ("system",),
-    "compile": ("deterministic", "on_overflow"),
-    "deterministic": ("compile", "device", "dtype"),
-    "on_overflow": ("compile",),
+    "deterministic": ("device", "dtype"),
     "device": ("deterministic", "kv_dtype"),
     "dtype": ("deterministic",),
     "kv_dtype": ("device",),
@@ -124,8 +121,6 @@ def _replaced(said: str, value: Any, below: Mapping[str, Any]) -> Iterator[str]:
 def _clash(said: str, value: Any, key: str, other: Any) -> bool:
     """Tell whether a setting cannot stand beside what is said above it."""
     only_if = {
-        ("compile", "on_overflow"): other == "rebase",
-        ("on_overflow", "compile"): value == "rebase",
         ("save_cache", "on_overflow"): isinstance(value, str) and other == "map-reduce",  # a file, for one reading
         ("deterministic", "device"): other not in ("auto", "cpu"),
         ("device", "deterministic"): value not in ("auto", "cpu"),

@@ -207,7 +207,7 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-SPEED_RECORDS = tuple(f"speed-10m-cpu{rest}.json" for rest in ("", "-8-rows", "-compiled", "-8-rows-compiled"))
+SPEED_RECORDS = tuple(f"speed-10m-cpu{rest}.json" for rest in ("", "-8-rows"))
 OVERHEADS = "overheads-10m-cpu.json"
 
 
@@ -235,8 +235,7 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
     for case, row in own.items():
         other = full[case]
         context, rows = case
-        how = ", `--compile`" if row["compiled"] else ""
         ratio = row["decode_tps"] / other["decode_tps"]
         many = "row" if rows == 1 else "rows"
         speeds = f"{row['decode_tps']:,.0f} tok/s | {other['decode_tps']:,.0f} tok/s"
-        yield f"| after {context:,} tokens, {rows} {many}{how} | {speeds} | × {ratio:.1f} |"
+        yield f"| after {context:,} tokens, {rows} {many} | {speeds} | × {ratio:.1f} |"

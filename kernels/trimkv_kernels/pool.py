@@ -13,7 +13,6 @@ import mmap
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,23 +131,15 @@ class SlotPool:
             `[B, Hq, D]`.
         """
         added = None if bias is None else bias[layer]
-        run: Any = _attend_as_one if _opaque(key) else _attend
-        attended: Tensor = run(self.key, self.value, self._first, layer, query, key, value, added, scale)
-        return attended
+        return _attend(self.key, self.value, self._first, layer, query, key, value, added, scale)
 
     def evict(self, log_beta: Tensor, position: Tensor) -> None:
         """Keep the best M of the M + 1 tokens of every head, in place; `log_beta` `[L, B, Hkv]` of the new ones."""
-        run: Any = _evict_as_one if _opaque(position) else _evict
-        run(*self._tensors, self.slot, self._first, log_beta, position, self.window, self.recent)
+        _evict(*self._tensors, self.slot, self._first, log_beta, position, self.window, self.recent)
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.key, self.value, self.log_beta, self.position
-
-
-def _opaque(rows: Tensor) -> bool:
-    """Tell whether a compiler shall see one operator: of several rows it would copy the pool for every write."""
-    return torch.compiler.is_compiling() and len(rows) > 1
 
 
 def _attend(
@@ -174,12 +165,6 @@ def _attend(
         added = bias.view(rows * heads, 1, -1)
         logits = torch.baddbmm(added, grouped, own_keys.transpose(1, 2), alpha=scale)
     return torch.bmm(logits.softmax(-1), own_values).view(rows, -1, head_dim)
-
-
-_attend_as_one = torch.library.custom_op("trimkv::attend", _attend, mutates_args=("keys", "values"))
-
-
-_attend_as_one.register_fake(lambda _keys, _values, _first, _layer, query, *_: torch.empty_like(query))
 
 
 def _evict(
@@ -216,12 +201,6 @@ def _evict(
     for flat, (lost, entering) in zip(flats, swaps, strict=True):
         flat.index_copy_(0, at, entering)
         flat.index_copy_(0, here, lost)
-
-
-_evict_as_one = torch.library.custom_op(
-    "trimkv::evict", _evict, mutates_args=("keys", "values", "log_betas", "positions", "slot")
-)
-_evict_as_one.register_fake(lambda *_: None)
 
 
 def _shrunk(old: Tensor, keep: Tensor, aside: Tensor, empty: float) -> Tensor:

@@ -98,7 +98,6 @@ class SpeedRow:
     steps: int
     predicted_bytes: int
     peak_bytes: int | None
-    compiled: bool
     eviction: bool
 
 
@@ -107,7 +106,6 @@ class SpeedOptions:
     """How to measure; `compare` adds transformers' own generate."""
 
     compare: bool = False
-    compiled: bool = False
     eviction: bool = True
     repeats: int = 1
 
@@ -180,7 +178,6 @@ def _row(
         steps=len(steps),
         predicted_bytes=predicted,
         peak_bytes=max(peaks, default=None),
-        compiled=own and options.compiled,
         eviction=own and options.eviction,
     )
 
@@ -200,7 +197,6 @@ def make_engine(network: Network, case: Case, options: SpeedOptions) -> Engine:
         facts,
         text=None,
         kv_dtype=dtype,
-        compiled=options.compiled,
         evicts=options.eviction,
     )
 

@@ -60,7 +60,6 @@ def bench(
     dtype: Annotated[str, option("dtype")] = "auto",
     device: Annotated[str, option("device")] = "auto",
     threads: Annotated[int | None, option("threads")] = None,
-    compile: Annotated[bool, option("compile")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,7 +70,7 @@ def bench(
     Decode is the median over 64 tokens after the context. Both sides read the prompt in chunks of 512.
     """
     options = EngineOptions(
-        model=name or model, gates=gates, offline=offline, dtype=dtype, device=device, threads=threads, compile=compile
+        model=name or model, gates=gates, offline=offline, dtype=dtype, device=device, threads=threads
     )
     budgets = None if kv_budget is None else _numbers(kv_budget, "--kv-budget")
     lengths, counts = _numbers(contexts, "--contexts"), _numbers(rows, "--rows")
@@ -81,7 +80,7 @@ def bench(
         print_warning(message)
     if not quiet:
         _announce(network, cases)
-    measured = _measure(network, cases, options, compare=compare is not None, evict=evict, repeats=repeats)
+    measured = _measure(network, cases, compare=compare is not None, evict=evict, repeats=repeats)
     _show(measured, network, json=json)
 
 
@@ -128,11 +127,11 @@ def _announce(network: Network, cases: Sequence[Case]) -> None:
 
 
 def _measure(
-    network: Network, cases: Sequence[Case], options: EngineOptions, *, compare: bool, evict: bool, repeats: int
+    network: Network, cases: Sequence[Case], *, compare: bool, evict: bool, repeats: int
 ) -> Iterator[SpeedRow]:
     from trimkv_cli.bench.speed import SpeedOptions, measure
 
-    chosen = SpeedOptions(compare=compare, compiled=options.compile, eviction=evict, repeats=repeats)
+    chosen = SpeedOptions(compare=compare, eviction=evict, repeats=repeats)
     return measure(network, cases, chosen)
 
 

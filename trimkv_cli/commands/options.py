@@ -162,7 +162,6 @@ FLAGS = {
         _MEMORY,
     ),
     "threads": _Flag(("--threads",), "CPU threads; default: all cores.", _MEMORY, "N"),
-    "compile": _Flag(("--compile/--no-compile",), "Compile decode steps: slower to start, faster per token.", _MEMORY),
     "max_tokens": _Flag(("-n", "--max-tokens"), "Most tokens to generate.", _SAMPLING, "N"),
     "temperature": _Flag(("--temperature",), "0 = greedy; default: the model's own.", _SAMPLING, "T"),
     "top_p": _Flag(("--top-p",), "Keep the likeliest tokens up to this probability mass.", _SAMPLING, "P"),

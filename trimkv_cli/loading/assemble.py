@@ -35,14 +35,13 @@ def assemble(
     deterministic: bool = False,
     prefill_tokens: int | None = None,
     rebases: bool = False,
-    compiled: bool = False,
     evicts: bool = True,
 ) -> Engine:
     """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
 
     The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
     bounds rows × chunk of one prefill, by default one chunk. With `rebases` sequences may outgrow the model's
-    positions; with `compiled` every decode runs all rows, in one graph. `evicts` is false only to measure what eviction
+    positions. `evicts` is false only to measure what eviction
     costs: nothing that is generated then has a meaning. A model serves one engine at a time: close it before the next
     is assembled.
     """
@@ -74,11 +73,9 @@ def assemble(
         model,
         cache,
         Sampler(rows, spec.vocab_size, model.device, grammars),
-        decode_rows=DETERMINISTIC_ROWS if deterministic else rows if compiled else None,
+        decode_rows=DETERMINISTIC_ROWS if deterministic else None,
         long_rope=LongRope(model) if LongRope.used_by(config) else None,
-        decoder=None
-        if deterministic
-        else make_decoder(model, gates, cache, sinks=facts.pins.sinks, compiled=compiled, evicts=evicts),
+        decoder=None if deterministic else make_decoder(model, gates, cache, sinks=facts.pins.sinks, evicts=evicts),
         pins_system=facts.pins.system,
     )
     if model.device.type == "cuda" and not LongRope.used_by(config):

@@ -88,7 +88,6 @@ def load_source(
             kv_dtype=parts.kv_dtype,
             deterministic=options.deterministic,
             rebases=options.on_overflow == "rebase",
-            compiled=options.compile,
         )
 
 

@@ -42,7 +42,6 @@ class EngineOptions:
     pin: str | None = None
     deterministic: bool = False
     threads: int | None = None
-    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -54,9 +53,6 @@ class EngineOptions:
                 raise UsageError(f"{flag} {text}: {error.message}", hint=error.hint) from None
         Pins.parse(self.pin)
         PlanOptions(max_inflight=self.max_inflight, context=self.context, prefill_chunk=self.prefill_chunk)
-        if self.compile and (self.deterministic or self.on_overflow == "rebase"):
-            other = "--deterministic" if self.deterministic else "--on-overflow rebase"
-            raise UsageError(f"--compile and {other} are both given", hint="leave one of them out")
         if self.on_overflow not in _OVERFLOW:
             raise UsageError(f"--on-overflow {self.on_overflow} is unknown", hint=f"one of {', '.join(_OVERFLOW)}")
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +32,7 @@ class Projection:
         self.numel = self.weight.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and len(x) == 1:
-            product = (self.weight * x).sum(-1)[None]
-        elif self._pieces is not None and len(x) <= _FEW:
+        if self._pieces is not None and len(x) <= _FEW:
             columns = torch.bmm(self._pieces, x.t().expand(len(self._pieces), -1, -1))  # [pieces, outputs, B]
             product = columns.view(-1, len(x)).t().contiguous()
         else:
@@ -69,8 +65,6 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         size = x.shape[-1]
-        if torch.compiler.is_compiling():
-            return functional.rms_norm(x, (size,), eps=self.eps) * self.weight
         # On a CPU this is one operation of torch for layer norm and six for RMS norm; x beside −x has the mean 0.
         both = torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), self._twice, None, self.eps)[..., :size]
         return both if self._twice is not None else both * self.weight
@@ -178,14 +172,9 @@ class PackedLinear(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), WORTH_PACKING)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = linear.bias
-        self._number = next(_numbers)
-        _LAYERS[self._number] = self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[…, out_features]` for `[…, in_features]`."""
-        if torch.compiler.is_compiling():
-            compiled: Tensor = _multiply(x, self._number, self.out_features)
-            return compiled
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return product
 
@@ -195,20 +184,6 @@ class PackedLinear(nn.Module):
         linear.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
         linear.bias = self.bias
         return linear
-
-
-# No graph takes a tensor in an opaque layout: to a compiler a packed layer is a number.
-_numbers = count()
-_LAYERS: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
-
-
-@torch.library.custom_op("trimkv::multiply", mutates_args=())
-def _multiply(x: Tensor, layer: int, out_features: int) -> Tensor:  # noqa: ARG001
-    product: Tensor = _LAYERS[layer](x)
-    return product
-
-
-_multiply.register_fake(lambda x, _layer, out_features: x.new_empty(*x.shape[:-1], out_features))
 
 
 class Packed:

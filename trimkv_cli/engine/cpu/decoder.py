@@ -7,7 +7,6 @@ model costs arithmetic. Here the same numbers come out of the same weights, of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 import torch
@@ -18,11 +17,7 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.gates import FullGate, MlpGate, StreamingGate
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.cpu.blocks import WORTH_WAKING, Block, Norm, Projection, make_blocks
-from trimkv_cli.engine.cpu.compiling import compile_step
 from trimkv_cli.engine.devices import on_threads
-from trimkv_cli.errors import UsageError
-
-_numbers = count()
 
 
 class Decoder:
@@ -36,7 +31,6 @@ class Decoder:
         cache: RetentionCache,
         *,
         sinks: int,
-        compiled: bool,
         evicts: bool,
     ) -> None:
         decoder: Any = model.get_decoder()
@@ -56,25 +50,8 @@ class Decoder:
         self._head = Projection([model.get_output_embeddings()])
         self._widest = max(block.gate_up.numel for block in blocks)
         self._evicts = evicts
-        self._number = next(_numbers)
-        self._compiled = compile_step(self._step) if compiled else None
 
     def step(self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Do what `_step` says; a compiled step takes no row for dense, as that would be a second graph.
-
-        A graph depends on the engine, the rows and the size of its slots, and on nothing else that changes. Threads
-        sleep between steps, and one does small products sooner than others wake.
-        """
-        with on_threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
-            if self._compiled is None:
-                return self._step(ids, position, dense=dense, stand=stand)
-            key = (self._number, len(ids), *(pool.size for pool in self._pools))
-            logits, log_beta = self._compiled(ids, position, dense=False, stand=stand, key=key)
-            return logits, log_beta
-
-    def _step(
-        self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
 
         A row at −1 has no token: its slots stay as they are. `dense`: every row with a token has all its slots in use.
@@ -83,6 +60,11 @@ class Decoder:
         Returns:
             The logits `[B, V]`, and log_beta `[L, B, Hkv]` of the tokens.
         """
+        # Threads sleep between steps, and one does small products sooner than others wake.
+        with on_threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
+            return self._step(ids, position, dense=dense, stand=stand)
+
+    def _step(self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None) -> tuple[Tensor, Tensor]:
         biases = [pool.begin(position, dense=dense) for pool in self._pools]
         cos, sin = self._rotation(position if stand is None else stand)
         x, entering = self._embed[ids], []
@@ -113,24 +95,12 @@ def make_decoder(
     cache: RetentionCache,
     *,
     sinks: int = 0,
-    compiled: bool = False,
     evicts: bool = True,
 ) -> Decoder | None:
-    """Return a decoder for the model, or None when its form, or the cache's, is not one known here.
-
-    Raises:
-        UsageError: then it cannot be compiled.
-    """
+    """Return a decoder for the model, or None when its form, or the cache's, is not one known here."""
     known = model.device.type == "cpu" and model.dtype == cache.layers[0].slots.key.dtype == torch.float32
     blocks = make_blocks(model) if known else None
-    if blocks is not None:
-        return Decoder(model, blocks, gates, cache, sinks=sinks, compiled=compiled, evicts=evicts)
-    if compiled:
-        raise UsageError(
-            "--compile knows fp32 models of Llama, Mistral, Phi-3, Qwen2 and Qwen3 on a CPU, and this is none",
-            hint="leave it out",
-        )
-    return None
+    return None if blocks is None else Decoder(model, blocks, gates, cache, sinks=sinks, evicts=evicts)
 
 
 def _project(
@@ -181,8 +151,6 @@ class GatesTogether:
 
 def _products(x: Tensor, weights: Tensor) -> Tensor:
     """Multiply `[L, B, K]` by `[L, N, K]`, layer by layer."""
-    if torch.compiler.is_compiling() and x.shape[1] == 1 and x.device.type == "cpu":
-        return (weights * x).sum(-1)[:, None]
     if x.shape[1] == 1:  # the wide side first: a batch of one vector each is what MKL is fast at
         return torch.bmm(weights, x.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(x, weights.transpose(1, 2))
