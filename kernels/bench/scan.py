@@ -19,9 +19,8 @@ from bench.record import write_record
 from trimkv_cli.engine.devices import peak_rss
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.reading import LineReader, open_input
-from trimkv_cli.jobs.resuming import read_earlier
+from trimkv_cli.jobs.resuming import read_earlier, remembering
 from trimkv_cli.jobs.selection import Selection, parse_lines
-from trimkv_cli.jobs.sidecar import remembering
 
 STAGES = ("read", "parse", "scan_output", "resume")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli.chat.store import SessionStore, Transcript
-from trimkv_cli.commands.chat.opening import as_stored, find_stored
+from trimkv_cli.commands.chat.command import as_stored, find_stored
 from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.options import EngineOptions
 

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.jobs.earlier import scan
 from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.records import Recorder
-from trimkv_cli.jobs.selection import Selection, Shard, parse_lines
+from trimkv_cli.jobs.selection import Selection, Shard, parse_lines, scan
 from trimkv_cli.jobs.writing import Writer
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions

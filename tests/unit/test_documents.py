@@ -13,7 +13,7 @@ import pytest
 from trimkv_cli.commands.documents import Reader, expand
 from trimkv_cli.commands.html_text import html_to_text
 from trimkv_cli.commands.prompts import gather, read_system, read_template
-from trimkv_cli.commands.summarize.output import Inputs, combined
+from trimkv_cli.commands.summarize.command import Inputs, combined
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.files import check_encoding
 from trimkv_cli.streams import say_if_nothing_comes

@@ -19,8 +19,7 @@ from trimkv_cli.chat.store import SessionStore, Transcript
 from trimkv_cli.commands import inspect
 from trimkv_cli.errors import TrimkvError, UsageError
 from trimkv_cli.files import whole_file
-from trimkv_cli.jobs.resuming import drop_failures
-from trimkv_cli.jobs.sidecar import Sidecar, write_sidecar
+from trimkv_cli.jobs.resuming import Sidecar, drop_failures, write_sidecar
 from trimkv_cli.jobs.writing import open_output
 from trimkv_cli.model import machine
 

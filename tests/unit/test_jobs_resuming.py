@@ -13,20 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimkv_cli.errors import InputError, UsageError
-from trimkv_cli.jobs.earlier import Bitmap, IdIndex, is_success, line_of, scan
 from trimkv_cli.jobs.lines import BadLine, Rules
 from trimkv_cli.jobs.reading import LineReader, open_input
-from trimkv_cli.jobs.resuming import drop_failures, locked, read_earlier
-from trimkv_cli.jobs.selection import Selection, Shard, parse_lines
-from trimkv_cli.jobs.sidecar import (
+from trimkv_cli.jobs.resuming import (
     Sidecar,
     check_beginning,
     check_fingerprint,
+    drop_failures,
+    locked,
     path_beside,
+    read_earlier,
     read_sidecar,
     remembering,
     write_sidecar,
 )
+from trimkv_cli.jobs.selection import Bitmap, IdIndex, Selection, Shard, is_success, line_of, parse_lines, scan
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import open_output
 

@@ -71,7 +71,7 @@ def _template(name: str) -> Iterator[Path]:
 
 
 def _with_sidecar(name: str) -> Iterator[Path]:
-    from trimkv_cli.jobs.sidecar import path_beside
+    from trimkv_cli.jobs.resuming import path_beside
 
     for path in _one(name):
         yield from (path, path_beside(path))

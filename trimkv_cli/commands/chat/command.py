@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from typing import Annotated
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +23,15 @@ from trimkv_cli.commands.options import (
     with_options,
 )
 from trimkv_cli.errors import UsageError
+from trimkv_cli.files import can_write
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from trimkv_cli.chat.store import Transcript
+    from trimkv_cli.commands.chat.slash_command import Chat
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.ui.chat.prompt import ChatPrompt
+    from trimkv_cli.ui.chat.screen import Screen
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
@@ -74,7 +83,6 @@ def chat(
         raise UsageError("chat needs a terminal", hint='in a pipeline: echo "hello" | trimkv ask')
 
     from trimkv_cli.commands.answers import open_engine
-    from trimkv_cli.commands.chat.opening import Opening, as_stored, find_stored, make_prompt, open_chat, said_options
     from trimkv_cli.commands.chat.talk import talk
     from trimkv_cli.commands.documents import Reader
     from trimkv_cli.commands.memory import check_budget
@@ -91,7 +99,7 @@ def chat(
     screen = Screen(
         lambda: Look.of(sys.stdout, colour=color, ascii_only=ascii_only), moves=live is not False and may_move()
     )
-    opening = Opening(
+    asked = ChatOptions(
         system=system_text,
         new_system=bool(said & {"system", "system_file"}),
         think=think,
@@ -108,7 +116,7 @@ def chat(
         llm = open_engine(
             engine, quiet=quiet, snapshots=snapshots, check=needs(raw=False, instead="trimkv ask --raw goes without")
         )
-        this = open_chat(llm, engine, opening, stored, screen)
+        this = open_chat(llm, engine, asked, stored, screen)
         budget_bytes = this.conversation.llm.facts.plan.budget_bytes
         if stored is None and not quiet:
             screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")
@@ -120,3 +128,142 @@ def chat(
         screen.note(f"trimkv chat --session {this.autosave.name} goes on with this")
     if this.conversation.llm.facts.plan.budget_bytes == budget_bytes:  # no /budget, which the peak so far may exceed
         check_budget(this.conversation.llm)
+
+
+# What a session does not bring back: a file may not have code loaded, and the rest is this machine's business.
+_NOT_STORED = {"trust_remote_code", "offline", "max_inflight", "threads", "device"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """What the command line says about the conversation itself."""
+
+    system: str | None
+    new_system: bool  # said for this start, so that it replaces a stored one
+    think: bool | None
+    encoding: str | None
+    sampling: SamplingOptions
+    undo_depth: int
+    session: str | None
+    private: bool
+    save_cache: bool
+
+
+def said_options(invocation: typer.Context) -> set[str]:
+    """Name the options that stand on the command line, unlike those from files, environment and defaults."""
+    sources = {name: invocation.get_parameter_source(name) for name in invocation.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def find_stored(session: str | None, *, go_on: bool) -> Transcript | None:
+    """Return the session to go on with, if there is one.
+
+    Raises:
+        UsageError: -C, and nothing is stored.
+    """
+    from trimkv_cli.chat.store import SessionStore
+
+    store = SessionStore.default()
+    if session is not None:
+        return store.read(session) if store.exists(session) else None
+    if not go_on:
+        return None
+    names = store.names()
+    if not names:
+        raise UsageError("no session is stored yet", hint="trimkv chat begins one")
+    return store.read(names[0])
+
+
+def as_stored(engine: EngineOptions, stored: Transcript, *, said: set[str]) -> EngineOptions:
+    """Take from a session what was not said on the command line."""
+    known = {field.name for field in fields(EngineOptions)} - _NOT_STORED - said
+    return replace(engine, **{name: value for name, value in stored.options.items() if name in known})
+
+
+def open_chat(
+    llm: Engine, engine: EngineOptions, asked: ChatOptions, stored: Transcript | None, screen: Screen
+) -> Chat:
+    """Put a conversation together and say what a stored one brings."""
+    from trimkv_cli.chat.autosave import Autosave
+    from trimkv_cli.chat.conversation import Conversation, need_chat
+    from trimkv_cli.chat.store import SessionStore
+    from trimkv_cli.commands.chat.slash_command import Chat
+    from trimkv_cli.commands.chat.slash_sessions import say_opened
+    from trimkv_cli.commands.chat.talk import run_turn
+    from trimkv_cli.commands.prompts import draw_seed
+
+    need_chat(llm.text)
+    conversation = Conversation(
+        llm,
+        system=asked.system,
+        think=asked.think,
+        params=draw_seed(asked.sampling).resolve(llm.facts.sampling_defaults),
+        undo_depth=asked.undo_depth,
+        fits_rest=asked.sampling.max_tokens is None,
+    )
+    store = SessionStore.default()
+    kept = not asked.private and can_write(store.folder)
+    if not (kept or asked.private or asked.session):
+        screen.note(f"warning: {store.folder} cannot be written: this conversation is not stored")
+    autosave = Autosave(
+        store,
+        options=_to_store(engine, llm),
+        enabled=kept,
+        save_cache=asked.save_cache,
+        name=asked.session,
+    )
+    this = Chat(
+        conversation=conversation,
+        autosave=autosave,
+        display=screen,
+        encoding=asked.encoding,
+        run=lambda begin: run_turn(this, screen, begin),
+    )
+    if stored is not None:
+        say_opened(this, autosave.open(stored.name, conversation))
+        _lay_over(this, asked)
+    return this
+
+
+def make_prompt(chat: Chat, screen: Screen, *, private: bool) -> ChatPrompt:
+    """Return what asks for lines, with the history in the user's state folder."""
+    from platformdirs import user_state_path
+
+    from trimkv_cli.commands.chat.slash_table import complete
+    from trimkv_cli.ui.chat.prompt import Candidate, ChatPrompt
+
+    history = user_state_path("trimkv") / "chat_history"
+    return ChatPrompt(
+        history=None if private or not can_write(history.parent) else history,
+        complete=lambda text: (Candidate(*found) for found in complete(chat, text)),
+        look=screen.look,
+    )
+
+
+def _lay_over(chat: Chat, asked: ChatOptions) -> None:
+    """Lay what the command line says over what a session brought."""
+    conversation = chat.conversation
+    before = conversation.params
+    params = asked.sampling.resolve(asdict(before))
+    conversation.params = replace(params, ignore_eos=before.ignore_eos or params.ignore_eos)  # a flag can only add it
+    conversation.think = asked.think if asked.think is not None else conversation.think
+    if asked.new_system and asked.system != conversation.system:
+        conversation.system = asked.system
+        if conversation.turns:
+            conversation.read_again()
+            chat.display.note("another system message: the next message makes the model read the session again")
+
+
+def _to_store(engine: EngineOptions, llm: Engine) -> dict[str, Any]:
+    """Return the options that open the same engine again: as they were said, sizes as the plan solved them."""
+    said = {field.name: getattr(engine, field.name) for field in fields(engine) if _differs(engine, field)}
+    if engine.model is not None and Path(engine.model).is_dir():
+        said["model"] = str(Path(engine.model).absolute())
+    plan = llm.facts.plan
+    solved = {"kv_budget": str(plan.run.kv_budget), "prefill_chunk": plan.run.prefill_chunk, "dtype": plan.run.dtype}
+    return {name: value for name, value in {**said, **solved}.items() if name not in _NOT_STORED}
+
+
+def _differs(engine: EngineOptions, field: Any) -> bool:
+    assert field.default is not MISSING
+    return bool(getattr(engine, field.name) != field.default)

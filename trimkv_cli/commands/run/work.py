@@ -15,25 +15,28 @@ from trimkv_cli.commands.run.choices import Choices, ClusterChoices
 from trimkv_cli.commands.watch import watch
 from trimkv_cli.errors import ModelError
 from trimkv_cli.files import whole_file
-from trimkv_cli.jobs.earlier import Earlier
 from trimkv_cli.jobs.job import Backend, BackendFacts, Job, LocalBackend
 from trimkv_cli.jobs.lines import BadLine, Item, Rules
 from trimkv_cli.jobs.reading import LineReader, TableReader, begins_with_messages, open_input
 from trimkv_cli.jobs.records import Recorder
 from trimkv_cli.jobs.requests import check_sizes
-from trimkv_cli.jobs.resuming import check_provenance, drop_failures, locked, read_earlier, start_anew
-from trimkv_cli.jobs.selection import Selection, parse_lines
-from trimkv_cli.jobs.sidecar import (
+from trimkv_cli.jobs.resuming import (
     Sidecar,
     check_beginning,
     check_fingerprint,
+    check_provenance,
+    drop_failures,
     hash_all,
     job_fingerprint,
+    locked,
     path_beside,
+    read_earlier,
     read_sidecar,
     remembering,
+    start_anew,
     write_sidecar,
 )
+from trimkv_cli.jobs.selection import Earlier, Selection, parse_lines
 from trimkv_cli.jobs.stopping import Stop, stopped_by_signals
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output

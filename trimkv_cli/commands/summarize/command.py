@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Annotated
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimkv_cli.commands.options import Ascii, Encoding, Json, Live, Output, Quiet, Stats, Stream, Think, with_options
-from trimkv_cli.commands.summarize.output import How, Inputs, Summaries, combined
-from trimkv_cli.commands.summarize.texts import TL_DR, Format, Wish
-from trimkv_cli.errors import PartialFailure, UsageError
+from trimkv_cli.commands.summarize.texts import TL_DR, Format, Wish, as_json, joined
+from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
+from trimkv_cli.events import Answer
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.ui.live import Watch
+from trimkv_cli.ui.plain import AnswerWriter, print_error, print_note, to_json
+
+if TYPE_CHECKING:
+    from trimkv_cli.commands.documents import Document, Reader
+    from trimkv_cli.commands.summarize.pool import Chain, Pool, Summed, Task
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.ui.panel import Jobs
 
 
 @with_options(engine=EngineOptions, sampling=SamplingOptions)
@@ -139,3 +148,187 @@ def _run(inputs: Inputs, how: How, sampling: SamplingOptions, output: str | None
             f"{len(failed)} of {inputs.total} files failed", hint="each is named above; the others are summarized"
         )
     check_budget(llm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """What the flags said about the output."""
+
+    wish: Wish
+    combine: bool
+    json: bool
+    stream: bool
+    stats: bool
+    quiet: bool
+    think: bool | None
+    raw: bool
+    save_cache: str | None
+    live: bool | None
+    ascii_only: bool
+    engine: EngineOptions
+
+
+class Summaries:
+    """Write every summary in the order of the inputs, as soon as it and all before it are done."""
+
+    def __init__(self, llm: Engine, inputs: Inputs, writer: AnswerWriter, how: How) -> None:
+        self._llm = llm
+        self._inputs = inputs
+        self._writer = writer
+        self._how = how
+        self._alone = len(inputs.names) == 1
+        self._streams = self._alone and not (how.json or not how.stream or how.wish.format == "json")
+        self._records: dict[int, dict[str, Any]] = {}
+        self._done: dict[int, Summed | TrimkvError] = {}
+        self._next = 0
+        self._failed = list(inputs.faults)
+        self._watch = Watch()
+
+    def write(self, task: Task) -> list[TrimkvError]:
+        """Summarize all inputs; return what failed."""
+        from trimkv_cli.commands.summarize.pool import Pool
+        from trimkv_cli.commands.watch import watch
+
+        pool = Pool(self._llm, on_text=self._stream, on_answer=self._keep)
+        how, jobs = self._how, None if self._alone else lambda: self._jobs(pool)
+        with watch(self._llm, live=how.live, quiet=how.quiet, ascii_only=how.ascii_only, jobs=jobs) as self._watch:
+            for index, outcome in pool.run(self._chains(task), self._watch.tick):
+                self._done[index] = outcome
+                while self._next in self._done:
+                    with self._watch.aside():
+                        self._finish(self._next, self._done.pop(self._next))
+                    self._next += 1
+        return self._failed
+
+    def _jobs(self, pool: Pool) -> Jobs:
+        from trimkv_cli.ui.panel import Jobs
+
+        failed = len(self._failed) + sum(isinstance(outcome, TrimkvError) for outcome in self._done.values())
+        ended = self._next + len(self._done)
+        left = len(self._inputs.names) - ended - pool.num_open
+        return Jobs(done=ended - failed, failed=failed, running=pool.num_open, queued=max(0, left))
+
+    def _chains(self, task: Task) -> Iterator[Chain]:
+        return (self._chain(index, name, task) for index, name in enumerate(self._inputs.names))
+
+    def _chain(self, index: int, name: str, task: Task) -> Chain:
+        from trimkv_cli.commands.summarize.pool import summarize_text
+
+        with self._watch.aside():  # a note about the file may be printed
+            document = self._inputs.take(index)
+        return (yield from summarize_text(self._llm, f"{index}:{name}", document.text, task))
+
+    def _stream(self, _: int, piece: str) -> None:
+        if self._streams:
+            if sys.stdout.isatty():
+                self._watch.end()  # the answer is its own progress
+            self._writer.push(piece)
+
+    def _keep(self, index: int, answer: Answer) -> None:
+        """Take what only the row of a finished request can tell."""
+        from trimkv_cli.commands.answers import save_read, to_completion
+
+        if self._how.json:
+            self._records[index] = to_completion(self._llm, answer, self._how.engine)
+        if self._how.save_cache is not None:
+            save_read(self._llm, answer.request.id, self._how.save_cache)
+
+    def _finish(self, index: int, outcome: Summed | TrimkvError) -> None:
+        name = self._inputs.names[index]
+        if isinstance(outcome, TrimkvError):
+            self._failed.append(outcome)
+            if self._inputs.total > 1:
+                print_error(named(name, outcome), outcome.hint)
+            return
+        if not self._streams:
+            self._print(index, name, outcome)
+        self._writer.close()
+        self._say(outcome)
+
+    def _print(self, index: int, name: str, summed: Summed) -> None:
+        if self._how.json:
+            self._writer.push(to_json(_record(self._records.pop(index), name, summed)))
+        elif self._how.wish.format == "json":
+            self._writer.push(as_json(name, summed.answer.text))
+        else:
+            title = "" if self._alone else f"## {name}\n\n"
+            self._writer.push(f"{title}{summed.answer.text}")
+
+    def _say(self, summed: Summed) -> None:
+        from trimkv_cli.commands.answers import print_stats, say_if_cut
+
+        if not self._how.quiet:
+            say_if_cut(summed.answer)
+            if summed.parts > 1:
+                print_note(f"summarized in {summed.parts} parts, {summed.rounds} rounds")
+        if self._how.stats:
+            print_stats(self._llm, summed.answer, tokens=(summed.prompt_tokens, summed.completion_tokens))
+
+
+def _record(record: dict[str, Any], name: str, summed: Summed) -> dict[str, Any]:
+    """Add to a completion where it comes from; its usage counts all that was sent for it."""
+    usage = {
+        "prompt_tokens": summed.prompt_tokens,
+        "completion_tokens": summed.completion_tokens,
+        "total_tokens": summed.prompt_tokens + summed.completion_tokens,
+    }
+    ours = {**record["trimkv"], "input": name, "parts": summed.parts, "rounds": summed.rounds}
+    return {**record, "usage": usage, "trimkv": ours}
+
+
+@dataclass(slots=True, kw_only=True)
+class Inputs:
+    """What there is to summarize: documents, read when their turn comes, and faults met before."""
+
+    names: list[str]
+    total: int
+    reader: Reader
+    ready: dict[int, Document] = field(default_factory=dict)
+    faults: list[TrimkvError] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, names: list[str], reader: Reader) -> Inputs:
+        """Take files one by one; a single one is read now, before a model is loaded for it."""
+        inputs = cls(names=names, total=len(names), reader=reader)
+        if len(names) == 1:
+            inputs.ready[0] = _read(names[0], reader)
+        return inputs
+
+    def take(self, index: int) -> Document:
+        """Return one document; raises as `Reader.document` does."""
+        return self.ready.pop(index, None) or _read(self.names[index], self.reader)
+
+
+def combined(names: Sequence[str], reader: Reader) -> Inputs:
+    """Read all files and put them into one document; what cannot be read is said and counted.
+
+    Raises:
+        InputError: none could be read.
+    """
+    from trimkv_cli.commands.documents import Document
+
+    documents, faults = [], []
+    for name in names:
+        try:
+            documents.append(_read(name, reader))
+        except TrimkvError as error:
+            faults.append(error)
+            if len(names) > 1:
+                print_error(named(name, error), error.hint)
+    if not documents:
+        raise faults[0]
+    text = joined([(document.name, document.text) for document in documents])
+    whole = Document(name=", ".join(document.name for document in documents), text=text)
+    return Inputs(names=[whole.name], total=len(names), reader=reader, ready={0: whole}, faults=faults)
+
+
+def _read(name: str, reader: Reader) -> Document:
+    document = reader.document(name)
+    if not document.text.strip():
+        raise InputError(f"{document.name} is empty", hint="there is nothing in it to summarize")
+    return document
+
+
+def named(name: str, error: TrimkvError) -> str:
+    """Say whose error it is, unless its message does."""
+    return error.message if name in error.message else f"{name}: {error.message}"
