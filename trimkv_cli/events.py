@@ -1,4 +1,4 @@
-"""What leaves the engine: small frozen records, the only thing that user interfaces and jobs see of it."""
+"""Small frozen records of what leaves the engine, the only thing that user interfaces and jobs see of it."""
 
 from __future__ import annotations
 

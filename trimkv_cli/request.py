@@ -1,4 +1,4 @@
-"""What a caller asks of the engine: token ids in, sampling parameters, nothing about memory."""
+"""A caller's request to the engine: token ids, sampling parameters, nothing about memory."""
 
 from __future__ import annotations
 

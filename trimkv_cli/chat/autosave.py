@@ -1,4 +1,4 @@
-"""Where the running conversation is kept: a session that is written after every turn, or memory alone."""
+"""The home of the running conversation: a session that is written after every turn, or memory alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was said: the turns of one conversation, as plain values that JSON can hold."""
+"""The turns of one conversation, as plain values that JSON can hold."""
 
 from __future__ import annotations
 

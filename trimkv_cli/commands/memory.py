@@ -1,12 +1,17 @@
-"""What an engine's cache holds, gathered for the pictures of `inspect` and `chat`."""
+"""The memory of an engine, gathered for pictures, records and the live panel, and held against its budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import MemoryUse
+from trimkv_cli.ui.live import Panel, Watch, open_watch
+from trimkv_cli.ui.panel import Jobs, PanelState, summary_line
+from trimkv_cli.ui.plain import print_note
 from trimkv_cli.units import format_size, format_sizes
 
 if TYPE_CHECKING:
@@ -90,3 +95,38 @@ def memory_line(engine: Engine) -> str:
     held = "held" if reached <= plan.budget_bytes else "NOT held"
     peak, planned, budget = format_sizes(reached, plan.run.total_bytes, plan.budget_bytes)
     return f"{said}, {peak} at the peak, {planned} planned, budget {budget} {held}"
+
+
+@contextmanager
+def watch(
+    llm: Engine,
+    *,
+    live: bool | None,
+    quiet: bool,
+    ascii_only: bool = False,
+    jobs: Callable[[], Jobs] | None = None,
+) -> Iterator[Watch]:
+    """Show on stderr what an engine does; call the watch's `tick` after every step.
+
+    On a terminal that is a panel, elsewhere (or with `live` False) a line every ten seconds, with `quiet` nothing.
+    Where a panel was, one line stays.
+    """
+    started = time.monotonic()
+
+    def ask() -> PanelState:
+        glance = llm.glance()
+        return PanelState(
+            memory=memory_use(llm, seen=0 if glance is None else glance.seen_tokens),
+            run=llm.stats,
+            glance=glance,
+            evicted=llm.evicted,
+            reading=llm.reading,
+            elapsed_s=time.monotonic() - started,
+            ttft_s=llm.first_token_s,
+            jobs=None if jobs is None else jobs(),
+        )
+
+    with open_watch(ask, wanted=live, quiet=quiet, ascii_only=ascii_only) as shown:
+        yield shown
+    if isinstance(shown, Panel):
+        print_note(summary_line(ask()))

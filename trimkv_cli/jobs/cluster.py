@@ -1,4 +1,4 @@
-"""Answers lines on a Ray cluster: blocks of them go to workers, each with an engine of its own."""
+"""A Ray cluster as a backend: blocks of lines go to workers, each with an engine of its own."""
 
 from __future__ import annotations
 

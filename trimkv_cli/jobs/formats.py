@@ -1,4 +1,4 @@
-"""Turns what a request asks of its answer's form into a grammar."""
+"""Grammars for what a request asks of its answer's form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns one input line into a request, or into the reason why it is none."""
+"""One input line as a request, or the reason why it is none."""
 
 from __future__ import annotations
 

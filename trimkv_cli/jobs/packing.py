@@ -1,4 +1,4 @@
-"""Reads and writes `.gz` and `.zst`: frame by frame, so that what was flushed outlives a kill."""
+"""`.gz` and `.zst`, frame by frame, so that what was flushed outlives a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns an input into numbered lines, holding one line at a time."""
+"""An input as numbered lines, of which one at a time is held."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the JSON objects of the output, one per input line, in the shapes of the OpenAI batch format."""
+"""The JSON objects of the output, one per input line, in the shapes of the OpenAI batch format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns an item into what the engine runs: token ids, one request per choice."""
+"""An item as what the engine runs: token ids, one request per choice."""
 
 from __future__ import annotations
 

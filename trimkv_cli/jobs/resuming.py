@@ -1,4 +1,4 @@
-"""An earlier output taken up again: its end repaired, other writers kept away, and the sidecar that tells its origin."""
+"""An earlier output taken up again: its end repaired, other writers kept away, and the sidecar of its origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says when a job ends before its input does: signals, time, errors."""
+"""The limits of a job, and the wish to end it before its input does: signals, time, errors."""
 
 from __future__ import annotations
 

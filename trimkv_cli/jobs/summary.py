@@ -1,4 +1,4 @@
-"""Counts what a job has done so far."""
+"""The tally of a job, and the reports made of it."""
 
 from __future__ import annotations
 

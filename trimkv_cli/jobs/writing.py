@@ -1,4 +1,4 @@
-"""Writes records to a file or to stdout, each in one piece, as they come or in the order of the input."""
+"""The output of a job: records written in one piece each, as they come or in the order of the input."""
 
 from __future__ import annotations
 

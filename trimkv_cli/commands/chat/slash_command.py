@@ -1,4 +1,4 @@
-"""One running chat, and what a slash command is."""
+"""One running chat, and the form of a slash command."""
 
 from __future__ import annotations
 

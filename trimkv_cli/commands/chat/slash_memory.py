@@ -1,4 +1,4 @@
-"""What the cache holds: /stats, /cache, /map, /why, /pin."""
+"""Slash commands about the cache: /stats, /cache, /map, /why, /pin."""
 
 from __future__ import annotations
 

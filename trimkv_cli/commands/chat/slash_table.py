@@ -1,4 +1,4 @@
-"""All slash commands, how one is found, and how a line is completed."""
+"""The table of slash commands: how one is found, run and completed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts a batch job together: input, earlier output, backend, and what is said about it."""
+"""A batch job put together: input, earlier output, backend, and what is said about it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from trimkv_cli.commands.memory import watch
 from trimkv_cli.commands.run.choices import Choices, ClusterChoices
-from trimkv_cli.commands.watch import watch
 from trimkv_cli.errors import ModelError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.job import Backend, BackendFacts, Job, LocalBackend

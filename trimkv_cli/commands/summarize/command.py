@@ -186,8 +186,8 @@ class Summaries:
 
     def write(self, task: Task) -> list[TrimkvError]:
         """Summarize all inputs; return what failed."""
+        from trimkv_cli.commands.memory import watch
         from trimkv_cli.commands.summarize.pool import Pool
-        from trimkv_cli.commands.watch import watch
 
         pool = Pool(self._llm, on_text=self._stream, on_answer=self._keep)
         how, jobs = self._how, None if self._alone else lambda: self._jobs(pool)

@@ -1,4 +1,4 @@
-"""Summarizes many documents over the rows of one engine: each is a chain of requests, and all chains share the rows."""
+"""Summaries of many documents over the rows of one engine, each a chain of requests."""
 
 from __future__ import annotations
 

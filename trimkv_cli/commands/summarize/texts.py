@@ -1,4 +1,4 @@
-"""What `summarize` says to a model, and how a text that is too long for one pass is cut."""
+"""The words of `summarize` to a model, and the cutting of a text that is too long for one pass."""
 
 from __future__ import annotations
 
