@@ -134,19 +134,3 @@ def _print(text: str, output: str | None) -> None:
     with open_answer(output) as writer:
         writer.push(text)
         writer.close()
-
-
-def session_table(store: SessionStore) -> list[str]:
-    """Return a heading and a line per session, the last one used first; nothing where there is none."""
-    rows = [_row(store, name) for name in store.names()]
-    return list(columns([("NAME", "TURNS", "MODEL", "USED", "BEGINS"), *rows])) if rows else []
-
-
-def _row(store: SessionStore, name: str) -> tuple[str, ...]:
-    try:
-        session = store.read(name)
-    except InputError:
-        return (name, "?", "?", "?", "(its file is damaged)")
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.updated))
-    first = " ".join(session.turns[0].user.split())[:40] if session.turns else ""
-    return (name, str(len(session.turns)), neutralise(session.model), used, neutralise(first))
