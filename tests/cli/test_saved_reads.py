@@ -30,11 +30,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def live_answer(summary_tokens: int) -> str:
     """Summarize and ask in one process, by hand."""
-    from trimkv_cli.commands.summarize.texts import Wish
+    from trimkv_cli.commands.summarize.texts import SummaryStyle
 
     llm: Any = load_engine(EngineOptions(kv_budget="40", threads=1, max_inflight=1))
     params = SamplingParams(max_tokens=summary_tokens, temperature=0.0)
-    prompt = llm.text.render_chat([{"role": "user", "content": f"{TEXT}\n\n{Wish().instruction()}"}])
+    prompt = llm.text.render_chat([{"role": "user", "content": f"{TEXT}\n\n{SummaryStyle().instruction()}"}])
     first = answer(llm, Request(id="1", prompt_token_ids=prompt.token_ids, params=params, keep=True))
     ids = llm.text.render_turn(QUESTION, last_token_id=first.token_ids[-1], eos_token_ids=llm.facts.eos_token_ids)
     return answer(llm, Request(id="2", prompt_token_ids=tuple(ids), params=params, continues="1")).text

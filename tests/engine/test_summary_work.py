@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trimkv_cli.commands.summarize.pool import Chain, Pool, Summed, Task, summarize_text
+from trimkv_cli.commands.summarize.pool import Chain, DocumentSummary, Outcome, Pool, Task, summarize_text
 from trimkv_cli.commands.summarize.texts import TL_DR
 from trimkv_cli.errors import ContextOverflow, InputError, OutOfDeviceMemory, TrimkvError
 from trimkv_cli.events import Answer, CacheStats, RequestStats, TokenEvent
@@ -28,7 +28,7 @@ def make_task(*, map_reduce: bool = False, said: bool = True, max_tokens: int = 
     return Task(instruction="Go.", params=params, max_tokens_said=said, think=None, map_reduce=map_reduce)
 
 
-def summarize(llm: Any, texts: list[str | None], task: Task) -> tuple[dict[int, Summed | TrimkvError], list[int]]:
+def summarize(llm: Any, texts: list[str | None], task: Task) -> tuple[dict[int, Outcome], list[int]]:
     """Run texts, None being one that cannot be read; return outcomes and whose rows were seen before they went."""
     seen: list[int] = []
 
@@ -51,8 +51,8 @@ def summarize(llm: Any, texts: list[str | None], task: Task) -> tuple[dict[int, 
     return outcomes, seen
 
 
-def text_of(outcome: Summed | TrimkvError) -> str:
-    assert isinstance(outcome, Summed)
+def text_of(outcome: Outcome) -> str:
+    assert isinstance(outcome, DocumentSummary)
     return outcome.answer.text
 
 
@@ -84,7 +84,7 @@ def test_a_request_given_up_fails_its_document_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(llm, "step", failing)
     outcomes, _ = summarize(llm, [TEXTS[0], "".join(TEXTS), TEXTS[1]], make_task(map_reduce=True))
     assert isinstance(outcomes[1], OutOfDeviceMemory)
-    assert [type(outcomes[index]) for index in (0, 2)] == [Summed, Summed]
+    assert [type(outcomes[index]) for index in (0, 2)] == [DocumentSummary, DocumentSummary]
     assert not llm._scheduler.parked
 
 
@@ -97,7 +97,7 @@ def test_a_long_text_is_refused_or_reduced_never_cut() -> None:
     assert "map-reduce" in refused.hint
     assert "rebase" in refused.hint
     reduced = summarize(llm, [text], make_task(map_reduce=True))[0][0]
-    assert isinstance(reduced, Summed)
+    assert isinstance(reduced, DocumentSummary)
     assert reduced.parts > 2
     assert reduced.rounds >= 2
     assert reduced.prompt_tokens > len(llm.text.encode(text))
@@ -108,7 +108,7 @@ def test_a_length_that_nobody_gave_is_what_is_left() -> None:
     llm = make_llm(rows=1, context=260)
     task = make_task(said=False, max_tokens=512)
     outcome = summarize(llm, [TEXTS[0]], task)[0][0]
-    assert isinstance(outcome, Summed)
+    assert isinstance(outcome, DocumentSummary)
     asked = outcome.answer.request
     assert asked.params.max_tokens == 260 - len(asked.prompt_token_ids) + 1
     refused = summarize(llm, [TEXTS[0]], make_task(said=True, max_tokens=512))[0][0]

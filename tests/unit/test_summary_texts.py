@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimkv_cli.commands.summarize.texts import Wish, as_json, cut
+from trimkv_cli.commands.summarize.texts import SummaryStyle, as_json, cut
 from trimkv_cli.errors import UsageError
 
 
@@ -31,14 +31,14 @@ def test_parts_are_of_about_equal_length_and_end_where_sentences_do() -> None:
 
 def test_the_wish_becomes_an_instruction_and_a_bad_length_is_refused() -> None:
     """Catches flags that change nothing, and a default that the built-in model was not trained on."""
-    assert Wish().instruction() == "Summarize the text above. Keep to what it says; list its main points."
-    wished = Wish(format="bullets", length="120", focus="the cat").instruction()
+    assert SummaryStyle().instruction() == "Summarize the text above. Keep to what it says; list its main points."
+    wished = SummaryStyle(format="bullets", length="120", focus="the cat").instruction()
     assert "120 words" in wished
     assert "the cat" in wished
     assert '"- "' in wished
-    assert Wish(format="prose").instruction() != Wish().instruction()
+    assert SummaryStyle(format="prose").instruction() != SummaryStyle().instruction()
     with pytest.raises(UsageError, match="--length huge"):
-        Wish(length="huge")
+        SummaryStyle(length="huge")
 
 
 def test_json_holds_the_points_whatever_marks_them() -> None:

@@ -11,7 +11,7 @@ import pytest
 from trimkv_cli.chat.store import SessionStore
 from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.prompts import fill, gather, read_system, read_template
-from trimkv_cli.commands.summarize.texts import Wish
+from trimkv_cli.commands.summarize.texts import SummaryStyle
 from trimkv_cli.errors import InputError, NotUtf8, TrimkvError
 from trimkv_cli.eval.exam import read_samples
 from trimkv_cli.files import as_text
@@ -45,7 +45,7 @@ def template(folder: Path) -> Any:
         (lambda _: gather(BAD, [], Reader()), "the prompt"),
         (lambda _: read_system(BAD, None, Reader()), "the system message"),
         (lambda _: SamplingOptions(stop=["ok", BAD]), "--stop"),
-        (lambda _: Wish(focus=BAD), "--focus"),
+        (lambda _: SummaryStyle(focus=BAD), "--focus"),
         (lambda folder: fill(template(folder), name="t", user="", parameters=[f"input={BAD}"]), "-p"),
         (lambda folder: load_settings(folder, {"TRIMKV_SYSTEM": BAD}), "TRIMKV_SYSTEM"),
     ],
@@ -59,7 +59,7 @@ def test_every_door_names_what_is_not_utf_8(give: Any, named: str, tmp_path: Pat
 def test_what_comes_through_a_door_is_what_was_meant(tmp_path: Path) -> None:
     """Catches text that is checked, and used as it was all the same."""
     assert SamplingOptions(stop=[POSIX]).stop == ["Käro"]
-    assert "Käro" in Wish(focus=POSIX).instruction()
+    assert "Käro" in SummaryStyle(focus=POSIX).instruction()
     assert read_system(POSIX, None, Reader()) == "Käro"
     assert load_settings(tmp_path, {"TRIMKV_STOP": POSIX})["stop"] == ["Käro"]
 

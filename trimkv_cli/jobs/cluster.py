@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from trimkv_cli.errors import DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
-from trimkv_cli.jobs.job import BackendFacts, Engine, Feed, Job, run_job
+from trimkv_cli.jobs.job import BackendFacts, Feed, Job, JobEngine, run_job
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.records import Recorder, encode
 from trimkv_cli.jobs.stopping import Limits
@@ -311,7 +311,7 @@ def _first_line(error: Exception) -> str:
 
 
 # (CPUs of the worker, fingerprint of the first one) → its engine
-Load = Callable[[int | None, Mapping[str, str] | None], tuple[Engine, BackendFacts]]
+Load = Callable[[int | None, Mapping[str, str] | None], tuple[JobEngine, BackendFacts]]
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import Answer, TokenEvent
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.records import Record, Recorder, encode
-from trimkv_cli.jobs.requests import Text, fitted, make_requests, refused, with_warnings
+from trimkv_cli.jobs.requests import Tokenizer, fitted, make_requests, refused, with_warnings
 from trimkv_cli.jobs.stopping import Limits, Stop
 from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.request import Request
@@ -63,7 +63,7 @@ class LocalBackend:
     def __init__(self, engine: Any, facts: BackendFacts, memory: Callable[[], dict[str, Any]] | None = None) -> None:
         self.facts = facts
         self.memory = memory  # what each record says of budget and memory
-        self.engine = engine  # an `Engine` of jobs.job, and whatever more it can show of itself
+        self.engine = engine  # a `JobEngine`, and whatever more it can show of itself
 
     def run(self, job: Job) -> None:
         """Run a job to its end, or until it is stopped."""
@@ -79,11 +79,11 @@ _FEWEST_WAITING = 16  # requests among which the engine finds those that share a
 _IDLE_S = 0.5
 
 
-class Engine(Protocol):
+class JobEngine(Protocol):
     """The part of the engine that a job needs."""
 
     @property
-    def text(self) -> Text | None: ...
+    def text(self) -> Tokenizer | None: ...
     @property
     def max_rows(self) -> int: ...
     @property
@@ -111,7 +111,7 @@ class _Running:
     choices: dict[str, Answer]  # by request id
 
 
-def run_job(engine: Engine, job: Job) -> Summary:
+def run_job(engine: JobEngine, job: Job) -> Summary:
     """Answer every line and write its record; `job.progress` is called after every step and while waiting for input.
 
     A job that is stopped says so in `summary.stopped`; what it had not finished by then is not written.
@@ -131,7 +131,7 @@ def run_job(engine: Engine, job: Job) -> Summary:
 class _Loop:
     """A job between two steps of its engine."""
 
-    def __init__(self, engine: Engine, feed: Feed[Item | BadLine], job: Job) -> None:
+    def __init__(self, engine: JobEngine, feed: Feed[Item | BadLine], job: Job) -> None:
         self.engine = engine
         self.feed = feed
         self.job = job

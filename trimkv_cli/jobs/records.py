@@ -14,7 +14,7 @@ import orjson
 
 from trimkv_cli.events import Answer, RequestStats, TokenLogprob
 from trimkv_cli.jobs.lines import BadLine, Item
-from trimkv_cli.jobs.requests import Text
+from trimkv_cli.jobs.requests import Tokenizer
 
 # Characters that JSON may carry raw, but that move a terminal's cursor or that str.splitlines() takes for a line's end.
 _UNSAFE = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
@@ -33,7 +33,7 @@ class Recorder:
     reproducible: bool = False
     memory: Callable[[], Record] | None = None  # budget and memory as they are now
 
-    def success(self, item: Item, answers: Sequence[Answer], text: Text | None) -> Record:
+    def success(self, item: Item, answers: Sequence[Answer], text: Tokenizer | None) -> Record:
         """Return the record of an answered item, with all its choices; without a tokenizer it has only token ids."""
         body = self._body(item, answers, text)
         return self._record(self._key(item.custom_id), item.custom_id, status=200, body=body)
@@ -63,7 +63,7 @@ class Recorder:
         record: Record = {"id": f"batch_req_{key}", "custom_id": custom_id, "response": None, "error": error}
         return {**record, "trimkv": {"line": line}}
 
-    def _body(self, item: Item, answers: Sequence[Answer], text: Text | None) -> Record:
+    def _body(self, item: Item, answers: Sequence[Answer], text: Tokenizer | None) -> Record:
         completion = item.kind == "completion"
         return {
             "id": f"{'cmpl' if completion else 'chatcmpl'}-{self._key(item.custom_id)}",
@@ -111,7 +111,7 @@ def encode(record: Record) -> bytes:
     return _UNSAFE.sub(_escape, orjson.dumps(record)) + b"\n"
 
 
-def _choice(item: Item, index: int, answer: Answer, text: Text | None) -> Record:
+def _choice(item: Item, index: int, answer: Answer, text: Tokenizer | None) -> Record:
     choice: Record = {"index": index}
     completion = item.kind == "completion"
     if completion:

@@ -21,7 +21,7 @@ class RenderedPrompt(Protocol):
     def prefix_len(self) -> int: ...
 
 
-class Text(Protocol):
+class Tokenizer(Protocol):
     """The part of the engine's tokenizer that a job needs."""
 
     def encode(self, text: str, *, special: bool = False) -> Sequence[int]: ...
@@ -30,7 +30,7 @@ class Text(Protocol):
     def render_chat(self, messages: Sequence[dict[str, str]], *, think: bool | None = None) -> RenderedPrompt: ...
 
 
-def make_requests(item: Item, text: Text | None) -> list[Request] | BadLine:
+def make_requests(item: Item, text: Tokenizer | None) -> list[Request] | BadLine:
     """Return a request for each choice of an item, or say why there is none."""
     if item.prompt_token_ids is not None:
         return _choices(item, item.prompt_token_ids, 0)
@@ -49,7 +49,7 @@ def make_requests(item: Item, text: Text | None) -> list[Request] | BadLine:
     return _choices(item, token_ids, prefix_len)
 
 
-def with_warnings(item: Item, text: Text | None) -> Item:
+def with_warnings(item: Item, text: Tokenizer | None) -> Item:
     """Warn of a prompt that names special tokens and has them read as text."""
     if text is None or item.prompt is None or item.special_tokens or not (named := text.named_tokens(item.prompt)):
         return item

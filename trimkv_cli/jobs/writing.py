@@ -43,7 +43,7 @@ def is_resumable(output: str) -> bool:
     return output != "-" and (Path(output).is_file() or not Path(output).exists())
 
 
-class Output(Protocol):
+class RecordStream(Protocol):
     """Takes records one by one; each is handed to the system before `write` returns."""
 
     def write(self, data: bytes) -> None: ...
@@ -78,7 +78,7 @@ class _Packed:
 
 
 @contextmanager
-def open_output(output: str) -> Iterator[Output]:
+def open_output(output: str) -> Iterator[RecordStream]:
     """Open an output to append to; `.gz` and `.zst` are packed.
 
     Raises:
@@ -109,7 +109,7 @@ class Writer:
         BrokenPipeError: nobody reads the output any more.
     """
 
-    def __init__(self, output: Output, *, order: Order = "completion") -> None:
+    def __init__(self, output: RecordStream, *, order: Order = "completion") -> None:
         self._output = output
         self._in_order = order == "input"
         self._held: dict[int, bytes] = {}

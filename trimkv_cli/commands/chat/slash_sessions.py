@@ -1,4 +1,4 @@
-"""Stored conversations: /save, /load, /fork, /sessions."""
+"""Slash commands about sessions and files: /save, /load, /fork, /sessions, /file, /export, /copy."""
 
 from __future__ import annotations
 

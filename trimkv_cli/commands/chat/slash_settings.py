@@ -1,4 +1,4 @@
-"""What can be changed while talking: /system, /set, /budget, /show."""
+"""Slash commands that change the conversation: /system, /set, /budget, /show, /clear, /undo and their like."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import Ascii, Encoding, Json, Live, Output, Quiet, Stats, Stream, Think, with_options
-from trimkv_cli.commands.summarize.texts import TL_DR, Format, Wish, as_json, joined
+from trimkv_cli.commands.summarize.texts import TL_DR, Format, SummaryStyle, as_json, joined
 from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
 from trimkv_cli.events import Answer
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
@@ -19,7 +19,7 @@ from trimkv_cli.ui.plain import AnswerWriter, print_error, print_note, to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.documents import Document, Reader
-    from trimkv_cli.commands.summarize.pool import Chain, Pool, Summed, Task
+    from trimkv_cli.commands.summarize.pool import Chain, DocumentSummary, Outcome, Pool, Task
     from trimkv_cli.engine.engine import Engine
     from trimkv_cli.ui.panel import Jobs
 
@@ -77,8 +77,8 @@ def summarize(
     """
     from trimkv_cli.commands.documents import Reader, expand
 
-    how = How(
-        wish=Wish(format=format, length=length, focus=focus),
+    asked = SummaryOptions(
+        style=SummaryStyle(format=format, length=length, focus=focus),
         combine=combine,
         json=json,
         stream=stream,
@@ -92,55 +92,55 @@ def summarize(
         engine=engine,
     )
     names = expand(files)
-    _check(names, how)
+    _check(names, asked)
     reader = Reader(encoding=encoding, quiet=quiet)
-    _run(combined(names, reader) if combine else Inputs.of(names, reader), how, sampling, output)
+    _run(combined(names, reader) if combine else Inputs.of(names, reader), asked, sampling, output)
 
 
-def _check(names: Sequence[str], how: How) -> None:
+def _check(names: Sequence[str], asked: SummaryOptions) -> None:
     from trimkv_cli.commands.answers import check_place
 
-    if how.raw and how.wish != Wish():
+    if asked.raw and asked.style != SummaryStyle():
         raise UsageError("--raw asks for nothing but a summary", hint="leave out --focus, --length and --format")
-    if how.raw and how.save_cache is not None:
+    if asked.raw and asked.save_cache is not None:
         raise UsageError("--save-cache keeps what messages go on with", hint="leave out --raw, or --save-cache")
-    if how.json and how.wish.format == "json":
+    if asked.json and asked.style.format == "json":
         raise UsageError("--json and --format json are both given", hint="--format json prints the points alone")
-    if how.save_cache is None:
+    if asked.save_cache is None:
         return
-    if len(names) > 1 and not how.combine:
+    if len(names) > 1 and not asked.combine:
         raise UsageError(
             "--save-cache keeps one reading", hint="run trimkv summarize once for each file, or --combine them"
         )
-    if how.engine.on_overflow == "map-reduce":
+    if asked.engine.on_overflow == "map-reduce":
         raise UsageError(
             "--save-cache keeps one reading, and --on-overflow map-reduce reads in parts", hint="--on-overflow rebase"
         )
-    check_place(how.save_cache)
+    check_place(asked.save_cache)
 
 
-def _run(inputs: Inputs, how: How, sampling: SamplingOptions, output: str | None) -> None:
+def _run(inputs: Inputs, asked: SummaryOptions, sampling: SamplingOptions, output: str | None) -> None:
     from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import draw_seed, needs, open_answer
     from trimkv_cli.commands.summarize.pool import Task
 
-    map_reduce = how.engine.on_overflow == "map-reduce"
-    options = replace(how.engine, on_overflow="error") if map_reduce else how.engine
+    map_reduce = asked.engine.on_overflow == "map-reduce"
+    options = replace(asked.engine, on_overflow="error") if map_reduce else asked.engine
     if len(inputs.names) == 1 and not map_reduce:
         options = replace(options, max_inflight=1)
     instead = '--raw puts "TL;DR:" under the text'
-    llm = open_engine(options, quiet=how.quiet, check=needs(raw=how.raw, instead=instead))
+    llm = open_engine(options, quiet=asked.quiet, check=needs(raw=asked.raw, instead=instead))
     task = Task(
-        instruction=TL_DR if how.raw else how.wish.instruction(),
-        raw=how.raw,
+        instruction=TL_DR if asked.raw else asked.style.instruction(),
+        raw=asked.raw,
         params=draw_seed(sampling).resolve(llm.facts.sampling_defaults),
         max_tokens_said=sampling.max_tokens is not None,
-        think=how.think,
+        think=asked.think,
         map_reduce=map_reduce,
     )
     with open_answer(output) as writer:
-        failed = Summaries(llm, inputs, writer, how).write(task)
+        failed = Summaries(llm, inputs, writer, asked).write(task)
     if failed and inputs.total == 1:
         raise failed[0]
     if failed:
@@ -151,10 +151,10 @@ def _run(inputs: Inputs, how: How, sampling: SamplingOptions, output: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class How:
+class SummaryOptions:
     """What the flags said about the output."""
 
-    wish: Wish
+    style: SummaryStyle
     combine: bool
     json: bool
     stream: bool
@@ -171,15 +171,15 @@ class How:
 class Summaries:
     """Write every summary in the order of the inputs, as soon as it and all before it are done."""
 
-    def __init__(self, llm: Engine, inputs: Inputs, writer: AnswerWriter, how: How) -> None:
+    def __init__(self, llm: Engine, inputs: Inputs, writer: AnswerWriter, asked: SummaryOptions) -> None:
         self._llm = llm
         self._inputs = inputs
         self._writer = writer
-        self._how = how
+        self._asked = asked
         self._alone = len(inputs.names) == 1
-        self._streams = self._alone and not (how.json or not how.stream or how.wish.format == "json")
+        self._streams = self._alone and not (asked.json or not asked.stream or asked.style.format == "json")
         self._records: dict[int, dict[str, Any]] = {}
-        self._done: dict[int, Summed | TrimkvError] = {}
+        self._done: dict[int, Outcome] = {}
         self._next = 0
         self._failed = list(inputs.faults)
         self._watch = Watch()
@@ -190,8 +190,10 @@ class Summaries:
         from trimkv_cli.commands.summarize.pool import Pool
 
         pool = Pool(self._llm, on_text=self._stream, on_answer=self._keep)
-        how, jobs = self._how, None if self._alone else lambda: self._jobs(pool)
-        with watch(self._llm, live=how.live, quiet=how.quiet, ascii_only=how.ascii_only, jobs=jobs) as self._watch:
+        asked, jobs = self._asked, None if self._alone else lambda: self._jobs(pool)
+        with watch(
+            self._llm, live=asked.live, quiet=asked.quiet, ascii_only=asked.ascii_only, jobs=jobs
+        ) as self._watch:
             for index, outcome in pool.run(self._chains(task), self._watch.tick):
                 self._done[index] = outcome
                 while self._next in self._done:
@@ -228,12 +230,12 @@ class Summaries:
         """Take what only the row of a finished request can tell."""
         from trimkv_cli.commands.answers import save_read, to_completion
 
-        if self._how.json:
-            self._records[index] = to_completion(self._llm, answer, self._how.engine)
-        if self._how.save_cache is not None:
-            save_read(self._llm, answer.request.id, self._how.save_cache)
+        if self._asked.json:
+            self._records[index] = to_completion(self._llm, answer, self._asked.engine)
+        if self._asked.save_cache is not None:
+            save_read(self._llm, answer.request.id, self._asked.save_cache)
 
-    def _finish(self, index: int, outcome: Summed | TrimkvError) -> None:
+    def _finish(self, index: int, outcome: Outcome) -> None:
         name = self._inputs.names[index]
         if isinstance(outcome, TrimkvError):
             self._failed.append(outcome)
@@ -245,27 +247,27 @@ class Summaries:
         self._writer.close()
         self._say(outcome)
 
-    def _print(self, index: int, name: str, summed: Summed) -> None:
-        if self._how.json:
+    def _print(self, index: int, name: str, summed: DocumentSummary) -> None:
+        if self._asked.json:
             self._writer.push(to_json(_record(self._records.pop(index), name, summed)))
-        elif self._how.wish.format == "json":
+        elif self._asked.style.format == "json":
             self._writer.push(as_json(name, summed.answer.text))
         else:
             title = "" if self._alone else f"## {name}\n\n"
             self._writer.push(f"{title}{summed.answer.text}")
 
-    def _say(self, summed: Summed) -> None:
+    def _say(self, summed: DocumentSummary) -> None:
         from trimkv_cli.commands.answers import print_stats, say_if_cut
 
-        if not self._how.quiet:
+        if not self._asked.quiet:
             say_if_cut(summed.answer)
             if summed.parts > 1:
                 print_note(f"summarized in {summed.parts} parts, {summed.rounds} rounds")
-        if self._how.stats:
+        if self._asked.stats:
             print_stats(self._llm, summed.answer, tokens=(summed.prompt_tokens, summed.completion_tokens))
 
 
-def _record(record: dict[str, Any], name: str, summed: Summed) -> dict[str, Any]:
+def _record(record: dict[str, Any], name: str, summed: DocumentSummary) -> dict[str, Any]:
     """Add to a completion where it comes from; its usage counts all that was sent for it."""
     usage = {
         "prompt_tokens": summed.prompt_tokens,

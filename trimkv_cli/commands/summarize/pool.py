@@ -27,7 +27,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summed:
+class DocumentSummary:
     """A document's summary, and what it took to get there; `parts` is 1 for one pass."""
 
     answer: Answer
@@ -37,7 +37,8 @@ class Summed:
     completion_tokens: int
 
 
-Chain = Generator[Stage, list[Answer], Summed]
+Outcome = DocumentSummary | TrimkvError
+Chain = Generator[Stage, list[Answer], DocumentSummary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ def summarize_text(llm: Engine, name: str, text: str, task: Task) -> Chain:
         prompt_tokens += sum(answer.stats.prompt_tokens for answer in answers)
         completion_tokens += sum(answer.stats.completion_tokens for answer in answers)
         if len(requests) == 1:
-            return Summed(
+            return DocumentSummary(
                 answer=answers[0],
                 parts=parts,
                 rounds=rounds,
@@ -150,9 +151,7 @@ class Pool:
         """Count the documents that are being worked on."""
         return self._documents
 
-    def run(
-        self, chains: Iterable[Chain], after_step: Callable[[], None]
-    ) -> Iterator[tuple[int, Summed | TrimkvError]]:
+    def run(self, chains: Iterable[Chain], after_step: Callable[[], None]) -> Iterator[tuple[int, Outcome]]:
         """Yield every document's summary or fault, by its number, as soon as it is there."""
         coming = enumerate(chains)
         while True:
@@ -169,7 +168,7 @@ class Pool:
                 yield from self._take(event)
             after_step()
 
-    def _advance(self, running: _Running, answers: list[Answer] | None) -> Iterator[tuple[int, Summed | TrimkvError]]:
+    def _advance(self, running: _Running, answers: list[Answer] | None) -> Iterator[tuple[int, Outcome]]:
         """Go on with a chain until it asks for something or ends."""
         try:
             stage = next(running.chain) if answers is None else running.chain.send(answers)
@@ -185,7 +184,7 @@ class Pool:
         running.answers = {request.id: Answer(request) for request in stage.requests}
         self._queue.extend((running, request) for request in stage.requests)
 
-    def _take(self, event: TokenEvent) -> Iterator[tuple[int, Summed | TrimkvError]]:
+    def _take(self, event: TokenEvent) -> Iterator[tuple[int, Outcome]]:
         running = self._asked[event.request_id]
         answer = running.answers[event.request_id]
         answer.take(event)
@@ -204,7 +203,7 @@ class Pool:
         if all(each.last is not None for each in running.answers.values()):
             yield from self._advance(running, list(running.answers.values()))
 
-    def _give_up(self, running: _Running, error: TrimkvError) -> Iterator[tuple[int, Summed | TrimkvError]]:
+    def _give_up(self, running: _Running, error: TrimkvError) -> Iterator[tuple[int, Outcome]]:
         """End a document one of whose requests failed; its others are dropped."""
         for request_id in [key for key, asker in self._asked.items() if asker is running]:
             del self._asked[request_id]

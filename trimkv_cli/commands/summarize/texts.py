@@ -28,7 +28,7 @@ _ENDS = (r"(?<=\n)(?=\n)", r"(?<=\n)", r"(?<=[.!?])\s", r"(?<=\s)", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class SummaryStyle:
     """What a summary should be like."""
 
     format: Format | None = None
