@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,12 +19,12 @@ from typer.exceptions import Exit, TyperException
 from trimkv_cli import __version__
 from trimkv_cli.commands import ask, bench, doctor, eval, gates, gates_train, inspect, models, plan, profiles, sessions
 from trimkv_cli.commands.chat.command import chat
-from trimkv_cli.commands.options import CommandGroup, check_setting
+from trimkv_cli.commands.options import CommandGroup, settings_of
 from trimkv_cli.commands.run.command import run
 from trimkv_cli.commands.summarize.command import summarize
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError, UsageError, is_out_of_memory
 from trimkv_cli.files import can_write
-from trimkv_cli.settings import KEYS, load_layers, overlay
+from trimkv_cli.settings import load_settings
 from trimkv_cli.streams import drop_stdout, repair_streams, why_not_written
 from trimkv_cli.tested import NEWEST, untested
 from trimkv_cli.ui.plain import print_error
@@ -111,24 +111,16 @@ def _invoke(arguments: list[str]) -> int:
     command = command_tree()
     if "_TRIMKV_COMPLETE" in os.environ:
         command.main(arguments, prog_name="trimkv")
-    defaults = _defaults(command)
+    known = settings_of(command)
+    kinds = {name: each.kind for name, each in known.items()}
+    settings = load_settings(_working_folder(), os.environ, kinds, lambda key, *said: known[key].check(*said))
     try:
         # Not command.main(): that one turns a closed pipe into exit code 1.
-        with command.make_context("trimkv", arguments, default_map=defaults) as context:
+        with command.make_context("trimkv", arguments, obj=settings) as context:
             command.invoke(context)
     except Exit as request:
         return request.exit_code
     return 0
-
-
-def _defaults(command: Any) -> dict[str, Any]:
-    """Return the settings of files and environment as defaults of each command that has such an option."""
-    merged: Mapping[str, Any] = {}
-    for layer in load_layers(_working_folder(), os.environ):
-        for key, value in layer.values.items():
-            check_setting(key, value, name=layer.name(key))
-        merged = overlay(merged, layer.values)
-    return _defaults_of(command, merged)
 
 
 def _working_folder() -> Path:
@@ -141,21 +133,6 @@ def _working_folder() -> Path:
         return Path.cwd()
     except FileNotFoundError:
         raise UsageError("the folder that this was started in is gone", hint="cd into one that is there") from None
-
-
-def _defaults_of(command: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Spread settings over a command's options, and over the commands of a group."""
-    inner = getattr(command, "commands", {})
-    names = {p.name for p in command.params}
-    if "profile" in settings and "profile" not in names:
-        settings = {"model": settings["profile"], **settings}  # a profile's name is a model's name as well
-    own = {p.name: settings[p.name] for p in command.params if p.name in settings and _takes(p)}
-    return {**own, **{name: _defaults_of(sub, settings) for name, sub in inner.items()}}
-
-
-def _takes(parameter: Any) -> bool:
-    """Tell whether an option means what the setting of its name means: --save-cache is a file elsewhere."""
-    return (KEYS[parameter.name] is bool) == bool(getattr(parameter, "is_flag", False))
 
 
 def _report(message: str, hint: str | None, code: int) -> int:

@@ -1,53 +1,16 @@
-"""Where an option's value comes from without a flag: environment, project, the user's file; the first that has it."""
+"""Options as plain data, and their values below the command line: environment, project, the user's file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import ConfigError
 from trimkv_cli.files import as_text, check_keys, read_toml
-from trimkv_cli.model.profiles import SAMPLING_KEYS
 
-KEYS: Mapping[str, type] = {
-    "model": str,
-    "profile": str,
-    "revision": str,
-    "gates": str,
-    "dtype": str,
-    "quantize": str,
-    "kv_dtype": str,
-    "device": str,
-    "offline": bool,
-    "trust_remote_code": bool,
-    "budget": str,
-    "kv_budget": str,
-    "prefill_chunk": int,
-    "context": int,
-    "on_overflow": str,
-    "max_inflight": int,
-    "pin": str,
-    "deterministic": bool,
-    "threads": int,
-    **SAMPLING_KEYS,
-    "seed": int,
-    "stop": list,
-    "greedy": bool,
-    "ignore_eos": bool,
-    "system": str,
-    "encoding": str,
-    "think": bool,
-    "stream": bool,
-    "quiet": bool,
-    "stats": bool,
-    "live": bool,
-    "save_cache": bool,
-    "history": bool,
-    "undo_depth": int,
-}
 LOADS_CODE = ("trust_remote_code",)
 _NEGATED = {f"no_{key}": key for key in ("stream", "save_cache", "history")}  # as they were called at first
 _FILTERS = ("temperature", "top_p", "top_k", "min_p", "top_h")
@@ -78,33 +41,62 @@ _SIZES = ("budget", "kv_budget")  # text that may be a bare number in TOML
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """The settings of one place: of a file, or without one of the environment."""
+def option(
+    default: Any,
+    help: str,
+    metavar: str | None = None,
+    *,
+    panel: str | None = None,
+    short: str | None = None,
+    flag: str | None = None,
+    least: int | None = None,
+    setting: bool = False,
+    check: Callable[[Any], object] | None = None,
+) -> Any:
+    """Return a dataclass field that is an option of the command line as well, called as the field is.
 
-    values: Mapping[str, Any]
-    path: Path | None = None
+    `default` may be `...`: it has to be said. With `flag` it has another name, or several; with `setting` files and
+    environment may say it under the field's name.
+    """
+    about: dict[str, Any] = {"help": help, "metavar": metavar, "panel": panel, "short": short, "flag": flag}
+    about |= {"least": least, "setting": setting, "check": check}
+    return field(metadata=about) if default is ... else field(default=default, metadata=about)
 
-    def name(self, key: str) -> str:
-        """Name one setting so that its owner finds it."""
-        return f"{_PREFIX}{key.upper()}={self.values[key]}" if self.path is None else f"{self.path}: {key}"
 
-
-def load_layers(cwd: Path, environ: Mapping[str, str]) -> list[Layer]:
+def load_settings(
+    cwd: Path, environ: Mapping[str, str], known: Mapping[str, type], check: Callable[[str, Any, str], object]
+) -> Mapping[str, Any]:
     """Return the settings of the user's file, the project's and the environment: what comes later wins.
+
+    `known` says of which type each is, `check` gets name, value and place of every one.
 
     Raises:
         ConfigError: an unknown key, a value of another type, a project file that would have code loaded.
     """
-    return [*_user_settings(), *_project_settings(cwd), Layer(_environment_settings(environ))]
-
-
-def load_settings(cwd: Path, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return option name → value of all layers below the flags; raises as `load_layers`."""
     merged: Mapping[str, Any] = {}
-    for layer in load_layers(cwd, environ):
-        merged = overlay(merged, layer.values)
-    return dict(merged)
+    for place, values in _layers(cwd, environ, known):
+        for key, value in values.items():
+            check(key, value, f"{place}: {key}" if place else f"{_PREFIX}{key.upper()}={value}")
+        merged = overlay(merged, values)
+    return merged
+
+
+def _layers(
+    cwd: Path, environ: Mapping[str, str], known: Mapping[str, type]
+) -> Iterator[tuple[Path | None, dict[str, Any]]]:
+    """Yield files and the environment with their settings, the lowest first."""
+    from platformdirs import user_config_path
+
+    own = user_config_path("trimkv") / "config.toml"
+    if own.is_file():
+        yield own, _checked(read_toml(own), own, known)
+    for path, values in _project_settings(cwd):
+        settings = _checked(values, path, known)
+        for key in settings.keys() & set(LOADS_CODE):
+            hint = f"a project may not have code loaded; put {key} into your own config.toml"
+            raise ConfigError(f"{path}: {key} is not allowed in a project file", hint=hint)
+        yield path, settings
+    yield None, _environment_settings(environ, known)
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -142,24 +134,9 @@ def _may_be_gpu(device: Any) -> bool:
     return str(device).partition(":")[0] in ("auto", "cuda")
 
 
-def _user_settings() -> Iterator[Layer]:
-    from platformdirs import user_config_path
-
-    path = user_config_path("trimkv") / "config.toml"
-    if path.is_file():
-        yield Layer(_checked(read_toml(path), path), path)
-
-
-def _project_settings(cwd: Path) -> Iterator[Layer]:
+def _project_settings(cwd: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Read the nearest project file from `cwd` up to the folder with .git; without one, only `cwd` counts."""
-    for folder in _project_folders(cwd):
-        for path, values in _files_of(folder):
-            settings = _checked(values, path)
-            for key in settings.keys() & set(LOADS_CODE):
-                hint = f"a project may not have code loaded; put {key} into your own config.toml"
-                raise ConfigError(f"{path}: {key} is not allowed in a project file", hint=hint)
-            yield Layer(settings, path)
-            return
+    return next(filter(None, map(_files_of, _project_folders(cwd))), [])
 
 
 def _project_folders(cwd: Path) -> list[Path]:
@@ -177,7 +154,7 @@ def _files_of(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return [(shared, tool["trimkv"])] if isinstance(tool.get("trimkv"), dict) else []
 
 
-def _environment_settings(environ: Mapping[str, str]) -> dict[str, Any]:
+def _environment_settings(environ: Mapping[str, str], known: Mapping[str, type]) -> dict[str, Any]:
     """Read TRIMKV_KV_BUDGET and its like; other names with our prefix are left alone unless they look misspelt."""
     settings = {}
     for variable, text in environ.items():
@@ -186,9 +163,9 @@ def _environment_settings(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         if key in _NEGATED:
             settings[_NEGATED[key]] = not _parse(variable, text, bool)
-        elif key in KEYS:
-            settings[key] = _parse(variable, text, KEYS[key])
-        elif near := get_close_matches(key, KEYS, n=1, cutoff=0.8):
+        elif key in known:
+            settings[key] = _parse(variable, text, known[key])
+        elif near := get_close_matches(key, known, n=1, cutoff=0.8):
             raise ConfigError(f"unknown variable {variable}", hint=f"did you mean {_PREFIX}{near[0].upper()}?")
     return settings
 
@@ -205,13 +182,13 @@ def _parse(variable: str, text: str, kind: type) -> Any:
         raise ConfigError(f"{variable}={text} is not {expected}", hint=f"set it to that, or unset {variable}") from None
 
 
-def _checked(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any], path: Path, known: Mapping[str, type]) -> dict[str, Any]:
     settings = {key.replace("-", "_"): value for key, value in values.items()}
     for key in _SIZES:
         if type(settings.get(key)) is int:
             settings[key] = str(settings[key])
     old = {key: value for key, value in settings.items() if key in _NEGATED}
-    check_keys(settings, {**KEYS, **dict.fromkeys(_NEGATED, bool)}, path)
+    check_keys(settings, {**known, **dict.fromkeys(_NEGATED, bool)}, path)
     return {key: value for key, value in settings.items() if key not in old} | {
         _NEGATED[key]: not value for key, value in old.items()
     }

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ import trimkv_cli
 from helpers.programs import Run
 from trimkv_cli.bench.shapes import find_shape
 from trimkv_cli.bench.speed import own_commit, surroundings
-from trimkv_cli.commands.bench import bench
+from trimkv_cli.commands.bench import BenchOptions, bench
 from trimkv_cli.errors import ContextOverflow, UsageError
+from trimkv_cli.loading.options import EngineOptions
 
 
 def test_both_sides_are_measured_and_predicted_bytes_come_first(here: Run) -> None:
@@ -69,12 +71,16 @@ def test_shapes_are_found_by_profile_and_size() -> None:
         find_shape("huge")
 
 
+def refused(**chosen: Any) -> None:
+    bench(chosen=BenchOptions(**chosen), engine=EngineOptions(device="cpu"), json=False, quiet=False)
+
+
 def test_what_contradicts_itself_is_refused() -> None:
     with pytest.raises(UsageError, match="no weights of its own"):
-        bench(shape="10m")
+        refused(shape="10m")
     with pytest.raises(UsageError, match="needs a --shape"):
-        bench(random_weights=True)
+        refused(random_weights=True)
     with pytest.raises(UsageError, match="--contexts"):
-        bench(shape="10m", random_weights=True, contexts="1k")
+        refused(shape="10m", random_weights=True, contexts="1k")
     with pytest.raises(ContextOverflow, match="131072"):
-        bench(shape="10m", random_weights=True, contexts="131072", device="cpu")
+        refused(shape="10m", random_weights=True, contexts="131072")

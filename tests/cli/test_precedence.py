@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from trimkv_cli import app
-from trimkv_cli.settings import KEYS, overlay
+from trimkv_cli.commands.options import settings_of
+from trimkv_cli.settings import overlay
 
 
 def commands(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -20,14 +21,14 @@ def commands(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, tree
 
 
-ALL = dict(commands(app.command_tree()))
+TREE = app.command_tree()
+ALL = dict(commands(TREE))
+KINDS = {name: option.kind for name, option in settings_of(TREE).items()}
 
 
 def parsed(name: str, *line: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a command gets of a line, over settings."""
-    command = ALL[name]
-    defaults = app._defaults_of(command, settings)
-    with command.make_context(name, list(line), default_map=defaults) as context:
+    with ALL[name].make_context(name, list(line), obj=settings) as context:
         return dict(context.params)
 
 
@@ -40,17 +41,15 @@ def test_every_boolean_can_be_turned_off_on_the_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_settings_reach_every_option_of_their_name(name: str) -> None:
-    """Catches commands in a group that never hear of a setting."""
-    tree: Any = app.command_tree()
-    settings: dict[str, Any] = {key: {str: "x", bool: True, list: ["x"]}.get(kind, 1) for key, kind in KEYS.items()}
-    defaults = app._defaults_of(tree, settings)
-    for part in name.split():
-        defaults = defaults[part]
+    """Catches commands in a group that never hear of a setting, and options of another kind that do."""
+    settings: dict[str, Any] = {key: {str: "x", bool: True, list: ["x"]}.get(kind, 1) for key, kind in KINDS.items()}
+    reached = ALL[name].settings(settings)
     own = {
-        p.name for p in ALL[name].params if p.name in KEYS and (KEYS[p.name] is bool) == getattr(p, "is_flag", False)
+        p.name for p in ALL[name].params if p.name in KINDS and (KINDS[p.name] is bool) == getattr(p, "is_flag", False)
     }
-    assert own <= defaults.keys()
-    assert name.split(maxsplit=1)[0] != "gates" or "revision" not in defaults or name == "gates train"
+    assert own - ({"context"} if name == "gates train" else set()) <= reached.keys()
+    assert name.split(maxsplit=1)[0] != "gates" or "revision" not in reached or name == "gates train"
+    assert name != "gates train" or "context" not in reached
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_a_bad_value_is_named_with_its_place(
     if place == "environment":
         monkeypatch.setenv(f"TRIMKV_{key.upper()}", value)
     else:
-        text = value if KEYS[key] in (int, float) else f'"{value}"'
+        text = value if KINDS[key] in (int, float) else f'"{value}"'
         (tmp_path / "trimkv.toml").write_text(f"{key} = {text}\n")
     assert run(["ask", "hi"], monkeypatch, tmp_path) == 2
     said = capsys.readouterr().err

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pytest
 
 from trimkv_cli import settings
+from trimkv_cli.app import command_tree
+from trimkv_cli.commands.options import settings_of
 from trimkv_cli.errors import ConfigError
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
-from trimkv_cli.settings import load_settings
+
+KINDS = {name: option.kind for name, option in settings_of(command_tree()).items()}
+
+
+def load_settings(cwd: Path, environ: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the settings of all places, whatever their values."""
+    return settings.load_settings(cwd, environ, KINDS, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +44,7 @@ def project(tmp_path: Path) -> Path:
 
 def test_every_engine_and_sampling_option_can_be_set() -> None:
     names = {field.name for options in (EngineOptions, SamplingOptions) for field in fields(options)}
-    assert names <= set(settings.KEYS)
+    assert names <= KINDS.keys()
 
 
 def test_nothing_is_set_by_default(project: Path) -> None:

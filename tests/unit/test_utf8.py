@@ -47,7 +47,7 @@ def template(folder: Path) -> Any:
         (lambda _: SamplingOptions(stop=["ok", BAD]), "--stop"),
         (lambda _: SummaryStyle(focus=BAD), "--focus"),
         (lambda folder: fill(template(folder), name="t", user="", parameters=[f"input={BAD}"]), "-p"),
-        (lambda folder: load_settings(folder, {"TRIMKV_SYSTEM": BAD}), "TRIMKV_SYSTEM"),
+        (lambda folder: load_settings(folder, {"TRIMKV_SYSTEM": BAD}, {"system": str}, print), "TRIMKV_SYSTEM"),
     ],
 )
 def test_every_door_names_what_is_not_utf_8(give: Any, named: str, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_what_comes_through_a_door_is_what_was_meant(tmp_path: Path) -> None:
     assert SamplingOptions(stop=[POSIX]).stop == ["Käro"]
     assert "Käro" in SummaryStyle(focus=POSIX).instruction()
     assert read_system(POSIX, None, Reader()) == "Käro"
-    assert load_settings(tmp_path, {"TRIMKV_STOP": POSIX})["stop"] == ["Käro"]
+    assert load_settings(tmp_path, {"TRIMKV_STOP": POSIX}, {"stop": list}, print)["stop"] == ["Käro"]
 
 
 def test_surrogates_in_files_are_errors_of_these_files(tmp_path: Path) -> None:

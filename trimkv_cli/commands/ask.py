@@ -2,112 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimkv_cli.commands.answers import ChunkWriter
 from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.options import (
-    Encoding,
-    Json,
-    Live,
-    Output,
-    Quiet,
-    Raw,
-    SpecialTokens,
-    Stats,
-    Stream,
-    System,
-    SystemFile,
-    Think,
-    complete_template,
-    with_options,
+    ENCODING,
+    JSON,
+    LIVE,
+    OUTPUT,
+    QUIET,
+    RAW,
+    SPECIAL_TOKENS,
+    STATS,
+    STREAM,
+    SYSTEM,
+    SYSTEM_FILE,
+    THINK,
 )
 from trimkv_cli.errors import TrimkvError, UsageError
 from trimkv_cli.events import Answer, Notice
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.settings import option
 from trimkv_cli.ui.fences import code_blocks
 from trimkv_cli.ui.plain import to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
     from trimkv_cli.request import Request
-    from trimkv_cli.ui.plain import AnswerWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Form:
-    """In which form the flags want the answer."""
+class AskOptions:
+    """Parts of the prompt, and the form of the answer."""
 
-    json: bool
-    stream_json: bool
-    extract: bool
-    stream: bool
-    output: str | None
-    live: bool | None
-    warnings: tuple[Notice, ...] = ()  # about the prompt, for the record
+    file: list[str] | None = option(None, "Append a text, HTML or PDF file; may be given again.", "FILE", short="-f")
+    template: str | None = option(None, "Put the prompt into a template of yours, at $input.", "NAME", short="-t")
+    param: list[str] | None = option(None, "Fill another place of the template.", "NAME=VALUE", short="-p")
+    cache: str | None = option(None, "Ask about what summarize --save-cache read, without reading again.", "KV")
+    system: str | None = SYSTEM
+    system_file: str | None = SYSTEM_FILE
+    encoding: str | None = ENCODING
+    think: bool | None = THINK
+    raw: bool = RAW
+    special_tokens: bool = SPECIAL_TOKENS
+    json: bool = JSON
+    stream_json: bool = option(False, "One JSON object a line as the answer comes (OpenAI's chunks).")
+    extract: bool = option(False, "Print only the first code block; exit 1 when there is none.", short="-x")
+    output: str | None = OUTPUT
+    stream: bool = STREAM
+    quiet: bool = QUIET
+    stats: bool = STATS
+    live: bool | None = LIVE
 
     def __post_init__(self) -> None:
+        if self.cache is not None and (self.raw or self.system is not None or self.system_file is not None):
+            raise UsageError("--cache goes on with a conversation that has begun", hint="leave out --raw and --system")
         chosen = {"--json": self.json, "--stream-json/--no-stream-json": self.stream_json, "--extract": self.extract}
         flags = [flag for flag, given in chosen.items() if given]
         if len(flags) > 1:
             raise UsageError(f"{' and '.join(flags)} are both given", hint="give one of them")
 
 
-@with_options(engine=EngineOptions, sampling=SamplingOptions)
 def ask(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; text piped into stdin is appended.")] = None,
     *,
-    file: Annotated[
-        list[str] | None,
-        typer.Option("-f", "--file", help="Append a text, HTML or PDF file; may be given again.", metavar="FILE"),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "-t",
-            "--template",
-            help="Put the prompt into a template of yours, at $input.",
-            metavar="NAME",
-            autocompletion=complete_template,
-        ),
-    ] = None,
-    param: Annotated[
-        list[str] | None,
-        typer.Option("-p", "--param", help="Fill another place of the template.", metavar="NAME=VALUE"),
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            "--cache", help="Ask about what summarize --save-cache read, without reading again.", metavar="KV"
-        ),
-    ] = None,
-    system: System = None,
-    system_file: SystemFile = None,
-    encoding: Encoding = None,
-    think: Think = None,
-    raw: Raw = False,
-    special_tokens: SpecialTokens = False,
-    json: Json = False,
-    stream_json: Annotated[
-        bool,
-        typer.Option(
-            "--stream-json/--no-stream-json", help="One JSON object a line as the answer comes (OpenAI's chunks)."
-        ),
-    ] = False,
-    extract: Annotated[
-        bool,
-        typer.Option(
-            "-x", "--extract/--no-extract", help="Print only the first code block; exit 1 when there is none."
-        ),
-    ] = False,
-    output: Output = None,
-    stream: Stream = True,
-    quiet: Quiet = False,
-    stats: Stats = False,
-    live: Live = None,
+    form: AskOptions,
     engine: EngineOptions,
     sampling: SamplingOptions,
 ) -> None:
@@ -127,30 +91,36 @@ def ask(
 
     Templates are text files in the folder "templates" of the configuration folder, with $input where the prompt goes.
     """
-    if cache is not None and (raw or system is not None or system_file is not None):
-        raise UsageError("--cache goes on with a conversation that has begun", hint="leave out --raw and --system")
-    form = _Form(json=json, stream_json=stream_json, extract=extract, stream=stream, output=output, live=live)
-
     from trimkv_cli.commands.prompts import check_raw, read_system
 
-    reader = Reader(encoding=encoding, quiet=quiet)
-    system_text = read_system(system, system_file, reader)
-    check_raw(raw=raw, system=system_text, special_tokens=special_tokens)
-    user = _prompt(prompt, file or [], template, param or [], reader)
+    reader = Reader(encoding=form.encoding, quiet=form.quiet)
+    system_text = read_system(form.system, form.system_file, reader)
+    check_raw(raw=form.raw, system=system_text, special_tokens=form.special_tokens)
+    user = _prompt(prompt, form, reader)
 
-    from trimkv_cli.commands.answers import next_turn, open_engine, print_stats, say_if_cut, within_room
+    from trimkv_cli.commands.answers import (
+        next_turn,
+        open_engine,
+        print_stats,
+        say_if_cut,
+        to_completion,
+        within_room,
+    )
     from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import draw_seed, names_tokens, needs, render
     from trimkv_cli.request import Request
 
     options = replace(engine, max_inflight=1)
-    llm = open_engine(options, quiet=quiet, check=needs(raw=raw))
+    llm = open_engine(options, quiet=form.quiet, check=needs(raw=form.raw))
     params = draw_seed(sampling).resolve(llm.facts.sampling_defaults)
-    if cache is not None:
-        request = next_turn(llm, cache, user, params=params, think=think)
+    warnings: tuple[Notice, ...] = ()
+    if form.cache is not None:
+        request = next_turn(llm, form.cache, user, params=params, think=form.think)
     else:
-        form = replace(form, warnings=names_tokens(llm.text, user, raw=raw, special_tokens=special_tokens))
-        rendered = render(llm.text, user, system=system_text, raw=raw, think=think, special_tokens=special_tokens)
+        warnings = names_tokens(llm.text, user, raw=form.raw, special_tokens=form.special_tokens)
+        rendered = render(
+            llm.text, user, system=system_text, raw=form.raw, think=form.think, special_tokens=form.special_tokens
+        )
         request = Request(
             id="ask",
             prompt_token_ids=rendered.token_ids,
@@ -158,31 +128,33 @@ def ask(
             params=params,
             keep=True,
         )
-    request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=quiet)
+    request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=form.quiet)
     llm.check(request)
-    finished = _answer(llm, request, form, options)
-    if not quiet:
+    finished = _answer(llm, request, form, lambda answer: to_completion(llm, answer, options, warnings))
+    if not form.quiet:
         say_if_cut(finished)
-    if stats:
+    if form.stats:
         print_stats(llm, finished)
     check_budget(llm)
 
 
-def _prompt(prompt: str | None, files: list[str], template: str | None, parameters: list[str], reader: Reader) -> str:
+def _prompt(prompt: str | None, form: AskOptions, reader: Reader) -> str:
     """Join prompt, files and stdin, and put them into the template where one is named."""
     from trimkv_cli.commands.prompts import fill, gather, read_template
 
-    if template is None:
-        if parameters:
+    files, places = form.file or [], form.param or []
+    if form.template is None:
+        if places:
             raise UsageError("-p fills a template, and none is named", hint="-t NAME")
         return gather(prompt, files, reader)
-    read = read_template(template, reader)
-    return fill(read, name=template, user=gather(prompt, files, reader, may_be_empty=True), parameters=parameters)
+    read = read_template(form.template, reader)
+    user = gather(prompt, files, reader, may_be_empty=True)
+    return fill(read, name=form.template, user=user, parameters=places)
 
 
-def _answer(llm: Engine, request: Request, form: _Form, options: EngineOptions) -> Answer:
+def _answer(llm: Engine, request: Request, form: AskOptions, record: Callable[[Answer], dict[str, Any]]) -> Answer:
     """Run the request and write its answer in the form that is wanted."""
-    from trimkv_cli.commands.answers import answer, to_completion
+    from trimkv_cli.commands.answers import answer
     from trimkv_cli.commands.prompts import open_answer
     from trimkv_cli.ui.live import token_counter
 
@@ -198,23 +170,16 @@ def _answer(llm: Engine, request: Request, form: _Form, options: EngineOptions) 
 
         finished = answer(llm, request, take)
         if chunks is not None:
-            chunks.end(to_completion(llm, finished, options, form.warnings))
-        else:
-            if not streaming:
-                _write_whole(llm, finished, writer, form, options)
+            chunks.end(record(finished))
+        elif form.json:
+            writer.push(to_json(record(finished)))
+        elif form.extract:
+            writer.push(_code(finished.text))
+        elif not streaming:
+            writer.push(finished.text)
+        if chunks is None:
             writer.close()
     return finished
-
-
-def _write_whole(llm: Engine, finished: Answer, writer: AnswerWriter, form: _Form, options: EngineOptions) -> None:
-    from trimkv_cli.commands.answers import to_completion
-
-    if form.json:
-        writer.push(to_json(to_completion(llm, finished, options, form.warnings)))
-    elif form.extract:
-        writer.push(_code(finished.text))
-    else:
-        writer.push(finished.text)
 
 
 def _code(text: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trimkv_cli.commands.options import Gates, Json, Model, Offline, Quiet, option
+from trimkv_cli.commands.options import JSON, QUIET
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import print_note, print_warning
 from trimkv_cli.units import format_size
 
@@ -21,47 +22,27 @@ if TYPE_CHECKING:
     from trimkv_cli.bench.speed import Case, SpeedRow
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What is measured, as typed."""
+
+    shape: str | None = option(None, "A network of this size: 10m, or a profile such as qwen3-4b-math.", "NAME")
+    random_weights: bool = option(False, "Fill the --shape with random numbers instead of downloading it.")
+    contexts: str = option("1024", "Prompt tokens before decoding is measured.", "LIST")
+    rows: str = option("1", "Sequences at a time.", "LIST")
+    kv_budget: str | None = option(None, "Slots per KV head; default: as trained, or 256.", "LIST", setting=True)
+    compare: Literal["hf"] | None = option(None, "hf: transformers' own generate with its full cache, in the same run.")
+    repeats: int = option(1, "Measure everything N times in turn; medians over all.", "N", least=1)
+    evict: bool = option(True, "Leave scoring and eviction out, to see what they cost.")
+
+
 def bench(
     name: Annotated[str | None, typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]")] = None,
     *,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            "--shape", metavar="NAME", help="A network of this size: 10m, or a profile such as qwen3-4b-math."
-        ),
-    ] = None,
-    random_weights: Annotated[
-        bool,
-        typer.Option(
-            "--random-weights/--no-random-weights",
-            help="Fill the --shape with random numbers instead of downloading it.",
-        ),
-    ] = False,
-    contexts: Annotated[
-        str, typer.Option("--contexts", metavar="LIST", help="Prompt tokens before decoding is measured.")
-    ] = "1024",
-    rows: Annotated[str, typer.Option("--rows", metavar="LIST", help="Sequences at a time.")] = "1",
-    kv_budget: Annotated[
-        str | None, typer.Option("--kv-budget", metavar="LIST", help="Slots per KV head; default: as trained, or 256.")
-    ] = None,
-    compare: Annotated[
-        Literal["hf"] | None,
-        typer.Option("--compare", help="hf: transformers' own generate with its full cache, in the same run."),
-    ] = None,
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, metavar="N", help="Measure everything N times in turn; medians over all.")
-    ] = 1,
-    evict: Annotated[
-        bool, typer.Option("--evict/--no-evict", help="Leave scoring and eviction out, to see what they cost.")
-    ] = True,
-    model: Model = None,
-    gates: Gates = "auto",
-    offline: Offline = False,
-    dtype: Annotated[str, option("dtype")] = "auto",
-    device: Annotated[str, option("device")] = "auto",
-    threads: Annotated[int | None, option("threads")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    chosen: BenchOptions,
+    engine: Annotated[EngineOptions, "model", "gates", "offline", "dtype", "device", "threads"],
+    json: bool = JSON,
+    quiet: bool = QUIET,
 ) -> None:
     """Measure prefill, decode and peak memory over budgets, contexts and rows; predicted bytes come first.
 
@@ -69,19 +50,16 @@ def bench(
 
     Decode is the median over 64 tokens after the context. Both sides read the prompt in chunks of 512.
     """
-    options = EngineOptions(
-        model=name or model, gates=gates, offline=offline, dtype=dtype, device=device, threads=threads
-    )
-    budgets = None if kv_budget is None else _numbers(kv_budget, "--kv-budget")
-    lengths, counts = _numbers(contexts, "--contexts"), _numbers(rows, "--rows")
-    network = _network(options, shape, random_weights=random_weights)
+    options = replace(engine, model=name or engine.model)
+    budgets = None if chosen.kv_budget is None else _numbers(chosen.kv_budget, "--kv-budget")
+    lengths, counts = _numbers(chosen.contexts, "--contexts"), _numbers(chosen.rows, "--rows")
+    network = _network(options, chosen.shape, random_weights=chosen.random_weights)
     cases = _cases(network, budgets or [network.gate.memory_size or 256], lengths, counts)
     for message in network.warnings:
         print_warning(message)
     if not quiet:
         _announce(network, cases)
-    measured = _measure(network, cases, compare=compare is not None, evict=evict, repeats=repeats)
-    _show(measured, network, json=json)
+    _show(_measure(network, cases, chosen), network, json=json)
 
 
 def _network(options: EngineOptions, shape: str | None, *, random_weights: bool) -> Network:
@@ -126,13 +104,12 @@ def _announce(network: Network, cases: Sequence[Case]) -> None:
         )
 
 
-def _measure(
-    network: Network, cases: Sequence[Case], *, compare: bool, evict: bool, repeats: int
-) -> Iterator[SpeedRow]:
+def _measure(network: Network, cases: Sequence[Case], chosen: BenchOptions) -> Iterator[SpeedRow]:
     from trimkv_cli.bench.speed import SpeedOptions, measure
 
-    chosen = SpeedOptions(compare=compare, eviction=evict, repeats=repeats)
-    return measure(network, cases, chosen)
+    compare = chosen.compare is not None
+    options = SpeedOptions(compare=compare, eviction=chosen.evict, repeats=chosen.repeats)
+    return measure(network, cases, options)
 
 
 def _show(rows: Iterator[SpeedRow], network: Network, *, json: bool) -> None:

@@ -1,14 +1,15 @@
-"""`trimkv doctor`: report whether everything that a run needs is there and works."""
+"""`trimkv doctor`: a check of everything that a run needs."""
 
 from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from trimkv_cli.commands.options import Json
+from trimkv_cli.commands.options import JSON
+from trimkv_cli.settings import option
 
 if TYPE_CHECKING:
     from trimkv_cli.loading.checkup import Finding
@@ -16,11 +17,8 @@ if TYPE_CHECKING:
 
 def doctor(
     *,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure/--no-measure", help="Measure what a process takes without a model, for later plans."),
-    ] = False,
-    json: Json = False,
+    measure: bool = option(False, "Measure what a process takes without a model, for later plans."),
+    json: bool = JSON,
 ) -> None:
     """Check versions, device, number formats, folders, terminal and the built-in model; exit 1 on a fault.
 

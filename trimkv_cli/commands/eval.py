@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
-import typer
-
-from trimkv_cli.commands.options import Json, ModelName, Quiet, with_options
+from trimkv_cli.commands.options import JSON, QUIET, ModelName
 from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.scoring import POLICIES, Match, Policy
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import print_answer, print_note
 from trimkv_cli.units import parse_kv_budget, read_flag
 
@@ -23,53 +22,31 @@ if TYPE_CHECKING:
 _BUDGETS = "32,64,128"
 
 
-@with_options(engine=EngineOptions)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExamOptions:
+    """What is asked, at which budgets, and how answers are judged; as typed."""
+
+    tasks: str | None = option(
+        None, "Of recall, kv-retrieval, multi-turn, procedure; default: all, or none with --data.", "LIST"
+    )
+    data: str | None = option(
+        None,
+        'Your own questions: lines {"messages": [...], "answer": "..."}, or "prompt" for a text to continue.',
+        "FILE.jsonl",
+    )
+    budgets: str | None = option(None, f"Slots per KV head, as --kv-budget; default {_BUDGETS}.", "LIST")
+    policies: str = option(",".join(POLICIES), "What to compare, in this order.", "LIST")
+    samples: int | None = option(None, "Questions per task; default 100, and all lines of --data.", "N")
+    match: Match = option("exact", "exact: in mini's own wording; contains: in any wording.")
+    max_tokens: int | None = option(
+        None, "Most tokens of an answer; default: as the expected one.", "N", short="-n", setting=True
+    )
+    seed: int = option(0, "Same seed, same questions.", "N", setting=True)
+    plot: str | None = option(None, "Draw accuracy against budget (needs trimkv-cli[plot]).", "FILE.png|svg")
+
+
 def evaluate(
-    name: ModelName = None,
-    *,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            "--tasks",
-            metavar="LIST",
-            help="Of recall, kv-retrieval, multi-turn, procedure; default: all, or none with --data.",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="FILE.jsonl",
-            help='Your own questions: lines {"messages": [...], "answer": "..."}, or "prompt" for a text to continue.',
-        ),
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option("--budgets", metavar="LIST", help=f"Slots per KV head, as --kv-budget; default {_BUDGETS}."),
-    ] = None,
-    policies: Annotated[
-        str, typer.Option("--policies", metavar="LIST", help="What to compare, in this order.")
-    ] = ",".join(POLICIES),
-    samples: Annotated[
-        int | None,
-        typer.Option("--samples", metavar="N", help="Questions per task; default 100, and all lines of --data."),
-    ] = None,
-    match: Annotated[
-        Match,
-        typer.Option("--match", help="exact: in mini's own wording; contains: in any wording."),
-    ] = "exact",
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("-n", "--max-tokens", metavar="N", help="Most tokens of an answer; default: as the expected one."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same questions.")] = 0,
-    plot: Annotated[
-        str | None,
-        typer.Option("--plot", metavar="FILE.png|svg", help="Draw accuracy against budget (needs trimkv-cli[plot])."),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    engine: EngineOptions,
+    name: ModelName = None, *, exam: ExamOptions, json: bool = JSON, quiet: bool = QUIET, engine: EngineOptions
 ) -> None:
     """Measure accuracy at several budgets, beside a full cache, streaming and random eviction of the same size.
 
@@ -84,59 +61,38 @@ def evaluate(
     """
     from trimkv_cli.loading.sources import find_source
 
-    if plot is not None:
-        _check_plot(plot)
-    if budgets is not None and engine.kv_budget is not None:
+    if exam.plot is not None:
+        _check_plot(exam.plot)
+    if exam.budgets is not None and engine.kv_budget is not None:
         raise UsageError("--budgets and --kv-budget are both given", hint="they are the same: give one")
-    asked = _eval_options(
-        tasks=tasks,
-        data=data,
-        budgets=budgets or engine.kv_budget or _BUDGETS,
-        policies=policies,
-        samples=samples,
-        match=match,
-        max_tokens=max_tokens,
-        seed=seed,
-        engine=engine,
-    )
+    asked = _eval_options(exam, engine)
     gates = engine.gates if "gates" in asked.policies else "none"
     options = replace(engine, model=name or engine.model, gates=gates)
     rows = _evaluate(find_source(options, weights=True), options, asked, quiet=quiet)
-    if plot is not None:
+    if exam.plot is not None:
         from trimkv_cli.eval.plot import draw
 
-        draw(rows, plot)
+        draw(rows, exam.plot)
     _show(rows, json=json)
 
 
-def _eval_options(
-    *,
-    tasks: str | None,
-    data: str | None,
-    budgets: str,
-    policies: str,
-    samples: int | None,
-    match: Match,
-    max_tokens: int | None,
-    seed: int,
-    engine: EngineOptions,
-) -> EvalOptions:
+def _eval_options(exam: ExamOptions, engine: EngineOptions) -> EvalOptions:
     from trimkv_cli.eval.exam import TASKS, EvalOptions
 
-    for budget in _split(budgets):
+    budgets = _split(exam.budgets or engine.kv_budget or _BUDGETS)
+    for budget in budgets:
         read_flag("--budgets", budget, parse_kv_budget)
-    named = tuple(TASKS) if tasks is None and data is None else _split(tasks or "")
     return EvalOptions(
-        tasks=named,
-        data=data,
+        tasks=tuple(TASKS) if exam.tasks is None and exam.data is None else _split(exam.tasks or ""),
+        data=exam.data,
         context=1000 if engine.context is None else engine.context,
-        samples=samples,
-        seed=seed,
-        budgets=_split(budgets),
-        policies=tuple(_policy(word) for word in _split(policies)),
+        samples=exam.samples,
+        seed=exam.seed,
+        budgets=budgets,
+        policies=tuple(_policy(word) for word in _split(exam.policies)),
         prefill_chunk=32 if engine.prefill_chunk is None else engine.prefill_chunk,
-        match=match,
-        max_tokens=max_tokens,
+        match=exam.match,
+        max_tokens=exam.max_tokens,
     )
 
 

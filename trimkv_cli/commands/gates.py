@@ -1,4 +1,4 @@
-"""`trimkv gates`: what a gate folder holds, and whether it fits a model."""
+"""`trimkv gates`: contents of a gate folder, and its fit to a model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import CommandGroup, Json, Model, Offline, Revision
+from trimkv_cli.commands.options import JSON, CommandGroup
 from trimkv_cli.errors import UsageError
+from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import gates_place, model_place
+from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import neutralise, print_warning
 
 if TYPE_CHECKING:
@@ -21,17 +23,24 @@ if TYPE_CHECKING:
 
 gates_app = CommandGroup(help="Look at trained retention gates.", no_args_is_help=True)
 
+_REVISION = option(None, "Branch, tag or commit of a hub model.", "REV", panel="Model", flag="--revision")
 Gates = Annotated[str, typer.Argument(metavar="GATES", help="A folder, a hub id, or a profile for its gates.")]
 
 
 @gates_app.command()
-def show(gates: Gates, *, gates_revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
+def show(
+    gates: Gates,
+    *,
+    gates_revision: str | None = _REVISION,
+    engine: Annotated[EngineOptions, "offline"],
+    json: bool = JSON,
+) -> None:
     """Show what a gate folder holds: variant, budget and context it was trained for, biases, checksum.
 
     trimkv gates show qwen3-4b-math
     """
     place = gates_place(gates, gates_revision)
-    folder = place.folder("gates", offline=offline)
+    folder = place.folder("gates", offline=engine.offline)
     from trimkv_cli.cache.gate_files import gate_facts  # torch, only once there is something to read
 
     facts = gate_facts(folder, id=place.id)
@@ -41,7 +50,12 @@ def show(gates: Gates, *, gates_revision: Revision = None, offline: Offline = Fa
 
 
 @gates_app.command()
-def verify(gates: Gates, *, model: Model = None, gates_revision: Revision = None, offline: Offline = False) -> None:
+def verify(
+    gates: Gates,
+    *,
+    engine: Annotated[EngineOptions, "model", "offline"],
+    gates_revision: str | None = _REVISION,
+) -> None:
     """Check that gates fit a model: names, shapes and values of every tensor. Exit 6 when they do not.
 
     trimkv gates verify ./gates --model Qwen/Qwen3-4B
@@ -52,9 +66,9 @@ def verify(gates: Gates, *, model: Model = None, gates_revision: Revision = None
     from trimkv_cli.model.folders import read_model_spec
 
     place = gates_place(gates, gates_revision)
-    gate, tensors, _, warnings = read_gates(place.folder("gates", offline=offline), id=place.id)
-    base = model_place(model or _base_model(gate))
-    spec = read_model_spec(base.folder("config", offline=offline))
+    gate, tensors, _, warnings = read_gates(place.folder("gates", offline=engine.offline), id=place.id)
+    base = model_place(engine.model or _base_model(gate))
+    spec = read_model_spec(base.folder("config", offline=engine.offline))
     for warning in (*warnings, *check_gates(spec, gate, tensors, model_id=base.id)):
         print_warning(warning.message)
     layers = f"{spec.num_layers} layers of {spec.num_kv_heads} KV heads"

@@ -1,92 +1,39 @@
-"""`trimkv gates train`: make retention gates for a model by distillation from itself."""
+"""`trimkv gates train`: retention gates for a model by distillation from itself."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimkv_cli.commands.options import Offline, Quiet, Revision, option
+from trimkv_cli.commands.options import QUIET
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.settings import option
 from trimkv_cli.streams import Every, Interrupts
-from trimkv_cli.train.options import Export, Schedule, Student, TrainedVariant, TrainOptions
+from trimkv_cli.train.options import RunFiles, TrainOptions
 from trimkv_cli.ui.plain import neutralise, print_note, print_warning
 
 if TYPE_CHECKING:
     from trimkv_cli.train.run import StepReport
 
 LOG_EVERY_S = 10.0
-_GATES, _DATA, _LEARNING, _RUN = "Gates", "Data", "Learning", "Run"
-
-
-def _own(
-    flag: str, panel: str, help: str, metavar: str | None = "N", *, short: str | None = None, min: int | None = None
-) -> Any:
-    return typer.Option(*filter(None, (short, flag)), help=help, rich_help_panel=panel, metavar=metavar, min=min)
 
 
 def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Profile name, hub id or folder.")],
     *,
-    data: Annotated[list[Path], _own("--data", _DATA, "JSONL or text file; may be given several times.", "FILE")],
-    output: Annotated[Path, _own("--output", _RUN, "Folder for the gates and the checkpoint.", "DIR", short="-o")],
-    memory_size: Annotated[int, _own("--memory-size", _GATES, "Slots per KV head to train for.", "M")],
-    sequence: Annotated[int, _own("--context", _DATA, "Tokens of a sequence.", short="-c")],
-    steps: Annotated[int, _own("--steps", _LEARNING, "Updates of the gates.")],
-    gate: Annotated[TrainedVariant, _own("--gate", _GATES, "rg: two linear layers; rg10: three.", None)] = "rg",
-    hidden: Annotated[int, _own("--hidden", _GATES, "Width of a gate.")] = 512,
-    bias_init: Annotated[float, _own("--bias-init", _GATES, "Where gates start: higher forgets later.", "X")] = 8.0,
-    position_gap: Annotated[
-        int, _own("--position-gap", _DATA, "Let a document's positions jump, by N together at most.")
-    ] = 0,
-    batch: Annotated[int, _own("--batch", _LEARNING, "Sequences of a forward.")] = 1,
-    accumulate: Annotated[int, _own("--accumulate", _LEARNING, "Forwards of an update.")] = 4,
-    lr: Annotated[float, _own("--lr", _LEARNING, "Learning rate.", "X")] = 2e-4,
-    schedule: Annotated[
-        Schedule, _own("--schedule", _LEARNING, "How the rate goes on after warm-up.", None)
-    ] = "constant",
-    warmup: Annotated[int, _own("--warmup", _LEARNING, "Updates over which the rate rises.")] = 0,
-    weight_decay: Annotated[float, _own("--weight-decay", _LEARNING, "Weight decay of AdamW.", "X")] = 0.01,
-    clip: Annotated[float, _own("--clip", _LEARNING, "Largest norm of a gradient.", "X")] = 1.0,
-    student: Annotated[
-        Student,
-        _own("--student", _LEARNING, "fading: tokens fade, as in the paper; evicting: answers see what is kept.", None),
-    ] = "fading",
-    cap_weight: Annotated[
-        float | None,
-        _own("--cap-weight", _LEARNING, "Weight of the capacity loss; default: 1 fading, 0 evicting.", "X"),
-    ] = None,
-    seed: Annotated[int, _own("--seed", _LEARNING, "Fixes first weights, order and gaps.")] = 0,
-    resume: Annotated[
-        bool, _own("--resume/--overwrite", _RUN, "Go on from a checkpoint in DIR, or start anew.", None)
-    ] = True,
-    save_every: Annotated[int, _own("--save-every", _RUN, "Updates between checkpoints.", min=1)] = 100,
-    log_every: Annotated[int | None, _own("--log-every", _RUN, "Updates between lines; default: 10 s.", min=1)] = None,
-    export: Annotated[
-        Export, _own("--export", _RUN, "own, or released: the format of the authors' folders.", None)
-    ] = "own",
-    gradient_checkpointing: Annotated[
-        bool,
-        _own(
-            "--gradient-checkpointing/--no-gradient-checkpointing", _RUN, "Compute layers twice to save memory.", None
-        ),
-    ] = False,
-    dtype: Annotated[
-        str,
-        _own(
-            "--dtype",
-            "Model",
-            "auto, bf16 (autocast) or fp32. auto on a CPU is bf16 where it has tiles for it.",
-            "TYPE",
-        ),
-    ] = "auto",
-    device: Annotated[str, option("device")] = "auto",
-    threads: Annotated[int | None, option("threads")] = None,
-    revision: Revision = None,
-    offline: Offline = False,
-    trust_remote_code: Annotated[bool, option("trust_remote_code")] = False,
-    quiet: Quiet = False,
+    run: RunFiles,
+    options: TrainOptions,
+    dtype: str = option(
+        "auto",
+        "auto, bf16 (autocast) or fp32. auto on a CPU is bf16 where it has tiles for it.",
+        "TYPE",
+        panel="Model",
+        setting=True,
+    ),
+    engine: Annotated[EngineOptions, "device", "threads", "revision", "offline", "trust_remote_code"],
+    quiet: bool = QUIET,
 ) -> None:
     """Train retention gates for a model; the model stays as it is, and its own answers are what the gates learn from.
 
@@ -96,50 +43,14 @@ def train(
     files are one text each. Documents longer than --context are cut into pieces, and counted. Stopped at any moment,
     the same command goes on from its last checkpoint. Prints the folder.
     """
-    options = TrainOptions(
-        memory_size=memory_size,
-        context=sequence,
-        steps=steps,
-        batch=batch,
-        accumulate=accumulate,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        schedule=schedule,
-        clip=clip,
-        gate=gate,
-        hidden=hidden,
-        bias_init=bias_init,
-        student=student,
-        cap_weight=cap_weight if cap_weight is not None else 1.0 if student == "fading" else 0.0,
-        position_gap=position_gap,
-        seed=seed,
-    )
-    engine = EngineOptions(
-        model=model,
-        revision=revision,
-        gates="none",
-        dtype=dtype,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-        threads=threads,
-    )
-    from trimkv_cli.train.run import Listener, RunOptions, train_gates
+    from trimkv_cli.train.run import Listener, train_gates
 
-    run = RunOptions(
-        data=tuple(data),
-        output=output,
-        export=export,
-        overwrite=not resume,
-        save_every=save_every,
-        recompute_layers=gradient_checkpointing,
-    )
-    progress = _Progress(log_every=log_every, quiet=quiet)
+    engine = replace(engine, model=model, gates="none", dtype=dtype)
+    progress = _Progress(log_every=run.log_every, quiet=quiet)
     with Interrupts() as interrupts:
         listener = Listener(note=progress.note, step=progress.step, should_stop=interrupts.noted)
         train_gates(engine, options, run, listener)
-    print(neutralise(str(output)))
+    print(neutralise(str(run.output)))
 
 
 class _Progress:

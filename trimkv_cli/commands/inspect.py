@@ -15,31 +15,52 @@ import typer
 
 from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.options import (
-    Ascii,
-    Color,
-    Encoding,
-    Json,
-    Quiet,
-    Raw,
-    SpecialTokens,
-    System,
-    SystemFile,
-    Think,
-    with_options,
+    ASCII,
+    COLOR,
+    ENCODING,
+    JSON,
+    QUIET,
+    RAW,
+    SPECIAL_TOKENS,
+    SYSTEM,
+    SYSTEM_FILE,
+    THINK,
 )
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.events import HeadMemory, MemoryUse, Retained
 from trimkv_cli.files import whole_file
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.settings import option
+from trimkv_cli.ui.look import ColourChoice, Look
 from trimkv_cli.ui.plain import print_note, to_json
 from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.ui.look import ColourChoice
-
 
 _SVG_WIDTH = 90
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectOptions:
+    """Parts of the prompt, and where the findings go."""
+
+    file: list[str] | None = option(None, "Append a text, HTML or PDF file; may be given again.", "FILE", short="-f")
+    prompt_token_ids: str | None = option(None, "A JSON list of token ids instead.", "FILE.json")
+    cache: str | None = option(None, "What summarize --save-cache kept, instead of a prompt.", "KV")
+    html: str | None = option(None, "Write a page to open in a browser instead.", "FILE.html")
+    png: str | None = option(None, "Write a picture instead (needs trimkv-cli[plot]).", "FILE.png")
+    svg: str | None = option(None, "Write what would stand on the terminal as SVG.", "FILE.svg")
+    system: str | None = SYSTEM
+    system_file: str | None = SYSTEM_FILE
+    encoding: str | None = ENCODING
+    think: bool | None = THINK
+    raw: bool = RAW
+    special_tokens: bool = SPECIAL_TOKENS
+    json: bool = JSON
+    color: ColourChoice = COLOR
+    ascii: bool = ASCII
+    quiet: bool = QUIET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,41 +98,29 @@ class Findings:
             output_token_ids=output_token_ids,
         )
 
-    def show(
-        self,
-        llm: Engine,
-        *,
-        html: str | None,
-        png: str | None,
-        svg: str | None,
-        json: bool,
-        colour: ColourChoice,
-        ascii_only: bool,
-        quiet: bool,
-    ) -> None:
+    def show(self, llm: Engine, form: InspectOptions) -> None:
         """Write the findings wherever they are wanted; files take the place of the picture on the terminal."""
         from trimkv_cli.ui.inspection import draw_inspection, inspection, inspection_page, terminal_picture
-        from trimkv_cli.ui.look import Look
 
         held = (self.retained, self.pieces, self.memory)
         model = llm.facts.model_id
-        if html is not None:
+        if form.html is not None:
             page = inspection_page(
                 *held, self.log_beta, model=model, gates=llm.facts.gate.id, prompt_tokens=self.prompt_tokens
             )
-            _write(html, page, "--html")
-        if png is not None:
-            draw_inspection(self.retained, self.log_beta, png, model=model)
-        if svg is not None:
+            _write(form.html, page, "--html")
+        if form.png is not None:
+            draw_inspection(self.retained, self.log_beta, form.png, model=model)
+        if form.svg is not None:
             painted = inspection(*held, Look(width=_SVG_WIDTH, colour=True))
-            _write(svg, terminal_picture(painted, title="trimkv inspect", width=_SVG_WIDTH), "--svg")
-        written = [path for path in (html, png, svg) if path is not None]
-        for path in written if not quiet else ():
+            _write(form.svg, terminal_picture(painted, title="trimkv inspect", width=_SVG_WIDTH), "--svg")
+        written = [path for path in (form.html, form.png, form.svg) if path is not None]
+        for path in written if not form.quiet else ():
             print_note(f"wrote {path}, {format_size(Path(path).stat().st_size)}")
-        if json:
+        if form.json:
             print(to_json(self._record()))
         elif not written:
-            print(inspection(*held, Look.of(sys.stdout, colour=colour, ascii_only=ascii_only)))
+            print(inspection(*held, Look.of(sys.stdout, colour=form.color, ascii_only=form.ascii)))
 
     def _record(self) -> dict[str, Any]:
         # JSON has neither NaN (gone, unknown) nor infinity (pinned).
@@ -150,39 +159,10 @@ def _write(path: str, text: str, flag: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
-@with_options(engine=EngineOptions, sampling=SamplingOptions)
 def inspect(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; text piped into stdin is appended.")] = None,
     *,
-    file: Annotated[
-        list[str] | None,
-        typer.Option("-f", "--file", help="Append a text, HTML or PDF file; may be given again.", metavar="FILE"),
-    ] = None,
-    prompt_token_ids: Annotated[
-        str | None, typer.Option("--prompt-token-ids", help="A JSON list of token ids instead.", metavar="FILE.json")
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option("--cache", help="What summarize --save-cache kept, instead of a prompt.", metavar="KV")
-    ] = None,
-    html: Annotated[
-        str | None, typer.Option("--html", help="Write a page to open in a browser instead.", metavar="FILE.html")
-    ] = None,
-    png: Annotated[
-        str | None, typer.Option("--png", help="Write a picture instead (needs trimkv-cli[plot]).", metavar="FILE.png")
-    ] = None,
-    svg: Annotated[
-        str | None, typer.Option("--svg", help="Write what would stand on the terminal as SVG.", metavar="FILE.svg")
-    ] = None,
-    system: System = None,
-    system_file: SystemFile = None,
-    encoding: Encoding = None,
-    think: Think = None,
-    raw: Raw = False,
-    special_tokens: SpecialTokens = False,
-    json: Json = False,
-    color: Color = "auto",
-    ascii_only: Ascii = False,
-    quiet: Quiet = False,
+    form: InspectOptions,
     engine: EngineOptions,
     sampling: SamplingOptions,
 ) -> None:
@@ -200,33 +180,33 @@ def inspect(
     {"seen", "kept": [layer][head][positions], "log_beta": [layer][head][seen], "output_token_ids"}.
     The page of --html needs no network and no other file. Of --cache the scores of what was let go are not known.
     """
-    given = {"a prompt": prompt or file, "--prompt-token-ids": prompt_token_ids, "--cache": cache}
+    given = {"a prompt": prompt or form.file, "--prompt-token-ids": form.prompt_token_ids, "--cache": form.cache}
     several = [name for name, value in given.items() if value]
     if len(several) > 1:
         raise UsageError(f"{' and '.join(several)} are given together", hint="give one of them")
-    check_places(html, png, svg)
+    check_places(form.html, form.png, form.svg)
 
     from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import check_raw, gather, names_tokens, needs, read_system, render
 
-    reader = Reader(encoding=encoding, quiet=quiet)
-    ids = _read_ids(prompt_token_ids, reader) if prompt_token_ids is not None else None
-    system_text = read_system(system, system_file, reader)
-    check_raw(raw=raw, system=system_text, special_tokens=special_tokens)
-    user = gather(prompt, file or [], reader) if ids is None and cache is None else ""
-    check = needs(raw=raw) if ids is None and cache is None else None
-    llm = open_engine(replace(engine, max_inflight=1), quiet=quiet, check=check)
-    if cache is not None:
-        findings = _of_cache(llm, cache)
+    reader = Reader(encoding=form.encoding, quiet=form.quiet)
+    ids = _read_ids(form.prompt_token_ids, reader) if form.prompt_token_ids is not None else None
+    system_text = read_system(form.system, form.system_file, reader)
+    check_raw(raw=form.raw, system=system_text, special_tokens=form.special_tokens)
+    user = gather(prompt, form.file or [], reader) if ids is None and form.cache is None else ""
+    check = needs(raw=form.raw) if ids is None and form.cache is None else None
+    llm = open_engine(replace(engine, max_inflight=1), quiet=form.quiet, check=check)
+    if form.cache is not None:
+        findings = _of_cache(llm, form.cache)
     else:
         if ids is None:
-            names_tokens(llm.text, user, raw=raw, special_tokens=special_tokens)
+            names_tokens(llm.text, user, raw=form.raw, special_tokens=form.special_tokens)
             ids = render(
-                llm.text, user, system=system_text, raw=raw, think=think, special_tokens=special_tokens
+                llm.text, user, system=system_text, raw=form.raw, think=form.think, special_tokens=form.special_tokens
             ).token_ids
-        findings = _of_answer(llm, ids, sampling, quiet=quiet)
-    findings.show(llm, html=html, png=png, svg=svg, json=json, colour=color, ascii_only=ascii_only, quiet=quiet)
+        findings = _of_answer(llm, ids, sampling, quiet=form.quiet)
+    findings.show(llm, form)
     check_budget(llm)
 
 

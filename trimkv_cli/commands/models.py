@@ -1,4 +1,4 @@
-"""`trimkv models`: what lies in the Hugging Face cache, what a model measures, and getting one."""
+"""`trimkv models`: the Hugging Face cache, the measures of a model, and downloads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import CommandGroup, Json, Offline, Revision
+from trimkv_cli.commands.options import JSON, CommandGroup
+from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import MINI, Place, gates_place, model_place, shown_id
 from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.model.folders import read_model_spec
@@ -26,7 +27,7 @@ ModelName = Annotated[
 
 
 @models_app.command(name="list")
-def list_(*, json: Json = False) -> None:
+def list_(*, json: bool = JSON) -> None:
     """List the models and gates in the Hugging Face cache, and the built-in model.
 
     trimkv models list --json
@@ -40,12 +41,14 @@ def list_(*, json: Json = False) -> None:
 
 
 @models_app.command()
-def show(model: ModelName = None, *, revision: Revision = None, offline: Offline = False, json: Json = False) -> None:
+def show(
+    model: ModelName = None, *, engine: Annotated[EngineOptions, "revision", "offline"], json: bool = JSON
+) -> None:
     """Show what a model measures, from its config alone: no weights are read or downloaded.
 
     trimkv models show qwen3-4b-instruct-2507
     """
-    facts = _facts(model, revision, offline=offline)
+    facts = _facts(model, engine.revision, offline=engine.offline)
     print(jsonlib.dumps(facts, indent=2) if json else _table(facts))
 
 
@@ -53,7 +56,7 @@ def show(model: ModelName = None, *, revision: Revision = None, offline: Offline
 def pull(
     id: Annotated[str, typer.Argument(metavar="ID", help="Hub id of a model or of gates, or a profile for both.")],
     *,
-    revision: Revision = None,
+    engine: Annotated[EngineOptions, "revision"],
 ) -> None:
     """Download safetensors, tokenizer and config, or trained gates; prints the folder of each.
 
@@ -64,7 +67,7 @@ def pull(
     if id == MINI:
         print(MODEL_FOLDER)
         return
-    for place in _parts(id, revision):
+    for place in _parts(id, engine.revision):
         print_note(f"pulling {place.id}")
         print(pull_repository(place.id, revision=place.revision))
 

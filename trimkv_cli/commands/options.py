@@ -1,14 +1,15 @@
-"""What a shell may complete: names of models, profiles, gates, sessions and templates; nothing heavy is imported."""
+"""Options as Typer's parameters, over settings; completion of models, profiles, gates, sessions and templates."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -17,8 +18,10 @@ from trimkv_cli.commands.outputs import check_outputs
 from trimkv_cli.errors import ConfigError, UsageError
 from trimkv_cli.files import check_encoding
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
-from trimkv_cli.settings import overlay
+from trimkv_cli.settings import option, overlay
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+_MODEL_ARGUMENTS = ("name", "id")  # where a model is an argument and no option
 _REPOSITORY = "models--"
 
 
@@ -75,170 +78,128 @@ def _cached(*, gates: bool) -> Iterator[str]:
             yield name
 
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-_MODEL_ARGUMENTS = ("name", "id")  # where a model is an argument and no option
+# Options of several commands: default of a parameter, or field of a command's own options, of the same name.
+_prompt, _output = functools.partial(option, panel="Prompt"), functools.partial(option, panel="Output")
+SYSTEM = _prompt(None, "System message.", "TEXT", short="-s", setting=True)
+SYSTEM_FILE = _prompt(None, "Read the system message from a file.", "FILE")
+ENCODING = _prompt(
+    None,
+    "Encoding of files and stdin, as gb18030; default: UTF-8, what they say, or Western (with a warning).",
+    "NAME",
+    setting=True,
+    check=check_encoding,
+)
+THINK = _prompt(None, "Let the model reason first, where its template knows how.", setting=True)
+RAW = _prompt(False, "Send the prompt as it is, without the chat template.")
+SPECIAL_TOKENS = _prompt(False, "Read the model's own special tokens in a raw prompt as such, not as text.")
+JSON = _output(False, "Print one JSON object instead of text.")
+OUTPUT = _output(None, "Write to this file instead of stdout.", "FILE", short="-o")
+STREAM = _output(True, "Print the answer as it comes, or when it is complete.", setting=True)
+QUIET = _output(False, "Only warnings and errors on stderr.", short="-q", setting=True)
+STATS = _output(False, "Print counts, speed and memory to stderr at the end.", setting=True)
+COLOR = _output("auto", "Colour on stdout: auto is only on a terminal and without NO_COLOR.")
+ASCII = _output(False, "Draw with ASCII characters only.")
+LIVE = _output(None, "Show progress and memory while running (only on a terminal).", setting=True)
 
-
-@dataclass(frozen=True, slots=True)
-class _Flag:
-    declarations: tuple[str, ...]
-    help: str
-    panel: str
-    metavar: str | None = None
-    complete: Callable[[str], list[str]] | None = None
-    check: Callable[[Any], Any] | None = None
-
-
-_MODEL, _MEMORY, _SAMPLING, _PROMPT, _OUTPUT = "Model", "Memory", "Sampling", "Prompt", "Output"
-
-FLAGS = {
-    "model": _Flag(
-        ("-m", "--model"),
-        "Profile name, hub id or folder. Without one, the built-in mini.",
-        _MODEL,
-        "MODEL",
-        complete_model,
-    ),
-    "profile": _Flag(
-        ("--profile",), "Take model, gates and defaults from this profile.", _MODEL, "NAME", complete_profile
-    ),
-    "revision": _Flag(("--revision",), "Branch, tag or commit of a hub model.", _MODEL, "REV"),
-    "gates": _Flag(
-        ("--gates",),
-        "auto, a hub id or folder of trained gates, streaming[:SINKS] (sinks and recent tokens) or none (full cache).",
-        _MODEL,
-        "GATES",
-        complete_gates,
-    ),
-    "dtype": _Flag(("--dtype",), "auto, bf16, fp16 or fp32. auto on a CPU is fp32.", _MODEL, "TYPE"),
-    "quantize": _Flag(
-        ("--quantize",),
-        "none, int8 or nf4 (bitsandbytes). auto is the highest precision that --budget holds; without one, none.",
-        _MODEL,
-        "TYPE",
-    ),
-    "kv_dtype": _Flag(
-        ("--kv-dtype",),
-        "Type of the cached keys and values: fp32, bf16, fp16 or, on a GPU, fp8; auto = as the weights.",
-        _MEMORY,
-        "TYPE",
-    ),
-    "device": _Flag(("--device",), "auto, cuda, cuda:N, mps or cpu.", _MODEL, "DEVICE"),
-    "offline": _Flag(("--offline/--no-offline",), "Never use the network; exit 6 when a file is missing.", _MODEL),
-    "trust_remote_code": _Flag(
-        ("--trust-remote-code/--no-trust-remote-code",), "Run Python code that comes with the model.", _MODEL
-    ),
-    "budget": _Flag(("-b", "--budget"), "All memory that the process may use, as 8GiB or 80%.", _MEMORY, "SIZE"),
-    "kv_budget": _Flag(
-        ("--kv-budget",),
-        "Slots per KV head (512) or bytes per sequence (256MiB); default: as trained.",
-        _MEMORY,
-        "M|SIZE",
-    ),
-    "prefill_chunk": _Flag(
-        ("--prefill-chunk",), "Prompt tokens per chunk (default 512); 0 = the whole prompt at once.", _MEMORY, "N"
-    ),
-    "context": _Flag(
-        ("-c", "--context"), "Longest sequence to allow, in tokens; default: the model's own.", _MEMORY, "N"
-    ),
-    "on_overflow": _Flag(
-        ("--on-overflow",),
-        "Past the model's positions: error, rebase (new positions for what is kept) or map-reduce (summarize only).",
-        _MEMORY,
-        "HOW",
-    ),
-    "max_inflight": _Flag(
-        ("--max-inflight", "--rows"), "Sequences that run at the same time; default: from the plan.", _MEMORY, "N"
-    ),
-    "pin": _Flag(
-        ("--pin",),
-        "Never evict system, sinks:N (the first) or recent:N (the newest N tokens); commas join.",
-        _MEMORY,
-        "WHAT",
-    ),
-    "deterministic": _Flag(
-        ("--deterministic/--no-deterministic",),
-        "The same tokens for a request whatever runs beside it (CPU, fp32; slower).",
-        _MEMORY,
-    ),
-    "threads": _Flag(("--threads",), "CPU threads; default: all cores.", _MEMORY, "N"),
-    "max_tokens": _Flag(("-n", "--max-tokens"), "Most tokens to generate.", _SAMPLING, "N"),
-    "temperature": _Flag(("--temperature",), "0 = greedy; default: the model's own.", _SAMPLING, "T"),
-    "top_p": _Flag(("--top-p",), "Keep the likeliest tokens up to this probability mass.", _SAMPLING, "P"),
-    "top_k": _Flag(("--top-k",), "Keep the K likeliest tokens; 0 = all.", _SAMPLING, "K"),
-    "min_p": _Flag(("--min-p",), "Drop tokens below P times the likeliest one's probability.", _SAMPLING, "P"),
-    "top_h": _Flag(("--top-h",), "Keep tokens up to this share of the distribution's entropy.", _SAMPLING, "H"),
-    "repetition_penalty": _Flag(
-        ("--repetition-penalty",), "Above 1: make tokens seen before less likely.", _SAMPLING, "X"
-    ),
-    "seed": _Flag(("--seed",), "Same seed, same prompt, same tokens.", _SAMPLING, "N"),
-    "stop": _Flag(("--stop",), "Stop before this text; may be given several times.", _SAMPLING, "TEXT"),
-    "greedy": _Flag(("--greedy/--no-greedy",), "Always take the likeliest token (temperature 0).", _SAMPLING),
-    "ignore_eos": _Flag(
-        ("--ignore-eos/--no-ignore-eos",), "Go on to --max-tokens even past an end-of-text token.", _SAMPLING
-    ),
-    "system": _Flag(("-s", "--system"), "System message.", _PROMPT, "TEXT"),
-    "system_file": _Flag(("--system-file",), "Read the system message from a file.", _PROMPT, "FILE"),
-    "encoding": _Flag(
-        ("--encoding",),
-        "Encoding of files and stdin, as gb18030; default: UTF-8, what they say, or Western (with a warning).",
-        _PROMPT,
-        "NAME",
-        check=check_encoding,
-    ),
-    "think": _Flag(("--think/--no-think",), "Let the model reason first, where its template knows how.", _PROMPT),
-    "raw": _Flag(("--raw/--no-raw",), "Send the prompt as it is, without the chat template.", _PROMPT),
-    "special_tokens": _Flag(
-        ("--special-tokens/--no-special-tokens",),
-        "Read the model's own special tokens in a raw prompt as such, not as text.",
-        _PROMPT,
-    ),
-    "json": _Flag(("--json/--no-json",), "Print one JSON object instead of text.", _OUTPUT),
-    "output": _Flag(("-o", "--output"), "Write to this file instead of stdout.", _OUTPUT, "FILE"),
-    "stream": _Flag(("--stream/--no-stream",), "Print the answer as it comes, or when it is complete.", _OUTPUT),
-    "quiet": _Flag(("-q", "--quiet/--no-quiet"), "Only warnings and errors on stderr.", _OUTPUT),
-    "stats": _Flag(("--stats/--no-stats",), "Print counts, speed and memory to stderr at the end.", _OUTPUT),
-    "color": _Flag(("--color",), "Colour on stdout: auto is only on a terminal and without NO_COLOR.", _OUTPUT),
-    "ascii": _Flag(("--ascii/--no-ascii",), "Draw with ASCII characters only.", _OUTPUT),
-    "live": _Flag(("--live/--no-live",), "Show progress and memory while running (only on a terminal).", _OUTPUT),
+ModelName = Annotated[
+    str | None,
+    typer.Argument(help="Profile name, hub id or folder.", metavar="MODEL", autocompletion=complete_model),
+]
+_COMPLETIONS = {
+    "model": complete_model,
+    "profile": complete_profile,
+    "gates": complete_gates,
+    "session": complete_session,
+    "template": complete_template,
 }
 
 
-def check_setting(key: str, value: Any, *, name: str) -> None:
-    """Raise when a setting has a value that its option would refuse; `name` says where it stands.
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A parameter of a command that is an option, and what its field says about it."""
 
-    Raises:
-        ConfigError: such a value.
-    """
-    flag = FLAGS.get(key)
-    try:
-        for group in (EngineOptions, SamplingOptions):
-            if key in {f.name for f in fields(group)}:
-                group(**{key: value})
-        if flag is not None and flag.check is not None:
-            flag.check(value)
-    except UsageError as error:
-        said = f"{flag.declarations[-1]} {value}: " if flag is not None else ""
-        raise ConfigError(f"{name}: {error.message.removeprefix(said)}", hint=error.hint) from None
+    name: str
+    kind: type  # without None
+    about: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, hint: Any, field: Field[Any]) -> Option:
+        """Read a field, or a parameter whose default is one."""
+        kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
+        return cls(name, get_origin(kind) or kind, field.metadata)
+
+    @property
+    def flags(self) -> list[str]:
+        """List its names: the short one first, and what turns it off behind a slash."""
+        own = self.name.replace("_", "-")
+        long = self.about["flag"] or (f"--{own}/--no-{own}" if self.kind is bool else f"--{own}")
+        return [*filter(None, [self.about["short"]]), *long.split()]
+
+    def parameter(self, hint: Any, field: Field[Any]) -> inspect.Parameter:
+        """Return what Typer makes an option of."""
+        shown = typer.Option(
+            *self.flags,
+            help=self.about["help"],
+            rich_help_panel=self.about["panel"],
+            metavar=self.about["metavar"],
+            min=self.about["least"],
+            callback=self.about["check"],
+            autocompletion=_COMPLETIONS.get(self.name),
+        )
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, shown]
+        )
+
+    def check(self, value: Any, place: str) -> None:
+        """Raise when a setting has a value that this option would refuse; `place` says where it stands.
+
+        Raises:
+            ConfigError: such a value.
+        """
+        least, check = self.about["least"], self.about["check"]
+        try:
+            if least is not None and value < least:
+                raise UsageError(f"{value} is too small", hint=f"it takes {least} or more")
+            if check is not None:
+                check(value)
+            for group in (EngineOptions, SamplingOptions):
+                if self.name in {f.name for f in fields(group)}:
+                    group(**{self.name: value})
+        except UsageError as error:
+            said = f"{self.flags[-1]} {value}: "
+            raise ConfigError(f"{place}: {error.message.removeprefix(said)}", hint=error.hint) from None
+
+
+def settings_of(command: Any) -> dict[str, Option]:
+    """Return the options of a command, or of all in a group, that files and environment may say."""
+    own = {each.name: each for each in getattr(command.callback, "options", ()) if each.about["setting"]}
+    for inner in getattr(command, "commands", {}).values():
+        own = {**settings_of(inner), **own}
+    return own
 
 
 class SettingsCommand(TyperCommand):
     """A command whose options may come from files and environment, over which what is said on the line wins."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the line; settings that go with another choice than the one said there are left out."""
-        if ctx.default_map is not None:
-            found, *_ = self.make_parser(ctx).parse_args(args=list(args))
-            said = {name: value for name, value in found.items() if value is not None}
-            arguments = [said[name] for name in _MODEL_ARGUMENTS if name in said]
-            if arguments and said.get("model", arguments[0]) != arguments[0]:
-                raise UsageError(
-                    f"{arguments[0]} and --model {said['model']} are both given", hint="leave one of them out"
-                )
-            named = {"model" if key in _MODEL_ARGUMENTS else key: value for key, value in said.items()}
-            left = overlay(ctx.default_map, named)
-            ctx.default_map = {key: value for key, value in ctx.default_map.items() if key in left}
+        """Parse the line over the settings in `ctx.obj`; those that go with another choice than said are left out."""
+        found, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        said = {name: value for name, value in found.items() if value is not None}
+        arguments = [said[name] for name in _MODEL_ARGUMENTS if name in said]
+        if arguments and said.get("model", arguments[0]) != arguments[0]:
+            raise UsageError(f"{arguments[0]} and --model {said['model']} are both given", hint="leave one of them out")
+        named = {"model" if key in _MODEL_ARGUMENTS else key: value for key, value in said.items()}
+        left = overlay(self.settings(ctx.obj or {}), named)
+        ctx.default_map = {key: value for key, value in left.items() if key not in named}
         return super().parse_args(ctx, args)
+
+    def settings(self, all_: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of all settings that are for this command."""
+        own = settings_of(self).keys() | {p.name for p in self.params if p.param_type_name == "argument"}
+        if "profile" in all_ and "profile" not in own:
+            all_ = {"model": all_["profile"], **all_}  # a profile's name is a model's name as well
+        return {key: value for key, value in all_.items() if key in own}
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, unless it would write over what it reads."""
@@ -250,86 +211,50 @@ class CommandGroup(typer.Typer):
     """A table of such commands."""
 
     def command(self, name: str | None = None, **how: Any) -> Callable[[Command], Command]:
-        """Add a command as Typer does."""
-        return super().command(name, **{"cls": SettingsCommand, **how})
+        """Add a command as Typer does, with options from the fields of its parameters."""
+        add = super().command(name, **{"cls": SettingsCommand, **how})
+        return lambda command: add(_spread(command))
 
 
-def option(name: str) -> Any:
-    """Return the Typer option called `name` in the table above."""
-    flag = FLAGS[name]
-    return typer.Option(
-        *flag.declarations,
-        help=flag.help,
-        rich_help_panel=flag.panel,
-        metavar=flag.metavar,
-        autocompletion=flag.complete,
-        callback=flag.check,
-    )
+def _spread(command: Command) -> Command:
+    """Give a command Typer's parameters for its options: defaults that are fields, and fields of its dataclasses.
 
-
-ModelName = Annotated[
-    str | None,
-    typer.Argument(help="Profile name, hub id or folder.", metavar="MODEL", autocompletion=complete_model),
-]
-Json = Annotated[bool, option("json")]
-Output = Annotated[str | None, option("output")]
-Quiet = Annotated[bool, option("quiet")]
-Stream = Annotated[bool, option("stream")]
-Stats = Annotated[bool, option("stats")]
-Live = Annotated[bool | None, option("live")]
-Color = Annotated[Literal["auto", "always", "never"], option("color")]
-Ascii = Annotated[bool, option("ascii")]
-System = Annotated[str | None, option("system")]
-SystemFile = Annotated[str | None, option("system_file")]
-Encoding = Annotated[str | None, option("encoding")]
-Think = Annotated[bool | None, option("think")]
-Raw = Annotated[bool, option("raw")]
-SpecialTokens = Annotated[bool, option("special_tokens")]
-Model = Annotated[str | None, option("model")]
-Profile = Annotated[str | None, option("profile")]
-Revision = Annotated[str | None, option("revision")]
-Gates = Annotated[str, option("gates")]
-Offline = Annotated[bool, option("offline")]
-Budget = Annotated[str | None, option("budget")]
-Context = Annotated[int | None, option("context")]
-
-
-def with_options(**groups: type) -> Callable[[Command], Command]:
-    """Spread dataclasses over a command's options: `with_options(engine=EngineOptions)` fills its parameter `engine`.
-
-    Each field becomes one option with the flag and help of `FLAGS` and the field's own type and default.
+    `Annotated[Group, "field", …]` takes these fields alone, in this order.
     """
+    groups: dict[str, tuple[type, list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    options: list[Option] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        hint, *only = get_args(parameter.annotation) if _annotated(parameter) else [parameter.annotation]
+        if isinstance(hint, type) and is_dataclass(hint):
+            own = _fields(hint)
+            groups[parameter.name] = (hint, only or list(own))
+            found = [(name, *own[name]) for name in only or own]
+        elif isinstance(parameter.default, Field):
+            found = [(parameter.name, hint, parameter.default)]
+        else:
+            parameters.append(parameter)
+            continue
+        for name, kind, field in found:
+            options.append(Option.of(name, kind, field))
+            parameters.append(options[-1].parameter(kind, field))
 
-    def decorate(command: Command) -> Command:
-        @functools.wraps(command)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            for name, group in groups.items():
-                kwargs[name] = group(**{f.name: kwargs.pop(f.name) for f in fields(group)})
-            return command(*args, **kwargs)
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        made = {name: group(**{key: values.pop(key) for key in keys}) for name, (group, keys) in groups.items()}
+        return command(**values, **made)
 
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in groups]
-        spread = [parameter for group in groups.values() for parameter in _parameters(group)]
-        wrapper.__signature__ = inspect.Signature([*own, *spread])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *spread]}
-        del wrapper.__wrapped__  # or Typer reads the undecorated signature
-        return wrapper  # type: ignore[return-value]
-
-    return decorate
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__dict__.update(__signature__=inspect.Signature(parameters), options=options)
+    del run.__dict__["__wrapped__"]  # or Typer reads the signature of that
+    return run  # type: ignore[return-value]
 
 
-def _parameters(group: type) -> list[inspect.Parameter]:
+def _annotated(parameter: inspect.Parameter) -> bool:
+    return get_origin(parameter.annotation) is Annotated
+
+
+@functools.cache
+def _fields(group: type) -> dict[str, tuple[Any, Field[Any]]]:
     hints = get_type_hints(group)
-    return [
-        inspect.Parameter(
-            f.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=_default(f),
-            annotation=Annotated[hints[f.name], option(f.name)],
-        )
-        for f in fields(group)
-    ]
-
-
-def _default(field: Field[Any]) -> Any:
-    assert field.default is not MISSING, f"option {field.name} has no default"
-    return field.default
+    return {f.name: (hints[f.name], f) for f in fields(group)}

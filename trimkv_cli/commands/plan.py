@@ -1,4 +1,4 @@
-"""`trimkv plan`: whether a budget will do, before a weight is read or downloaded."""
+"""`trimkv plan`: every byte of a run, before a weight is read or downloaded."""
 
 from __future__ import annotations
 
@@ -8,34 +8,24 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from trimkv_cli.commands.options import Json, ModelName, with_options
+from trimkv_cli.commands.options import JSON, ModelName
 from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.settings import option
 
 if TYPE_CHECKING:
     from trimkv_cli.plan.compare import Alternative, Solved
     from trimkv_cli.plan.plan import Plan
 
 
-@with_options(engine=EngineOptions)
 def plan(
     name: ModelName = None,
     *,
-    solve: Annotated[
-        str | None,
-        typer.Option("--solve", metavar="kv-budget|rows|context", help="Say the most of this size that fits."),
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare/--no-compare", help="Show what the budget holds in each precision of weights and cache."
-        ),
-    ] = False,
-    json: Json = False,
+    solve: str | None = option(None, "Say the most of this size that fits.", "kv-budget|rows|context"),
+    compare: bool = option(False, "Show what the budget holds in each precision of weights and cache."),
+    json: bool = JSON,
     engine: EngineOptions,
 ) -> None:
     """Say whether a budget will do: every part in bytes, and commands that would fit where it does not (exit 4).

@@ -1,4 +1,4 @@
-"""`trimkv profiles`: which models have a short name, and what it stands for."""
+"""`trimkv profiles`: models under short names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import CommandGroup, Json
+from trimkv_cli.commands.options import JSON, CommandGroup
 from trimkv_cli.model.profiles import Profile, list_profiles, load_profile, profile_folders
 from trimkv_cli.ui.plain import columns, print_answer
 
@@ -16,7 +16,7 @@ profiles_app = CommandGroup(help="Look at profiles: a model under a short name."
 
 
 @profiles_app.command(name="list")
-def list_(*, json: Json = False) -> None:
+def list_(*, json: bool = JSON) -> None:
     """List all profiles; your own hide built-in ones of the same name.
 
     trimkv profiles list
@@ -26,9 +26,7 @@ def list_(*, json: Json = False) -> None:
 
 
 @profiles_app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="Name of a profile.", metavar="NAME")], *, json: Json = False
-) -> None:
+def show(name: Annotated[str, typer.Argument(help="Name of a profile.", metavar="NAME")], *, json: bool = JSON) -> None:
     """Show one profile: its file, or as JSON what trimkv reads in it.
 
     trimkv profiles show mini > my-mini.toml

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import CommandGroup, Json, Output, complete_session
+from trimkv_cli.commands.options import JSON, OUTPUT, CommandGroup, complete_session
 from trimkv_cli.errors import InputError, UsageError
+from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import columns, neutralise
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a session.", 
 
 
 @sessions_app.command(name="list")
-def list_(*, json: Json = False) -> None:
+def list_(*, json: bool = JSON) -> None:
     """List the sessions, the last one used first.
 
     trimkv sessions list
@@ -39,7 +40,7 @@ def list_(*, json: Json = False) -> None:
 
 
 @sessions_app.command()
-def show(name: Name, *, json: Json = False) -> None:
+def show(name: Name, *, json: bool = JSON) -> None:
     """Show what was said in a session.
 
     trimkv sessions show my-talk
@@ -55,10 +56,8 @@ def show(name: Name, *, json: Json = False) -> None:
 def export_(
     name: Name,
     *,
-    form: Annotated[
-        str | None, typer.Option("--format", help="md, json, jsonl or html; default: by the file's name, or md.")
-    ] = None,
-    output: Output = None,
+    form: str | None = option(None, "md, json, jsonl or html; default: by the file's name, or md.", flag="--format"),
+    output: str | None = OUTPUT,
 ) -> None:
     """Write a session as Markdown, JSON, a line of JSONL or a page of HTML.
 

@@ -1,10 +1,11 @@
-"""What a user may say about model, budget and sampling: plain values, as typed, before anything is resolved."""
+"""Options of model, memory and sampling: plain values as typed, before anything is resolved."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from trimkv_cli.errors import UsageError
@@ -12,8 +13,12 @@ from trimkv_cli.files import as_text
 from trimkv_cli.model.spec import Pins, parse_dtype, parse_kv_dtype, parse_quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.request import SamplingParams
+from trimkv_cli.settings import option
 from trimkv_cli.units import parse_budget, parse_kv_budget
 
+_model = partial(option, panel="Model", setting=True)
+_memory = partial(option, panel="Memory", setting=True)
+_sampling = partial(option, panel="Sampling", setting=True)
 _FILTERS = {"top_p", "top_k", "min_p", "top_h"}
 _OVERFLOW = ("error", "rebase", "map-reduce")
 DETERMINISTIC_ROWS = 8  # every deterministic decode has this many rows, so that no matrix product changes its shape
@@ -23,25 +28,53 @@ DETERMINISTIC_ROWS = 8  # every deterministic decode has this many rows, so that
 class EngineOptions:
     """Choose a model, its gates, and the memory that it may use; None leaves the choice to profile and plan."""
 
-    model: str | None = None
-    profile: str | None = None
-    revision: str | None = None
-    gates: str = "auto"
-    dtype: str = "auto"
-    quantize: str = "auto"
-    kv_dtype: str = "auto"
-    device: str = "auto"
-    offline: bool = False
-    trust_remote_code: bool = False
-    budget: str | None = None
-    kv_budget: str | None = None
-    prefill_chunk: int | None = None
-    context: int | None = None
-    on_overflow: str = "error"
-    max_inflight: int | None = None
-    pin: str | None = None
-    deterministic: bool = False
-    threads: int | None = None
+    model: str | None = _model(
+        None, "Profile name, hub id or folder. Without one, the built-in mini.", "MODEL", short="-m"
+    )
+    profile: str | None = _model(None, "Take model, gates and defaults from this profile.", "NAME")
+    revision: str | None = _model(None, "Branch, tag or commit of a hub model.", "REV")
+    gates: str = _model(
+        "auto",
+        "auto, a hub id or folder of trained gates, streaming[:SINKS] (sinks and recent tokens) or none (full cache).",
+        "GATES",
+    )
+    dtype: str = _model("auto", "auto, bf16, fp16 or fp32. auto on a CPU is fp32.", "TYPE")
+    quantize: str = _model(
+        "auto",
+        "none, int8 or nf4 (bitsandbytes). auto is the highest precision that --budget holds; without one, none.",
+        "TYPE",
+    )
+    kv_dtype: str = _memory(
+        "auto",
+        "Type of the cached keys and values: fp32, bf16, fp16 or, on a GPU, fp8; auto = as the weights.",
+        "TYPE",
+    )
+    device: str = _model("auto", "auto, cuda, cuda:N, mps or cpu.", "DEVICE")
+    offline: bool = _model(False, "Never use the network; exit 6 when a file is missing.")
+    trust_remote_code: bool = _model(False, "Run Python code that comes with the model.")
+    budget: str | None = _memory(None, "All memory that the process may use, as 8GiB or 80%.", "SIZE", short="-b")
+    kv_budget: str | None = _memory(
+        None, "Slots per KV head (512) or bytes per sequence (256MiB); default: as trained.", "M|SIZE"
+    )
+    prefill_chunk: int | None = _memory(
+        None, "Prompt tokens per chunk (default 512); 0 = the whole prompt at once.", "N"
+    )
+    context: int | None = _memory(
+        None, "Longest sequence to allow, in tokens; default: the model's own.", "N", short="-c"
+    )
+    on_overflow: str = _memory(
+        "error",
+        "Past the model's positions: error, rebase (new positions for what is kept) or map-reduce (summarize only).",
+        "HOW",
+    )
+    max_inflight: int | None = _memory(
+        None, "Sequences that run at the same time; default: from the plan.", "N", flag="--max-inflight --rows"
+    )
+    pin: str | None = _memory(
+        None, "Never evict system, sinks:N (the first) or recent:N (the newest N tokens); commas join.", "WHAT"
+    )
+    deterministic: bool = _memory(False, "The same tokens for a request whatever runs beside it (CPU, fp32; slower).")
+    threads: int | None = _memory(None, "CPU threads; default: all cores.", "N")
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -81,17 +114,17 @@ def _check_device(text: str) -> None:
 class SamplingOptions:
     """Override the model's own generation defaults; None keeps the model's value."""
 
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    top_h: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: list[str] | None = None
-    greedy: bool = False
-    ignore_eos: bool = False
+    max_tokens: int | None = _sampling(None, "Most tokens to generate.", "N", short="-n")
+    temperature: float | None = _sampling(None, "0 = greedy; default: the model's own.", "T")
+    top_p: float | None = _sampling(None, "Keep the likeliest tokens up to this probability mass.", "P")
+    top_k: int | None = _sampling(None, "Keep the K likeliest tokens; 0 = all.", "K")
+    min_p: float | None = _sampling(None, "Drop tokens below P times the likeliest one's probability.", "P")
+    top_h: float | None = _sampling(None, "Keep tokens up to this share of the distribution's entropy.", "H")
+    repetition_penalty: float | None = _sampling(None, "Above 1: make tokens seen before less likely.", "X")
+    seed: int | None = _sampling(None, "Same seed, same prompt, same tokens.", "N")
+    stop: list[str] | None = _sampling(None, "Stop before this text; may be given several times.", "TEXT")
+    greedy: bool = _sampling(False, "Always take the likeliest token (temperature 0).")
+    ignore_eos: bool = _sampling(False, "Go on to --max-tokens even past an end-of-text token.")
 
     def __post_init__(self) -> None:
         if self.stop is not None:

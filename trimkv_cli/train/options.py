@@ -1,18 +1,22 @@
-"""What one training run is: every value that changes the gates that come out of it."""
+"""Options of a training run: all that changes the gates which come out of it, and its files."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import cos, pi
+from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 from trimkv_cli.errors import UsageError
+from trimkv_cli.settings import option
 
 TrainedVariant = Literal["rg", "rg10"]
 Schedule = Literal["constant", "cosine"]
 Student = Literal["fading", "evicting"]
 Export = Literal["own", "released"]
+_gates, _data, _learning, _run = (partial(option, panel=name) for name in ("Gates", "Data", "Learning", "Run"))
 MOST_DOUBLINGS = 2  # of the slots that an evicting student is made for
 # A token whose log score is 1 below the border is seen with a factor of e⁻³ at first, of e⁻³⁰ in the end: a head that
 # looks for one token finds it through a softer border, and would not learn that a cache has lost it.
@@ -34,28 +38,30 @@ class TrainOptions:
     `context` counts the tokens of a sequence. A sequence's position ids may have random gaps, strictly increasing, of
     `position_gap` positions at most together: the model, the retention bias and the capacity all see the distances.
     The student sees all tokens, each as far as it has not faded (the paper's), or its answers see only those that a
-    number of slots would hold.
+    number of slots would hold. A `cap_weight` of None is 1 for the first, 0 for the second.
     """
 
-    memory_size: int
-    context: int
-    steps: int
-    batch: int = 1
-    accumulate: int = 4
-    lr: float = 2e-4
-    weight_decay: float = 0.01
-    warmup: int = 0
-    schedule: Schedule = "constant"
-    clip: float = 1.0
-    student: Student = "fading"
-    gate: TrainedVariant = "rg"
-    hidden: int = 512
-    bias_init: float = 8.0
-    cap_weight: float = 1.0
-    position_gap: int = 0
-    seed: int = 0
+    memory_size: int = _gates(..., "Slots per KV head to train for.", "M")
+    context: int = _data(..., "Tokens of a sequence.", "N", short="-c")
+    steps: int = _learning(..., "Updates of the gates.", "N")
+    gate: TrainedVariant = _gates("rg", "rg: two linear layers; rg10: three.")
+    hidden: int = _gates(512, "Width of a gate.", "N")
+    bias_init: float = _gates(8.0, "Where gates start: higher forgets later.", "X")
+    position_gap: int = _data(0, "Let a document's positions jump, by N together at most.", "N")
+    batch: int = _learning(1, "Sequences of a forward.", "N")
+    accumulate: int = _learning(4, "Forwards of an update.", "N")
+    lr: float = _learning(2e-4, "Learning rate.", "X")
+    schedule: Schedule = _learning("constant", "How the rate goes on after warm-up.")
+    warmup: int = _learning(0, "Updates over which the rate rises.", "N")
+    weight_decay: float = _learning(0.01, "Weight decay of AdamW.", "X")
+    clip: float = _learning(1.0, "Largest norm of a gradient.", "X")
+    student: Student = _learning("fading", "fading: tokens fade, as in the paper; evicting: answers see what is kept.")
+    cap_weight: float = _learning(None, "Weight of the capacity loss; default: 1 fading, 0 evicting.", "X")
+    seed: int = _learning(0, "Fixes first weights, order and gaps.", "N", setting=True)
 
     def __post_init__(self) -> None:
+        if self.cap_weight is None:
+            object.__setattr__(self, "cap_weight", 1.0 if self.student == "fading" else 0.0)
         for name in ("memory_size", "steps", "batch", "accumulate", "hidden"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         _check("context", self.context, self.context >= 2, "2 or more")
@@ -104,6 +110,19 @@ class TrainOptions:
         if self.student == "evicting":
             values["border_sharpness"] = [SOFTEST, SHARPEST]
         return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """Where a run reads and writes, and how; nothing here changes what comes out, but for rounding."""
+
+    data: list[Path] = option(..., "JSONL or text file; may be given several times.", "FILE", panel="Data")
+    output: Path = _run(..., "Folder for the gates and the checkpoint.", "DIR", short="-o")
+    resume: bool = _run(True, "Go on from a checkpoint in DIR, or start anew.", flag="--resume/--overwrite")
+    save_every: int = _run(100, "Updates between checkpoints.", "N", least=1)
+    log_every: int | None = _run(None, "Updates between lines; default: 10 s.", "N", least=1)
+    export: Export = _run("own", "own, or released: the format of the authors' folders.")
+    gradient_checkpointing: bool = _run(False, "Compute layers twice to save memory.")
 
 
 def _check(name: str, value: float, fine: bool, range_: str) -> None:

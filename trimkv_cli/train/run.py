@@ -30,24 +30,12 @@ from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.model.spec import parse_dtype
 from trimkv_cli.train.documents import DataFiles, Tokens, encode_document
-from trimkv_cli.train.options import Export, TrainOptions
+from trimkv_cli.train.options import RunFiles, TrainOptions
 from trimkv_cli.train.packing import Cursor, Packer, stack
 from trimkv_cli.train.teacher import Counts, TeacherBatch, batches_ahead, prefetch
 from trimkv_cli.train.trainer import Losses, Trainer, describe_gates, new_gates
 
 SAMPLE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """Say where a run reads and writes, and how; nothing here changes what comes out, but for rounding."""
-
-    data: tuple[Path, ...]
-    output: Path
-    export: Export = "own"
-    overwrite: bool = False
-    save_every: int = 100
-    recompute_layers: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +60,7 @@ class Listener:
     should_stop: Callable[[], bool]
 
 
-def train_gates(engine: EngineOptions, options: TrainOptions, run: RunOptions, listener: Listener) -> None:
+def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, listener: Listener) -> None:
     """Train the gates of a model and write their folder, going on from a checkpoint that lies there.
 
     Raises:
@@ -96,7 +84,7 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunOptions, l
         raise ModelNotFound(f"{source.model_id} has no tokenizer", hint="training needs one beside the weights")
     trainer = _make_trainer(engine, options, run, source)
     identity = _identity(source, data, options, trainer)
-    if run.overwrite:
+    if not run.resume:
         (run.output / FILE_NAME).unlink(missing_ok=True)
     progress = load_checkpoint(run.output, trainer, identity) or TrainingState()
     for note in (*source.notes, _resumed(trainer, run), _described(trainer, data)):
@@ -107,10 +95,10 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunOptions, l
     _write(trainer, source, data, progress, run)
 
 
-def _check_output(run: RunOptions) -> None:
+def _check_output(run: RunFiles) -> None:
     if run.output.exists() and not run.output.is_dir():
         raise UsageError(f"{run.output} is a file", hint="-o takes a folder for the gates")
-    if run.overwrite or not run.output.is_dir() or (run.output / FILE_NAME).is_file():
+    if not run.resume or not run.output.is_dir() or (run.output / FILE_NAME).is_file():
         return
     try:
         found = gate_files(run.output)
@@ -119,7 +107,7 @@ def _check_output(run: RunOptions) -> None:
     raise UsageError(f"{found[1]} exists, without a checkpoint to go on from", hint="another -o, or --overwrite")
 
 
-def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunOptions, source: Source) -> Trainer:
+def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunFiles, source: Source) -> Trainer:
     device = take_device(engine.device)
     settle(engine.threads)
     autocast = _autocast(engine.dtype, device)
@@ -129,7 +117,7 @@ def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunOptions,
         LongRope(model).use(long=options.positions > (source.spec.original_max_positions or 0))
     gate = describe_gates(options, source.spec, source.model_id)
     gates = new_gates(gate, source.spec, options, hidden_act=activation_name(model.config.to_dict()), device=device)
-    return Trainer(model, gates, source.spec, options, autocast=autocast, recompute_layers=run.recompute_layers)
+    return Trainer(model, gates, source.spec, options, autocast=autocast, recompute_layers=run.gradient_checkpointing)
 
 
 def _autocast(name: str, device: torch.device) -> torch.dtype | None:
@@ -185,7 +173,7 @@ def _train(
     trainer: Trainer,
     packer: Packer,
     progress: TrainingState,
-    run: RunOptions,
+    run: RunFiles,
     listener: Listener,
     identity: dict[str, Any],
 ) -> None:
@@ -233,7 +221,7 @@ def _teach(trainer: Trainer, packer: Packer, cursors: deque[Cursor]) -> Iterator
         yield from (trainer.teach(batch, counts) for batch in batches)
 
 
-def _write(trainer: Trainer, source: Source, data: DataFiles, progress: TrainingState, run: RunOptions) -> None:
+def _write(trainer: Trainer, source: Source, data: DataFiles, progress: TrainingState, run: RunFiles) -> None:
     gate = describe_gates(trainer.options, source.spec, source.model_id)
     hidden_act = activation_name(trainer.model.config.to_dict())
     if run.export == "released":
@@ -256,7 +244,7 @@ def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Training
     write_gates(run.output, gate, dict(trainer.parameters), hidden_act=hidden_act, training=record)
 
 
-def _resumed(trainer: Trainer, run: RunOptions) -> str:
+def _resumed(trainer: Trainer, run: RunFiles) -> str:
     return f"going on from step {trainer.steps_done} of {run.output / FILE_NAME}" if trainer.steps_done else ""
 
 

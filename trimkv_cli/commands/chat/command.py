@@ -5,26 +5,26 @@ from __future__ import annotations
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from trimkv_cli.commands.options import (
-    Ascii,
-    Color,
-    Encoding,
-    Live,
+    ASCII,
+    COLOR,
+    ENCODING,
+    LIVE,
+    QUIET,
+    SYSTEM,
+    SYSTEM_FILE,
+    THINK,
     ModelName,
-    Quiet,
-    System,
-    SystemFile,
-    Think,
-    complete_session,
-    with_options,
 )
 from trimkv_cli.errors import UsageError
 from trimkv_cli.files import can_write
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.settings import option
+from trimkv_cli.ui.look import ColourChoice, Look
 
 if TYPE_CHECKING:
     from trimkv_cli.chat.store import Transcript
@@ -34,39 +34,30 @@ if TYPE_CHECKING:
     from trimkv_cli.ui.chat.screen import Screen
 
 
-@with_options(engine=EngineOptions, sampling=SamplingOptions)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """Which conversation it is, what is kept of it, and how it looks."""
+
+    go_on: bool = option(False, "Go on with the last session.", short="-C", flag="--continue/--no-continue")
+    session: str | None = option(None, "Go on with this session, or begin it.", "NAME")
+    save_cache: bool = option(True, "Store the cache beside what is said; without it -C reads it again.", setting=True)
+    undo_depth: int = option(3, "Turns whose state is kept for /undo.", "N", least=0, setting=True)
+    history: bool = option(True, "Write down the lines and the session; without it nothing.", setting=True)
+    system: str | None = SYSTEM
+    system_file: str | None = SYSTEM_FILE
+    encoding: str | None = ENCODING
+    think: bool | None = THINK
+    live: bool | None = LIVE
+    color: ColourChoice = COLOR
+    ascii: bool = ASCII
+    quiet: bool = QUIET
+
+
 def chat(
     invocation: typer.Context,
     name: ModelName = None,
     *,
-    go_on: Annotated[bool, typer.Option("-C", "--continue/--no-continue", help="Go on with the last session.")] = False,
-    session: Annotated[
-        str | None,
-        typer.Option(
-            "--session", help="Go on with this session, or begin it.", metavar="NAME", autocompletion=complete_session
-        ),
-    ] = None,
-    save_cache: Annotated[
-        bool,
-        typer.Option(
-            "--save-cache/--no-save-cache", help="Store the cache beside what is said; without it -C reads it again."
-        ),
-    ] = True,
-    undo_depth: Annotated[
-        int, typer.Option("--undo-depth", min=0, help="Turns whose state is kept for /undo.", metavar="N")
-    ] = 3,
-    history: Annotated[
-        bool,
-        typer.Option("--history/--no-history", help="Write down the lines and the session; without it nothing."),
-    ] = True,
-    system: System = None,
-    system_file: SystemFile = None,
-    encoding: Encoding = None,
-    think: Think = None,
-    live: Live = None,
-    color: Color = "auto",
-    ascii_only: Ascii = False,
-    quiet: Quiet = False,
+    chosen: ChatOptions,
     engine: EngineOptions,
     sampling: SamplingOptions,
 ) -> None:
@@ -88,43 +79,41 @@ def chat(
     from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import needs, read_system
     from trimkv_cli.ui.chat.screen import Screen, keys_held_back, may_move
-    from trimkv_cli.ui.look import Look
 
-    stored = find_stored(session, go_on=go_on)
+    stored = find_stored(chosen.session, go_on=chosen.go_on)
     said = said_options(invocation)
     engine = replace(engine, model=name or engine.model, max_inflight=1)
     if stored is not None:
         engine = as_stored(engine, stored, said=said | ({"model"} if name else set()))
-    system_text = read_system(system, system_file, Reader(encoding=encoding, quiet=quiet))
+    system_text = read_system(chosen.system, chosen.system_file, Reader(encoding=chosen.encoding, quiet=chosen.quiet))
     screen = Screen(
-        lambda: Look.of(sys.stdout, colour=color, ascii_only=ascii_only), moves=live is not False and may_move()
+        lambda: Look.of(sys.stdout, colour=chosen.color, ascii_only=chosen.ascii),
+        moves=chosen.live is not False and may_move(),
     )
-    asked = ChatOptions(
+    opening = Opening(
+        options=chosen,
+        sampling=sampling,
         system=system_text,
         new_system=bool(said & {"system", "system_file"}),
-        think=think,
-        encoding=encoding,
-        sampling=sampling,
-        undo_depth=undo_depth,
-        session=session,
-        private=not history,
-        save_cache=save_cache,
     )
     # In memory all states to which /undo goes back, or of stored ones the copy that is written.
-    snapshots = 2 if history and save_cache else undo_depth + 2
+    snapshots = 2 if chosen.history and chosen.save_cache else chosen.undo_depth + 2
     with keys_held_back():
         llm = open_engine(
-            engine, quiet=quiet, snapshots=snapshots, check=needs(raw=False, instead="trimkv ask --raw goes without")
+            engine,
+            quiet=chosen.quiet,
+            snapshots=snapshots,
+            check=needs(raw=False, instead="trimkv ask --raw goes without"),
         )
-        this = open_chat(llm, engine, asked, stored, screen)
+        this = open_chat(llm, engine, opening, stored, screen)
         budget_bytes = this.conversation.llm.facts.plan.budget_bytes
-        if stored is None and not quiet:
+        if stored is None and not chosen.quiet:
             screen.note("Enter sends, Ctrl-C stops an answer, Ctrl-D or /exit ends, /help lists the commands.")
         try:
-            talk(this, make_prompt(this, screen, private=not history), screen)
+            talk(this, make_prompt(this, screen, private=not chosen.history), screen)
         finally:
             this.autosave.close()
-    if not quiet and this.autosave.name is not None:
+    if not chosen.quiet and this.autosave.name is not None:
         screen.note(f"trimkv chat --session {this.autosave.name} goes on with this")
     if this.conversation.llm.facts.plan.budget_bytes == budget_bytes:  # no /budget, which the peak so far may exceed
         check_budget(this.conversation.llm)
@@ -135,18 +124,13 @@ _NOT_STORED = {"trust_remote_code", "offline", "max_inflight", "threads", "devic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatOptions:
+class Opening:
     """What the command line says about the conversation itself."""
 
+    options: ChatOptions
+    sampling: SamplingOptions
     system: str | None
     new_system: bool  # said for this start, so that it replaces a stored one
-    think: bool | None
-    encoding: str | None
-    sampling: SamplingOptions
-    undo_depth: int
-    session: str | None
-    private: bool
-    save_cache: bool
 
 
 def said_options(invocation: typer.Context) -> set[str]:
@@ -180,9 +164,7 @@ def as_stored(engine: EngineOptions, stored: Transcript, *, said: set[str]) -> E
     return replace(engine, **{name: value for name, value in stored.options.items() if name in known})
 
 
-def open_chat(
-    llm: Engine, engine: EngineOptions, asked: ChatOptions, stored: Transcript | None, screen: Screen
-) -> Chat:
+def open_chat(llm: Engine, engine: EngineOptions, opening: Opening, stored: Transcript | None, screen: Screen) -> Chat:
     """Put a conversation together and say what a stored one brings."""
     from trimkv_cli.chat.autosave import Autosave
     from trimkv_cli.chat.conversation import Conversation, need_chat
@@ -195,33 +177,33 @@ def open_chat(
     need_chat(llm.text)
     conversation = Conversation(
         llm,
-        system=asked.system,
-        think=asked.think,
-        params=draw_seed(asked.sampling).resolve(llm.facts.sampling_defaults),
-        undo_depth=asked.undo_depth,
-        fits_rest=asked.sampling.max_tokens is None,
+        system=opening.system,
+        think=opening.options.think,
+        params=draw_seed(opening.sampling).resolve(llm.facts.sampling_defaults),
+        undo_depth=opening.options.undo_depth,
+        fits_rest=opening.sampling.max_tokens is None,
     )
     store = SessionStore.default()
-    kept = not asked.private and can_write(store.folder)
-    if not (kept or asked.private or asked.session):
+    kept = opening.options.history and can_write(store.folder)
+    if not (kept or not opening.options.history or opening.options.session):
         screen.note(f"warning: {store.folder} cannot be written: this conversation is not stored")
     autosave = Autosave(
         store,
         options=_to_store(engine, llm),
         enabled=kept,
-        save_cache=asked.save_cache,
-        name=asked.session,
+        save_cache=opening.options.save_cache,
+        name=opening.options.session,
     )
     this = Chat(
         conversation=conversation,
         autosave=autosave,
         display=screen,
-        encoding=asked.encoding,
+        encoding=opening.options.encoding,
         run=lambda begin: run_turn(this, screen, begin),
     )
     if stored is not None:
         say_opened(this, autosave.open(stored.name, conversation))
-        _lay_over(this, asked)
+        _lay_over(this, opening)
     return this
 
 
@@ -240,15 +222,15 @@ def make_prompt(chat: Chat, screen: Screen, *, private: bool) -> ChatPrompt:
     )
 
 
-def _lay_over(chat: Chat, asked: ChatOptions) -> None:
+def _lay_over(chat: Chat, opening: Opening) -> None:
     """Lay what the command line says over what a session brought."""
     conversation = chat.conversation
     before = conversation.params
-    params = asked.sampling.resolve(asdict(before))
+    params = opening.sampling.resolve(asdict(before))
     conversation.params = replace(params, ignore_eos=before.ignore_eos or params.ignore_eos)  # a flag can only add it
-    conversation.think = asked.think if asked.think is not None else conversation.think
-    if asked.new_system and asked.system != conversation.system:
-        conversation.system = asked.system
+    conversation.think = opening.options.think if opening.options.think is not None else conversation.think
+    if opening.new_system and opening.system != conversation.system:
+        conversation.system = opening.system
         if conversation.turns:
             conversation.read_again()
             chat.display.note("another system message: the next message makes the model read the session again")

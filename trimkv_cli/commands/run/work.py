@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from trimkv_cli.commands.memory import watch
-from trimkv_cli.commands.run.choices import Choices, ClusterChoices
+from trimkv_cli.commands.run.choices import Choices, RunOptions
 from trimkv_cli.errors import ModelError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.job import Backend, BackendFacts, Job, LocalBackend
@@ -74,10 +74,10 @@ def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpt
         return _Run(choices, options, sampling).go(stream)
     output = Path(choices.output)
     with locked(output):
-        if choices.overwrite:
+        if choices.flags.overwrite:
             return _Run(choices, options, sampling, output=output).go(stream)
         before = read_sidecar(path_beside(output))
-        check_provenance(output, has_sidecar=before is not None, adopt=choices.adopt)
+        check_provenance(output, has_sidecar=before is not None, adopt=choices.flags.adopt)
         earlier = read_earlier(output)
         if before is not None and earlier.records:
             stream = check_beginning(stream, before.input_bytes, before.input_sha256)
@@ -93,7 +93,7 @@ def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpti
     reader = _reader(choices, _open(choices))
     source = find_here(options)
     rules = _rules(choices, sampling, model_names(options, source))
-    selection = Selection(limit=choices.limit, shard=choices.shard)
+    selection = Selection(limit=choices.flags.limit, shard=choices.shard)
     for parsed in (_within(each, source, options) for each in parse_lines(reader, rules, selection)):
         if isinstance(parsed, BadLine):
             summary.bad += 1
@@ -103,7 +103,7 @@ def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpti
         else:
             summary.done += 1
             summary.count_warnings(parsed)
-    if not choices.quiet:
+    if not choices.flags.quiet:
         print_note(summary.verdict(blank_lines=reader.blank_lines))
         print_note(f"not checked without the model: {_UNSEEN if source is not None else _UNSEEN_FROM_AFAR}")
     _write_summary(choices, summary, reader.blank_lines)
@@ -140,7 +140,7 @@ class _Run:
             if self.output is not None:
                 stream = self._prepare(self.output, stream, backend.facts, rules)
             with open_output(self.choices.output) as output:
-                return self._work(backend, rules, stream, Writer(output, order=self.choices.order))
+                return self._work(backend, rules, stream, Writer(output, order=self.choices.flags.order))
 
     def _prepare(self, output: Path, stream: BinaryIO, facts: BackendFacts, rules: Rules) -> BinaryIO:
         """Make sure that the output may be gone on with, and write what it will be known by."""
@@ -149,14 +149,14 @@ class _Run:
             rules,
             template=facts.template,
             choices={name: getattr(self.options, name) for name in _CHOSEN},
-            prompt_column=self.choices.prompt_column,
+            prompt_column=self.choices.flags.prompt_column,
         )
         sidecar, path = self.before, path_beside(output)
         if sidecar is not None:
             check_fingerprint(output, sidecar.fingerprint, fingerprint)
-        if self.choices.overwrite:
+        if self.choices.flags.overwrite:
             start_anew(output)
-        if self.choices.retry_errors and self.earlier.failures:
+        if self.choices.flags.retry_errors and self.earlier.failures:
             drop_failures(output)
         sidecar = replace(sidecar or Sidecar(fingerprint=fingerprint), fingerprint=fingerprint)
         write_sidecar(path, sidecar)
@@ -173,11 +173,11 @@ class _Run:
         choices, summary, stop = self.choices, Summary(), Stop()
         reader = _reader(choices, stream)
         selection = Selection(
-            limit=choices.limit,
+            limit=choices.flags.limit,
             shard=choices.shard,
             earlier=self.earlier,
-            retry_errors=choices.retry_errors,
-            in_order=choices.order == "input" and self.earlier.records > 0,
+            retry_errors=choices.flags.retry_errors,
+            in_order=choices.flags.order == "input" and self.earlier.records > 0,
         )
         job = Job(
             lines=parse_lines(reader, rules, selection, summary),
@@ -193,7 +193,7 @@ class _Run:
         finally:
             if backend.memory is not None:
                 summary.note_memory(backend.memory())
-            if not choices.quiet:
+            if not choices.flags.quiet:
                 print_note(summary.report(blank_lines=reader.blank_lines))
                 _say_memory(backend)
             _write_summary(choices, summary, reader.blank_lines)
@@ -215,11 +215,11 @@ def open_backend(
     Raises:
         TrimkvError: as `load_engine` does, or there is no cluster.
     """
-    if choices.engine == "ray":
-        return open_cluster(choices.cluster, options)
+    if choices.flags.engine == "ray":
+        return open_cluster(choices.flags, options)
     from trimkv_cli.commands.answers import open_engine
 
-    engine = open_engine(options, quiet=choices.quiet, check=check)
+    engine = open_engine(options, quiet=choices.flags.quiet, check=check)
     facts = replace(facts_of(engine), warnings=())  # open_engine has said them
     return LocalBackend(engine, facts, partial(_memory, engine, options.budget))
 
@@ -256,16 +256,16 @@ def facts_of(engine: Any) -> BackendFacts:
 
 def _open(choices: Choices) -> BinaryIO:
     """Open the input as UTF-8, whatever its lines are written in; a Parquet file's text is always that."""
-    if choices.source == "-" and not choices.quiet:
+    if choices.source == "-" and not choices.flags.quiet:
         say_if_nothing_comes(print_note)
-    return open_input(choices.source, encoding=None if choices.format == "parquet" else choices.encoding)
+    return open_input(choices.source, encoding=None if choices.format == "parquet" else choices.flags.encoding)
 
 
 def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
     if choices.format in ("csv", "tsv", "parquet"):
-        assert choices.prompt_column is not None
-        return TableReader(stream, choices.format, choices.prompt_column, max_line_bytes=choices.max_line_bytes)
-    return LineReader(stream, max_line_bytes=choices.max_line_bytes, encoding=choices.encoding)
+        assert choices.flags.prompt_column is not None
+        return TableReader(stream, choices.format, choices.flags.prompt_column, max_line_bytes=choices.max_line_bytes)
+    return LineReader(stream, max_line_bytes=choices.max_line_bytes, encoding=choices.flags.encoding)
 
 
 def _rules(
@@ -277,9 +277,9 @@ def _rules(
     return Rules(
         defaults=sampling.resolve({} if facts is None else facts.sampling_defaults),
         max_tokens_said=sampling.max_tokens is not None,
-        think=choices.think,
-        special_tokens=choices.special_tokens,
-        strict=choices.strict,
+        think=choices.flags.think,
+        special_tokens=choices.flags.special_tokens,
+        strict=choices.flags.strict,
         text=choices.is_text,
         has_ids=choices.format != "text",
         model_names=names,
@@ -317,12 +317,12 @@ def _memory(engine: Any, requested: str | None) -> dict[str, Any]:
 def _progress(choices: Choices, backend: Backend, summary: Summary) -> Iterator[Watch]:
     """Show how the job goes: on a terminal the live panel, else a line now and then, or nothing."""
     mixed = choices.output == "-" and sys.stdout.isatty()  # records would be drawn over
-    if choices.progress == "none" or (choices.quiet and choices.progress == "auto"):
+    if choices.flags.progress == "none" or (choices.flags.quiet and choices.flags.progress == "auto"):
         yield Watch()
-    elif choices.progress == "json":
+    elif choices.flags.progress == "json":
         yield Lines(print_line, lambda: json.dumps(summary.as_json()))
         print_line(json.dumps(summary.as_json()))
-    elif choices.progress != "auto" or mixed or not may_move():
+    elif choices.flags.progress != "auto" or mixed or not may_move():
         yield Lines(print_line, summary.progress)
     elif isinstance(backend, LocalBackend):
         with watch(backend.engine, live=None, quiet=False, jobs=lambda: _jobs(summary)) as panel:
@@ -337,14 +337,14 @@ def _jobs(summary: Summary) -> Jobs:
 
 
 def _write_summary(choices: Choices, summary: Summary, blank_lines: int) -> None:
-    if choices.summary_json is None:
+    if choices.flags.summary_json is None:
         return
     text = json.dumps(summary.as_json(blank_lines=blank_lines), indent=2) + "\n"
-    with whole_file(Path(choices.summary_json)) as partial:
+    with whole_file(Path(choices.flags.summary_json)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def open_cluster(cluster: ClusterChoices, options: EngineOptions) -> Backend:
+def open_cluster(flags: RunOptions, options: EngineOptions) -> Backend:
     """Join a cluster, or start one here, and load an engine in each worker.
 
     Raises:
@@ -352,7 +352,7 @@ def open_cluster(cluster: ClusterChoices, options: EngineOptions) -> Backend:
     """
     from trimkv_cli.jobs.cluster import ClusterOptions, RayBackend
 
-    place = ClusterOptions(address=cluster.address, cpus_per_worker=cluster.cpus_per_worker)
+    place = ClusterOptions(address=flags.address, cpus_per_worker=flags.cpus_per_worker)
     return RayBackend(partial(load_for_worker, options), place)
 
 

@@ -1,4 +1,4 @@
-"""`trimkv summarize`: read documents of any length through the bounded cache, and say what is in them."""
+"""`trimkv summarize`: documents of any length read through the bounded cache."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.options import Ascii, Encoding, Json, Live, Output, Quiet, Stats, Stream, Think, with_options
-from trimkv_cli.commands.summarize.texts import TL_DR, Format, SummaryStyle, as_json, joined
+from trimkv_cli.commands.options import ASCII, ENCODING, JSON, LIVE, OUTPUT, QUIET, STATS, STREAM, THINK
+from trimkv_cli.commands.summarize.texts import TL_DR, SummaryStyle, as_json, joined
 from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
 from trimkv_cli.events import Answer
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.settings import option
 from trimkv_cli.ui.live import Watch
 from trimkv_cli.ui.plain import AnswerWriter, print_error, print_note, to_json
 
@@ -24,37 +25,32 @@ if TYPE_CHECKING:
     from trimkv_cli.ui.panel import Jobs
 
 
-@with_options(engine=EngineOptions, sampling=SamplingOptions)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummaryOptions:
+    """How documents are read, and the form of their summaries."""
+
+    combine: bool = option(False, "One summary of all files together.")
+    save_cache: str | None = option(None, "Keep what was read, for trimkv ask --cache.", "KV")
+    raw: bool = option(False, 'For models without a chat template: put "TL;DR:" under the text, to be continued.')
+    encoding: str | None = ENCODING
+    think: bool | None = THINK
+    json: bool = JSON
+    output: str | None = OUTPUT
+    stream: bool = STREAM
+    quiet: bool = QUIET
+    stats: bool = STATS
+    live: bool | None = LIVE
+    ascii: bool = ASCII
+
+
 def summarize(
     files: Annotated[
         list[str],
         typer.Argument(metavar="FILE", help='Text, Markdown, source, HTML or PDF; globs; "-" for stdin.'),
     ],
     *,
-    focus: Annotated[str | None, typer.Option("--focus", help="Tell only what concerns this.", metavar="TEXT")] = None,
-    length: Annotated[
-        str | None, typer.Option("--length", help="short, medium, long, or about so many words.", metavar="LENGTH")
-    ] = None,
-    format: Annotated[Format | None, typer.Option("--format", help="json: one object a file, {input, points}.")] = None,
-    combine: Annotated[bool, typer.Option("--combine/--no-combine", help="One summary of all files together.")] = False,
-    save_cache: Annotated[
-        str | None, typer.Option("--save-cache", help="Keep what was read, for trimkv ask --cache.", metavar="KV")
-    ] = None,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw/--no-raw", help='For models without a chat template: put "TL;DR:" under the text, to be continued.'
-        ),
-    ] = False,
-    encoding: Encoding = None,
-    think: Think = None,
-    json: Json = False,
-    output: Output = None,
-    stream: Stream = True,
-    quiet: Quiet = False,
-    stats: Stats = False,
-    live: Live = None,
-    ascii_only: Ascii = False,
+    style: SummaryStyle,
+    asked: SummaryOptions,
     engine: EngineOptions,
     sampling: SamplingOptions,
 ) -> None:
@@ -77,34 +73,21 @@ def summarize(
     """
     from trimkv_cli.commands.documents import Reader, expand
 
-    asked = SummaryOptions(
-        style=SummaryStyle(format=format, length=length, focus=focus),
-        combine=combine,
-        json=json,
-        stream=stream,
-        stats=stats,
-        quiet=quiet,
-        think=think,
-        raw=raw,
-        save_cache=save_cache,
-        live=live,
-        ascii_only=ascii_only,
-        engine=engine,
-    )
     names = expand(files)
-    _check(names, asked)
-    reader = Reader(encoding=encoding, quiet=quiet)
-    _run(combined(names, reader) if combine else Inputs.of(names, reader), asked, sampling, output)
+    _check(names, asked, style, engine)
+    reader = Reader(encoding=asked.encoding, quiet=asked.quiet)
+    inputs = combined(names, reader) if asked.combine else Inputs.of(names, reader)
+    _run(inputs, asked, style, engine, sampling)
 
 
-def _check(names: Sequence[str], asked: SummaryOptions) -> None:
+def _check(names: Sequence[str], asked: SummaryOptions, style: SummaryStyle, engine: EngineOptions) -> None:
     from trimkv_cli.commands.answers import check_place
 
-    if asked.raw and asked.style != SummaryStyle():
+    if asked.raw and style != SummaryStyle():
         raise UsageError("--raw asks for nothing but a summary", hint="leave out --focus, --length and --format")
     if asked.raw and asked.save_cache is not None:
         raise UsageError("--save-cache keeps what messages go on with", hint="leave out --raw, or --save-cache")
-    if asked.json and asked.style.format == "json":
+    if asked.json and style.format == "json":
         raise UsageError("--json and --format json are both given", hint="--format json prints the points alone")
     if asked.save_cache is None:
         return
@@ -112,35 +95,37 @@ def _check(names: Sequence[str], asked: SummaryOptions) -> None:
         raise UsageError(
             "--save-cache keeps one reading", hint="run trimkv summarize once for each file, or --combine them"
         )
-    if asked.engine.on_overflow == "map-reduce":
+    if engine.on_overflow == "map-reduce":
         raise UsageError(
             "--save-cache keeps one reading, and --on-overflow map-reduce reads in parts", hint="--on-overflow rebase"
         )
     check_place(asked.save_cache)
 
 
-def _run(inputs: Inputs, asked: SummaryOptions, sampling: SamplingOptions, output: str | None) -> None:
+def _run(
+    inputs: Inputs, asked: SummaryOptions, style: SummaryStyle, engine: EngineOptions, sampling: SamplingOptions
+) -> None:
     from trimkv_cli.commands.answers import open_engine
     from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import draw_seed, needs, open_answer
     from trimkv_cli.commands.summarize.pool import Task
 
-    map_reduce = asked.engine.on_overflow == "map-reduce"
-    options = replace(asked.engine, on_overflow="error") if map_reduce else asked.engine
+    map_reduce = engine.on_overflow == "map-reduce"
+    options = replace(engine, on_overflow="error") if map_reduce else engine
     if len(inputs.names) == 1 and not map_reduce:
         options = replace(options, max_inflight=1)
     instead = '--raw puts "TL;DR:" under the text'
     llm = open_engine(options, quiet=asked.quiet, check=needs(raw=asked.raw, instead=instead))
     task = Task(
-        instruction=TL_DR if asked.raw else asked.style.instruction(),
+        instruction=TL_DR if asked.raw else style.instruction(),
         raw=asked.raw,
         params=draw_seed(sampling).resolve(llm.facts.sampling_defaults),
         max_tokens_said=sampling.max_tokens is not None,
         think=asked.think,
         map_reduce=map_reduce,
     )
-    with open_answer(output) as writer:
-        failed = Summaries(llm, inputs, writer, asked).write(task)
+    with open_answer(asked.output) as writer:
+        failed = Summaries(llm, inputs, writer, asked, engine, as_points=style.format == "json").write(task)
     if failed and inputs.total == 1:
         raise failed[0]
     if failed:
@@ -150,34 +135,27 @@ def _run(inputs: Inputs, asked: SummaryOptions, sampling: SamplingOptions, outpu
     check_budget(llm)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SummaryOptions:
-    """What the flags said about the output."""
-
-    style: SummaryStyle
-    combine: bool
-    json: bool
-    stream: bool
-    stats: bool
-    quiet: bool
-    think: bool | None
-    raw: bool
-    save_cache: str | None
-    live: bool | None
-    ascii_only: bool
-    engine: EngineOptions
-
-
 class Summaries:
     """Write every summary in the order of the inputs, as soon as it and all before it are done."""
 
-    def __init__(self, llm: Engine, inputs: Inputs, writer: AnswerWriter, asked: SummaryOptions) -> None:
+    def __init__(
+        self,
+        llm: Engine,
+        inputs: Inputs,
+        writer: AnswerWriter,
+        asked: SummaryOptions,
+        engine: EngineOptions,
+        *,
+        as_points: bool,
+    ) -> None:
         self._llm = llm
         self._inputs = inputs
         self._writer = writer
         self._asked = asked
+        self._engine = engine
+        self._as_points = as_points
         self._alone = len(inputs.names) == 1
-        self._streams = self._alone and not (asked.json or not asked.stream or asked.style.format == "json")
+        self._streams = self._alone and not (asked.json or not asked.stream or as_points)
         self._records: dict[int, dict[str, Any]] = {}
         self._done: dict[int, Outcome] = {}
         self._next = 0
@@ -191,9 +169,7 @@ class Summaries:
 
         pool = Pool(self._llm, on_text=self._stream, on_answer=self._keep)
         asked, jobs = self._asked, None if self._alone else lambda: self._jobs(pool)
-        with watch(
-            self._llm, live=asked.live, quiet=asked.quiet, ascii_only=asked.ascii_only, jobs=jobs
-        ) as self._watch:
+        with watch(self._llm, live=asked.live, quiet=asked.quiet, ascii_only=asked.ascii, jobs=jobs) as self._watch:
             for index, outcome in pool.run(self._chains(task), self._watch.tick):
                 self._done[index] = outcome
                 while self._next in self._done:
@@ -231,7 +207,7 @@ class Summaries:
         from trimkv_cli.commands.answers import save_read, to_completion
 
         if self._asked.json:
-            self._records[index] = to_completion(self._llm, answer, self._asked.engine)
+            self._records[index] = to_completion(self._llm, answer, self._engine)
         if self._asked.save_cache is not None:
             save_read(self._llm, answer.request.id, self._asked.save_cache)
 
@@ -250,7 +226,7 @@ class Summaries:
     def _print(self, index: int, name: str, summed: DocumentSummary) -> None:
         if self._asked.json:
             self._writer.push(to_json(_record(self._records.pop(index), name, summed)))
-        elif self._asked.style.format == "json":
+        elif self._as_points:
             self._writer.push(as_json(name, summed.answer.text))
         else:
             title = "" if self._alone else f"## {name}\n\n"

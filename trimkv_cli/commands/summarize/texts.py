@@ -9,6 +9,7 @@ from typing import Literal
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.files import as_text
+from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import to_json
 
 Format = Literal["bullets", "prose", "json"]
@@ -31,9 +32,9 @@ _ENDS = (r"(?<=\n)(?=\n)", r"(?<=\n)", r"(?<=[.!?])\s", r"(?<=\s)", "")
 class SummaryStyle:
     """What a summary should be like."""
 
-    format: Format | None = None
-    length: str | None = None
-    focus: str | None = None
+    focus: str | None = option(None, "Tell only what concerns this.", "TEXT")
+    length: str | None = option(None, "short, medium, long, or about so many words.", "LENGTH")
+    format: Format | None = option(None, "json: one object a file, {input, points}.")
 
     def __post_init__(self) -> None:
         if self.focus is not None:
