@@ -12,7 +12,6 @@ from trimkv_cli.errors import ConfigError
 from trimkv_cli.files import as_text, check_keys, read_toml
 
 LOADS_CODE = ("trust_remote_code",)
-_NEGATED = {f"no_{key}": key for key in ("stream", "save_cache", "history")}  # as they were called at first
 _FILTERS = ("temperature", "top_p", "top_k", "min_p", "top_h")
 # What is said in one place takes these with it that were said in a place below: they go with another choice.
 _REPLACES: Mapping[str, tuple[str, ...]] = {
@@ -161,9 +160,7 @@ def _environment_settings(environ: Mapping[str, str], known: Mapping[str, type])
         key = variable.removeprefix(_PREFIX).lower()
         if not variable.startswith(_PREFIX) or not text or variable in _OTHER_VARIABLES:
             continue
-        if key in _NEGATED:
-            settings[_NEGATED[key]] = not _parse(variable, text, bool)
-        elif key in known:
+        if key in known:
             settings[key] = _parse(variable, text, known[key])
         elif near := get_close_matches(key, known, n=1, cutoff=0.8):
             raise ConfigError(f"unknown variable {variable}", hint=f"did you mean {_PREFIX}{near[0].upper()}?")
@@ -187,8 +184,5 @@ def _checked(values: Mapping[str, Any], path: Path, known: Mapping[str, type]) -
     for key in _SIZES:
         if type(settings.get(key)) is int:
             settings[key] = str(settings[key])
-    old = {key: value for key, value in settings.items() if key in _NEGATED}
-    check_keys(settings, {**known, **dict.fromkeys(_NEGATED, bool)}, path)
-    return {key: value for key, value in settings.items() if key not in old} | {
-        _NEGATED[key]: not value for key, value in old.items()
-    }
+    check_keys(settings, known, path)
+    return settings

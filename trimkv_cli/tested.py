@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 
 # Those of constraints.txt that a run imports.
@@ -34,6 +33,8 @@ OLDEST_TRANSFORMERS = "5.17.0"
 
 def installed_version(package: str) -> str | None:
     """Return the version of a package that is installed, or None."""
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -184,13 +184,15 @@ class SettingsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the line over the settings in `ctx.obj`; those that go with another choice than said are left out."""
+        if ctx.obj is None:  # completion, which runs nothing
+            return super().parse_args(ctx, args)
         found, *_ = self.make_parser(ctx).parse_args(args=list(args))
         said = {name: value for name, value in found.items() if value is not None}
         arguments = [said[name] for name in _MODEL_ARGUMENTS if name in said]
         if arguments and said.get("model", arguments[0]) != arguments[0]:
             raise UsageError(f"{arguments[0]} and --model {said['model']} are both given", hint="leave one of them out")
         named = {"model" if key in _MODEL_ARGUMENTS else key: value for key, value in said.items()}
-        left = overlay(self.settings(ctx.obj or {}), named)
+        left = overlay(self.settings(ctx.obj), named)
         ctx.default_map = {key: value for key, value in left.items() if key not in named}
         return super().parse_args(ctx, args)
 
