@@ -1,4 +1,4 @@
-"""The rule for text from outside: what is not UTF-8 is refused at the door, before it can reach a tokenizer."""
+"""Text, TOML and paths from outside, and files that are written whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where, with what and by which command something was measured."""
+"""Speed and peak memory, beside transformers' own generate, with all that a record of them needs."""
 
 from __future__ import annotations
 

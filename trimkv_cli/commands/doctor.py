@@ -32,17 +32,11 @@ def doctor(
     from trimkv_cli.ui.plain import print_answer
 
     findings = [*(calibrate() if measure else ()), *checkup()]
-    print_answer(_as_json(findings) if json else _as_text(findings))
-    if not _healthy(findings):
+    healthy = all(finding.status != "fault" for finding in findings)
+    checks = [asdict(finding) for finding in findings]
+    print_answer(jsonlib.dumps({"ok": healthy, "checks": checks}, indent=2) if json else _as_text(findings))
+    if not healthy:
         raise typer.Exit(1)
-
-
-def _healthy(findings: list[Finding]) -> bool:
-    return all(finding.status != "fault" for finding in findings)
-
-
-def _as_json(findings: list[Finding]) -> str:
-    return jsonlib.dumps({"ok": _healthy(findings), "checks": [asdict(finding) for finding in findings]}, indent=2)
 
 
 def _as_text(findings: list[Finding]) -> str:

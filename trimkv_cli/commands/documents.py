@@ -1,4 +1,4 @@
-"""Reads documents as text: plain text in any usual encoding, source code, Markdown, HTML and PDF."""
+"""Documents as text: plain text in any usual encoding, source code, Markdown, HTML and PDF."""
 
 from __future__ import annotations
 

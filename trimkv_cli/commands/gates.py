@@ -6,7 +6,7 @@ import json as jsonlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,7 +44,8 @@ def show(
     from trimkv_cli.cache.gate_files import gate_facts  # torch, only once there is something to read
 
     facts = gate_facts(folder, id=place.id)
-    print(jsonlib.dumps(_as_json(facts), indent=2) if json else _as_text(facts))
+    values = {**asdict(facts.gate), **asdict(facts), "gate": facts.gate.id, "file": str(facts.file)}
+    print(jsonlib.dumps(values, indent=2) if json else _as_text(facts))
     for warning in facts.warnings:
         print_warning(warning.message)
 
@@ -81,10 +82,6 @@ def _base_model(gate: GateSpec) -> str:
     if base is None or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
         raise UsageError(f"{gate.id} does not say which model it is for", hint="name the model with --model")
     return base
-
-
-def _as_json(facts: GateFacts) -> dict[str, Any]:
-    return {**asdict(facts.gate), **asdict(facts), "gate": facts.gate.id, "file": str(facts.file)}
 
 
 def _as_text(facts: GateFacts) -> str:

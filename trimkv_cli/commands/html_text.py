@@ -1,4 +1,4 @@
-"""Takes the text out of HTML: what a reader sees, with line breaks where blocks end."""
+"""The visible text of HTML, with line breaks where blocks end."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from trimkv_cli.commands.options import (
     THINK,
 )
 from trimkv_cli.errors import InputError, UsageError
-from trimkv_cli.events import HeadMemory, MemoryUse, Retained
+from trimkv_cli.events import MemoryUse, Retained
 from trimkv_cli.files import whole_file
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
@@ -144,14 +144,12 @@ def check_places(html: str | None, png: str | None, svg: str | None) -> None:
 
 def _of_kept(retained: Retained) -> list[list[list[float]]]:
     """Fill in the scores of what is held, and NaN for what is gone."""
-    return [[_of_head(retained.seen, head) for head in layer.heads] for layer in retained.layers]
-
-
-def _of_head(seen: int, head: HeadMemory) -> list[float]:
-    values = [math.nan] * seen
-    for position, log_beta in zip(head.positions, head.log_beta, strict=True):
-        values[position] = log_beta
-    return values
+    scores = [[[math.nan] * retained.seen for _ in layer.heads] for layer in retained.layers]
+    for layer, filled in zip(retained.layers, scores, strict=True):
+        for head, values in zip(layer.heads, filled, strict=True):
+            for position, log_beta in zip(head.positions, head.log_beta, strict=True):
+                values[position] = log_beta
+    return scores
 
 
 def _write(path: str, text: str, flag: str) -> None:

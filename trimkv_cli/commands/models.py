@@ -118,12 +118,8 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _listing(models: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        (neutralise(model["id"]), model["kind"], format_size(model["size_bytes"]), _revisions(model["revisions"]))
-        for model in models
-    ]
-    return "\n".join(columns([("NAME", "KIND", "SIZE", "REVISIONS"), *rows]))
-
-
-def _revisions(revisions: Sequence[str]) -> str:
-    return " ".join(revision[:8] for revision in revisions) or "built in"
+    rows = [("NAME", "KIND", "SIZE", "REVISIONS")]
+    for model in models:
+        revisions = " ".join(revision[:8] for revision in model["revisions"]) or "built in"
+        rows.append((neutralise(model["id"]), model["kind"], format_size(model["size_bytes"]), revisions))
+    return "\n".join(columns(rows))

@@ -1,4 +1,4 @@
-"""What a command writes: never over something that it reads, and no two things into one file."""
+"""Files that a command writes: never over something that it reads, and no two things into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where prompts come from: arguments, files and stdin, as messages for the chat template or as plain text."""
+"""Prompts from arguments, files, stdin and templates, as messages or as plain text."""
 
 from __future__ import annotations
 

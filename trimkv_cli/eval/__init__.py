@@ -1,1 +1,1 @@
-"""What a budget costs: questions with known answers, asked of the same model under several cache policies."""
+"""Accuracy under a budget: questions with known answers, asked of one model under several cache policies."""

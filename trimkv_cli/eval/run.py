@@ -82,7 +82,8 @@ def _plan(
 ) -> tuple[EngineOptions, list[_Setup]]:
     """Plan every policy at every budget, with one dtype; return the options to load with, and the plans."""
     # Without a limit on all memory, several rows' chunks go through the model together; the plan counts that.
-    tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if _is_wide(engine, asked) else asked.prefill_chunk
+    wide = engine.budget is None and asked.prefill_chunk > 0 and not engine.deterministic
+    tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if wide else asked.prefill_chunk
     options = replace(engine, context=None, kv_budget=None, prefill_chunk=tokens)
     largest = max(_setups(source, options, asked, positions), key=_slots).plan.run
     options = replace(options, dtype=largest.dtype, kv_budget=str(largest.kv_budget))
@@ -109,10 +110,6 @@ def _setups(source: Source, options: EngineOptions, asked: EvalOptions, position
 
 def _slots(setup: _Setup) -> int:
     return setup.plan.run.kv_budget
-
-
-def _is_wide(engine: EngineOptions, asked: EvalOptions) -> bool:
-    return engine.budget is None and asked.prefill_chunk > 0 and not engine.deterministic
 
 
 def _remarks(parts: Parts, setups: list[_Setup]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Whether an answer is right, and how sure a share of right answers is."""
+"""Scores of answers, and the confidence in a share of right ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the files of a model or of gates lie: a folder, the Hugging Face cache, or the hub, asked in this order."""
+"""Files of a model or of gates: in a folder, in the Hugging Face cache, or from the hub, asked in this order."""
 
 from __future__ import annotations
 

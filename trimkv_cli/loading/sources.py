@@ -1,4 +1,4 @@
-"""What a user's options come to: a model, its gates, and where they lie. Plain Python; no weight is read."""
+"""A model, its gates and where they lie, found from a user's options. Plain Python; no weight is read."""
 
 from __future__ import annotations
 

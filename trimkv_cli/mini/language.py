@@ -1,4 +1,4 @@
-"""Draws the sentences of the synthetic language: facts and their values, and filler."""
+"""Sentences and conversations of the synthetic language: facts and their values, filler, questions."""
 
 from __future__ import annotations
 

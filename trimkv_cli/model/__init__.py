@@ -1,1 +1,1 @@
-"""What a model, its gates and this machine measure; plain Python."""
+"""The measures of a model, its gates and this machine; plain Python."""

@@ -1,4 +1,4 @@
-"""How the supported families differ: what their configs may leave out, their windows, their parameters."""
+"""Differences between the supported families: defaults of their configs, windows, parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder of a model or of gates says of itself: configs and headers, without reading a weight."""
+"""Folders of models and of gates: their configs and headers, without reading a weight."""
 
 from __future__ import annotations
 

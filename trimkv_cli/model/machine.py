@@ -1,4 +1,4 @@
-"""What a plan knows of the machine: the size of a process without a model, and what its CPU can do. Plain Python."""
+"""This machine as a plan knows it: the size of a process without a model, and its CPU. Plain Python."""
 
 from __future__ import annotations
 

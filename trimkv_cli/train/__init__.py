@@ -1,1 +1,1 @@
-"""Trains retention gates by distillation from the frozen model."""
+"""Training of retention gates by distillation from the frozen model."""

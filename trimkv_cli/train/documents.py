@@ -1,4 +1,4 @@
-"""The data files of a training run: which documents they hold, checked line by line before anything is trained."""
+"""Training documents: data files checked line by line, and their tokens."""
 
 from __future__ import annotations
 

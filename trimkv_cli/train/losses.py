@@ -1,4 +1,4 @@
-"""The losses on tokens: how far the student is from the teacher, and from the text."""
+"""The losses: the student's distance from the teacher and from the text, and the capacity that it exceeds."""
 
 from __future__ import annotations
 

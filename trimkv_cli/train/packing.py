@@ -1,4 +1,4 @@
-"""Packs documents into sequences of a fixed length, in an order that a seed gives and a cursor resumes."""
+"""Packing of documents into sequences of a fixed length, in an order that a seed gives and a cursor resumes."""
 
 from __future__ import annotations
 

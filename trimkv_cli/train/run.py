@@ -87,9 +87,9 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, lis
     if not run.resume:
         (run.output / FILE_NAME).unlink(missing_ok=True)
     progress = load_checkpoint(run.output, trainer, identity) or TrainingState()
-    for note in (*source.notes, _resumed(trainer, run), _described(trainer, data)):
-        if note:
-            listener.note(note)
+    resumed = [f"going on from step {trainer.steps_done} of {run.output / FILE_NAME}"] if trainer.steps_done else []
+    for note in (*source.notes, *resumed, _described(trainer, data)):
+        listener.note(note)
     packer = _make_packer(data, text, options, progress)
     _train(trainer, packer, progress, run, listener, identity)
     _write(trainer, source, data, progress, run)
@@ -242,10 +242,6 @@ def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Training
         "loss": progress.mean_losses(),
     }
     write_gates(run.output, gate, dict(trainer.parameters), hidden_act=hidden_act, training=record)
-
-
-def _resumed(trainer: Trainer, run: RunFiles) -> str:
-    return f"going on from step {trainer.steps_done} of {run.output / FILE_NAME}" if trainer.steps_done else ""
 
 
 def _described(trainer: Trainer, data: DataFiles) -> str:

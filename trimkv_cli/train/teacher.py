@@ -1,4 +1,4 @@
-"""What the teacher makes of each micro-batch; on a CPU a thread of its own reads ahead.
+"""The teacher's part of each micro-batch; on a CPU a thread of its own reads ahead.
 
 The teacher does not depend on the gates, so nothing that comes out depends on when it reads. Two threads that share
 each of a small model's products are hardly faster than one; two that have work of their own are. Products of a large

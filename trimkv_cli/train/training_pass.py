@@ -1,4 +1,4 @@
-"""What one forward of training sees: positions, documents, and whose attention it is."""
+"""One forward of training: its positions, its documents, and whose attention it is."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a person sees; the only place that knows a terminal."""
+"""Displays; the only place that knows a terminal."""

@@ -1,4 +1,4 @@
-"""The memory map: which parts of a sequence are still held, by how many heads."""
+"""Pictures of a cache: its map over the sequence, its layers, heads and turns, and its parts in bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw_bins(shares: Sequence[float], seen: int, look: Look, *, rows: int = _RO
     stretch = max(1, room // max(1, len(heights)))
     picture = Text()
     for row in range(rows, 0, -1):
-        picture.append(_label(row, rows), "dim")
+        picture.append({rows: "100% ", rows // 2: " 50% "}.get(row, "     "), "dim")
         for height in heights:
             part = min(1.0, max(0.0, height * rows - (row - 1)))
             picture.append(look.bar(part) * stretch, look.style(height))
@@ -59,10 +59,6 @@ def layer_map(retained: Retained, look: Look) -> Text:
         for share in bin_shares(alone.shares(), room):
             picture.append(look.digit(share), look.style(share))
     return picture
-
-
-def _label(row: int, rows: int) -> str:
-    return {rows: "100% ", rows // 2: " 50% "}.get(row, "     ")
 
 
 def _axis(seen: int, width: int) -> str:

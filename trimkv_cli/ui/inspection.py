@@ -1,4 +1,4 @@
-"""Everything that there is to see about a cache, one picture under the other."""
+"""The report of `inspect`: on a terminal, as a page, as a PNG and as an SVG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block of lines that is drawn over itself at the end of a terminal's scrollback, and leaves nothing behind."""
+"""Live displays on stderr: a panel that is redrawn, or a line now and then where nothing may move."""
 
 from __future__ import annotations
 

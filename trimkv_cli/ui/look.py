@@ -1,4 +1,4 @@
-"""How pictures are drawn: width, characters and colours, chosen once per stream."""
+"""The look of pictures: width, characters and colours, chosen once per stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text on its way out: no character of a model or a file may drive the terminal."""
+"""Plain output: answers, errors and columns, in which no character of a model or a file can drive the terminal."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def _say(line: str) -> None:
     print(neutralise(line), file=sys.stderr, flush=True)
 
 
-def columns(rows: Sequence[Sequence[str]], *, gap: int = 2) -> Iterator[str]:
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield one line per row, every column as wide as its widest cell, the last one unpadded."""
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell + " " * (width - cell_len(cell)) for cell, width in zip(row[:-1], widths, strict=False)]
-        yield (" " * gap).join([*cells, row[-1]])
+        yield "  ".join([*cells, row[-1]])

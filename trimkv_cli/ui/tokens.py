@@ -1,4 +1,4 @@
-"""A text as the cache remembers it: under each token how many heads keep it, and for how much longer."""
+"""Text coloured by what the cache keeps of it: each token with its share of heads and its expected survival."""
 
 from __future__ import annotations
 

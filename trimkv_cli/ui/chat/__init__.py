@@ -1,1 +1,1 @@
-"""The terminal of a conversation: what is typed, and answers that grow downwards in the scrollback."""
+"""The display of a conversation."""

@@ -1,4 +1,4 @@
-"""Cut a stream of Markdown into blocks, each of which is complete when it comes out."""
+"""An answer as it grows on the terminal: reasoning, Markdown in whole blocks, and a line about its progress."""
 
 from __future__ import annotations
 

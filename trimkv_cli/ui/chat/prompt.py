@@ -1,4 +1,4 @@
-"""What a user types: the input line, with its keys, history and completion."""
+"""The input line of a conversation, with its keys, history and completion."""
 
 from __future__ import annotations
 
@@ -94,8 +94,9 @@ class ChatPrompt:
         """
         self._pasted = False
         text = self._session.prompt("> ", default=draft, bottom_toolbar=toolbar)
-        quoted = text.startswith(_QUOTES)
-        return Typed(_unquoted(text) if quoted else text, literal=self._pasted or quoted)
+        if text.startswith(_QUOTES):
+            return Typed(text.strip().removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n"), literal=True)
+        return Typed(text, literal=self._pasted)
 
     def _forget_paste(self, buffer: Buffer) -> None:
         if not buffer.text:
@@ -183,10 +184,6 @@ class _Adapter(Completer):
 def _is_open(text: str) -> bool:
     """Say whether a text begins with three quotes that are not closed yet."""
     return text.startswith(_QUOTES) and (len(text) < 2 * len(_QUOTES) or not text.rstrip().endswith(_QUOTES))
-
-
-def _unquoted(text: str) -> str:
-    return text.strip().removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
 
 
 def _open_history(path: Path | None) -> History:

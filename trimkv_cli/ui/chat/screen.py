@@ -1,4 +1,4 @@
-"""The part of the terminal below the scrollback: one line that comes and goes; what stands above it never changes."""
+"""The terminal of a conversation: scrollback that never changes, and one passing line below it."""
 
 from __future__ import annotations
 
