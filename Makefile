@@ -12,7 +12,7 @@ help:
 	@echo "make bench-mini    record what MODEL=mini (or a folder) remembers, and write it into the README"
 	@echo "make bench-run     record what batches cost and survive, and write it into the README (about 15 minutes)"
 	@echo "make test          run the tests"
-	@echo "make test-fast     run the unit tests that are not marked slow (under a minute on two cores)"
+	@echo "make test-fast     run the tests that start no processes and are not slow (under a minute on two cores)"
 	@echo "make lint          ruff, mypy --strict, import directions"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make pictures      draw the README's pictures anew with the built-in model"
@@ -60,8 +60,10 @@ bench-run: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=20
 
+FAST = $(addprefix tests/,chat eval kernel train ui unit)
+
 test-fast: $(READY)
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow' tests/unit tests/eval tests/ui tests/train
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow' $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 ASK = ("ask", "Tell me something", "--greedy", "-n", "24", "--ignore-eos", "--threads", "1")
 
 
+@pytest.mark.slow
 def test_stdout_is_the_same_bytes_everywhere() -> None:
     """Catches progress, colour or cursor codes that find their way into the answer."""
     plain = trimkv(*ASK)
@@ -30,6 +31,7 @@ def test_stdout_is_the_same_bytes_everywhere() -> None:
     assert shown.replace(b"\r\n", b"\n") == plain.stdout
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_at_once_with_141() -> None:
     """Catches a traceback, a wrong code, and generating on for nobody."""
     process = subprocess.Popen(

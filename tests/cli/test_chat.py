@@ -6,6 +6,8 @@ import json
 import stat
 from pathlib import Path
 
+import pytest
+
 from helpers.terminals import CTRL_C, CTRL_D, ENTER, NEWLINE, TAB, Terminal
 from trimkv_cli.chat.conversation import Conversation
 from trimkv_cli.loading.loader import load_engine
@@ -33,6 +35,7 @@ def paste_and_stop(terminal: Terminal) -> None:
     terminal.wait(lambda: terminal.text.count("stopped; /continue goes on") == 2 and terminal.asks)
 
 
+@pytest.mark.slow
 def test_a_whole_conversation(tmp_path: Path) -> None:
     """Catches keys that do what they should not, pastes that are obeyed, answers lost by Ctrl-C, and disorder.
 
@@ -89,6 +92,7 @@ def stored(home: Path) -> dict:  # type: ignore[type-arg]
     return json.loads(path.read_bytes())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_killed_and_continued_without_reading_again(tmp_path: Path) -> None:
     """Catches turns lost by kill -9, a continuation that reads again, and tokens that differ from an unbroken talk."""
     texts = ("My cat is called Zubo.", " ".join(["My dog is called Rex."] * 8), "What is my cat called?")
@@ -117,6 +121,7 @@ def test_killed_and_continued_without_reading_again(tmp_path: Path) -> None:
     assert f"all turns  {read} tokens read" in terminal.text
 
 
+@pytest.mark.slow
 def test_letters_in_a_posix_locale_and_bytes_in_none(tmp_path: Path) -> None:
     """Catches a chat that shows or takes letters of a UTF-8 terminal as something else, or ends with an error."""
     posix = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -32,6 +32,7 @@ def test_json_is_all_of_stdout(here: Run) -> None:
     assert "mini gates" in {check["name"] for check in report["checks"]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="folders are named by other variables there")
 def test_fault_is_exit_1_with_a_hint(tmp_path: Path) -> None:
     """Catch a doctor that finds a fault and says that all is well."""
@@ -44,6 +45,7 @@ def test_fault_is_exit_1_with_a_hint(tmp_path: Path) -> None:
     assert lines[fault + 1].startswith("hint: ")
 
 
+@pytest.mark.slow
 def test_measuring_needs_no_module_that_some_systems_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catch a calibration that always fails on Windows, which has no `resource`, or without the optional NVML."""
     hidden = "import psutil, sys; sys.modules.update(resource=None, pynvml=None)"  # psutil itself knows its system

@@ -110,6 +110,7 @@ def test_good_lines_are_answered_and_bad_ones_named_whatever_stands_beside_them(
     assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
 
 
+@pytest.mark.slow
 def test_results_stream_while_the_input_is_still_open() -> None:
     process = start("-", "-n", "2", *SMALL)
     assert process.stdin is not None
@@ -125,6 +126,7 @@ def test_results_stream_while_the_input_is_still_open() -> None:
         finish(process)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_signal_lets_rows_in_flight_end_within_the_grace_and_the_same_command_resumes(tmp_path: Path) -> None:
     """Catches torn or lost lines, an exit code that hides what happened, and a second signal that is not obeyed."""
@@ -161,6 +163,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
 def test_a_reader_that_goes_away_ends_the_run() -> None:
     process = start("-", "-n", "1", "--ignore-eos", *SMALL)

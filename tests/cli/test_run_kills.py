@@ -17,6 +17,8 @@ import pytest
 
 from helpers.programs import ENVIRONMENT
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "kill_program.py")]
 COUNT = 500
 

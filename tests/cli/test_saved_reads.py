@@ -40,6 +40,7 @@ def live_answer(summary_tokens: int) -> str:
     return answer(llm, Request(id="2", prompt_token_ids=tuple(ids), params=params, continues="1")).text
 
 
+@pytest.mark.slow
 def test_a_saved_read_answers_as_the_live_session(here: Run, saved: Path) -> None:
     """Catches a file that lacks part of the state, a text read again, and a file changed by asking."""
     before = saved.read_bytes()

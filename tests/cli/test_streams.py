@@ -9,6 +9,8 @@ import pytest
 
 from helpers.programs import COMMAND, ENVIRONMENT, Run, trimkv, trimkv_on_a_terminal
 
+pytestmark = pytest.mark.slow
+
 ASK = "ask hi -n 4 --greedy --ignore-eos --threads 1 -q"
 
 

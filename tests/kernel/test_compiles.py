@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills() -> None:
     """Catches a kernel that the interpreter runs and a GPU does not, or only slowly."""
     script = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"

@@ -69,6 +69,7 @@ def losses(stderr: str) -> dict[int, str]:
     return {int(step): parts for step, parts in re.findall(r"^step (\d+)/\d+  (loss .*?)  lr", stderr, re.MULTILINE)}
 
 
+@pytest.mark.slow
 def test_a_run_killed_goes_on_as_if_it_were_not(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +130,7 @@ def _check_refusals(tmp_path: Path, arguments: list[str], capsys: pytest.Capture
     assert "--overwrite" in stderr
 
 
+@pytest.mark.slow
 def test_stopped_on_purpose(tmp_path: Path, arguments: list[str]) -> None:
     """Catches Ctrl-C that loses the work: a checkpoint is left, exit 75, and more steps go on from it."""
     process = start(*arguments, "--steps", "100000", "--save-every", "100000", "-o", str(tmp_path))

@@ -87,6 +87,7 @@ def test_template_is_chatml_with_a_system_message() -> None:
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.slow
 def test_gates_remember_what_streaming_forgets() -> None:
     """Catch gates of another model, or that follow the position alone: 64 slots, conversations ten times as long."""
     right = {gates: _count_right(gates) for gates in ("auto", "streaming")}

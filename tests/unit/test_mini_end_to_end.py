@@ -27,6 +27,8 @@ from trimkv_cli.loading.sources import find_source
 from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.mini.language import TOKENS_PER_WORD, make_recall
 
+pytestmark = pytest.mark.slow
+
 DATA = "conversations.jsonl"
 SCHEDULE = replace(recipe.TOY, tokens=100_000, stage_tokens=20_000, log_steps=10)
 ONE_STEP = [*("--memory-size", "8", "--context", "128", "--steps", "1", "--batch", "2", "--accumulate", "1")]

@@ -238,6 +238,7 @@ def test_the_last_stage_turns_to_what_is_hardest_and_then_to_lists(
         assert trainer._mixture == mixture
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """Catch gradients that are not shared, or counts that let two processes drift apart."""
     schedule = replace(SHORT, tokens=3 * 512)
@@ -268,6 +269,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     """Catch a training that goes on, unseen, after it was killed."""
     script = tmp_path / "lead.py"
