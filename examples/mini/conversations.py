@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 from examples.mini.rows import EARLY, TELLING, make_conversation
+from trimkv_cli.files import whole_file
 from trimkv_cli.mini.language import TOKENS_PER_WORD, Dialogue
 
 # Half of them hold no more to remember at a time than few slots can: what is worth a slot is learnt best from little.
@@ -50,7 +51,7 @@ def write_conversations(out: Path, *, count: int, tokens: int, seed: int) -> Non
 
 def write_lines(out: Path, conversations: Iterable[Dialogue]) -> None:
     """Write each conversation to `out` as a line of messages, the form that `gates train` reads."""
-    with out.open("w", encoding="utf-8") as file:
+    with whole_file(out) as partial, partial.open("w", encoding="utf-8") as file:
         for conversation in conversations:
             messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
             file.write(json.dumps({"messages": messages}) + "\n")

@@ -22,6 +22,7 @@ from examples.mini.exam import examine, write_card
 from examples.mini.rows import Encoder
 from examples.mini.tokenizer import END_OF_TEXT, TURN_END, VOCAB_SIZE, build_tokenizer
 from examples.mini.training import Progress, Schedule, Team, Trainer, work_together
+from trimkv_cli.files import whole_file
 
 CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -113,7 +114,8 @@ def describe(out: Path, schedule: Schedule) -> None:
     for line in examine(out / "model"):
         print(json.dumps(line), flush=True)
         lines.append(line)
-    (out / "model" / "README.md").write_text(write_card(facts=facts, exam=lines), encoding="utf-8")
+    with whole_file(out / "model" / "README.md") as partial:
+        partial.write_text(write_card(facts=facts, exam=lines), encoding="utf-8")
 
 
 def main() -> None:

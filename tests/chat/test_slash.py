@@ -13,8 +13,7 @@ from helpers.talking import begin
 from trimkv_cli.chat.autosave import Autosave
 from trimkv_cli.chat.store import SessionStore
 from trimkv_cli.commands.chat.slash_command import Chat
-from trimkv_cli.commands.chat.slash_table import COMMANDS, complete
-from trimkv_cli.commands.chat.talk import handle, status_of
+from trimkv_cli.commands.chat.talk import COMMANDS, complete, handle, status_of
 from trimkv_cli.ui.chat.prompt import Typed
 from trimkv_cli.ui.chat.screen import status_line
 from trimkv_cli.ui.look import Look

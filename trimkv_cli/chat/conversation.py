@@ -79,7 +79,6 @@ class Conversation:
 
     @property
     def seen(self) -> int:
-        """Count the tokens that the row has seen."""
         return self.llm.kept.seen(self._row) if self._row is not None else 0
 
     @property

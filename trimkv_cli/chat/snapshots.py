@@ -65,7 +65,6 @@ class Snapshots:
             self.drop(count)
 
     def clear(self) -> None:
-        """Forget all states."""
         self.drop_from(0)
 
     def move_to(self, folder: Path | None) -> None:
@@ -113,7 +112,6 @@ class Snapshots:
         return name
 
     def drop(self, turns: int) -> None:
-        """Forget the state after so many turns."""
         self._held.pop(turns, None)
         self.files.pop(turns, None)
 

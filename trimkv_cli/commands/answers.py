@@ -148,7 +148,6 @@ class ChunkWriter:
         self._first = True
 
     def push(self, piece: str) -> None:
-        """Write a piece of the answer."""
         delta = {"role": "assistant", "content": piece} if self._first else {"content": piece}
         self._first = False
         self._line({"choices": [_choice(delta, None)]})

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from trimkv_cli.errors import DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
-from trimkv_cli.jobs.job import BackendFacts, Feed, Job, JobEngine, run_job
+from trimkv_cli.jobs.job import MOST_HELD, BackendFacts, Feed, Job, JobEngine, run_job
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.records import Recorder, encode
 from trimkv_cli.jobs.stopping import Limits
@@ -24,7 +24,6 @@ from trimkv_cli.jobs.stopping import Limits
 _RETRIES = 1  # that Ray makes of a block whose worker died
 _BLOCKS_PER_WORKER = 2  # one is answered while the next one's lines wait in the engine
 _POLL_S = 0.2
-_MOST_HELD = 4096  # records that wait for their turn before no more lines are taken
 # Blocks in a row that a worker may lose: two that ran side by side, one of them alone, and the line that is at fault.
 _MOST_LOST = 4
 _RESUMES = "what is written is whole: with -o FILE the same command resumes"
@@ -139,10 +138,7 @@ class _Run:
             self._send()
         self._receive()
         summary.running = sum(len(block.lines) for block in (*self.pending.values(), *self.again))
-        if limits.max_time_s is not None and summary.elapsed_s > limits.max_time_s:
-            stop.ask("time")
-        if limits.too_many_errors(summary):
-            stop.ask("errors")
+        self.job.heed_limits()
         left = bool(self.pending or self.again) or not self.feed.exhausted
         if not left:
             self._give_up_suspects()
@@ -177,7 +173,7 @@ class _Run:
     def _new_block(self) -> _Block | None:
         """Take the lines that are there, without waiting for a block to be full; bad ones need no worker."""
         lines: list[tuple[int, Item]] = []
-        while len(lines) < self.block_lines and self.job.sink.held < _MOST_HELD:
+        while len(lines) < self.block_lines and self.job.sink.held < MOST_HELD:
             if self.job.limits.too_many_errors(self.job.summary):
                 break
             line = self._next_line(wait_s=0.0 if lines or self.pending else _POLL_S)
@@ -345,7 +341,6 @@ class Worker:
         return self._facts
 
     def pid(self) -> int:
-        """Return the process that this worker is."""
         return os.getpid()
 
     def answer(

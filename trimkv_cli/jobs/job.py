@@ -45,6 +45,13 @@ class Job:
     stop: Stop = field(default_factory=Stop)
     progress: Callable[[Summary], None] = lambda _: None
 
+    def heed_limits(self) -> None:
+        """Ask for the end once its time is over, or too many lines have failed."""
+        if self.limits.max_time_s is not None and self.summary.elapsed_s > self.limits.max_time_s:
+            self.stop.ask("time")
+        if self.limits.too_many_errors(self.summary):
+            self.stop.ask("errors")
+
 
 class Backend(Protocol):
     """Answers lines."""
@@ -66,14 +73,13 @@ class LocalBackend:
         self.engine = engine  # a `JobEngine`, and whatever more it can show of itself
 
     def run(self, job: Job) -> None:
-        """Run a job to its end, or until it is stopped."""
         run_job(self.engine, job)
 
     def close(self) -> None:
         """Do nothing: the engine ends with the process."""
 
 
-_MOST_HELD = 4096  # records that wait for their turn before no more lines are taken
+MOST_HELD = 4096  # records that wait for their turn before no more lines are taken
 _BATCH = 64  # lines taken between two steps, so that a run of bad ones cannot starve the requests in flight
 _FEWEST_WAITING = 16  # requests among which the engine finds those that share a prefix
 _IDLE_S = 0.5
@@ -150,7 +156,7 @@ class _Loop:
             for event in self.engine.step():
                 self._take(event)
         self._end_late_ones()
-        self._watch_limits()
+        self.job.heed_limits()
         self.summary.running = len({running.index for running in self.running.values()})
         if self.stop.reason is not None:
             return self._wind_up()
@@ -185,7 +191,7 @@ class _Loop:
 
     def _admit(self) -> None:
         for _ in range(_BATCH):
-            if len(self.running) >= self.capacity or self.job.sink.held >= _MOST_HELD:
+            if len(self.running) >= self.capacity or self.job.sink.held >= MOST_HELD:
                 return
             line = self._next_line()
             if line is None:
@@ -263,12 +269,6 @@ class _Loop:
         for request_id, running in list(self.running.items()):
             if request_id in self.running and self.engine.running_s(request_id) > limit_s:
                 self._fail(running, "timeout", f"no complete answer within {limit_s:g} s")
-
-    def _watch_limits(self) -> None:
-        if self.limits.max_time_s is not None and self.summary.elapsed_s > self.limits.max_time_s:
-            self.stop.ask("time")
-        if self.limits.too_many_errors(self.summary):
-            self.stop.ask("errors")
 
     def _write(self, index: int, record: Record) -> None:
         self.job.sink.write(index, encode(record))

@@ -137,7 +137,6 @@ class Frame:
         return packed + self._flush()
 
     def finish(self) -> bytes:
-        """End the frame."""
         ended: bytes = self._compressor.flush()  # both libraries end the frame by default
         return ended
 

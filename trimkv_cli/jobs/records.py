@@ -39,7 +39,6 @@ class Recorder:
         return self._record(self._key(item.custom_id), item.custom_id, status=200, body=body)
 
     def bad_line(self, bad: BadLine) -> Record:
-        """Return the record of a line that was refused."""
         key = self._key(f"{bad.custom_id}\0{bad.line}")
         if bad.status is None:
             return self._failure(key, bad.custom_id, bad.line, code=bad.code, message=bad.message)

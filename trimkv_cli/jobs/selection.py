@@ -123,7 +123,6 @@ class Earlier:
         return number in self.done or (not retry_errors and number in self.failed)
 
     def answered_id(self, custom_id: str, *, retry_errors: bool) -> bool:
-        """Tell that by a line's id."""
         if self.done_ids is not None and custom_id in self.done_ids:
             return True
         return not retry_errors and self.failed_ids is not None and custom_id in self.failed_ids

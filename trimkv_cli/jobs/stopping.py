@@ -75,7 +75,6 @@ class Stop:
     asked_at: float = 0.0
 
     def ask(self, reason: Reason) -> None:
-        """Ask the job to admit no more."""
         if self.reason is None:
             self.reason, self.asked_at = reason, time.monotonic()
 

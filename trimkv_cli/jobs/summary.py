@@ -82,7 +82,6 @@ class Summary:
             self.note_memory(response["body"].get("trimkv", {}))
 
     def count_warnings(self, item: Item) -> None:
-        """Add what was passed over in one line."""
         for warning in item.warnings:
             known = warning.message in self.warnings or len(self.warnings) < _MOST_WARNINGS
             self.warnings[warning.message if known else "other keys or models passed over"] += 1

@@ -211,7 +211,7 @@ def make_prompt(chat: Chat, screen: Screen, *, private: bool) -> ChatPrompt:
     """Return what asks for lines, with the history in the user's state folder."""
     from platformdirs import user_state_path
 
-    from trimkv_cli.commands.chat.slash_table import complete
+    from trimkv_cli.commands.chat.talk import complete
     from trimkv_cli.ui.chat.prompt import Candidate, ChatPrompt
 
     history = user_state_path("trimkv") / "chat_history"
