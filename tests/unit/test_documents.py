@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trimkv_cli.commands.documents import Reader, expand
-from trimkv_cli.commands.html_text import html_to_text
+from trimkv_cli.commands.documents import Reader, expand, html_to_text
 from trimkv_cli.commands.prompts import gather, read_system, read_template
 from trimkv_cli.commands.summarize.command import Inputs, combined
 from trimkv_cli.errors import InputError, UsageError

@@ -188,7 +188,6 @@ def _prompts(network: Network, case: Case) -> Tensor:
 
 
 def make_engine(network: Network, case: Case, options: SpeedOptions) -> Engine:
-    """Assemble an engine of the size of a case."""
     facts = EngineFacts.of(network.model, network.gates, plan=_plan(network, case), model_id=network.name)
     dtype = network.model.dtype
     return assemble(

@@ -70,9 +70,9 @@ def evaluate(
     options = replace(engine, model=name or engine.model, gates=gates)
     rows = _evaluate(find_source(options, weights=True), options, asked, quiet=quiet)
     if exam.plot is not None:
-        from trimkv_cli.eval.plot import draw
+        from trimkv_cli.ui.accuracy import draw_accuracy
 
-        draw(rows, exam.plot)
+        draw_accuracy(rows, exam.plot)
     _show(rows, json=json)
 
 

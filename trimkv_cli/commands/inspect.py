@@ -134,7 +134,6 @@ class Findings:
 
 
 def check_places(html: str | None, png: str | None, svg: str | None) -> None:
-    """Refuse what could not be written before a model is loaded for it."""
     for flag, path in (("--html", html), ("--png", png), ("--svg", svg)):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: its folder does not exist", hint=f"check the path given to {flag}")
@@ -223,7 +222,6 @@ def _of_answer(llm: Engine, ids: tuple[int, ...], sampling: SamplingOptions, *, 
 
 
 def _of_cache(llm: Engine, path: str) -> Findings:
-    """Look at what a saved read holds."""
     from trimkv_cli.commands.answers import restore_read
 
     restore_read(llm, path)

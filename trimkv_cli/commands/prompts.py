@@ -68,7 +68,6 @@ def read_system(system: str | None, system_file: str | None, reader: Reader) -> 
 
 
 def to_messages(user: str, system: str | None) -> list[Message]:
-    """Return the messages of a first turn."""
     first = [{"role": "system", "content": system}] if system is not None else []
     return [*first, {"role": "user", "content": user}]
 
@@ -139,7 +138,6 @@ def templates_folder() -> Path:
 
 
 def template_names() -> list[str]:
-    """List the templates there are."""
     folder = templates_folder()
     return sorted({path.stem for path in folder.iterdir() if path.suffix in _SUFFIXES}) if folder.is_dir() else []
 

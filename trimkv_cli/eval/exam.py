@@ -234,7 +234,6 @@ class Exam:
 
     @property
     def positions(self) -> int:
-        """How long the longest sequence may become."""
         return max(
             len(q.request.prompt_token_ids) + max(q.request.params.max_tokens, len(q.answer_ids)) for q in self.samples
         )

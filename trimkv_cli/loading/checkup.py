@@ -45,7 +45,6 @@ def checkup() -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    """Report this program, Python and the packages underneath."""
     yield Finding(name="trimkv", status="ok", detail=__version__)
     yield Finding(name="python", status="ok", detail=f"{platform.python_version()} on {platform.platform(terse=True)}")
     for name in REQUIRED:
@@ -61,7 +60,6 @@ def versions() -> Iterator[Finding]:
 
 
 def untested_versions() -> Iterator[Finding]:
-    """Report the packages that are newer than the newest tested."""
     for name, newest in NEWEST.items():
         if untested(name):
             detail = f"{installed_version(name)} is newer than {newest}, the newest that trimkv was tested with"
@@ -69,7 +67,6 @@ def untested_versions() -> Iterator[Finding]:
 
 
 def processor() -> Iterator[Finding]:
-    """Report the CPU's threads and the machine's memory."""
     import torch
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
@@ -80,7 +77,6 @@ def processor() -> Iterator[Finding]:
 
 
 def terminal() -> Iterator[Finding]:
-    """Report what the terminal can show."""
     streams = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name).isatty()]
     size = shutil.get_terminal_size()
     detail = f"{size.columns}×{size.lines}, {os.environ.get('TERM', 'no TERM')}, on {', '.join(streams) or 'no stream'}"
@@ -108,7 +104,6 @@ def folders() -> Iterator[Finding]:
 
 
 def device() -> Iterator[Finding]:
-    """Report the accelerators, or that there is none."""
     import torch
 
     for index in range(torch.cuda.device_count()):

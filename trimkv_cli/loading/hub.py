@@ -69,7 +69,6 @@ def pull(name: str, *, revision: str | None = None) -> Path:
 
 
 def holds(folder: Path, kind: Kind) -> bool:
-    """Say whether a folder has all files of a kind."""
     if kind == "gates":
         return any((folder / config).is_file() and (folder / weights).is_file() for config, weights in GATE_PAIRS)
     return (folder / "config.json").is_file() and (kind == "config" or _has_weights(folder))
@@ -234,7 +233,6 @@ def explain(error: Exception, name: str, revision: str | None) -> TrimkvError:
 
 
 def pull_command(name: str, revision: str | None) -> str:
-    """Return the command that brings a repository into the cache."""
     return f"trimkv models pull {name}" + (f" --revision {revision}" if revision else "")
 
 

@@ -85,7 +85,6 @@ class TrainOptions:
         return self.context + self.position_gap
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of step 0, 1, …"""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if self.schedule == "constant":
             return self.lr * warm

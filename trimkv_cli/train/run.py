@@ -265,7 +265,6 @@ class TrainingState:
     recent: deque[Losses] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def mean_losses(self) -> dict[str, float]:
-        """Return the means of the last steps' losses, of those that were computed."""
         if not self.recent:
             return {}
         rows = [asdict(losses) for losses in self.recent]

@@ -69,7 +69,6 @@ class Trainer:
         return Losses(kl=kl, ntp=ntp, capacity=capacity if weight else None, total=kl + ntp + weight * capacity)
 
     def _learn(self, taught: TeacherBatch, forward: int) -> Tensor:
-        """Add a batch's share of the gradient, and return that of the losses."""
         parts = self.losses(taught, border=self.options.border_at(self.steps_done, forward))
         loss = parts[0] + parts[1] + self.options.cap_weight * parts[2]
         if loss.requires_grad:  # a student with a slot for every token has nothing to learn
@@ -169,7 +168,6 @@ INIT_STD = 0.02
 
 
 def describe_gates(options: TrainOptions, spec: ModelSpec, model_id: str) -> GateSpec:
-    """Describe the gates that a run makes."""
     return GateSpec(
         variant=options.gate,
         id=model_id,
@@ -200,7 +198,6 @@ def new_gates(
 
 
 def gate_tensors(gates: nn.ModuleList) -> dict[str, Tensor]:
-    """Return the parameters of all gates by their names in a file."""
     return {
         tensor_key(layer, name): parameter
         for layer, gate in enumerate(gates)

@@ -31,12 +31,10 @@ _SHOWN_AT_EACH_END = 300
 
 
 def inspection(retained: Retained, pieces: Sequence[str], memory: MemoryUse, look: Look) -> str:
-    """Return the whole report for a terminal or a pipe."""
     return "\n\n".join(look.paint(part) for part in _parts(retained, pieces, memory, look))
 
 
 def headline(retained: Retained, look: Look) -> str:
-    """Say how much is still held."""
     slots = max(layer.slots for layer in retained.layers)
     kept = sum(len(head.positions) for _, head in retained.heads)
     share = kept / max(1, retained.seen * retained.num_heads)

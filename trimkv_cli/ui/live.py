@@ -51,7 +51,6 @@ class LiveRegion:
         self._widths = [cell_len(_COLOURS.sub("", line)) for line in fitting]
 
     def clear(self) -> None:
-        """Take the frame away."""
         if self._widths:
             self._write(self._back())
         self._widths = []
@@ -120,7 +119,6 @@ class Lines(Watch):
         self._every = every or Every(_LINE_EVERY_S)
 
     def tick(self) -> None:
-        """Write when a line is due."""
         if self._every.due():
             self._write(self._say())
 
@@ -145,7 +143,6 @@ class Panel(Watch):
         self._frame = LiveRegion(stream)
 
     def tick(self) -> None:
-        """Redraw when it is time to."""
         if self._ended or not self._every.due():
             return
         progress = self._ask()
@@ -172,7 +169,6 @@ class Panel(Watch):
         self._every.hurry()
 
     def end(self) -> None:
-        """Take the panel away for good."""
         self._ended = True
         self._frame.clear()
 

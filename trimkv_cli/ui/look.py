@@ -50,7 +50,6 @@ class Look:
         return "." if share <= 0 else str(min(9, int(share * 10)))
 
     def style(self, share: float) -> str:
-        """Return the colour of a share."""
         return _RAMP[0 if share <= 0 else max(1, min(len(_RAMP) - 1, int(share * len(_RAMP))))]
 
     @property
@@ -84,7 +83,6 @@ class Look:
         return out.getvalue()
 
     def console(self, out: StringIO, **options: Any) -> Console:
-        """Return a console of this width and these colours."""
         return Console(
             file=out,
             width=self.width,

@@ -138,7 +138,6 @@ def _speed(now: PanelState) -> list[str]:
 
 
 def _writing(now: PanelState) -> list[str]:
-    """Say how fast tokens are written, once some are."""
     return [f"decode {now.decode_tps:,.1f} tok/s"] if now.run.decode_s else []
 
 

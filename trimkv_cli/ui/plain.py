@@ -73,19 +73,16 @@ def print_answer(text: str) -> None:
 
 
 def print_error(message: str, hint: str | None) -> None:
-    """Say what happened and, on a line of its own, what to try."""
     _say(f"error: {message}")
     if hint:
         _say(f"hint: {hint}")
 
 
 def print_warning(message: str) -> None:
-    """Say what the user should know although the work goes on."""
     _say(f"warning: {message}")
 
 
 def print_note(message: str) -> None:
-    """Say something that helps to understand what happens."""
     _say(message)
 
 

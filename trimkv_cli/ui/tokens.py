@@ -75,7 +75,6 @@ def next_out_line(retained: Retained, pieces: Sequence[str], look: Look, *, most
 
 
 def format_tokens(count: float, look: Look) -> str:
-    """Write how many tokens something lasts."""
     if math.isinf(count):
         return look.infinity
     rounded = round(count) if count < 100 else int(float(f"{count:.2g}"))

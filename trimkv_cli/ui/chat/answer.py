@@ -127,7 +127,6 @@ class Thoughts:
         return [(kind, piece) for kind, piece in self._advance() if piece]
 
     def finish(self) -> list[tuple[Kind, str]]:
-        """Return what was held back."""
         held, self._held = self._held, ""
         kind: Kind = "thought" if self._state == "thought" else "answer"
         return [(kind, held)] if held else []
@@ -229,11 +228,9 @@ class AnswerView:
         return self._any_plain
 
     def push(self, text: str) -> None:
-        """Take a piece of text."""
         self._show(self._split.push(text))
 
     def close(self) -> None:
-        """Print what is left and end the line."""
         self._show(self._split.finish())
         self._end_thought()
         for block in self._blocks.finish():

@@ -171,8 +171,6 @@ def _in_utf8(stream: TextIO) -> TextIO:
 
 
 class _Adapter(Completer):
-    """Hand our candidates to prompt_toolkit."""
-
     def __init__(self, complete: Complete) -> None:
         self._complete = complete
 

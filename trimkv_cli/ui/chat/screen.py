@@ -38,12 +38,10 @@ class Screen:
         self._write(self._erased() + text + end)
 
     def note(self, message: str) -> None:
-        """Say something beside the conversation."""
         self._write(self._erased())
         print_note(message)
 
     def error(self, message: str, hint: str | None = None) -> None:
-        """Say what went wrong and what to try."""
         self._write(self._erased())
         print_error(message, hint)
 
