@@ -75,6 +75,10 @@ def test_settings_reach_every_option_of_their_name(name: str) -> None:
         ({"kv_dtype": "fp8"}, ["--device", "cpu"], {"kv_dtype": "auto"}),
         ({"offline": True, "quiet": True}, ["--no-offline", "--no-quiet"], {"offline": False, "quiet": False}),
         ({"stream": False}, ["--stream"], {"stream": True}),
+        ({"budget": "8GiB", "pin": "system"}, ["--budget", "", "--pin="], {"budget": None, "pin": None}),
+        ({"threads": 2, "top_p": 0.5}, ["--threads", "", "--top-p", ""], {"threads": None, "top_p": None}),
+        ({"model": "a/b", "stop": ["END"]}, ["-m", "", "--stop", ""], {"model": None, "stop": ()}),
+        ({"system": "Be short."}, ["--system", ""], {"system": ""}),
         ({"stream": False}, [], {"stream": False}),
     ],
 )

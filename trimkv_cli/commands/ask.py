@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.answers import ChunkWriter
-from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.options import (
     ENCODING,
     JSON,
@@ -25,14 +23,15 @@ from trimkv_cli.commands.options import (
     THINK,
 )
 from trimkv_cli.errors import TrimkvError, UsageError
-from trimkv_cli.events import Answer, Notice
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
 from trimkv_cli.ui.fences import code_blocks
 from trimkv_cli.ui.plain import to_json
 
 if TYPE_CHECKING:
+    from trimkv_cli.commands.documents import Reader
     from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.events import Answer, Notice
     from trimkv_cli.request import Request
 
 
@@ -91,6 +90,7 @@ def ask(
 
     Templates are text files in the folder "templates" of the configuration folder, with $input where the prompt goes.
     """
+    from trimkv_cli.commands.documents import Reader
     from trimkv_cli.commands.prompts import check_raw, read_system
 
     reader = Reader(encoding=form.encoding, quiet=form.quiet)
@@ -154,7 +154,7 @@ def _prompt(prompt: str | None, form: AskOptions, reader: Reader) -> str:
 
 def _answer(llm: Engine, request: Request, form: AskOptions, record: Callable[[Answer], dict[str, Any]]) -> Answer:
     """Run the request and write its answer in the form that is wanted."""
-    from trimkv_cli.commands.answers import answer
+    from trimkv_cli.commands.answers import ChunkWriter, answer
     from trimkv_cli.commands.prompts import open_answer
     from trimkv_cli.ui.live import token_counter
 

@@ -13,7 +13,6 @@ import typer
 from trimkv_cli.commands.options import JSON, CommandGroup
 from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.loading.sources import gates_place, model_place
 from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import neutralise, print_warning
 
@@ -39,6 +38,8 @@ def show(
 
     trimkv gates show qwen3-4b-math
     """
+    from trimkv_cli.loading.sources import gates_place
+
     place = gates_place(gates, gates_revision)
     folder = place.folder("gates", offline=engine.offline)
     from trimkv_cli.cache.gate_files import gate_facts  # torch, only once there is something to read
@@ -64,6 +65,7 @@ def verify(
     Without --model: the model that the gates were trained for. --revision is the gates'.
     """
     from trimkv_cli.cache.gate_files import check_gates, read_gates
+    from trimkv_cli.loading.sources import gates_place, model_place
     from trimkv_cli.model.folders import read_model_spec
 
     place = gates_place(gates, gates_revision)

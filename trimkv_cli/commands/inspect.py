@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.options import (
     ASCII,
     COLOR,
@@ -27,7 +26,6 @@ from trimkv_cli.commands.options import (
     THINK,
 )
 from trimkv_cli.errors import InputError, UsageError
-from trimkv_cli.events import MemoryUse, Retained
 from trimkv_cli.files import whole_file
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
@@ -36,7 +34,9 @@ from trimkv_cli.ui.plain import print_note, to_json
 from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
+    from trimkv_cli.commands.documents import Reader
     from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.events import MemoryUse, Retained
 
 _SVG_WIDTH = 90
 
@@ -184,6 +184,7 @@ def inspect(
     check_places(form.html, form.png, form.svg)
 
     from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.commands.documents import Reader
     from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import check_raw, gather, names_tokens, needs, read_system, render
 

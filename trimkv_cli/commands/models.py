@@ -5,19 +5,17 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trimkv_cli.commands.options import JSON, CommandGroup
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.loading.sources import MINI, Place, gates_place, model_place, shown_id
-from trimkv_cli.mini import MODEL_FOLDER
-from trimkv_cli.model.folders import read_model_spec
-from trimkv_cli.model.profiles import find_profile, list_profiles
-from trimkv_cli.model.spec import DTYPE_BYTES
 from trimkv_cli.ui.plain import columns, neutralise, print_note
 from trimkv_cli.units import format_size
+
+if TYPE_CHECKING:
+    from trimkv_cli.loading.sources import Place
 
 models_app = CommandGroup(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
 
@@ -33,6 +31,8 @@ def list_(*, json: bool = JSON) -> None:
     trimkv models list --json
     """
     from trimkv_cli.loading.hub import cached_repositories
+    from trimkv_cli.loading.sources import MINI
+    from trimkv_cli.mini import MODEL_FOLDER
 
     size = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
     built_in = {"id": MINI, "kind": "model", "size_bytes": size, "revisions": [], "folder": str(MODEL_FOLDER)}
@@ -63,6 +63,8 @@ def pull(
     trimkv models pull qwen3-4b-instruct-2507
     """
     from trimkv_cli.loading.hub import pull as pull_repository
+    from trimkv_cli.loading.sources import MINI
+    from trimkv_cli.mini import MODEL_FOLDER
 
     if id == MINI:
         print(MODEL_FOLDER)
@@ -74,6 +76,9 @@ def pull(
 
 def _parts(id: str, revision: str | None) -> Iterator[Place]:
     """Yield what a name stands for: a profile has a model and mostly gates, all else is one repository."""
+    from trimkv_cli.loading.sources import gates_place, model_place
+    from trimkv_cli.model.profiles import find_profile
+
     yield model_place(id, revision)
     profile = find_profile(id)
     if profile is not None and profile.gates:
@@ -81,6 +86,11 @@ def _parts(id: str, revision: str | None) -> Iterator[Place]:
 
 
 def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[str, Any]:
+    from trimkv_cli.loading.sources import MINI, model_place, shown_id
+    from trimkv_cli.model.folders import read_model_spec
+    from trimkv_cli.model.profiles import find_profile, list_profiles
+    from trimkv_cli.model.spec import DTYPE_BYTES
+
     place = model_place(model, revision)
     profile = find_profile(model or MINI)
     spec = profile.spec if profile is not None and revision is None else None

@@ -120,13 +120,14 @@ class Option:
 
     name: str
     kind: type  # without None
+    default: Any
     about: Mapping[str, Any]
 
     @classmethod
     def of(cls, name: str, hint: Any, field: Field[Any]) -> Option:
         """Read a field, or a parameter whose default is one."""
         kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
-        return cls(name, get_origin(kind) or kind, field.metadata)
+        return cls(name, get_origin(kind) or kind, field.default, field.metadata)
 
     @property
     def flags(self) -> list[str]:
@@ -135,7 +136,7 @@ class Option:
         long = self.about["flag"] or (f"--{own}/--no-{own}" if self.kind is bool else f"--{own}")
         return [*filter(None, [self.about["short"]]), *long.split()]
 
-    def parameter(self, hint: Any, field: Field[Any]) -> inspect.Parameter:
+    def parameter(self, hint: Any) -> inspect.Parameter:
         """Return what Typer makes an option of."""
         shown = typer.Option(
             *self.flags,
@@ -146,10 +147,14 @@ class Option:
             callback=self.about["check"],
             autocompletion=_COMPLETIONS.get(self.name),
         )
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        default = inspect.Parameter.empty if self.default is MISSING else self.default
         return inspect.Parameter(
             self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, shown]
         )
+
+    def is_unset_by(self, said: Any) -> bool:
+        """Tell whether the line takes a setting back: `--pin ""`; an empty system message is one."""
+        return said in ("", [""]) and self.default is None and self.name != "system"
 
     def check(self, value: Any, place: str) -> None:
         """Raise when a setting has a value that this option would refuse; `place` says where it stands.
@@ -187,13 +192,15 @@ class SettingsCommand(TyperCommand):
         if ctx.obj is None:  # completion, which runs nothing
             return super().parse_args(ctx, args)
         found, *_ = self.make_parser(ctx).parse_args(args=list(args))
-        said = {name: value for name, value in found.items() if value is not None}
+        unset = {name for name, each in settings_of(self).items() if each.is_unset_by(found.get(name))}
+        said = {name: value for name, value in found.items() if value is not None and name not in unset}
         arguments = [said[name] for name in _MODEL_ARGUMENTS if name in said]
         if arguments and said.get("model", arguments[0]) != arguments[0]:
             raise UsageError(f"{arguments[0]} and --model {said['model']} are both given", hint="leave one of them out")
         named = {"model" if key in _MODEL_ARGUMENTS else key: value for key, value in said.items()}
         left = overlay(self.settings(ctx.obj), named)
-        ctx.default_map = {key: value for key, value in left.items() if key not in named}
+        ctx.default_map = {key: value for key, value in left.items() if key not in named.keys() | unset}
+        args = _without(args, {flag for name in unset for flag in settings_of(self)[name].flags})
         return super().parse_args(ctx, args)
 
     def settings(self, all_: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +214,13 @@ class SettingsCommand(TyperCommand):
         """Run the command, unless it would write over what it reads."""
         check_outputs(self.params, ctx.params)
         return super().invoke(ctx)
+
+
+def _without(args: list[str], flags: set[str]) -> list[str]:
+    """Leave out flags with an empty value."""
+    empty = {i for i, word in enumerate(args[:-1]) if word in flags and not args[i + 1]}
+    left = [word for i, word in enumerate(args) if i not in empty and i - 1 not in empty]
+    return [word for word in left if not (word.endswith("=") and word[:-1] in flags)]
 
 
 class CommandGroup(typer.Typer):
@@ -239,7 +253,7 @@ def _spread(command: Command) -> Command:
             continue
         for name, kind, field in found:
             options.append(Option.of(name, kind, field))
-            parameters.append(options[-1].parameter(kind, field))
+            parameters.append(options[-1].parameter(kind))
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:

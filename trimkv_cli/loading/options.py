@@ -10,8 +10,6 @@ from typing import Any
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.files import as_text
-from trimkv_cli.model.spec import Pins, parse_dtype, parse_kv_dtype, parse_quantisation
-from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.request import SamplingParams
 from trimkv_cli.settings import option
 from trimkv_cli.units import parse_budget, parse_kv_budget
@@ -84,6 +82,9 @@ class EngineOptions:
                 parse(text)
             except UsageError as error:
                 raise UsageError(f"{flag} {text}: {error.message}", hint=error.hint) from None
+        from trimkv_cli.model.spec import Pins
+        from trimkv_cli.plan.choices import PlanOptions
+
         Pins.parse(self.pin)
         PlanOptions(max_inflight=self.max_inflight, context=self.context, prefill_chunk=self.prefill_chunk)
         if self.on_overflow not in _OVERFLOW:
@@ -91,6 +92,8 @@ class EngineOptions:
 
     def _texts(self) -> Iterator[tuple[str, str, Callable[[str], object]]]:
         """Yield what is read later on, so that a mistake is known before anything is loaded."""
+        from trimkv_cli.model.spec import parse_dtype, parse_kv_dtype, parse_quantisation
+
         yield "--dtype", self.dtype, lambda text: parse_dtype(text, "fp32")
         yield "--kv-dtype", self.kv_dtype, parse_kv_dtype
         yield "--quantize", self.quantize, parse_quantisation

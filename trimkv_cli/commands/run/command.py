@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimkv_cli.commands.memory import BudgetNotHeld
-from trimkv_cli.commands.run.choices import Choices, RunOptions
+from trimkv_cli.commands.run.options import JobOptions, RunOptions
 from trimkv_cli.errors import PartialFailure, Stopped, UsageError
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 
@@ -37,9 +36,10 @@ def run(
 
     The same command resumes a job that was interrupted: lines that are answered in the output are not run again.
     """
+    from trimkv_cli.commands.memory import BudgetNotHeld
     from trimkv_cli.commands.run.work import answer_lines, check_lines
 
-    choices = Choices.of(source, flags)
+    choices = JobOptions.of(source, flags)
     if engine.on_overflow == "map-reduce":
         raise UsageError("--on-overflow map-reduce is for summarize", hint="--on-overflow rebase")
     if flags.validate:
@@ -52,7 +52,7 @@ def run(
         _judge(summary, validated=False)
 
 
-def _raise_when_stopped(summary: Summary, choices: Choices) -> None:
+def _raise_when_stopped(summary: Summary, choices: JobOptions) -> None:
     if summary.stopped in ("signal", "time"):
         why = "by a signal" if summary.stopped == "signal" else "by --max-time"
         resumes = "the same command resumes" if choices.output != "-" else _STDOUT

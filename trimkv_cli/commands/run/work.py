@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from trimkv_cli.commands.memory import watch
-from trimkv_cli.commands.run.choices import Choices, RunOptions
+from trimkv_cli.commands.run.options import JobOptions, RunOptions
 from trimkv_cli.errors import ModelError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.job import Backend, BackendFacts, Job, LocalBackend
@@ -66,7 +66,7 @@ _UNSEEN_FROM_AFAR = f"token ids, max_tokens, {_UNSEEN} (its files are not here)"
 _CHOSEN = ("deterministic", "on_overflow")  # what changes tokens, and no plan knows of
 
 
-def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
+def answer_lines(choices: JobOptions, options: EngineOptions, sampling: SamplingOptions) -> Summary:
     """Run the job; what does not need the model is checked before it is loaded."""
     stream = _open(choices)
     check_output(choices.output, stream)
@@ -87,7 +87,7 @@ def answer_lines(choices: Choices, options: EngineOptions, sampling: SamplingOpt
         return _Run(choices, options, sampling, output=output, before=before, earlier=earlier).go(stream)
 
 
-def check_lines(choices: Choices, options: EngineOptions, sampling: SamplingOptions) -> Summary:
+def check_lines(choices: JobOptions, options: EngineOptions, sampling: SamplingOptions) -> Summary:
     """Print every problem as `INPUT:LINE: what`, like a compiler."""
     summary = Summary()
     reader = _reader(choices, _open(choices))
@@ -122,7 +122,7 @@ def _within(parsed: Item | BadLine, source: Source | None, options: EngineOption
 class _Run:
     """One run: with an `output` file it leaves a sidecar, with `before` it goes on with an earlier one."""
 
-    choices: Choices
+    choices: JobOptions
     options: EngineOptions
     sampling: SamplingOptions
     output: Path | None = None
@@ -208,7 +208,7 @@ def as_before(options: EngineOptions, fingerprint: Mapping[str, str]) -> EngineO
 
 
 def open_backend(
-    choices: Choices, options: EngineOptions, check: Callable[[Text | None], None] | None = None
+    choices: JobOptions, options: EngineOptions, check: Callable[[Text | None], None] | None = None
 ) -> Backend:
     """Load what answers the lines: an engine here, or workers on a cluster.
 
@@ -254,14 +254,14 @@ def facts_of(engine: Any) -> BackendFacts:
     )
 
 
-def _open(choices: Choices) -> BinaryIO:
+def _open(choices: JobOptions) -> BinaryIO:
     """Open the input as UTF-8, whatever its lines are written in; a Parquet file's text is always that."""
     if choices.source == "-" and not choices.flags.quiet:
         say_if_nothing_comes(print_note)
     return open_input(choices.source, encoding=None if choices.format == "parquet" else choices.flags.encoding)
 
 
-def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
+def _reader(choices: JobOptions, stream: BinaryIO) -> LineReader | TableReader:
     if choices.format in ("csv", "tsv", "parquet"):
         assert choices.flags.prompt_column is not None
         return TableReader(stream, choices.format, choices.flags.prompt_column, max_line_bytes=choices.max_line_bytes)
@@ -269,7 +269,7 @@ def _reader(choices: Choices, stream: BinaryIO) -> LineReader | TableReader:
 
 
 def _rules(
-    choices: Choices,
+    choices: JobOptions,
     sampling: SamplingOptions,
     names: frozenset[str],
     facts: BackendFacts | None = None,
@@ -314,7 +314,7 @@ def _memory(engine: Any, requested: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(choices: Choices, backend: Backend, summary: Summary) -> Iterator[Watch]:
+def _progress(choices: JobOptions, backend: Backend, summary: Summary) -> Iterator[Watch]:
     """Show how the job goes: on a terminal the live panel, else a line now and then, or nothing."""
     mixed = choices.output == "-" and sys.stdout.isatty()  # records would be drawn over
     if choices.flags.progress == "none" or (choices.flags.quiet and choices.flags.progress == "auto"):
@@ -336,7 +336,7 @@ def _jobs(summary: Summary) -> Jobs:
     return Jobs(done=summary.done, failed=summary.errors, running=summary.running)
 
 
-def _write_summary(choices: Choices, summary: Summary, blank_lines: int) -> None:
+def _write_summary(choices: JobOptions, summary: Summary, blank_lines: int) -> None:
     if choices.flags.summary_json is None:
         return
     text = json.dumps(summary.as_json(blank_lines=blank_lines), indent=2) + "\n"

@@ -12,16 +12,15 @@ import typer
 from trimkv_cli.commands.options import ASCII, ENCODING, JSON, LIVE, OUTPUT, QUIET, STATS, STREAM, THINK
 from trimkv_cli.commands.summarize.texts import TL_DR, SummaryStyle, as_json, joined
 from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
-from trimkv_cli.events import Answer
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
-from trimkv_cli.ui.live import Watch
 from trimkv_cli.ui.plain import AnswerWriter, print_error, print_note, to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.documents import Document, Reader
     from trimkv_cli.commands.summarize.pool import Chain, DocumentSummary, Outcome, Pool, Task
     from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.events import Answer
     from trimkv_cli.ui.panel import Jobs
 
 
@@ -148,6 +147,8 @@ class Summaries:
         *,
         as_points: bool,
     ) -> None:
+        from trimkv_cli.ui.live import Watch
+
         self._llm = llm
         self._inputs = inputs
         self._writer = writer

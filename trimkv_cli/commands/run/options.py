@@ -63,7 +63,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choices:
+class JobOptions:
     """One run: what was typed, and what it means."""
 
     flags: RunOptions
@@ -75,7 +75,7 @@ class Choices:
     limits: Limits
 
     @classmethod
-    def of(cls, source: str, flags: RunOptions) -> Choices:
+    def of(cls, source: str, flags: RunOptions) -> JobOptions:
         """Read what was typed, as far as that needs no file and no model.
 
         Raises:
@@ -150,7 +150,7 @@ def read_line_bytes(text: str) -> int:
     return size
 
 
-def check_together(choices: Choices) -> None:
+def check_together(choices: JobOptions) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
