@@ -33,8 +33,7 @@ def make_pair(model: TinyModel, shape: Shape = SHAPE) -> tuple[Engine, Engine]:
     """Return an engine in step, without the CPU's own decoder, and one that runs ahead."""
     engines = []
     for ahead in (False, True):
-        engine = make_engine(model("qwen3"), shape)
-        engine._runner._decoder = None
+        engine = make_engine(model("qwen3"), shape, fast_path=False)
         if ahead:
             engine._runner.run_ahead(shape.eos)
         engines.append(engine)

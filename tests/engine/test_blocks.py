@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from trimkv_cli.engine.cpu.blocks import WORTH_PACKING, PackedLinear, PackedProjection, Projection, pack
+from trimkv_cli.engine.cpu.blocks import WORTH_PACKING, PackedLinear, PackedProjection, Projection, pack, packing_pays
 
 
 @pytest.mark.parametrize("outputs", [(128, 64), (24, 8)], ids=["pieces", "whole"])
@@ -20,8 +21,8 @@ def test_layers_that_lie_together_give_their_products(rows: int, outputs: tuple[
     linears = [nn.Linear(24, count) for count in outputs]
     x = torch.randn(rows, 24)
     expected = torch.cat([linear(x) for linear in linears], dim=-1)
-    with torch.inference_mode():
-        torch.testing.assert_close(Projection(linears)(x), expected)
+    with torch.inference_mode(), ExitStack() as undo:
+        torch.testing.assert_close(Projection(linears, undo)(x), expected)
         torch.testing.assert_close(torch.cat([linear(x) for linear in linears], dim=-1), expected)
         torch.testing.assert_close(PackedProjection([PackedLinear(linear) for linear in linears])(x), expected)
 
@@ -30,13 +31,13 @@ def test_a_packed_model_is_the_same_and_gets_its_layers_back(tiny_model: Callabl
     """Catches weights that change on the way there or back, and a model that stays packed when its engine is done."""
     model = tiny_model("qwen3")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ids = torch.arange(3, 12)[None]
+    ids, undo = torch.arange(3, 12)[None], ExitStack()
     with torch.inference_mode():
         want = model(ids).logits
-        (packed,) = pack(model, rows=WORTH_PACKING)
+        pack(model, undo)
         assert sum(type(module) is PackedLinear for module in model.modules()) == 7 * model.config.num_hidden_layers
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
-        packed.remove()
+        undo.close()
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -45,18 +46,19 @@ def test_a_packed_model_is_the_same_and_gets_its_layers_back(tiny_model: Callabl
 def test_one_matrix_at_a_time_is_there_twice(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a list of plain layers that lives as long as packing does: a second copy of all, which no plan counts."""
     model = tiny_model("qwen3")
-    plain = [weakref.ref(m) for m in model.get_decoder().layers.modules() if type(m) is nn.Linear]
+    linears = [module for module in model.get_decoder().layers.modules() if type(module) is nn.Linear]
+    plain = [StorageWeakRef(linear.weight.untyped_storage()) for linear in linears]
     alive, make = [], PackedLinear.__init__
 
     def watch(packed: PackedLinear, linear: nn.Linear) -> None:
-        alive.append(sum(one() is not None for one in plain))
+        alive.append(sum(not storage.expired() for storage in plain))
         make(packed, linear)
 
     monkeypatch.setattr(PackedLinear, "__init__", watch)
-    pack(model, rows=WORTH_PACKING)
+    pack(model, ExitStack())
     assert alive == list(range(len(plain), 0, -1))
 
 
 def test_few_rows_are_not_packed(tiny_model: Callable[..., Any]) -> None:
     """Catches packing where it makes a step slower."""
-    assert pack(tiny_model("qwen3"), rows=WORTH_PACKING - 1) == []
+    assert not packing_pays(tiny_model("qwen3"), rows=WORTH_PACKING - 1)

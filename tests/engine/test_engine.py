@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_generate_over_the_cache_with_left_padding(family: str, tiny_model: Tiny
     model = tiny_model(family)
     want = model.generate(ids, **arguments)
     spec = ModelSpec.from_config(model.config.to_dict())
-    install(model, [FullGate(num_kv_heads=2)] * spec.num_layers)
+    install(model, [FullGate(num_kv_heads=2)] * spec.num_layers, undo=ExitStack())
     cache = RetentionCache(
         rows=3,
         kv_budget=64,

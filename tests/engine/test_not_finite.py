@@ -71,9 +71,8 @@ def test_an_answer_that_becomes_no_numbers_ends_there(tiny_model: TinyModel, ahe
     plain = make_engine(tiny_model("qwen3", tie_word_embeddings=False), SHAPE)
     output = [token for event in plain.generate([asked]) for token in event.token_ids]
     assert output[2] not in (*output[:2], *asked.prompt_token_ids)
-    engine = make_engine(poisoned(tiny_model, "qwen3", output[2]), SHAPE)
+    engine = make_engine(poisoned(tiny_model, "qwen3", output[2]), SHAPE, fast_path=not ahead)
     if ahead:
-        engine._runner._decoder = None
         engine._runner.run_ahead(frozenset())
     events = list(engine.generate([asked]))
     assert [token for event in events for token in event.token_ids] == output[:3]

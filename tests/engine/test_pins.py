@@ -19,8 +19,8 @@ SHAPE = Shape(kv_budget=11, rows=2, prefill_chunk=16, gate="random")
 PROMPT = tuple(range(3, 60))
 
 
-def make_pinned(model: Any, pins: Pins, shape: Shape = SHAPE) -> Engine:
-    return make_engine(model, shape, pins=pins)
+def make_pinned(model: Any, pins: Pins, shape: Shape = SHAPE, *, fast_path: bool = True) -> Engine:
+    return make_engine(model, shape, pins=pins, fast_path=fast_path)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
@@ -89,12 +89,10 @@ def test_a_kept_row_with_pins_is_left_alone_while_others_decode(tiny_model: Tiny
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-@pytest.mark.parametrize("decoder", [True, False])
-def test_the_newest_tokens_stay(family: str, decoder: bool, tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_the_newest_tokens_stay(family: str, fast_path: bool, tiny_model: TinyModel) -> None:
     """Catches recent tokens that are evicted, ones that stay longer, and empty slots taken for recent ones."""
-    engine = make_pinned(tiny_model(family), Pins(sinks=2, recent=5))
-    if not decoder:
-        engine._runner._decoder = None
+    engine = make_pinned(tiny_model(family), Pins(sinks=2, recent=5), fast_path=fast_path)
     run(engine, [greedy("short", PROMPT[:2], 3, keep=True)])
     assert engine.kept.positions("short")[0][0] == list(range(4))
     run(engine, [greedy("a", PROMPT, 30, keep=True)])

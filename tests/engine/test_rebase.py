@@ -10,6 +10,7 @@ import torch
 
 from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.cache.rebase import rotate
+from trimkv_cli.engine.cpu import Decoder
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UnsupportedModel, UsageError
 from trimkv_cli.model.spec import Pins
 from trimkv_cli.request import Request
@@ -88,19 +89,20 @@ def test_within_the_positions_nothing_changes(tiny_model: TinyModel) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "phi3"])
 @pytest.mark.parametrize("pins", [Pins(), Pins(sinks=2, recent=3)])
-def test_it_is_decoded_as_fast_as_without_before_and_after(family: str, pins: Pins, tiny_model: TinyModel) -> None:
+def test_it_is_decoded_as_fast_as_without_before_and_after(
+    family: str, pins: Pins, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches an option that slows all down before anything overflows, and a fast way that stands elsewhere."""
     model = tiny_model(family, max_position_embeddings=LIMIT)
     engine = make_engine(model, shape(rows=3, gate="random"), pins=pins)
     steps = []
-    step = engine._runner._decoder.step  # type: ignore[union-attr]
-    engine._runner._decoder.step = lambda *a, **k: (steps.append(1), step(*a, **k))[1]  # type: ignore[union-attr, method-assign]
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])
     requests = [greedy(str(i), PROMPT[i : 40 + 9 * i], 50 + i) for i in range(4)]
     fast = run(engine, requests)
     assert len(steps) > 50
     engine.close()
-    slow = make_engine(model, shape(rows=3, gate="random"), pins=pins)
-    slow._runner._decoder = None
+    slow = make_engine(model, shape(rows=3, gate="random"), pins=pins, fast_path=False)
     assert run(slow, requests) == fast
 
 

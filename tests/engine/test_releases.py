@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_hook_takes_either_name(name: str, tiny_model: Callable[..., Any]) -> No
     """Catch the first token of every command dying because a layer is given its cache under another name."""
     model = tiny_model("qwen3")
     heads = model.config.num_key_value_heads
-    install(model, [FullGate(num_kv_heads=heads) for _ in model.model.layers])
+    install(model, [FullGate(num_kv_heads=heads) for _ in model.model.layers], undo=ExitStack())
     layers = len(model.model.layers)
     cache = RetentionCache(
         rows=1,

@@ -56,7 +56,7 @@ def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
     return make_plan(spec, gate, options)
 
 
-def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS) -> Engine:
+def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS, fast_path: bool = True) -> Engine:
     spec = ModelSpec.from_config(model.config.to_dict())
     sinks = 0 if shape.gate == "random" else 4
     gate = full_gate() if shape.gate == "none" else streaming_gate(sinks)
@@ -65,7 +65,7 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
         gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_layers)]
     plan = make_plan_for(spec, gate, shape)
     facts = EngineFacts.of(model, gates, plan=plan, model_id="tiny", eos_token_ids=shape.eos, pins=pins)
-    how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases}
+    how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "fast_path": fast_path}
     return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, **how)
 
 

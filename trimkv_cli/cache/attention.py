@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -124,22 +124,20 @@ class _PassThrough(CacheLayerMixin):
         return -1
 
 
-def install(model: PreTrainedModel, gates: Sequence[Gate], *, sinks: int = 0) -> list[RemovableHandle]:
+def install(model: PreTrainedModel, gates: Sequence[Gate], *, undo: ExitStack, sinks: int = 0) -> None:
     """Make `model` attend over a `RetentionView` given as its cache, with one gate per layer.
 
-    The first `sinks` tokens of each sequence are pinned.
-
-    The model needs such a view from then on: it has no attention without one. Removing the handles returned takes the
-    gates out again, so that others can be installed.
+    The first `sinks` tokens of each sequence are pinned. The model has no attention without such a view, until `undo`
+    takes the gates out again.
     """
     AttentionInterface.register(ATTENTION_NAME, retention_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+    undo.callback(model.set_attn_implementation, model.config._attn_implementation)
     model.set_attn_implementation(ATTENTION_NAME)
     attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
-    return [
-        attention.register_forward_pre_hook(_make_hook(attention.layer_idx, gate, sinks), with_kwargs=True)
-        for attention, gate in zip(attentions, gates, strict=True)
-    ]
+    for attention, gate in zip(attentions, gates, strict=True):
+        hook = _make_hook(attention.layer_idx, gate, sinks)
+        undo.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -197,19 +195,21 @@ def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> T
 
 
 class LongRope:
-    """Hold both factor sets of a model, and put one in force for the next forward.
+    """Hold both factor sets of a model, and put one in force for the next forward, until `undo`.
 
     transformers picks the set from the largest position of the batch; under a name that it does not know it leaves the
     frequencies alone.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, undo: ExitStack) -> None:
         self._rotary = rotary_embedding(model)
         config = self._rotary.config
         original = config.rope_parameters["original_max_position_embeddings"]
         compute = ROPE_INIT_FUNCTIONS["longrope"]
         device = self._rotary.inv_freq.device
         self._sets = [compute(config, device, seq_len=length)[0] for length in (original, original + 1)]
+        undo.callback(setattr, self._rotary, "rope_type", self._rotary.rope_type)
+        undo.callback(self._rotary.inv_freq.copy_, self._rotary.inv_freq.clone())
         self._rotary.rope_type = "fixed"
 
     @staticmethod

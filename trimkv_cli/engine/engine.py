@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,7 +93,7 @@ class Engine:
         scheduler: Scheduler,
         text: Text | None,
         fingerprint: Mapping[str, str],
-        hooks: Sequence[Any] = (),
+        undo: ExitStack,
         compact: bool = True,
     ) -> None:
         self.facts = facts
@@ -103,7 +104,7 @@ class Engine:
         self._scheduler = scheduler
         self._recovery = Recovery(runner, scheduler)
         self._glancer = Glancer(runner.cache)
-        self._hooks = hooks
+        self._undo = undo
         self._compact = compact
         self._states: dict[str, RequestState] = {}
         self._counts = {"prefill_tokens": 0, "decode_tokens": 0, "shared_prefix_tokens": 0, "steps": 0}
@@ -158,9 +159,8 @@ class Engine:
         self._scheduler.drop(request_id)
 
     def close(self) -> None:
-        """Take the gates out of the model, so that another engine can be assembled around it; this one is done."""
-        for hook in self._hooks:
-            hook.remove()
+        """Give the model and its gates back as they were; this engine is done."""
+        self._undo.close()
 
     def check(self, request: Request) -> None:
         """Raise when a request can never be honoured.

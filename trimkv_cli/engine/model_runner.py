@@ -14,7 +14,7 @@ from trimkv_cli.cache.attention import LongRope, RetentionView, Step
 from trimkv_cli.cache.releases import forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.ahead import Ahead, Forward, GraphedForward
-from trimkv_cli.engine.cpu.decoder import Decoder
+from trimkv_cli.engine.cpu import Decoder
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 

@@ -1,9 +1,9 @@
-"""Put a loaded model, its gates and a plan together into an engine."""
+"""Assembly of a loaded model, its gates and a plan into an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -12,9 +12,7 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.attention import LongRope, install
 from trimkv_cli.cache.rebase import make_rebase
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.cpu.blocks import pack
-from trimkv_cli.engine.cpu.decoder import make_decoder
-from trimkv_cli.engine.devices import tidy_heap
+from trimkv_cli.engine.cpu import make_decoder
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.grammars import Grammars
 from trimkv_cli.engine.model_runner import ModelRunner
@@ -36,23 +34,20 @@ def assemble(
     prefill_tokens: int | None = None,
     rebases: bool = False,
     evicts: bool = True,
+    fast_path: bool = True,
 ) -> Engine:
     """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
 
     The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
     bounds rows × chunk of one prefill, by default one chunk. With `rebases` sequences may outgrow the model's
     positions. `evicts` is false only to measure what eviction
-    costs: nothing that is generated then has a meaning. A model serves one engine at a time: close it before the next
-    is assembled.
+    costs: nothing that is generated then has a meaning. `fast_path` is false to decode on a CPU as elsewhere. A model
+    serves one engine at a time: closing it gives model and gates back as they were, for the next.
     """
     plan, spec = facts.plan, facts.spec
     rows = DETERMINISTIC_ROWS if deterministic else plan.run.rows
     shares = plan.run.rows > 1 and plan.run.prefill_chunk > 0
     fingerprint = make_fingerprint(model, gates, plan, facts.pins)
-    hooks: list[Any] = list(install(model, gates, sinks=facts.pins.sinks))
-    if not deterministic:
-        with tidy_heap():
-            hooks += pack(model, rows=rows)
     cache = RetentionCache(
         rows=rows + shares,
         kv_budget=plan.run.kv_budget,
@@ -67,19 +62,7 @@ def assemble(
     if rebases:
         slots = [layer.slots for layer in cache.layers]
         cache.rebase = make_rebase(model, slots, run=plan.run, positions=facts.max_positions)
-    config: Any = model.config
     grammars = None if text is None else Grammars(text.tokenizer, facts.eos_token_ids)
-    runner = ModelRunner(
-        model,
-        cache,
-        Sampler(rows, spec.vocab_size, model.device, grammars),
-        decode_rows=DETERMINISTIC_ROWS if deterministic else None,
-        long_rope=LongRope(model) if LongRope.used_by(config) else None,
-        decoder=None if deterministic else make_decoder(model, gates, cache, sinks=facts.pins.sinks, evicts=evicts),
-        pins_system=facts.pins.system,
-    )
-    if model.device.type == "cuda" and not LongRope.used_by(config):
-        runner.run_ahead(facts.eos_token_ids)
     scheduler = Scheduler(
         SchedulerOptions(
             max_rows=plan.run.rows,
@@ -90,12 +73,31 @@ def assemble(
             long_rope_from=spec.original_max_positions,
         )
     )
-    return Engine(
-        facts=facts,
-        runner=runner,
-        scheduler=scheduler,
-        text=text,
-        fingerprint=fingerprint,
-        hooks=hooks,
-        compact=not deterministic,
-    )
+    undo = ExitStack()
+    try:
+        install(model, gates, sinks=facts.pins.sinks, undo=undo)
+        runner = ModelRunner(
+            model,
+            cache,
+            Sampler(rows, spec.vocab_size, model.device, grammars),
+            decode_rows=DETERMINISTIC_ROWS if deterministic else None,
+            long_rope=LongRope(model, undo) if LongRope.used_by(model.config) else None,
+            decoder=make_decoder(model, gates, cache, rows=rows, sinks=facts.pins.sinks, evicts=evicts, undo=undo)
+            if fast_path and not deterministic
+            else None,
+            pins_system=facts.pins.system,
+        )
+        if model.device.type == "cuda" and not LongRope.used_by(model.config):
+            runner.run_ahead(facts.eos_token_ids)
+        return Engine(
+            facts=facts,
+            runner=runner,
+            scheduler=scheduler,
+            text=text,
+            fingerprint=fingerprint,
+            undo=undo,
+            compact=not deterministic,
+        )
+    except BaseException:
+        undo.close()
+        raise

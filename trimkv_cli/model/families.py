@@ -68,6 +68,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 SUPPORTED_MODEL_TYPES = tuple(DEFAULTS)
+SEQUENTIAL_FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})  # norm, attention, norm, MLP: no more
 
 
 def supported_type(config: Mapping[str, Any]) -> str:

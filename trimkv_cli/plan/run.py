@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trimkv_cli.model.families import SEQUENTIAL_FAMILIES
 from trimkv_cli.model.machine import MIB, Machine
 from trimkv_cli.model.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation, gate_bytes
 
@@ -25,7 +26,6 @@ _SCALE_BLOCK = 256  # scales that share one scale of their own
 _SCALE_CODE_BYTES = 1024  # the table of 8-bit scales, one for each matrix
 _NF4_CODE_BYTES = 64  # the 16 values, one table for each matrix
 _OFFSET_BYTES = 4
-_DECODERS = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # families that decode without modules on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +317,7 @@ def _decode_bytes(run: Run) -> int:
 
 def _decodes_together(run: Run) -> bool:
     plain = run.dtype == run.kv_dtype == "fp32" and run.quantize == "none"
-    return plain and run.device == "cpu" and run.spec.model_type in _DECODERS
+    return plain and run.device == "cpu" and run.spec.model_type in SEQUENTIAL_FAMILIES
 
 
 def _distinct_layers(spec: ModelSpec, kv_budget: int) -> list[int]:

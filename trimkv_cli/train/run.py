@@ -6,7 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
@@ -114,7 +114,7 @@ def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunFiles, s
     weights = torch.bfloat16 if autocast is not None and device.type == "cuda" else torch.float32
     model = load_model(source, weights, device, trust_remote_code=engine.trust_remote_code)
     if LongRope.used_by(model.config):
-        LongRope(model).use(long=options.positions > (source.spec.original_max_positions or 0))
+        LongRope(model, ExitStack()).use(long=options.positions > (source.spec.original_max_positions or 0))
     gate = describe_gates(options, source.spec, source.model_id)
     gates = new_gates(gate, source.spec, options, hidden_act=activation_name(model.config.to_dict()), device=device)
     return Trainer(model, gates, source.spec, options, autocast=autocast, recompute_layers=run.gradient_checkpointing)

@@ -1,8 +1,9 @@
-"""The weights of a decoder as a step of one token wants them: matrices that read the same vector lie together."""
+"""Weights of a decoder laid out for steps of one token: matrices that read the same vector lie together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimkv_cli.cache.releases import decoder_layers, rotary_embedding
+from trimkv_cli.model.families import SEQUENTIAL_FAMILIES
 
-_FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
 _PIECE = 64  # outputs of a piece of a matrix
 _FEW = 3  # rows for which pieces are faster than the whole
 WORTH_WAKING = 2**24  # multiplications of one product that are worth waking a sleeping thread for
@@ -22,8 +23,8 @@ WORTH_WAKING = 2**24  # multiplications of one product that are worth waking a s
 class Projection:
     """Multiply by the weights of linear layers that read the same input: `[B, K]` → `[B, N]`, N over all of them."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.weight = _lay_together(linears)
+    def __init__(self, linears: Sequence[nn.Linear], undo: ExitStack) -> None:
+        self.weight = _lay_together(linears, undo)
         biases: list[Tensor] = [linear.bias.detach() for linear in linears if "bias" in dict(linear.named_parameters())]
         self.bias = torch.cat(biases) if biases else None
         outputs, inputs = self.weight.shape
@@ -85,9 +86,9 @@ class Block:
     scale: float
 
 
-def make_blocks(model: PreTrainedModel) -> list[Block] | None:
-    """Take the layers of a model apart, its own weights becoming views; None when its form is not one known here."""
-    known = getattr(model.config, "model_type", None) in _FAMILIES
+def make_blocks(model: PreTrainedModel, undo: ExitStack) -> list[Block] | None:
+    """Take the layers of a model apart, its weights views until `undo`; None when its form is not one known here."""
+    known = getattr(model.config, "model_type", None) in SEQUENTIAL_FAMILIES
     layers: Any = decoder_layers(model)
     linears = [module for module in layers.modules() if "Linear" in type(module).__name__]
     plain = all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
@@ -95,31 +96,31 @@ def make_blocks(model: PreTrainedModel) -> list[Block] | None:
     if not (known and plain) or 2 * rotary.inv_freq.numel() != _head_dim(layers[0].self_attn):
         return None
     try:
-        return [_make_block(layer) for layer in layers]
+        return [_make_block(layer, undo) for layer in layers]
     except AttributeError:  # a release with other names: transformers' own forward serves it
         return None
 
 
-def _make_block(layer: Any) -> Block:
+def _make_block(layer: Any, undo: ExitStack) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     fused = hasattr(attention, "qkv_proj")  # Phi-3
     qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
     gate_up = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
     return Block(
         attention_norm=_norm(layer.input_layernorm),
-        qkv=_project(qkv),
+        qkv=_project(qkv, undo),
         head_norm=_head_norm(attention),
-        out=_project([attention.o_proj]),
+        out=_project([attention.o_proj], undo),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=_project(gate_up),
-        down=_project([mlp.down_proj]),
+        gate_up=_project(gate_up, undo),
+        down=_project([mlp.down_proj], undo),
         activation=_plain(mlp.activation_fn if fused else mlp.act_fn),
         scale=attention.scaling,
     )
 
 
-def _project(linears: Sequence[Any]) -> AnyProjection:
-    return (PackedProjection if type(linears[0]) is PackedLinear else Projection)(linears)
+def _project(linears: Sequence[Any], undo: ExitStack) -> AnyProjection:
+    return PackedProjection(linears) if type(linears[0]) is PackedLinear else Projection(linears, undo)
 
 
 def _plain(activation: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -145,26 +146,35 @@ def _head_dim(attention: Any) -> int:
     return dim
 
 
-def _lay_together(linears: Sequence[nn.Linear]) -> Tensor:
-    """Return the weights as one matrix `[N, K]`, of which each layer's own is a part from then on."""
-    weights = [linear.weight.detach() for linear in linears]
-    rows, width = [len(weight) for weight in weights], weights[0].shape[1]
-    first = weights[0]
-    starts = [first.data_ptr() + first.element_size() * width * sum(rows[:i]) for i in range(len(rows))]
-    together = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if together and all(w.is_contiguous() for w in weights) and starts == [w.data_ptr() for w in weights]:
-        return first.as_strided((sum(rows), width), (width, 1))
-    matrix = torch.cat(weights)
-    for linear, part in zip(linears, torch.split(matrix, rows), strict=True):
-        linear.weight.data = part
+def _lay_together(linears: Sequence[nn.Linear], undo: ExitStack) -> Tensor:
+    """Return the weights as one matrix `[N, K]`, of which each layer's own is a part until `undo`."""
+    weights = [linear.weight for linear in linears]
+    if len(weights) == 1 and weights[0].is_contiguous():
+        return weights[0].detach()
+    matrix = torch.cat([weight.detach() for weight in weights])
+    make_parts(weights, torch.split(matrix, [len(weight) for weight in weights]), undo)
     return matrix
+
+
+def make_parts(parameters: Iterable[Tensor], parts: Iterable[Tensor], undo: ExitStack) -> None:
+    """Let parameters lie where equal parts of one tensor do, and alone again after `undo`."""
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+        undo.callback(_lie_alone, parameter)
+
+
+def _lie_alone(parameter: Tensor) -> None:
+    parameter.data = parameter.data.clone()
 
 
 WORTH_PACKING = 4  # rows
 
 
 class PackedLinear(nn.Module):
-    """Do what `nn.Linear` does, float32 on a CPU; `weight` is opaque, and of the same bytes."""
+    """Do what `nn.Linear` does, float32 on a CPU; `weight` is opaque, and of the same bytes.
+
+    The layer itself waits without a weight until `unpacked`.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -172,6 +182,8 @@ class PackedLinear(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), WORTH_PACKING)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = linear.bias
+        self._plain = [linear]  # a list: no part of this module
+        linear.weight.data = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[…, out_features]` for `[…, in_features]`."""
@@ -180,32 +192,25 @@ class PackedLinear(nn.Module):
 
     def unpacked(self) -> nn.Linear:
         """Return the layer that was packed, bit for bit."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
-        linear.bias = self.bias
+        linear = self._plain[0]
+        linear.weight.data = self.weight.to_dense()
         return linear
 
 
-class Packed:
-    """The packed layers of a model, until `remove`."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._layers = decoder_layers(model)
-        self._replace(nn.Linear, PackedLinear)
-
-    def remove(self) -> None:
-        """Give the model its plain layers back."""
-        self._replace(PackedLinear, PackedLinear.unpacked)
-
-    def _replace(self, kind: type[nn.Module], make: Any) -> None:
-        """Replace one layer after the other, so that only one matrix is there twice: nothing here keeps the others."""
-        names = [name for name, module in self._layers.named_modules() if type(module) is kind]
-        for name in names:
-            self._layers.set_submodule(name, make(self._layers.get_submodule(name)))
+def pack(model: PreTrainedModel, undo: ExitStack) -> None:
+    """Pack the decoder layers of a model, until `undo`."""
+    layers: Any = decoder_layers(model)
+    # One layer after the other, so that only one matrix is there twice.
+    for name in [name for name, module in layers.named_modules() if type(module) is nn.Linear]:
+        layers.set_submodule(name, PackedLinear(layers.get_submodule(name)))
+        undo.callback(_unpack, layers, name)
 
 
-def pack(model: PreTrainedModel, *, rows: int) -> list[Packed]:
-    """Pack the decoder layers of a model where that pays; return what takes it back, if there is anything."""
+def _unpack(layers: Any, name: str) -> None:
+    layers.set_submodule(name, layers.get_submodule(name).unpacked())
+
+
+def packing_pays(model: PreTrainedModel, *, rows: int) -> bool:
+    """Tell whether decoder layers are faster packed, and can be."""
     able: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
-    pays = rows >= WORTH_PACKING and model.device.type == "cpu" and model.dtype == torch.float32
-    return [Packed(model)] if able and pays else []
+    return able and rows >= WORTH_PACKING and model.device.type == "cpu" and model.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""One token per row through a decoder, with little between its operations: what the runner decodes with on a CPU.
+"""Decode steps on a CPU, one token per row, with little between their operations.
 
 The forward of transformers serves any model and any number of tokens, and its modules cost more Python than a small
 model costs arithmetic. Here the same numbers come out of the same weights, of the families whose layers are known.
@@ -7,6 +7,7 @@ model costs arithmetic. Here the same numbers come out of the same weights, of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,8 +17,17 @@ from transformers import PreTrainedModel
 
 from trimkv_cli.cache.gates import FullGate, MlpGate, StreamingGate
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.cpu.blocks import WORTH_WAKING, Block, Norm, Projection, make_blocks
-from trimkv_cli.engine.devices import on_threads
+from trimkv_cli.engine.cpu.blocks import (
+    WORTH_WAKING,
+    Block,
+    Norm,
+    Projection,
+    make_blocks,
+    make_parts,
+    pack,
+    packing_pays,
+)
+from trimkv_cli.engine.devices import on_threads, tidy_heap
 
 
 class Decoder:
@@ -32,10 +42,11 @@ class Decoder:
         *,
         sinks: int,
         evicts: bool,
+        undo: ExitStack,
     ) -> None:
         decoder: Any = model.get_decoder()
         self._blocks = blocks
-        self._gates = GatesTogether(gates)
+        self._gates = GatesTogether(gates, undo)
         self._sinks = sinks  # the first tokens of a sequence, which are pinned
         self._pools = list(cache.pools.values())
         self._places = [
@@ -47,7 +58,7 @@ class Decoder:
         self._embed = decoder.embed_tokens.weight.detach()
         self._rotary = decoder.rotary_emb
         self._norm = Norm(decoder.norm.weight.detach(), decoder.norm.variance_epsilon)
-        self._head = Projection([model.get_output_embeddings()])
+        self._head = Projection([model.get_output_embeddings()], undo)
         self._widest = max(block.gate_up.numel for block in blocks)
         self._evicts = evicts
 
@@ -94,13 +105,22 @@ def make_decoder(
     gates: Sequence[nn.Module],
     cache: RetentionCache,
     *,
-    sinks: int = 0,
-    evicts: bool = True,
+    rows: int,
+    sinks: int,
+    evicts: bool,
+    undo: ExitStack,
 ) -> Decoder | None:
-    """Return a decoder for the model, or None when its form, or the cache's, is not one known here."""
+    """Return a decoder for the model, or None when its form, or the cache's, is not one known here.
+
+    For `rows` sequences or more that make it worth it, the model's layers are packed, whatever its form. `undo` gives
+    model and gates back as they were.
+    """
+    if packing_pays(model, rows=rows):
+        with tidy_heap():
+            pack(model, undo)
     known = model.device.type == "cpu" and model.dtype == cache.layers[0].slots.key.dtype == torch.float32
-    blocks = make_blocks(model) if known else None
-    return None if blocks is None else Decoder(model, blocks, gates, cache, sinks=sinks, evicts=evicts)
+    blocks = make_blocks(model, undo) if known else None
+    return None if blocks is None else Decoder(model, blocks, gates, cache, sinks=sinks, evicts=evicts, undo=undo)
 
 
 def _project(
@@ -118,16 +138,16 @@ def _project(
 class GatesTogether:
     """Score one token per row in every layer: hidden states `[L, B, hidden]` → log_beta `[L, B, Hkv]`, float32."""
 
-    def __init__(self, gates: Sequence[nn.Module]) -> None:
+    def __init__(self, gates: Sequence[nn.Module], undo: ExitStack) -> None:
         self._gates: list[Any] = list(gates)
         self._constant = all(isinstance(gate, StreamingGate | FullGate) for gate in gates)
         # Gates of two linear layers are stacked; the third of rg10 is one tensor for all layers and stays as it is.
         self._stacked = all(isinstance(gate, MlpGate) and gate.linear3 is None for gate in gates)
         if self._stacked:
             self._activation = self._gates[0].activation
-            self._weight1 = self._stack("linear1", "weight")
-            self._bias1 = self._stack("linear1", "bias")[:, None]
-            self._weight2 = self._stack("linear2", "weight")
+            self._weight1 = self._stack("linear1", "weight", undo)
+            self._bias1 = self._stack("linear1", "bias", undo)[:, None]
+            self._weight2 = self._stack("linear2", "weight", undo)
             self._bias = torch.stack([gate.bias.detach() for gate in self._gates])[:, None]
 
     def __call__(self, hidden: Tensor, position: Tensor) -> Tensor:
@@ -141,11 +161,11 @@ class GatesTogether:
         logits = _products(inner, self._weight2).float() + self._bias
         return -functional.softplus(-logits)
 
-    def _stack(self, layer: str, name: str) -> Tensor:
-        """Return one tensor `[L, …]`, of which each gate's own is a part from then on."""
-        stacked = torch.stack([getattr(getattr(gate, layer), name).detach() for gate in self._gates])
-        for gate, part in zip(self._gates, stacked, strict=True):
-            getattr(getattr(gate, layer), name).data = part
+    def _stack(self, layer: str, name: str, undo: ExitStack) -> Tensor:
+        """Return one tensor `[L, …]`, of which each gate's own is a part until `undo`."""
+        own = [getattr(getattr(gate, layer), name) for gate in self._gates]
+        stacked = torch.stack([parameter.detach() for parameter in own])
+        make_parts(own, stacked, undo)
         return stacked
 
 
