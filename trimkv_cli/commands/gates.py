@@ -38,13 +38,13 @@ def show(
 
     trimkv gates show qwen3-4b-math
     """
-    from trimkv_cli.loading.sources import gates_place
+    from trimkv_cli.loading.sources import gates_ref
 
-    place = gates_place(gates, gates_revision)
-    folder = place.folder("gates", offline=engine.offline)
+    ref = gates_ref(gates, gates_revision)
+    folder = ref.folder("gates", offline=engine.offline)
     from trimkv_cli.cache.gate_files import gate_facts  # torch, only once there is something to read
 
-    facts = gate_facts(folder, id=place.id)
+    facts = gate_facts(folder, id=ref.id)
     values = {**asdict(facts.gate), **asdict(facts), "gate": facts.gate.id, "file": str(facts.file)}
     print(jsonlib.dumps(values, indent=2) if json else _as_text(facts))
     for warning in facts.warnings:
@@ -65,12 +65,12 @@ def verify(
     Without --model: the model that the gates were trained for. --revision is the gates'.
     """
     from trimkv_cli.cache.gate_files import check_gates, read_gates
-    from trimkv_cli.loading.sources import gates_place, model_place
+    from trimkv_cli.loading.sources import gates_ref, model_ref
     from trimkv_cli.model.folders import read_model_spec
 
-    place = gates_place(gates, gates_revision)
-    gate, tensors, _, warnings = read_gates(place.folder("gates", offline=engine.offline), id=place.id)
-    base = model_place(engine.model or _base_model(gate))
+    ref = gates_ref(gates, gates_revision)
+    gate, tensors, _, warnings = read_gates(ref.folder("gates", offline=engine.offline), id=ref.id)
+    base = model_ref(engine.model or _base_model(gate))
     spec = read_model_spec(base.folder("config", offline=engine.offline))
     for warning in (*warnings, *check_gates(spec, gate, tensors, model_id=base.id)):
         print_warning(warning.message)

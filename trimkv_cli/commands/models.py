@@ -15,7 +15,7 @@ from trimkv_cli.ui.plain import columns, neutralise, print_note
 from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
-    from trimkv_cli.loading.sources import Place
+    from trimkv_cli.loading.sources import ModelRef
 
 models_app = CommandGroup(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
 
@@ -69,38 +69,38 @@ def pull(
     if id == MINI:
         print(MODEL_FOLDER)
         return
-    for place in _parts(id, engine.revision):
-        print_note(f"pulling {place.id}")
-        print(pull_repository(place.id, revision=place.revision))
+    for ref in _parts(id, engine.revision):
+        print_note(f"pulling {ref.id}")
+        print(pull_repository(ref.id, revision=ref.revision))
 
 
-def _parts(id: str, revision: str | None) -> Iterator[Place]:
+def _parts(id: str, revision: str | None) -> Iterator[ModelRef]:
     """Yield what a name stands for: a profile has a model and mostly gates, all else is one repository."""
-    from trimkv_cli.loading.sources import gates_place, model_place
+    from trimkv_cli.loading.sources import gates_ref, model_ref
     from trimkv_cli.model.profiles import find_profile
 
-    yield model_place(id, revision)
+    yield model_ref(id, revision)
     profile = find_profile(id)
     if profile is not None and profile.gates:
-        yield gates_place(id)
+        yield gates_ref(id)
 
 
 def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[str, Any]:
-    from trimkv_cli.loading.sources import MINI, model_place, shown_id
+    from trimkv_cli.loading.sources import MINI, model_ref, shown_id
     from trimkv_cli.model.folders import read_model_spec
     from trimkv_cli.model.profiles import find_profile, list_profiles
     from trimkv_cli.model.spec import DTYPE_BYTES
 
-    place = model_place(model, revision)
+    ref = model_ref(model, revision)
     profile = find_profile(model or MINI)
     spec = profile.spec if profile is not None and revision is None else None
     if spec is None:
-        spec = read_model_spec(place.folder("config", offline=offline))
-    known = [shown_id(p.gates) for p in list_profiles() if p.gates and shown_id(p.model) == place.id]
+        spec = read_model_spec(ref.folder("config", offline=offline))
+    known = [shown_id(p.gates) for p in list_profiles() if p.gates and shown_id(p.model) == ref.id]
     slot_bytes = spec.num_kv_heads * spec.slot_numel * DTYPE_BYTES[spec.dtype]
     full_slots = sum(spec.slots(layer, spec.max_positions) for layer in range(spec.num_layers))
     return {
-        "id": place.id,
+        "id": ref.id,
         **{field.name: getattr(spec, field.name) for field in fields(spec)},
         "weight_bytes": spec.weight_bytes,
         "kv_bytes_per_token": spec.kv_bytes_per_token(DTYPE_BYTES[spec.dtype]),

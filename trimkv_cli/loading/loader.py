@@ -324,9 +324,9 @@ def _load_gates(
     source: Source, plan: Plan, device: torch.device, *, offline: bool
 ) -> tuple[nn.ModuleList, tuple[Notice, ...]]:
     dtype = _DTYPES[plan.run.dtype]
-    if source.gates_place is None:
+    if source.gates_ref is None:
         return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
-    files = read_gates(source.gates_place.folder("gates", offline=offline), id=source.gate.id)
+    files = read_gates(source.gates_ref.folder("gates", offline=offline), id=source.gate.id)
     warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.model_id)
     gates = build_gates(files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act)
     return gates, (*files.warnings, *warnings)

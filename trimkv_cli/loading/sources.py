@@ -36,7 +36,7 @@ class Source:
     profile: Profile | None
     own_gates: bool  # the profile's, not others that the user named
     model_folder: Path | None
-    gates_place: Place | None  # None for constant gates
+    gates_ref: ModelRef | None  # None for constant gates
     name: str | None  # as the user gave it; None = the built-in default
 
     @property
@@ -102,23 +102,23 @@ def find_source(options: EngineOptions, *, weights: bool) -> Source:
         UsageError: options that contradict each other.
     """
     name, profile = _named(options)
-    place = model_place(name, options.revision)
-    folder = place.folder("model", offline=options.offline) if weights else None
-    spec = read_model_spec(folder) if folder is not None else _spec(place, profile, options)
-    gate, where = _gates(options, profile, place)
+    ref = model_ref(name, options.revision)
+    folder = ref.folder("model", offline=options.offline) if weights else None
+    spec = read_model_spec(folder) if folder is not None else _spec(ref, profile, options)
+    gate, gates = _gates(options, profile, ref)
     if gate.model_type not in (None, spec.model_type):
         raise GateMismatch(
             f"{gate.id} holds gates for {gate.model_type}, the model is {spec.model_type}",
             hint="use the gates made for this model, or --gates streaming",
         )
     return Source(
-        model_id=place.id,
+        model_id=ref.id,
         spec=spec,
         gate=gate,
         profile=profile,
         own_gates=options.gates == "auto",
         model_folder=folder,
-        gates_place=where,
+        gates_ref=gates,
         name=name,
     )
 
@@ -138,7 +138,7 @@ def model_names(options: EngineOptions, source: Source | None) -> frozenset[str]
         UsageError: options that contradict each other.
     """
     name, profile = _named(options)
-    id = model_place(name, options.revision).id
+    id = model_ref(name, options.revision).id
     folder = Path(id).expanduser()
     profile = profile or (profile_for(id) if options.gates == "auto" else None)
     names = {options.model, options.profile, name, id, folder.name if folder.is_dir() else None}
@@ -160,14 +160,14 @@ def _named(options: EngineOptions) -> tuple[str | None, Profile | None]:
     return profile.name, profile
 
 
-def _spec(place: Place, profile: Profile | None, options: EngineOptions) -> ModelSpec:
+def _spec(ref: ModelRef, profile: Profile | None, options: EngineOptions) -> ModelSpec:
     """Take the shape from a profile of this model, else from its config.json, which may be downloaded."""
-    known = profile or next((p for p in list_profiles() if p.model == place.id), None)
+    known = profile or next((p for p in list_profiles() if p.model == ref.id), None)
     spec = known.spec if known is not None and options.revision is None else None
-    return spec or read_model_spec(place.folder("config", offline=options.offline))
+    return spec or read_model_spec(ref.folder("config", offline=options.offline))
 
 
-def _gates(options: EngineOptions, profile: Profile | None, model: Place) -> tuple[GateSpec, Place | None]:
+def _gates(options: EngineOptions, profile: Profile | None, model: ModelRef) -> tuple[GateSpec, ModelRef | None]:
     streaming = _STREAMING.fullmatch(options.gates)
     if options.gates == "none":
         return full_gate(), None
@@ -178,16 +178,16 @@ def _gates(options: EngineOptions, profile: Profile | None, model: Place) -> tup
     if options.gates == "auto":
         return _own_gates(options, profile, model)
     known = next((p for p in list_profiles() if options.gates in (p.name, p.gates)), None)
-    place = gates_place(options.gates)
-    return (_known_gate(known) if known else None) or _read(place, options), place
+    ref = gates_ref(options.gates)
+    return (_known_gate(known) if known else None) or _read(ref, options), ref
 
 
-def _own_gates(options: EngineOptions, profile: Profile | None, model: Place) -> tuple[GateSpec, Place | None]:
+def _own_gates(options: EngineOptions, profile: Profile | None, model: ModelRef) -> tuple[GateSpec, ModelRef | None]:
     """Take the profile's gates, those in a folder `gates` of the model's own, or those made for this hub model."""
     beside = Path(model.id).expanduser() / "gates"
     if profile is None and beside.is_dir():
-        place = Place(id=str(beside))
-        return _read(place, options), place
+        ref = ModelRef(id=str(beside))
+        return _read(ref, options), ref
     profile = profile or profile_for(model.id)
     gate = _known_gate(profile)
     if profile is None or gate is None:
@@ -195,7 +195,7 @@ def _own_gates(options: EngineOptions, profile: Profile | None, model: Place) ->
             f"{model.id} has no retention gates",
             hint="--gates streaming, --gates none for a full cache, or trimkv gates train",
         )
-    return gate, gates_place(profile.name)
+    return gate, gates_ref(profile.name)
 
 
 def _known_gate(profile: Profile | None) -> GateSpec | None:
@@ -205,8 +205,8 @@ def _known_gate(profile: Profile | None) -> GateSpec | None:
     return profile.gate if profile is not None else None
 
 
-def _read(place: Place, options: EngineOptions) -> GateSpec:
-    return read_gate_spec(place.folder("gates", offline=options.offline), id=place.id)
+def _read(ref: ModelRef, options: EngineOptions) -> GateSpec:
+    return read_gate_spec(ref.folder("gates", offline=options.offline), id=ref.id)
 
 
 MINI = "mini"
@@ -214,7 +214,7 @@ BUILT_IN_FOLDERS: dict[Kind, Path] = {"model": MODEL_FOLDER, "config": MODEL_FOL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ModelRef:
     """A model or gates: the name to report, and the revision to take when it is a hub id."""
 
     id: str
@@ -231,15 +231,15 @@ class Place:
         return resolve(self.id, kind=kind, revision=self.revision, offline=offline, refresh=refresh)
 
 
-def model_place(name: str | None, revision: str | None = None) -> Place:
+def model_ref(name: str | None, revision: str | None = None) -> ModelRef:
     """Return the model that a name stands for; without a name the built-in one."""
     profile = find_profile(name or MINI)
     if profile is None:
-        return Place(id=name or MINI, revision=revision)
-    return Place(id=shown_id(profile.model), revision=revision or profile.revision)
+        return ModelRef(id=name or MINI, revision=revision)
+    return ModelRef(id=shown_id(profile.model), revision=revision or profile.revision)
 
 
-def gates_place(name: str, revision: str | None = None) -> Place:
+def gates_ref(name: str, revision: str | None = None) -> ModelRef:
     """Return the gates that a name stands for: a profile's own, or the folder or hub id itself.
 
     Raises:
@@ -249,10 +249,10 @@ def gates_place(name: str, revision: str | None = None) -> Place:
         raise GateMismatch(f"{name!r} is not a gate folder", hint="give a folder, a hub id or a profile")
     profile = find_profile(name)
     if profile is None:
-        return Place(id=name, revision=revision)
+        return ModelRef(id=name, revision=revision)
     if profile.gates is None:
         raise GateMismatch(f"the profile {name} has no trained gates", hint="try --gates streaming with its model")
-    return Place(id=shown_id(profile.gates), revision=revision or profile.gates_revision)
+    return ModelRef(id=shown_id(profile.gates), revision=revision or profile.gates_revision)
 
 
 def shown_id(id: str) -> str:
