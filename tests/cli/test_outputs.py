@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 
 from trimkv_cli.app import _exit_code, command_tree
-from trimkv_cli.commands.outputs import _INPUTS, _OUTPUTS, check_outputs
+from trimkv_cli.commands.outputs import READ, WRITTEN, check_outputs
 
 TEXT = "My cat is called Zubo.\n"
 
@@ -90,7 +90,7 @@ def test_a_file_that_is_stdin_is_an_input(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_devices_may_be_named_twice() -> None:
-    output, summary = (param for param in command_tree().commands["run"].params if param.name in _OUTPUTS)
+    output, summary = (param for param in command_tree().commands["run"].params if param.name in WRITTEN)
     check_outputs([output, summary], {"output": "/dev/null", "summary_json": "/dev/null"})
 
 
@@ -106,4 +106,4 @@ def test_every_option_for_a_file_is_known_as_input_or_output() -> None:
     }
     files = {option for option in options if any(word in option[-1] for word in ("FILE", "KV", "INPUT"))}
     assert len(files) > 15
-    assert {name for *_, name, _ in files} <= _INPUTS.keys() | _OUTPUTS.keys()
+    assert {name for *_, name, _ in files} <= {*READ, *WRITTEN}

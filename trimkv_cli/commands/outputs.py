@@ -1,12 +1,11 @@
-"""Files that a command writes: never over something that it reads, and no two things into one."""
+"""Outputs of a command: never over something that it reads, and no two things into one file."""
 
 from __future__ import annotations
 
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,12 @@ from typing import Any
 from trimkv_cli.errors import UsageError
 from trimkv_cli.files import as_path
 
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A file that the command line names."""
-
-    label: str
-    path: Path
+# By their names, the options and arguments of all commands that stand for a file; the others are values.
+READ = ("file", "files", "source", "data", "cache", "prompt_token_ids", "system_file", "template")
+WRITTEN = ("output", "save_cache", "html", "png", "svg", "plot", "summary_json")
 
 
-def check_outputs(parameters: Iterable[Any], values: Mapping[str, Any]) -> None:
+def check_outputs(parameters: Sequence[Any], values: Mapping[str, Any]) -> None:
     """Refuse a command line that would have a file overwritten which it reads, or written twice.
 
     Links of all kinds are followed; devices and pipes may be named as often as one likes.
@@ -31,86 +26,49 @@ def check_outputs(parameters: Iterable[Any], values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming both.
     """
-    known = list(parameters)
-    outputs = list(_places(known, values, _OUTPUTS))
+    outputs = list(_places(parameters, values, WRITTEN))
     if not outputs:
         return
-    for first, second in combinations(outputs, 2):
-        if _same(first.path, second.path):
-            raise UsageError(
-                f"{first.label} and {second.label} are the same file", hint="give one of them another name"
-            )
-    for read in (*_places(known, values, _INPUTS), *_stdin()):
-        for output in outputs:
-            if _same(read.path, output.path):
+    for (first, one), (second, other) in combinations(outputs, 2):
+        if _same(one, other):
+            raise UsageError(f"{first} and {second} are the same file", hint="give one of them another name")
+    for read, source in (*_places(parameters, values, READ), *_stdin()):
+        for output, path in outputs:
+            if _same(source, path):
                 raise UsageError(
-                    f"{output.label} would overwrite what is read: {read.label} is the same file",
-                    hint=f"give {output.label.partition(' ')[0]} another name",
+                    f"{output} would overwrite what is read: {read} is the same file",
+                    hint=f"give {output.partition(' ')[0]} another name",
                 )
 
 
-def _one(name: str | Path) -> Iterator[Path]:
-    yield Path(as_path(str(name)))
-
-
-def _each(names: Iterable[str | Path]) -> Iterator[Path]:
-    for name in names:
-        yield from _one(name)
-
-
-def _expanded(names: list[str]) -> Iterator[Path]:
-    from trimkv_cli.commands.documents import expand
-
-    yield from _each(expand(names))
-
-
-def _template(name: str) -> Iterator[Path]:
-    from trimkv_cli.commands.prompts import find_template
-
-    yield find_template(name)
-
-
-def _with_sidecar(name: str) -> Iterator[Path]:
-    from trimkv_cli.jobs.resuming import path_beside
-
-    for path in _one(name):
-        yield from (path, path_beside(path))
-
-
-# By their names, the options and arguments of all commands that stand for a file; the others are values.
-_INPUTS: Mapping[str, Callable[[Any], Iterator[Path]]] = {
-    "file": _each,
-    "files": _expanded,
-    "source": _one,
-    "data": lambda names: _one(names) if isinstance(names, str) else _each(names),
-    "cache": _one,
-    "prompt_token_ids": _one,
-    "system_file": _one,
-    "template": _template,
-}
-_OUTPUTS: Mapping[str, Callable[[Any], Iterator[Path]]] = {
-    "output": _one,
-    "save_cache": _one,
-    "html": _one,
-    "png": _one,
-    "svg": _one,
-    "plot": _one,
-    "summary_json": _one,
-}
-
-
-def _places(
-    parameters: Iterable[Any], values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], Iterator[Path]]]
-) -> Iterator[_Place]:
+def _places(parameters: Sequence[Any], values: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Yield files that the line names, each with the option or argument that names it."""
     resumes = any(parameter.name == "source" for parameter in parameters)
     for parameter in parameters:
         value = values.get(parameter.name)
-        if parameter.name not in kinds or value in (None, "-") or isinstance(value, bool):
-            continue
-        read = _with_sidecar if resumes and parameter.name == "output" else kinds[parameter.name]
-        for path in read(value):
-            if str(path) != "-":
-                yield _Place(f"{_label(parameter)} {path}", path)
+        if parameter.name in names and value not in (None, "-") and not isinstance(value, bool):
+            for path in _paths(parameter.name, value, resumes=resumes):
+                if str(path) != "-":
+                    yield f"{_label(parameter)} {path}", path
+
+
+def _paths(name: str, value: Any, *, resumes: bool) -> Iterator[Path]:
+    if name == "template":
+        from trimkv_cli.commands.prompts import find_template
+
+        yield find_template(value)
+        return
+    if name == "files":
+        from trimkv_cli.commands.documents import expand
+
+        value = expand(list(value))
+    for word in value if isinstance(value, list | tuple) else [value]:
+        path = Path(as_path(str(word)))
+        yield path
+        if resumes and name == "output":
+            from trimkv_cli.jobs.resuming import path_beside
+
+            yield path_beside(path)
 
 
 def _label(parameter: Any) -> str:
@@ -118,11 +76,11 @@ def _label(parameter: Any) -> str:
     return str(flag) if flag.startswith("-") else str(parameter.metavar or flag)
 
 
-def _stdin() -> Iterator[_Place]:
+def _stdin() -> Iterator[tuple[str, Path]]:
     path = Path("/dev/stdin")
     try:
         if stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
-            yield _Place("stdin", path)
+            yield "stdin", path
     except (OSError, ValueError):
         return
 
