@@ -83,6 +83,16 @@ def can_write(folder: Path) -> bool:
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
+def check_folder(path: str, flag: str) -> None:
+    """Refuse a file whose folder is not there, before long work is done for it.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"cannot write {path}: its folder does not exist", hint=f"check the path given to {flag}")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a file.
 

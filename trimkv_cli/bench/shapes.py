@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine.devices import take_device
 from trimkv_cli.errors import UsageError
-from trimkv_cli.loading.loader import kernel_warnings, load_parts
+from trimkv_cli.loading.loader import TORCH_DTYPES, kernel_warnings, load_parts
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import find_source
 from trimkv_cli.model.profiles import list_profiles
@@ -35,7 +35,6 @@ _TEN_MILLION: Mapping[str, Any] = {
     "max_position_embeddings": 131_072,
     "tie_word_embeddings": True,
 }
-_TORCH: Mapping[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GATE_BIAS = 6.0  # log_beta about −0.0025: a token lasts for some hundreds of steps
 
 
@@ -98,9 +97,9 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
     values = {key: value for key, value in shape.config.items() if key not in ("model_type", "dtype")}
     config = AutoConfig.for_model(shape.config["model_type"], **values)
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=_TORCH[dtype])
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
     tensors = _random_gates(spec, shape.gate)
-    gates = build_gates(shape.gate, spec, tensors, dtype=_TORCH[dtype], device=device)
+    gates = build_gates(shape.gate, spec, tensors, dtype=TORCH_DTYPES[dtype], device=device)
     loaded = model.eval().requires_grad_(requires_grad=False)
     return Network(
         name=shape.name,

@@ -165,16 +165,6 @@ def _choice(delta: dict[str, str], reason: str | None) -> dict[str, Any]:
     return {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
 
 
-def check_place(path: str) -> None:
-    """Find out before a long read whether its cache can be written.
-
-    Raises:
-        UsageError: the folder is missing.
-    """
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"cannot write {path}: its folder does not exist", hint="check the path given to --save-cache")
-
-
 def save_read(llm: Engine, request_id: str, path: str) -> None:
     """Write what a finished request left in the cache; raises as `write_row` does."""
     from trimkv_cli.engine.row_files import write_row

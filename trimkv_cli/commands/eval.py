@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trimkv_cli.commands.options import JSON, QUIET, ModelName
 from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.scoring import POLICIES, Match, Policy
+from trimkv_cli.files import check_folder
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import print_answer, print_note
@@ -118,8 +119,7 @@ def _check_plot(path: str) -> None:
 
     if Path(path).suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {path} is neither PNG nor SVG", hint="--plot accuracy.svg")
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"cannot write {path}: its folder does not exist", hint="check the path given to --plot")
+    check_folder(path, "--plot")
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib", hint="pip install 'trimkv-cli[plot]'")
 

@@ -26,7 +26,7 @@ from trimkv_cli.commands.options import (
     THINK,
 )
 from trimkv_cli.errors import InputError, UsageError
-from trimkv_cli.files import whole_file
+from trimkv_cli.files import check_folder, whole_file
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
 from trimkv_cli.ui.look import ColourChoice, Look
@@ -135,8 +135,8 @@ class Findings:
 
 def check_places(html: str | None, png: str | None, svg: str | None) -> None:
     for flag, path in (("--html", html), ("--png", png), ("--svg", svg)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: its folder does not exist", hint=f"check the path given to {flag}")
+        if path is not None:
+            check_folder(path, flag)
     if png is not None and find_spec("matplotlib") is None:
         raise UsageError("--png needs matplotlib", hint="pip install 'trimkv-cli[plot]', or --html FILE needs nothing")
 

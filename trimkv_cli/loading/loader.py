@@ -53,7 +53,7 @@ from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.units import format_size, format_sizes, parse_budget
 from trimkv_kernels import triton_obstacle
 
-_DTYPES: dict[KvDtype, torch.dtype] = {
+TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
@@ -144,7 +144,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
     with tidy_heap():
         model = load_model(
             source,
-            _DTYPES[plan.run.dtype],
+            TORCH_DTYPES[plan.run.dtype],
             device,
             quantize=plan.run.quantize,
             trust_remote_code=options.trust_remote_code,
@@ -164,7 +164,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         load_s=time.perf_counter() - started,
         pins=Pins.parse(options.pin),
     )
-    return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=_DTYPES[plan.run.kv_dtype])
+    return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=TORCH_DTYPES[plan.run.kv_dtype])
 
 
 def plan_for(source: Source, options: EngineOptions, device: torch.device, *, snapshots: int = 0) -> Plan:
@@ -323,7 +323,7 @@ def _refuse_dynamic_rope(model: Any) -> None:
 def _load_gates(
     source: Source, plan: Plan, device: torch.device, *, offline: bool
 ) -> tuple[nn.ModuleList, tuple[Notice, ...]]:
-    dtype = _DTYPES[plan.run.dtype]
+    dtype = TORCH_DTYPES[plan.run.dtype]
     if source.gates_ref is None:
         return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
     files = read_gates(source.gates_ref.folder("gates", offline=offline), id=source.gate.id)

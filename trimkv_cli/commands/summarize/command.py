@@ -12,6 +12,7 @@ import typer
 from trimkv_cli.commands.options import ASCII, ENCODING, JSON, LIVE, OUTPUT, QUIET, STATS, STREAM, THINK
 from trimkv_cli.commands.summarize.texts import TL_DR, SummaryStyle, as_json, joined
 from trimkv_cli.errors import InputError, PartialFailure, TrimkvError, UsageError
+from trimkv_cli.files import check_folder
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import AnswerWriter, print_error, print_note, to_json
@@ -80,8 +81,6 @@ def summarize(
 
 
 def _check(names: Sequence[str], asked: SummaryOptions, style: SummaryStyle, engine: EngineOptions) -> None:
-    from trimkv_cli.commands.answers import check_place
-
     if asked.raw and style != SummaryStyle():
         raise UsageError("--raw asks for nothing but a summary", hint="leave out --focus, --length and --format")
     if asked.raw and asked.save_cache is not None:
@@ -98,7 +97,7 @@ def _check(names: Sequence[str], asked: SummaryOptions, style: SummaryStyle, eng
         raise UsageError(
             "--save-cache keeps one reading, and --on-overflow map-reduce reads in parts", hint="--on-overflow rebase"
         )
-    check_place(asked.save_cache)
+    check_folder(asked.save_cache, "--save-cache")
 
 
 def _run(
