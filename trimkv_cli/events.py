@@ -162,7 +162,7 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Glance:
+class CacheSnapshot:
     """What one sequence's cache holds while it grows; of large caches an estimate from some slots of each head."""
 
     seen_tokens: int

@@ -33,7 +33,7 @@ from examples.mini.rows import (
     Mixture,
     make_batch,
 )
-from trimkv_cli.engine.devices import multiplies_bf16, settle
+from trimkv_cli.engine.devices import multiplies_bf16, prepare_training
 from trimkv_cli.files import whole_file
 
 PARTS = 2  # of a step, each with rows of its own, so that one process and two see the same
@@ -317,7 +317,7 @@ Work = Callable[[Team], None]
 def work_together(size: int, work: Work) -> None:
     """Run `work` in `size` processes of one thread each, which end with this one; `work` must be picklable."""
     if size == 1:
-        settle(1)
+        prepare_training(1)
         work(Team())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -327,7 +327,7 @@ def work_together(size: int, work: Work) -> None:
 
 def _join(rank: int, size: int, meeting: str, work: Work) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    settle(1)
+    prepare_training(1)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     try:
         work(Team(rank=rank, size=size))

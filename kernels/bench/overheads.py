@@ -78,7 +78,7 @@ def display(network: Network, kv_budget: int, turns: int) -> dict[str, float]:
     """Time steps, and one look at the cache as the live panel takes it once a second."""
     engine = make_engine(network, Case(context=1024, rows=1, kv_budget=kv_budget), SpeedOptions())
     decoding(engine, 1024, tokens=turns * 2 * (_TURN + 1) + 2)
-    taken = by_turns({"step_ms": engine.step, "glance_ms": engine.glance}, turns)
+    taken = by_turns({"step_ms": engine.step, "glance_ms": engine.snapshot}, turns)
     engine.close()
     return {**taken, "display_share_at_1_hz": taken["glance_ms"] / 1e3}
 

@@ -17,7 +17,7 @@ import torch
 from bench.record import write_record
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.engine.snapshot import Glancer
+from trimkv_cli.engine.snapshot import CacheSnapshots
 from trimkv_cli.events import MemoryUse
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
@@ -62,8 +62,8 @@ def redraw_ms(engine: Engine) -> float:
 
 
 def _progress(engine: Engine) -> PanelState:
-    glance, plan = engine.glance(), engine.facts.plan
-    seen = 0 if glance is None else glance.seen_tokens
+    snapshot, plan = engine.snapshot(), engine.facts.plan
+    seen = 0 if snapshot is None else snapshot.seen_tokens
     memory = MemoryUse(
         weights_bytes=engine.facts.weight_bytes,
         gate_bytes=engine.facts.gate_bytes,
@@ -77,7 +77,7 @@ def _progress(engine: Engine) -> PanelState:
     return PanelState(
         memory=memory,
         run=engine.stats,
-        glance=glance,
+        snapshot=snapshot,
         evicted=engine.evicted,
         reading=engine.reading,
         elapsed_s=time.monotonic(),
@@ -85,7 +85,7 @@ def _progress(engine: Engine) -> PanelState:
     )
 
 
-def glance_ms(*, layers: int, heads: int, slots: int) -> float:
+def snapshot_ms(*, layers: int, heads: int, slots: int) -> float:
     """Time a look at a cache with a large model's number of slots (median of 20)."""
     cache = RetentionCache(
         rows=1,
@@ -102,7 +102,7 @@ def glance_ms(*, layers: int, heads: int, slots: int) -> float:
     times = []
     for _ in range(20):
         started = time.perf_counter()
-        Glancer(cache).take(0)
+        CacheSnapshots(cache).take(0)
         times.append((time.perf_counter() - started) * 1e3)
     return median(times)
 
@@ -119,7 +119,7 @@ def measure(tokens: int, rounds: int) -> dict[str, Any]:
         "decode_tps_without": [without for without, _ in rows],
         "decode_tps_with": [with_panel for _, with_panel in rows],
         "redraw_ms": redraw_ms(engine),
-        "glance_ms_36_layers_8_heads_4096_slots": glance_ms(layers=36, heads=8, slots=4096),
+        "glance_ms_36_layers_8_heads_4096_slots": snapshot_ms(layers=36, heads=8, slots=4096),
     }
 
 

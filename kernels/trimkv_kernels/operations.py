@@ -1,4 +1,4 @@
-"""Which implementation of the operations a device gets, chosen once."""
+"""Choice of the operations' implementation, once per device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode on a CPU for all layers of one size together: what a step costs there is the number of its operations.
+"""Slots of all layers of one size together, for decode on a CPU, where a step costs the number of its operations.
 
 The slots of these layers lie in one allocation, with one place more per head. A token enters that place, attention
 reads all places as they lie, and after the last layer one eviction for all layers swaps the place with the loser's
@@ -72,7 +72,7 @@ class SlotPool:
         def shrink() -> None:
             for (name, empty), buffer in zip(self._empty(slots).items(), aside, strict=True):
                 setattr(self, name, _shrunk(getattr(self, name), keep, buffer, empty))
-            self._settle(slots, first)
+            self._set_size(slots, first)
 
         return shrink
 
@@ -85,14 +85,14 @@ class SlotPool:
                 made.copy_(-1 - torch.arange(slots + 1, dtype=torch.int32))
             made[:, :, :, : keep.shape[3]] = old.gather(3, _index(keep, old))
             setattr(self, name, made)
-        self._settle(slots, first)
+        self._set_size(slots, first)
 
     @staticmethod
     def _empty(slots: int) -> dict[str, float]:
         """Return, by tensor, what a place without a token holds, of positions the last place."""
         return {"key": 0.0, "value": 0.0, "log_beta": -torch.inf, "position": -1 - slots}
 
-    def _settle(self, slots: int, first: Tensor) -> None:
+    def _set_size(self, slots: int, first: Tensor) -> None:
         self._first = first
         self.slot.zero_()
         self.size = slots

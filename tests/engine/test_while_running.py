@@ -14,7 +14,7 @@ PROMPT = range(3, 90)  # 87 tokens
 def test_reading_counts_what_is_left_of_the_prompts(tiny_model: TinyModel) -> None:
     """Catches an estimate that forgets prompts that wait, or counts those that were read."""
     engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=16, rows=1, prefill_chunk=32, gate="random"))
-    assert (engine.reading, engine.glance(), engine.first_token_s, engine.evicted) == ((0, 0), None, None, 0)
+    assert (engine.reading, engine.snapshot(), engine.first_token_s, engine.evicted) == ((0, 0), None, None, 0)
     engine.add(greedy("a", PROMPT, 3))
     engine.add(greedy("b", PROMPT, 3))
     engine.step()
@@ -40,14 +40,14 @@ def test_evictions_are_summed_over_requests_that_have_ended(tiny_model: TinyMode
     assert counts[-1] == ended == 3 * 2 * sum(87 + (2 + index - 1) - 16 for index in range(3))
 
 
-def test_a_glance_is_of_the_row_that_runs(tiny_model: TinyModel) -> None:
+def test_a_snapshot_is_of_the_row_that_runs(tiny_model: TinyModel) -> None:
     """Catches a look at another row, or at what it held before."""
     engine = make_engine(tiny_model("qwen3"), Shape(kv_budget=16, rows=2, gate="random"))
     engine.add(greedy("a", PROMPT, 9))
     engine.step()
-    first = engine.glance()
+    first = engine.snapshot()
     engine.step()
-    second = engine.glance()
+    second = engine.snapshot()
     assert first is not None
     assert second is not None
     assert (first.kept_per_head, first.slots, len(first.horizons), len(first.horizons[0])) == (16, 16, 3, 2)

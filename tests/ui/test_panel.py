@@ -15,8 +15,8 @@ import torch
 from rich.cells import cell_len
 
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.snapshot import Glancer
-from trimkv_cli.events import Glance, MemoryUse, RunStats, median_age
+from trimkv_cli.engine.snapshot import CacheSnapshots
+from trimkv_cli.events import CacheSnapshot, MemoryUse, RunStats, median_age
 from trimkv_cli.streams import Every
 from trimkv_cli.ui import live
 from trimkv_cli.ui.cache_panel import bin_shares
@@ -28,12 +28,12 @@ MEMORY = MemoryUse(
     weights_bytes=400 << 20, gate_bytes=10 << 20, kv_bytes=100 << 20, workspace_bytes=90 << 20, peak_bytes=700 << 20,
     budget_bytes=1 << 30, seen_tokens=12345, full_cache_bytes=4 << 30,
 )  # fmt: skip
-GLANCE = Glance(
+SNAPSHOT = CacheSnapshot(
     seen_tokens=12345, kept_per_head=32, slots=32, shares=tuple(i / 63 for i in range(64)), horizons=((5, 900),) * 4
 )
 STATS = RunStats(prefill_tokens=1200, decode_tokens=40, shared_prefix_tokens=0, steps=9, prefill_s=0.5, decode_s=2.0)
 PROGRESS = PanelState(
-    memory=MEMORY, run=STATS, glance=GLANCE, evicted=190_000, reading=(12_800, 50_000), elapsed_s=8.0, ttft_s=0.8,
+    memory=MEMORY, run=STATS, snapshot=SNAPSHOT, evicted=190_000, reading=(12_800, 50_000), elapsed_s=8.0, ttft_s=0.8,
     jobs=Jobs(done=12, failed=1, running=8, queued=20),
 )  # fmt: skip
 
@@ -95,8 +95,8 @@ def test_the_panel_fits_and_says_everything(width: int, ascii_only: bool) -> Non
 
 def test_a_large_model_fits_a_low_terminal() -> None:
     """Catches a strip of many heads that pushes speed and counts off the screen."""
-    glance = replace(GLANCE, horizons=((5, 900, 7, 8, 9, 10, 11, 12),) * 36)
-    lines = draw_panel(replace(PROGRESS, glance=glance), None, Look(width=60))
+    snapshot = replace(SNAPSHOT, horizons=((5, 900, 7, 8, 9, 10, 11, 12),) * 36)
+    lines = draw_panel(replace(PROGRESS, snapshot=snapshot), None, Look(width=60))
     assert len(lines) <= 23
     assert any("means of 8 heads" in line for line in lines)
 
@@ -104,7 +104,7 @@ def test_a_large_model_fits_a_low_terminal() -> None:
 def test_what_is_not_known_yet_is_not_made_up() -> None:
     """Catches divisions by zero, and an estimate before anything was read."""
     stats = RunStats(prefill_tokens=0, decode_tokens=0, shared_prefix_tokens=0, steps=0, prefill_s=0.0, decode_s=0.0)
-    start = replace(PROGRESS, run=stats, glance=None, reading=(0, 900), ttft_s=None, jobs=None)
+    start = replace(PROGRESS, run=stats, snapshot=None, reading=(0, 900), ttft_s=None, jobs=None)
     text = "\n".join(draw_panel(start, None, Look(width=80)))
     assert "reading 0 of 900 tokens (0%)" in text
     assert "left" not in text
@@ -212,14 +212,14 @@ def test_off_a_terminal_there_is_no_code_whatever_the_environment_says(
     assert stream.getvalue() == progress_line(PROGRESS) + "\n"
 
 
-def test_a_glance_tells_what_the_cache_holds() -> None:
+def test_a_snapshot_tells_what_the_cache_holds() -> None:
     """Catches shares and horizons that differ from the full count, at sizes that are looked at whole."""
     cache = RetentionCache(
         rows=2, kv_budget=24, num_kv_heads=2, head_dim=4, windows=[None, 16], dtype=torch.float32,
         device=torch.device("cpu"),
     )  # fmt: skip
-    glancer = Glancer(cache)
-    assert glancer.take(1) is None
+    snapshots = CacheSnapshots(cache)
+    assert snapshots.take(1) is None
     cache.seen[1] = 300
     generator = torch.Generator().manual_seed(1)
     for layer in cache.layers:
@@ -227,14 +227,14 @@ def test_a_glance_tells_what_the_cache_holds() -> None:
             chosen = torch.randperm(300, generator=generator)[: layer.size].int()
             layer.slots.position[1, head] = chosen
             layer.slots.log_beta[1, head] = -0.5
-    glance = glancer.take(1)
-    assert glance is not None
+    snapshot = snapshots.take(1)
+    assert snapshot is not None
     retained = cache.retained(1)
-    assert list(glance.shares) == pytest.approx(bin_shares(retained.shares(), 64), abs=1e-6)
+    assert list(snapshot.shares) == pytest.approx(bin_shares(retained.shares(), 64), abs=1e-6)
     expected = [[median_age(300, head) for head in layer.heads] for layer in retained.layers]
-    for found, wanted in zip(glance.horizons, expected, strict=True):
+    for found, wanted in zip(snapshot.horizons, expected, strict=True):
         assert found == pytest.approx(wanted, abs=40)
-    assert (glance.seen_tokens, glance.kept_per_head, glance.slots) == (300, 24, 24)
+    assert (snapshot.seen_tokens, snapshot.kept_per_head, snapshot.slots) == (300, 24, 24)
 
 
 def test_a_terminal_without_a_size_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:

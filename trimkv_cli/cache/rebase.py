@@ -1,4 +1,4 @@
-"""Gives what a row keeps new positions when the model's are used up: ranks 0…fill − 1, in the order they had.
+"""New positions for what a row keeps when the model's are used up: ranks 0…fill − 1, in the order they had.
 
 Kept keys are rotated by the difference, so that distances between tokens that stay close are as they were and the text
 can go on at position `fill`. Scores go on using the original positions.
@@ -48,7 +48,7 @@ class Rebase:
     def nbytes(self) -> int:
         return sum(ranks.nbytes for ranks in self._ranks)
 
-    def stand(self, positions: Tensor, rows: Tensor | None) -> Tensor:
+    def model_positions(self, positions: Tensor, rows: Tensor | None) -> Tensor:
         """Return where tokens at original positions `[B, T]` stand for the model; `rows` is None for the first B."""
         offsets = self._offsets[: positions.shape[0]] if rows is None else self._offsets[rows]
         return (positions - offsets[:, None]).clamp(min=0)

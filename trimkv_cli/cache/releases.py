@@ -1,4 +1,4 @@
-"""What releases of transformers call the parts of a model that trimkv reaches into."""
+"""Names that releases of transformers give to the parts of a model that trimkv reaches into."""
 
 from __future__ import annotations
 

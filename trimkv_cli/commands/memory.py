@@ -114,11 +114,11 @@ def watch(
     started = time.monotonic()
 
     def ask() -> PanelState:
-        glance = llm.glance()
+        snapshot = llm.snapshot()
         return PanelState(
-            memory=memory_use(llm, seen=0 if glance is None else glance.seen_tokens),
+            memory=memory_use(llm, seen=0 if snapshot is None else snapshot.seen_tokens),
             run=llm.stats,
-            glance=glance,
+            snapshot=snapshot,
             evicted=llm.evicted,
             reading=llm.reading,
             elapsed_s=time.monotonic() - started,

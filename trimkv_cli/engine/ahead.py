@@ -1,4 +1,4 @@
-"""Decode one step ahead of the host: the device feeds what it has sampled, and the host reads it one step behind.
+"""Decoding one step ahead of the host: the device feeds what it has sampled, and the host reads it one step behind.
 
 Everything that decides the next step lies on the device: ids, positions, how many tokens a row may still get, and which
 tokens end it. A row that has ended there is at position −1: nothing is fed or evicted after its last token. Rows whose
@@ -90,7 +90,7 @@ class Ahead:
         self._known.clear()
         self.position.fill_(-1)
 
-    def settle(self) -> None:
+    def undo_pending(self) -> None:
         """Take back what was fed ahead, as something else will happen to these rows."""
         if self._pending is not None:
             self._take_back([row for row in self._pending.rows if self._known.get(row.index) is row], {})

@@ -1,4 +1,4 @@
-"""Turn a stream of token ids into text: whole characters only, ended by stop strings."""
+"""Text of a stream of token ids: whole characters only, ended by stop strings."""
 
 from __future__ import annotations
 

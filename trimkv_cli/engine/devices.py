@@ -1,4 +1,4 @@
-"""Which device runs the model, how much memory it has, and how a CPU computes."""
+"""Devices, their memory, and how a CPU computes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def on_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def settle(threads: int | None) -> None:
+def prepare_training(threads: int | None) -> None:
     """Have this thread train on so many from now on, and take for 0 what is less than 1e-38.
 
     Such numbers are weights of what was evicted long ago; a CPU takes up to 160 times as long for a product of them.

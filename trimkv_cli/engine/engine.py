@@ -18,14 +18,14 @@ from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.recovery import Recovery, attempt
 from trimkv_cli.engine.sampler import NO_TOKEN
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
-from trimkv_cli.engine.snapshot import Glancer
+from trimkv_cli.engine.snapshot import CacheSnapshots
 from trimkv_cli.engine.text import Detokenizer, Text
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
 from trimkv_cli.events import (
+    CacheSnapshot,
     CacheStats,
     ErrorCode,
     FinishReason,
-    Glance,
     Notice,
     RequestStats,
     Resized,
@@ -103,7 +103,7 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._recovery = Recovery(runner, scheduler)
-        self._glancer = Glancer(runner.cache)
+        self._snapshots = CacheSnapshots(runner.cache)
         self._undo = undo
         self._compact = compact
         self._states: dict[str, RequestState] = {}
@@ -384,10 +384,10 @@ class Engine:
         """Return the largest sizes so far by who counts them: the process, and on a GPU allocator and NVML."""
         return measured_peaks(self._runner.device)
 
-    def glance(self) -> Glance | None:
+    def snapshot(self) -> CacheSnapshot | None:
         """Look at what the oldest running request's row holds; cheap, and never waits for the device."""
         row = next(iter(self._scheduler.running.values()), None)
-        return None if row is None else self._glancer.take(row.index)
+        return None if row is None else self._snapshots.take(row.index)
 
     def start_trace(self) -> None:
         """Remember log_beta of every token from now on; meant for one request at a time."""

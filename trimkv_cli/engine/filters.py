@@ -1,4 +1,4 @@
-"""The arithmetic of sampling: which tokens are kept, and which one is drawn; vectorised over rows, on the device.
+"""Arithmetic of sampling, vectorised over rows: the tokens that are kept, and the one that is drawn.
 
 Probabilities are summed as 64-bit integers (fixed point), so that a sum does not depend on the order of its terms:
 neither on the batch around a row nor on the device's scan. A fraction is an int64 in units of 2^-32.

@@ -1,4 +1,4 @@
-"""Hold answers to a grammar: which tokens may come next, row by row, as a mask over the vocabulary."""
+"""Grammars of answers: the tokens that may come next, row by row, as a mask over the vocabulary."""
 
 from __future__ import annotations
 

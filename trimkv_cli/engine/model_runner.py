@@ -1,4 +1,4 @@
-"""Run a batch through the model: build its tensors, forward, sample."""
+"""One batch through the model: its tensors, the forward, the next tokens."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class ModelRunner:
     def resize(self, kv_budget: int, rows: Sequence[Row]) -> int:
         """Change the slots per head; return how many tokens of `rows` this evicts, over layers and heads."""
         if self._ahead is not None:
-            self._ahead.settle()
+            self._ahead.undo_pending()
         evicted = self.cache.resize(kv_budget, [row.index for row in rows])
         if self._ahead is not None:
             self.run_ahead(self._ahead.eos_token_ids)  # a graph reads the slots where they were
@@ -171,8 +171,10 @@ class ModelRunner:
         if self._decoder is not None:
             self._rotate(long=batch.rows[0].long_rope)
             dense = held >= self.cache.kv_budget
-            stand = None if self.cache.rebase is None else self.cache.rebase.stand(position[:, None], None)[:, 0]
-            logits, log_beta = self._decoder.step(self._tensor(ids, torch.int64), position, dense=dense, stand=stand)
+            shown = (
+                None if self.cache.rebase is None else self.cache.rebase.model_positions(position[:, None], None)[:, 0]
+            )
+            logits, log_beta = self._decoder.step(self._tensor(ids, torch.int64), position, dense=dense, shown=shown)
             for layer, traced in enumerate(self.trace or ()):
                 traced.append(log_beta[layer, :, :, None])
         else:
@@ -191,7 +193,7 @@ class ModelRunner:
             self._model,
             ids,
             RetentionView(self.cache, step, self.trace),
-            position_ids=self._stand(step),
+            position_ids=self._model_positions(step),
             attention_mask=positions[:, None, None],  # 4D: transformers makes no mask of its own
         )
 
@@ -215,10 +217,10 @@ class ModelRunner:
         rebase = self.cache.rebase
         return rebase is not None and any(rebase.is_full(row.index, seen=row.seen, tokens=2) for row in rows)
 
-    def _stand(self, step: Step) -> Tensor:
+    def _model_positions(self, step: Step) -> Tensor:
         """Return the positions `[B, T]` that the model sees."""
         positions = step.positions.clamp(min=0).long()
-        return positions if self.cache.rebase is None else self.cache.rebase.stand(positions, step.rows)
+        return positions if self.cache.rebase is None else self.cache.rebase.model_positions(positions, step.rows)
 
     def _sample(self, logits: Tensor, places: Sequence[tuple[int, Row]]) -> list[tuple[Row, int]]:
         """Sample the rows of the batch that have a next token, each from its place in `logits`."""

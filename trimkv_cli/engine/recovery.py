@@ -1,4 +1,4 @@
-"""The one place where running out of memory is caught: a step is undone, and tried again smaller."""
+"""Recovery from running out of memory, caught here alone: a step is undone, and tried again smaller."""
 
 from __future__ import annotations
 

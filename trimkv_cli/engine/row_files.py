@@ -1,4 +1,4 @@
-"""What a finished request left in its row, kept aside: to undo a turn, to fork a conversation, to save a read."""
+"""Rows of finished requests kept aside, in memory and files: to undo a turn, fork a conversation, save a read."""
 
 from __future__ import annotations
 

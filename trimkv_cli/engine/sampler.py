@@ -1,4 +1,4 @@
-"""Choose each row's next token on the device, from its logits, parameters, seed and step alone.
+"""Each row's next token, chosen on the device from its logits, parameters, seed and step alone.
 
 Stages and their order are those of transformers' `GenerationMixin._get_logits_processor`; nothing here reads the
 device, except for rows that ask for log probabilities.

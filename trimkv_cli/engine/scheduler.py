@@ -1,4 +1,4 @@
-"""Which tokens of which requests go into the next forward: rows, chunks, shared prefixes. Plain Python, no tensors."""
+"""Batches of a step, from rows, chunks and shared prefixes. Plain Python, no tensors."""
 
 from __future__ import annotations
 

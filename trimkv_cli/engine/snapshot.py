@@ -1,4 +1,4 @@
-"""Looks at what a row of the cache holds while the model works: few numbers, and never waiting for the device."""
+"""Snapshots of a row of the cache while the model works: few numbers, and never waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
-from trimkv_cli.events import Glance
+from trimkv_cli.events import CacheSnapshot
 
 _BINS = 64
 _SAMPLED = 256  # slots per head; of a larger cache every n-th is looked at
@@ -17,7 +17,7 @@ _SAMPLED = 256  # slots per head; of a larger cache every n-th is looked at
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """Numbers on their way to the host, and the host's part of the glance that they belong to."""
+    """Numbers on their way to the host, and the host's part of the snapshot that they belong to."""
 
     seen: int
     kept_per_head: int
@@ -26,17 +26,17 @@ class _Pending:
     done: Any  # a CUDA event, None on a CPU
 
 
-class Glancer:
-    """Take glances at a cache; on a GPU each is one call behind, so that nothing waits."""
+class CacheSnapshots:
+    """Take snapshots of a cache; on a GPU each is one call behind, so that nothing waits."""
 
     def __init__(self, cache: RetentionCache) -> None:
         self._cache = cache
         self._pending: _Pending | None = None
-        self._last: Glance | None = None
+        self._last: CacheSnapshot | None = None
 
     @torch.inference_mode()
-    def take(self, row: int) -> Glance | None:
-        """Return the newest glance that has arrived and start the next one; None when there is none yet."""
+    def take(self, row: int) -> CacheSnapshot | None:
+        """Return the newest snapshot that has arrived and start the next one; None when there is none yet."""
         if self._pending is None and self._cache.seen[row] > 0:
             self._pending = self._start(row)
         if self._pending is not None and (self._pending.done is None or self._pending.done.query()):
@@ -57,10 +57,10 @@ class Glancer:
         done.record()
         return _Pending(seen, self._cache.kept_per_head(row), shares, positions, done)
 
-    def _arrived(self, pending: _Pending) -> Glance:
+    def _arrived(self, pending: _Pending) -> CacheSnapshot:
         seen = pending.seen
         ages = [[max(0, round(seen - position)) for position in layer] for layer in pending.medians.tolist()]
-        return Glance(
+        return CacheSnapshot(
             seen_tokens=seen,
             kept_per_head=pending.kept_per_head,
             slots=self._cache.kv_budget,

@@ -1,4 +1,4 @@
-"""Turn text and messages into token ids; what a user typed never becomes a special token, unless they say so."""
+"""Token ids of text and messages; what a user typed never becomes a special token, unless they say so."""
 
 from __future__ import annotations
 

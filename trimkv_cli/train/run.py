@@ -21,7 +21,7 @@ from torch import Tensor
 from trimkv_cli.cache.attention import LongRope
 from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
 from trimkv_cli.cache.gates import activation_name
-from trimkv_cli.engine.devices import multiplies_bf16, settle, take_device
+from trimkv_cli.engine.devices import multiplies_bf16, prepare_training, take_device
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stopped, UsageError
 from trimkv_cli.files import whole_file, writing
@@ -109,7 +109,7 @@ def _check_output(run: RunFiles) -> None:
 
 def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunFiles, source: Source) -> Trainer:
     device = take_device(engine.device)
-    settle(engine.threads)
+    prepare_training(engine.threads)
     autocast = _autocast(engine.dtype, device)
     weights = torch.bfloat16 if autocast is not None and device.type == "cuda" else torch.float32
     model = load_model(source, weights, device, trust_remote_code=engine.trust_remote_code)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimkv_cli.engine.devices import on_threads, settle
+from trimkv_cli.engine.devices import on_threads, prepare_training
 from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.train.options import TrainOptions
 from trimkv_cli.train.packing import PADDING, Batch
@@ -74,7 +74,7 @@ def prefetch(batches: Iterator[TeacherBatch], count: int) -> Iterator[Iterator[T
     theirs = threads // 2
     with (
         on_threads(threads - theirs),
-        ThreadPoolExecutor(1, thread_name_prefix="teacher", initializer=settle, initargs=(theirs,)) as pool,
+        ThreadPoolExecutor(1, thread_name_prefix="teacher", initializer=prepare_training, initargs=(theirs,)) as pool,
     ):
         yield _drawn(pool, batches, count)
 

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from rich.cells import cell_len
 from rich.text import Text
 
-from trimkv_cli.events import Glance, MemoryUse, RunStats
+from trimkv_cli.events import CacheSnapshot, MemoryUse, RunStats
 from trimkv_cli.ui.cache_panel import cache_panel, draw_bins, draw_strip
 from trimkv_cli.ui.look import Look
 
@@ -34,7 +34,7 @@ class PanelState:
 
     memory: MemoryUse
     run: RunStats
-    glance: Glance | None
+    snapshot: CacheSnapshot | None
     evicted: int
     reading: tuple[int, int]
     elapsed_s: float
@@ -77,28 +77,28 @@ def summary_line(now: PanelState) -> str:
 
 def _parts(now: PanelState, before: PanelState | None, look: Look) -> Iterator[Text]:
     yield cache_panel(now.memory, look)
-    if now.glance is not None:
-        yield _pictures(now.glance, look)
+    if now.snapshot is not None:
+        yield _pictures(now.snapshot, look)
     yield Text(look.join([*_jobs(now), *_counts(now, before)]))
     yield Text(look.join([*_reading(now), *_speed(now)]))
 
 
-def _pictures(glance: Glance, look: Look) -> Text:
-    bins = draw_bins(glance.shares, glance.seen_tokens, look, rows=_MAP_ROWS)
+def _pictures(snapshot: CacheSnapshot, look: Look) -> Text:
+    bins = draw_bins(snapshot.shares, snapshot.seen_tokens, look, rows=_MAP_ROWS)
     if look.width < _WIDE:
-        return Text("\n").join([bins, _strip(glance, look)])
-    strip = _strip(glance, Look(width=look.width - 76, ascii=look.ascii, colour=look.colour))
+        return Text("\n").join([bins, _strip(snapshot, look)])
+    strip = _strip(snapshot, Look(width=look.width - 76, ascii=look.ascii, colour=look.colour))
     return _beside(bins, strip, 74)
 
 
-def _strip(glance: Glance, look: Look) -> Text:
-    if glance.kept_per_head < glance.slots:
-        share = glance.kept_per_head / glance.slots
+def _strip(snapshot: CacheSnapshot, look: Look) -> Text:
+    if snapshot.kept_per_head < snapshot.slots:
+        share = snapshot.kept_per_head / snapshot.slots
         return draw_strip(
-            [[share] * len(layer) for layer in glance.horizons], "fill of each head", look, rows=_STRIP_ROWS
+            [[share] * len(layer) for layer in snapshot.horizons], "fill of each head", look, rows=_STRIP_ROWS
         )
-    longest = max(1, *(max(layer) for layer in glance.horizons))
-    shares = [[age / longest for age in layer] for layer in glance.horizons]
+    longest = max(1, *(max(layer) for layer in snapshot.horizons))
+    shares = [[age / longest for age in layer] for layer in snapshot.horizons]
     return draw_strip(shares, f"horizon of each head, 9 = {longest:,} back", look, rows=_STRIP_ROWS)
 
 
@@ -117,15 +117,15 @@ def _jobs(now: PanelState) -> list[str]:
 
 
 def _counts(now: PanelState, before: PanelState | None) -> list[str]:
-    if now.glance is None:
+    if now.snapshot is None:
         return ["nothing read yet"]
     rate = 0.0
     if before is not None and now.elapsed_s > before.elapsed_s:
         rate = max(0, now.evicted - before.evicted) / (now.elapsed_s - before.elapsed_s)
-    glance = now.glance
+    snapshot = now.snapshot
     return [
-        f"{glance.seen_tokens:,} seen",
-        f"{glance.kept_per_head:,} of {glance.slots:,} kept per head",
+        f"{snapshot.seen_tokens:,} seen",
+        f"{snapshot.kept_per_head:,} of {snapshot.slots:,} kept per head",
         f"{now.evicted:,} evicted",
         f"{rate:,.0f} evictions/s",
     ]

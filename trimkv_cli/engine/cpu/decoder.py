@@ -62,22 +62,22 @@ class Decoder:
         self._widest = max(block.gate_up.numel for block in blocks)
         self._evicts = evicts
 
-    def step(self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
 
         A row at −1 has no token: its slots stay as they are. `dense`: every row with a token has all its slots in use.
-        `stand` `[B]` is where tokens stand for the model, when that is not at their positions.
+        `shown` `[B]` are the positions that the model sees, when they are others.
 
         Returns:
             The logits `[B, V]`, and log_beta `[L, B, Hkv]` of the tokens.
         """
         # Threads sleep between steps, and one does small products sooner than others wake.
         with on_threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
-            return self._step(ids, position, dense=dense, stand=stand)
+            return self._step(ids, position, dense=dense, shown=shown)
 
-    def _step(self, ids: Tensor, position: Tensor, *, dense: bool, stand: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None) -> tuple[Tensor, Tensor]:
         biases = [pool.begin(position, dense=dense) for pool in self._pools]
-        cos, sin = self._rotation(position if stand is None else stand)
+        cos, sin = self._rotation(position if shown is None else shown)
         x, entering = self._embed[ids], []
         for block, (pool, place) in zip(self._blocks, self._places, strict=True):
             hidden = block.attention_norm(x)
