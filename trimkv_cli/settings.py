@@ -11,28 +11,8 @@ from typing import Any
 from trimkv_cli.errors import ConfigError
 from trimkv_cli.files import as_text, check_keys, read_toml
 
+Clash = Callable[[Any, Any], bool]  # of the value said and the one below
 LOADS_CODE = ("trust_remote_code",)
-_FILTERS = ("temperature", "top_p", "top_k", "min_p", "top_h")
-# What is said in one place takes these with it that were said in a place below: they go with another choice.
-_REPLACES: Mapping[str, tuple[str, ...]] = {
-    "model": ("profile", "revision", "gates"),
-    "profile": ("model", "revision", "gates"),
-    "shape": ("model", "profile", "revision", "gates"),
-    "greedy": _FILTERS,
-    "temperature": ("greedy",),
-    **dict.fromkeys(_FILTERS[1:], ("greedy", "temperature")),
-    "system_file": ("system",),
-    "raw": ("system",),
-    "cache": ("system",),
-    "deterministic": ("device", "dtype"),
-    "device": ("deterministic", "kv_dtype"),
-    "dtype": ("deterministic",),
-    "kv_dtype": ("device",),
-    "save_cache": ("on_overflow",),
-    "budgets": ("kv_budget",),
-}
-_ANY_MODELS_GATES = ("auto", "none", "streaming", "keydiff")
-_EXACT = ("auto", "fp32", "float32")
 _PREFIX = "TRIMKV_"
 _OTHER_VARIABLES = ("TRIMKV_DEBUG",)
 _TEXTS = ("system", "stop")  # what a model reads; the rest names files and things
@@ -100,37 +80,58 @@ def _layers(
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings `below` with those `above` laid over them; what goes with another choice is gone."""
-    gone = {key for said, value in above.items() for key in _replaced(said, value, below)}
+    new = {said: value for said, value in above.items() if value is not None and below.get(said) != value}
+    rivals = ((value, *rule) for said, value in new.items() for rule in _RIVALS.get(said, {}).items())
+    gone = {key for value, key, clash in rivals if key in below and clash(value, below[key])}
     return {**{key: value for key, value in below.items() if key not in gone}, **above}
 
 
-def _replaced(said: str, value: Any, below: Mapping[str, Any]) -> Iterator[str]:
-    if value is not None and below.get(said) != value:
-        yield from (key for key in _REPLACES.get(said, ()) if key in below and _clash(said, value, key, below[key]))
+def _always(_value: Any, _other: Any) -> bool:
+    return True
 
 
-def _clash(said: str, value: Any, key: str, other: Any) -> bool:
-    """Tell whether a setting cannot stand beside what is said above it."""
-    only_if = {
-        ("save_cache", "on_overflow"): isinstance(value, str) and other == "map-reduce",  # a file, for one reading
-        ("deterministic", "device"): other not in ("auto", "cpu"),
-        ("device", "deterministic"): value not in ("auto", "cpu"),
-        ("deterministic", "dtype"): other not in _EXACT,
-        ("dtype", "deterministic"): value not in _EXACT,
-        ("device", "kv_dtype"): other == "fp8" and not _may_be_gpu(value),
-        ("kv_dtype", "device"): value == "fp8" and not _may_be_gpu(other),
-    }
-    if said == "greedy" and value is False:
-        return key == "temperature" and other == 0
-    if key == "temperature" and said != "greedy":
-        return bool(other == 0)  # a filter is for sampling
-    if key == "gates":
-        return str(other).partition(":")[0] not in _ANY_MODELS_GATES
-    return value is not False and only_if.get((said, key), True)
+def _if_on(value: Any, _other: Any) -> bool:
+    return bool(value)
 
 
-def _may_be_gpu(device: Any) -> bool:
-    return str(device).partition(":")[0] in ("auto", "cuda")
+def _names_one_models_gates(_value: Any, gates: Any) -> bool:
+    return str(gates).partition(":")[0] not in ("auto", "none", "streaming", "keydiff")
+
+
+def _no_gpu(device: Any) -> bool:
+    return str(device).partition(":")[0] not in ("auto", "cuda")
+
+
+_FILTERS = ("top_p", "top_k", "min_p", "top_h")
+_CPU, _EXACT = ("auto", "cpu"), ("auto", "fp32", "float32")
+_OF_A_MODEL: Mapping[str, Clash] = {"revision": _always, "gates": _names_one_models_gates}
+# What is said in one place takes these with it that were said in a place below, where the two values clash.
+_RIVALS: Mapping[str, Mapping[str, Clash]] = {
+    "model": {"profile": _always, **_OF_A_MODEL},
+    "profile": {"model": _always, **_OF_A_MODEL},
+    "shape": {"model": _always, "profile": _always, **_OF_A_MODEL},
+    "greedy": {
+        "temperature": lambda greedy, value: bool(greedy or value == 0),
+        **dict.fromkeys(_FILTERS, _if_on),
+    },
+    "temperature": {"greedy": _always},
+    **{name: {"greedy": _always, "temperature": lambda _, value: bool(value == 0)} for name in _FILTERS},
+    "system_file": {"system": _always},
+    "raw": {"system": _if_on},
+    "cache": {"system": _always},
+    "deterministic": {
+        "device": lambda on, device: on and device not in _CPU,
+        "dtype": lambda on, dtype: on and dtype not in _EXACT,
+    },
+    "device": {
+        "deterministic": lambda device, _: device not in _CPU,
+        "kv_dtype": lambda device, kv_dtype: kv_dtype == "fp8" and _no_gpu(device),
+    },
+    "dtype": {"deterministic": lambda dtype, _: dtype not in _EXACT},
+    "kv_dtype": {"device": lambda kv_dtype, device: kv_dtype == "fp8" and _no_gpu(device)},
+    "save_cache": {"on_overflow": lambda path, how: isinstance(path, str) and how == "map-reduce"},  # one reading
+    "budgets": {"kv_budget": _always},
+}
 
 
 def _project_settings(cwd: Path) -> list[tuple[Path, dict[str, Any]]]:
