@@ -12,7 +12,7 @@ import pytest
 
 from trimkv_cli import app
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.jobs.summary import Summary
+from trimkv_cli.jobs.progress import Summary
 
 BUDGET = 2**30
 

@@ -11,10 +11,10 @@ from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.events import CacheStats, FinishReason, RequestStats, TokenEvent
 from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import Rules
+from trimkv_cli.jobs.progress import Summary
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.records import Recorder
 from trimkv_cli.jobs.selection import parse_lines
-from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Order, Writer
 from trimkv_cli.request import Request
 

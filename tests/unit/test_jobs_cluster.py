@@ -13,10 +13,9 @@ from trimkv_cli.errors import OutOfDeviceMemory, TrimkvError
 from trimkv_cli.jobs import cluster
 from trimkv_cli.jobs.job import BackendFacts, Feed, Job
 from trimkv_cli.jobs.lines import Item, Rules, parse_line
+from trimkv_cli.jobs.progress import Limits, Stop, Summary
 from trimkv_cli.jobs.reading import Line
 from trimkv_cli.jobs.records import Recorder, encode
-from trimkv_cli.jobs.stopping import Limits, Stop
-from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Order, Writer
 
 RECORDER = Recorder(model="mini", run_seed=0, kv_budget=64, prefill_chunk=512)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.jobs.lines import BadLine, Rules
+from trimkv_cli.jobs.progress import Summary
 from trimkv_cli.jobs.reading import LineReader, open_input
 from trimkv_cli.jobs.resuming import (
     Sidecar,
@@ -28,7 +29,6 @@ from trimkv_cli.jobs.resuming import (
     write_sidecar,
 )
 from trimkv_cli.jobs.selection import Bitmap, IdIndex, Selection, Shard, is_success, line_of, parse_lines, scan
-from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import open_output
 
 

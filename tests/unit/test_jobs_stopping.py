@@ -14,10 +14,9 @@ from helpers.fake_engine import RECORDER, FakeEngine, FakeText
 from trimkv_cli.errors import UsageError
 from trimkv_cli.jobs.job import Job, run_job
 from trimkv_cli.jobs.lines import Rules
+from trimkv_cli.jobs.progress import ErrorLimit, Limits, Stop, Summary, parse_error_limit, stopped_by_signals
 from trimkv_cli.jobs.reading import LineReader
 from trimkv_cli.jobs.selection import parse_lines
-from trimkv_cli.jobs.stopping import ErrorLimit, Limits, Stop, parse_error_limit, stopped_by_signals
-from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Writer
 
 

@@ -18,8 +18,8 @@ import orjson
 from trimkv_cli.errors import DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
 from trimkv_cli.jobs.job import MOST_HELD, BackendFacts, Feed, Job, JobEngine, run_job
 from trimkv_cli.jobs.lines import BadLine, Item
+from trimkv_cli.jobs.progress import Limits
 from trimkv_cli.jobs.records import Recorder, encode
-from trimkv_cli.jobs.stopping import Limits
 
 _RETRIES = 1  # that Ray makes of a block whose worker died
 _BLOCKS_PER_WORKER = 2  # one is answered while the next one's lines wait in the engine

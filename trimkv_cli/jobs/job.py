@@ -12,10 +12,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import Answer, TokenEvent
 from trimkv_cli.jobs.lines import BadLine, Item
+from trimkv_cli.jobs.progress import Limits, Stop, Summary
 from trimkv_cli.jobs.records import Record, Recorder, encode
 from trimkv_cli.jobs.requests import Tokenizer, fitted, make_requests, refused, with_warnings
-from trimkv_cli.jobs.stopping import Limits, Stop
-from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.request import Request
 
 

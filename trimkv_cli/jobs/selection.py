@@ -14,8 +14,8 @@ import orjson
 
 from trimkv_cli.errors import InputError, TrimkvError, UsageError
 from trimkv_cli.jobs.lines import BadLine, Item, Rules, duplicate, id_of, parse_line
+from trimkv_cli.jobs.progress import Summary
 from trimkv_cli.jobs.reading import Line
-from trimkv_cli.jobs.summary import Summary
 
 _MOST_LINES = 1 << 36  # 8 GiB of bits: no input has so many lines
 

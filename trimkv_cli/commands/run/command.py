@@ -11,7 +11,7 @@ from trimkv_cli.errors import PartialFailure, Stopped, UsageError
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from trimkv_cli.jobs.summary import Summary
+    from trimkv_cli.jobs.progress import Summary
 
 _STDOUT = "stdout cannot be resumed: -o FILE can"
 

@@ -13,8 +13,8 @@ from trimkv_cli.settings import option
 from trimkv_cli.units import parse_duration, parse_size, read_flag
 
 if TYPE_CHECKING:
+    from trimkv_cli.jobs.progress import Limits
     from trimkv_cli.jobs.selection import Shard
-    from trimkv_cli.jobs.stopping import Limits
 
 InputFormat = Literal["auto", "jsonl", "text", "csv", "tsv", "parquet"]
 LineOrder = Literal["completion", "input"]
@@ -107,7 +107,7 @@ def read_limits(flags: RunOptions) -> Limits:
     Raises:
         UsageError: one of them makes no sense.
     """
-    from trimkv_cli.jobs.stopping import ErrorLimit, Limits, parse_error_limit
+    from trimkv_cli.jobs.progress import ErrorLimit, Limits, parse_error_limit
 
     return Limits(
         timeout_s=None if flags.timeout is None else _positive("--timeout", flags.timeout),

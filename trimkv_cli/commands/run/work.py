@@ -17,6 +17,7 @@ from trimkv_cli.errors import ModelError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.job import Backend, BackendFacts, Job, LocalBackend
 from trimkv_cli.jobs.lines import BadLine, Item, Rules
+from trimkv_cli.jobs.progress import Stop, Summary, stopped_by_signals
 from trimkv_cli.jobs.reading import LineReader, TableReader, begins_with_messages, open_input
 from trimkv_cli.jobs.records import Recorder
 from trimkv_cli.jobs.requests import check_sizes
@@ -37,8 +38,6 @@ from trimkv_cli.jobs.resuming import (
     write_sidecar,
 )
 from trimkv_cli.jobs.selection import Earlier, Selection, parse_lines
-from trimkv_cli.jobs.stopping import Stop, stopped_by_signals
-from trimkv_cli.jobs.summary import Summary
 from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.loading.sources import Source, find_here, model_names
