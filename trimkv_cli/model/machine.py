@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from trimkv_cli.files import whole_file, writing
+from trimkv_cli.tested import installed_version
 
 MIB = 1024 * 1024
 # What a process holds before a weight is read: on a CPU torch and transformers, on a GPU its context and workspaces.
@@ -89,15 +90,7 @@ def _file() -> Path:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
+    return {name: installed_version(name) or "none" for name in ("torch", "transformers")}
 
 
 def _cpu_flags() -> frozenset[str]:

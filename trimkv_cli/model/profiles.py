@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,21 +21,6 @@ SAMPLING_KEYS: Mapping[str, type] = {
     "min_p": float,
     "top_h": float,
     "repetition_penalty": float,
-}
-_KEYS: Mapping[str, type] = {
-    "model": str,
-    "revision": str,
-    "gates": str,
-    "gates_revision": str,
-    "variant": str,
-    "gate_hidden": int,
-    "trained_context": int,
-    "trained_kv_budget": int,
-    "kv_budget": int,
-    "prefill_chunk": int,
-    "weight_bytes": int,
-    "sampling": dict,
-    "config": dict,
 }
 _VARIANTS: Mapping[str, GateVariant] = {"rg": "rg", "rg10": "rg10", "streaming": "streaming", "none": "none"}
 
@@ -85,6 +70,14 @@ class Profile:
             base_model=self.model,
             model_type=str(model_type) if model_type else None,
         )
+
+
+_TYPES: Mapping[str, type] = {"str": str, "int": int, "Mapping[str, Any]": dict}
+_KEYS: Mapping[str, type] = {
+    field.name: _TYPES[str(field.type).removesuffix(" | None")]
+    for field in fields(Profile)
+    if field.name not in ("name", "path")
+}
 
 
 def profile_folders() -> tuple[Path, ...]:
@@ -156,14 +149,8 @@ def read_profile(path: Path) -> Profile:
     for key in ("kv_budget", "trained_kv_budget", "trained_context", "weight_bytes", "gate_hidden"):
         if values.get(key, 1) < 1:
             raise ConfigError(f"{path}: {key} = {values[key]} is too small", hint=f"{key} needs 1 or more")
-    known = {f.name for f in fields(Profile)}
-    return Profile(name=path.stem, path=path, **{key: value for key, value in values.items() if key in known})
+    return Profile(name=path.stem, path=path, **values)
 
 
 def _paths() -> dict[str, Path]:
-    return dict(_found())
-
-
-def _found() -> Iterator[tuple[str, Path]]:
-    for folder in reversed(profile_folders()):
-        yield from ((path.stem, path) for path in folder.glob("*.toml"))
+    return {path.stem: path for folder in reversed(profile_folders()) for path in folder.glob("*.toml")}
