@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and the one place that turns an error into text and an exit code."""
+"""The command line: its commands, and the one place that turns an error into text and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trimkv eval`: what a budget costs, beside a full cache, streaming and random eviction."""
+"""`trimkv eval`: accuracy at several budgets, beside a full cache, streaming and random eviction."""
 
 from __future__ import annotations
 
