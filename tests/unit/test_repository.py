@@ -12,6 +12,7 @@ from trimkv_cli.tested import NEWEST, OLDEST_TRANSFORMERS
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONTRACTS = {
+    "the fast path of a CPU has one door",
     "one staircase down",
     "what goes in, what comes out and what it costs is plain Python",
     "jobs and conversations know no display and nothing heavy",
