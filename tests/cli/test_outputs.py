@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 
 from trimkv_cli.app import _exit_code, command_tree
-from trimkv_cli.commands.outputs import READ, WRITTEN, check_outputs
+from trimkv_cli.commands.options import READ, WRITTEN, check_outputs
 
 TEXT = "My cat is called Zubo.\n"
 
