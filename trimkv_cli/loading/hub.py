@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trimkv_cli.errors import ModelError, ModelNotFound, OfflineError, TrimkvError, UnsupportedModel, UsageError
 from trimkv_cli.model.folders import read_config
+from trimkv_cli.model.gguf import is_gguf
 from trimkv_cli.model.profiles import list_profiles
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def resolve(
         ModelError: the repository's licence has to be accepted, or access is denied.
     """
     path = _local_path(name)
+    if path is not None and path.is_file() and kind != "gates" and (is_gguf(path) or path.suffix == ".gguf"):
+        return path
     if path is not None and not path.is_dir():
         raise _no_folder(path)
     if path is not None and revision is not None:

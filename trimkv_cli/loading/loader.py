@@ -44,6 +44,7 @@ from trimkv_cli.errors import (
 )
 from trimkv_cli.events import Notice
 from trimkv_cli.loading.assemble import assemble
+from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer, gguf_weights
 from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
 from trimkv_cli.loading.quantise import Interrupted, lazy_tensors, misshapen, quantisation_config
 from trimkv_cli.loading.sources import Source, find_source
@@ -58,6 +59,12 @@ TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp8": torch.float8_e4m3fn,
+}
+_REPORTED: dict[str, Any] = {
+    "output_loading_info": True,
+    "use_safetensors": True,
+    "local_files_only": True,
+    "ignore_mismatched_sizes": True,  # they are in the report: otherwise it is printed, or not, and fails
 }
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "repetition_penalty")
 
@@ -133,9 +140,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
     device = take_device(options.device)
     _check_deterministic(options, device)
     plan = plan_for(source, options, device, snapshots=snapshots)
-    text = Text.from_pretrained(
-        source.folder, offline=True, trust_remote_code=options.trust_remote_code, name=source.model_id
-    )
+    text = load_text(source, trust_remote_code=options.trust_remote_code)
     if check is not None:
         check(text)
     torch.set_num_threads(options.threads_or(torch.get_num_threads()))
@@ -165,6 +170,13 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         pins=Pins.parse(options.pin),
     )
     return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=TORCH_DTYPES[plan.run.kv_dtype])
+
+
+def load_text(source: Source, *, trust_remote_code: bool) -> Text | None:
+    """Load the tokenizer of a model that was found; None where it has none. Raises as `Text.from_pretrained` does."""
+    if source.folder.is_file():
+        return Text(gguf_tokenizer(source.folder), name=source.model_id)
+    return Text.from_pretrained(source.folder, offline=True, trust_remote_code=trust_remote_code, name=source.model_id)
 
 
 def plan_for(source: Source, options: EngineOptions, device: torch.device, *, snapshots: int = 0) -> Plan:
@@ -297,10 +309,11 @@ def _refuse(source: Source, error: Exception) -> NoReturn:
 
 def _read_model(folder: Path, *, trust_remote_code: bool, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Read the weights tensor by tensor; only a model that brings its own code is left to transformers."""
+    if folder.is_file():
+        return _read_gguf(folder, **options)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    options |= {"output_loading_info": True, "use_safetensors": True, "local_files_only": True}
-    options["ignore_mismatched_sizes"] = True  # they are in the report: otherwise it is printed, or not, and fails
+    options |= _REPORTED
     if known is None:
         found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, **options
@@ -309,6 +322,15 @@ def _read_model(folder: Path, *, trust_remote_code: bool, **options: Any) -> tup
     model, report = known.from_pretrained(None, config=config, state_dict=lazy_tensors(folder), **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return model, report
+
+
+def _read_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    config, generation = gguf_model_config(path)
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    weights = gguf_weights(path, known, config, options["dtype"])
+    model, report = known.from_pretrained(None, config=config, state_dict=weights, **options, **_REPORTED)
+    model.generation_config = generation
     return model, report
 
 

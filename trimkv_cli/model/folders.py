@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import BrokenModel, ModelNotFound
+from trimkv_cli.model.gguf import read_gguf
+from trimkv_cli.model.gguf_config import gguf_config
 from trimkv_cli.model.spec import STORED_DTYPES, GateSpec, ModelSpec
 
 _AGAIN = "get the folder again"
@@ -56,11 +58,13 @@ def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ..
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
-    """Read a model folder's spec; the stored tensors say what config.json leaves open.
+    """Read the spec of a model's folder or GGUF file; the stored tensors say what config.json leaves open.
 
     Raises:
         ModelError: no model, a broken one, or one that trimkv does not run.
     """
+    if folder.is_file():
+        return _gguf_spec(folder)
     config = read_config(folder)
     spec = ModelSpec.from_config(config)
     tensors = read_safetensors_headers(folder)
@@ -69,6 +73,13 @@ def read_model_spec(folder: Path) -> ModelSpec:
     dtypes = {STORED_DTYPES[dtype] for dtype, _ in tensors.values() if dtype in STORED_DTYPES}
     known = config.get("dtype") or config.get("torch_dtype") or len(dtypes) != 1
     return replace(spec, weight_numel=max(spec.weight_numel, stored), dtype=spec.dtype if known else dtypes.pop())
+
+
+def _gguf_spec(path: Path) -> ModelSpec:
+    header = read_gguf(path)
+    spec = ModelSpec.from_config(gguf_config(header))
+    stored = sum(prod(tensor.shape) for name, tensor in header.tensors.items() if not name.startswith("rope_"))
+    return replace(spec, weight_numel=max(spec.weight_numel, stored))
 
 
 def read_gate_spec(folder: Path, *, id: str) -> GateSpec:
