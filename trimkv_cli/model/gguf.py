@@ -18,8 +18,6 @@ from trimkv_cli.errors import BrokenModel, UnsupportedModel
 
 MAGIC = b"GGUF"
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
-    f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type")
-)
 _AGAIN = "get the file again"
 _VERSIONS = (2, 3)
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
