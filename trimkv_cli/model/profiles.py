@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trimkv_cli.files import check_keys, read_toml
 from trimkv_cli.model.spec import DTYPE_BYTES, GateSpec, GateVariant, ModelSpec
 
 BUILT_IN = "builtin:"
+IN_WHEEL = "wheel:"
 SAMPLING_KEYS: Mapping[str, type] = {
     "max_tokens": int,
     "temperature": float,
@@ -22,7 +24,35 @@ SAMPLING_KEYS: Mapping[str, type] = {
     "top_h": float,
     "repetition_penalty": float,
 }
+_KEYS: Mapping[str, type] = {
+    "model": str,
+    "revision": str,
+    "gates": str,
+    "gates_revision": str,
+    "variant": str,
+    "gate_hidden": int,
+    "trained_context": int,
+    "trained_kv_budget": int,
+    "kv_budget": int,
+    "prefill_chunk": int,
+    "weight_bytes": int,
+    "sampling": dict,
+    "config": dict,
+    "wheel": dict,
+}
+_WHEEL_KEYS: Mapping[str, type] = {"requirement": str, "member": str, "sha256": str, "bytes": int}
+_REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+")
 _VARIANTS: Mapping[str, GateVariant] = {"rg": "rg", "rg10": "rg10", "streaming": "streaming", "none": "none"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WheelFile:
+    """A file inside a Python wheel, which is only its carrier."""
+
+    requirement: str  # NAME==VERSION
+    member: str
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +61,7 @@ class Profile:
 
     name: str
     path: Path
-    model: str  # hub id, folder or "builtin:mini"
+    model: str  # hub id, folder, GGUF file, "builtin:mini" or "wheel:NAME"
     revision: str | None = None
     gates: str | None = None  # hub id or folder
     gates_revision: str | None = None
@@ -44,6 +74,7 @@ class Profile:
     weight_bytes: int | None = None  # in the dtype of `config`
     sampling: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # of config.json, what the plan needs
+    wheel: WheelFile | None = None  # what carries the model
 
     @property
     def spec(self) -> ModelSpec | None:
@@ -149,7 +180,19 @@ def read_profile(path: Path) -> Profile:
     for key in ("kv_budget", "trained_kv_budget", "trained_context", "weight_bytes", "gate_hidden"):
         if values.get(key, 1) < 1:
             raise ConfigError(f"{path}: {key} = {values[key]} is too small", hint=f"{key} needs 1 or more")
-    return Profile(name=path.stem, path=path, **values)
+    wheel = values.pop("wheel", None)
+    return Profile(name=path.stem, path=path, **values, wheel=None if wheel is None else _read_wheel(wheel, path))
+
+
+def _read_wheel(values: Mapping[str, Any], path: Path) -> WheelFile:
+    check_keys(values, _WHEEL_KEYS, path, table="wheel")
+    missing = [key for key in _WHEEL_KEYS if key not in values]
+    if missing or not _REQUIREMENT.fullmatch(values["requirement"]):
+        what = (
+            f"key {missing[0]!r} is missing" if missing else f"requirement {values['requirement']!r} names no version"
+        )
+        raise ConfigError(f"{path}: {what} in [wheel]", hint='requirement = "name==1.0"')
+    return WheelFile(**values)
 
 
 def _paths() -> dict[str, Path]:
