@@ -83,7 +83,7 @@ def gguf_model_config(path: Path) -> tuple[PreTrainedConfig, GenerationConfig]:
     """
     header = read_gguf(path)
     values = gguf_config(header)
-    ends = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in values}
+    ends = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sampling = sampling_of(header)
     generation = GenerationConfig(**ends, **sampling, **({"do_sample": True} if sampling else {}))
     return AutoConfig.for_model(**values), generation

@@ -85,7 +85,7 @@ def _end_tokens(header: GgufHeader) -> dict[str, Any]:
     said = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
     ends = [said["eos_token_id"], *(header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
     said["eos_token_id"] = list(dict.fromkeys(token_id for token_id in ends if token_id is not None)) or None
-    return {name: value for name, value in said.items() if value is not None}
+    return said  # none is None: transformers' own defaults are of another vocabulary
 
 
 def _dtype(header: GgufHeader) -> str:
