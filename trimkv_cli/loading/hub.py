@@ -6,6 +6,7 @@ import difflib
 import errno
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -56,6 +57,9 @@ def resolve(
         raise UsageError(f"{name} is a folder and has no revisions", hint="leave out --revision")
     if path is not None:
         return _checked(path, kind, name)
+    repository, colon, file = name.partition(":")
+    if colon and repository.count("/") == 1:
+        return _gguf_of(repository, file, revision, offline=offline, refresh=refresh)
     if name.count("/") != 1:
         raise no_such_model(name)
     folder = None if refresh else _cached(name, kind, revision)
@@ -123,6 +127,60 @@ def _snapshot(name: str, kind: Kind, revision: str | None, *, local_files_only: 
     )
 
 
+def _gguf_of(name: str, wanted: str, revision: str | None, *, offline: bool, refresh: bool) -> Path:
+    """Return a repository's GGUF file: by its name, or by its quantisation as in `unsloth/Qwen3-4B-GGUF:Q4_K_M`."""
+    exact = wanted.lower().endswith(".gguf")
+    endings = (
+        [wanted] if exact else [f"*{tag}{end}" for tag in {wanted, wanted.upper(), wanted.lower()} for end in _ENDS]
+    )
+    if not refresh:
+        found = _matching(name, endings, revision, local_files_only=True)
+        if found is not None:
+            return found
+    if offline:
+        raise OfflineError(
+            f"{name}:{wanted} is not in the cache",
+            hint=f"{pull_command(f'{name}:{wanted}', revision)}, without --offline",
+        )
+    found = _matching(name, endings, revision, local_files_only=False)
+    if found is None:
+        raise ModelNotFound(f"{name} has no GGUF file {wanted}", hint=_files_there(name, revision))
+    return found
+
+
+_ENDS = (".gguf", "-00001-of-*.gguf", "-*-of-*.gguf")  # a whole file, or the parts of one
+
+
+def _matching(name: str, endings: list[str], revision: str | None, *, local_files_only: bool) -> Path | None:
+    """Return the first file of a repository that matches, with its other parts beside it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+    parts = [re.sub(r"-00001-of-", "-*-of-", ending) for ending in endings]
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=parts, local_files_only=local_files_only)
+        )
+    except (HTTPError, OSError, HFValidationError) as error:
+        if local_files_only and isinstance(error, OSError):
+            return None
+        raise explain(error, name, revision) from None
+    files = sorted(path for path in folder.rglob("*.gguf") if any(path.match(ending) for ending in endings))
+    return next((path for path in files if "-of-" not in path.name or "-00001-of-" in path.name), None)
+
+
+def _files_there(name: str, revision: str | None) -> str:
+    """Name the GGUF files of a repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        files = [file for file in HfApi().list_repo_files(name, revision=revision) if file.endswith(".gguf")]
+    except (HfHubHTTPError, OSError):
+        files = []
+    return f"it has {', '.join(files[:20])}" if files else "take a repository with *.gguf files"
+
+
 def _checked(folder: Path, kind: Kind, name: str) -> Path:
     """Return the folder when it holds the kind, else say what it is instead."""
     if holds(folder, kind):
@@ -131,8 +189,6 @@ def _checked(folder: Path, kind: Kind, name: str) -> Path:
 
 
 def _no_folder(path: Path) -> TrimkvError:
-    if path.suffix == ".gguf":
-        return _gguf(str(path))
     if path.exists():
         return ModelNotFound(f"{path} is a file, not a folder", hint=f"give its folder: {path.resolve().parent}")
     return ModelNotFound(f"there is no folder {path}", hint=HUB_IDS)
@@ -145,7 +201,7 @@ def _no_gates(name: str) -> TrimkvError:
 
 def _no_model(folder: Path, name: str) -> TrimkvError:
     if any(folder.glob("*.gguf")) or name.lower().endswith("-gguf"):
-        return _gguf(name)
+        return _which_gguf(folder, name)
     if not (folder / "config.json").is_file():
         return ModelNotFound(f"{name} has no config.json", hint="give the folder or hub id of a transformers model")
     read_config(folder)  # a broken one is the first thing to say
@@ -155,10 +211,11 @@ def _no_model(folder: Path, name: str) -> TrimkvError:
     return UnsupportedModel(f"{name} has no safetensors weights", hint=hint)
 
 
-def _gguf(name: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{name} is GGUF, which trimkv does not read", hint="give the hub id of the original safetensors repository"
-    )
+def _which_gguf(folder: Path, name: str) -> ModelNotFound:
+    here = sorted(path.name for path in folder.glob("*.gguf"))
+    local = _local_path(name) is not None
+    hint = f"give one: {folder / here[0]}" if here and local else f"say which: {name}:Q4_K_M, or {name}:FILE.gguf"
+    return ModelNotFound(f"{name} holds GGUF files", hint=hint)
 
 
 def _has_weights(folder: Path) -> bool:
