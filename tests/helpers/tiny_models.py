@@ -12,6 +12,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3"},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 11, "num_hidden_layers": 7, "query_pre_attn_scalar": 16},
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATER_FAMILIES: dict[str, dict[str, Any]] = {
+    "ministral": {"sliding_window": 11},
+    "ministral3": {},
+    "smollm3": {"no_rope_layers": [1, 1, 0], "use_sliding_window": False},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 11, "num_hidden_layers": 4},
+    "granite": {},
+    "glm": {},
+    "glm4": {},
+    "cohere2": {"sliding_window": 11, "num_hidden_layers": 4},
+    "seed_oss": {},
+    "exaone4": {"sliding_window": 11, "num_hidden_layers": 4},
+    "apertus": {},
+    "qwen3_moe": _EXPERTS,
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "use_qk_norm": True,
+    },
+}
 
 
 def make_model(family: str, **changes: Any) -> Any:
@@ -32,7 +58,8 @@ def make_model(family: str, **changes: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    values = {**shape, **FAMILIES[family], **changes}
+    known = FAMILIES.get(family) or {"model_type": family, **LATER_FAMILIES[family]}
+    values = {**shape, **known, **changes}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from helpers.tiny_models import LATER_FAMILIES
 from trimkv_cli.errors import BrokenModel, GateMismatch, ModelNotFound, UnsupportedModel, UsageError
-from trimkv_cli.model.families import SUPPORTED_MODEL_TYPES
+from trimkv_cli.model.families import FAMILIES
 from trimkv_cli.model.folders import read_config, read_gate_spec, read_model_spec, read_safetensors_headers
 from trimkv_cli.model.spec import (
     GateSpec,
@@ -42,6 +43,8 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {}),
     ("gemma3", {}),
     ("gemma3", {"attention_bias": True, "tie_word_embeddings": False}),
+    *((family, {}) for family in LATER_FAMILIES),
+    *((family, {"attention_bias": True}) for family in LATER_FAMILIES),
 ]
 
 
@@ -63,7 +66,7 @@ def test_a_saved_folder_gives_the_same_spec(family: str, tiny_model: Callable[..
     assert spec.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if "hidden_size" in family.defaults])
 def test_an_absent_key_means_what_transformers_assumes(model_type: str) -> None:
     from transformers import AutoConfig
 

@@ -1,13 +1,47 @@
-"""Differences between the supported families: defaults of their configs, windows, parameters."""
+"""Supported families: what their configs may leave out, their windows, their parameters.
+
+A new dense family, or one with routed experts, is one line of `FAMILIES`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from trimkv_cli.errors import BrokenModel, UnsupportedModel
 
-# What transformers' config classes assume for an absent key.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Routed experts: the config's keys for how many there are, how wide, and which layers have none."""
+
+    count: str = "num_local_experts"  # or num_experts: transformers takes the one for the other
+    width: str = "moe_intermediate_size"
+    shared: str | None = None  # experts that every token goes through, of the same width
+    dense_layers: str | None = None  # the first layers, which have an ordinary MLP
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How a family differs from Llama; `defaults` is what transformers assumes for a key that config.json lacks."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    bias: Literal["no", "qkv", "qkvo"] = "qkvo"  # of attention, where `attention_bias` says so
+    always_biased: bool = False
+    qk_norm: Literal["no", "head", "whole", "asked"] = "no"
+    mlp: Literal["gated", "fused", "plain"] = "gated"  # fused: gate and up are one matrix; plain: no gate
+    fused_qkv: bool = False
+    norms: int = 2  # of a layer, each as wide as the model
+    extra: int = 0  # further parameters of a layer
+    slides: Literal["no", "all", "asked"] | int = "no"  # a number n: every n-th layer sees everything
+    experts: Experts | None = None
+    sequential: bool = False  # norm, attention, norm, MLP, and no more: a CPU decodes it without transformers' modules
+
+
+_UNTIED: Mapping[str, Any] = {"tie_word_embeddings": False}
+_TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
 _QWEN: Mapping[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -20,55 +54,80 @@ _QWEN: Mapping[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "qwen3": {**_QWEN, "head_dim": 128},
-    "qwen2": _QWEN,
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "sliding_window": 4096,
-    },
-    "phi3": {
-        "vocab_size": 32064,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    },
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-    },
+_LLAMA: Mapping[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
 }
-SUPPORTED_MODEL_TYPES = tuple(DEFAULTS)
-SEQUENTIAL_FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})  # norm, attention, norm, MLP: no more
+_MISTRAL: Mapping[str, Any] = {
+    **_LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_PHI: Mapping[str, Any] = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+_GEMMA: Mapping[str, Any] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
+FAMILIES: Mapping[str, Family] = {
+    "qwen3": Family(defaults={**_QWEN, "head_dim": 128}, qk_norm="head", slides="asked", sequential=True),
+    "qwen2": Family(defaults=_QWEN, bias="qkv", always_biased=True, slides="asked", sequential=True),
+    "llama": Family(defaults=_LLAMA, sequential=True),
+    "mistral": Family(defaults=_MISTRAL, bias="no", slides="all", sequential=True),
+    "phi3": Family(defaults=_PHI, bias="no", mlp="fused", fused_qkv=True, slides="all", sequential=True),
+    "gemma3_text": Family(defaults=_GEMMA, qk_norm="head", norms=4, slides=6),
+    "ministral": Family(defaults={**_UNTIED, "sliding_window": 4096}, bias="no", slides="all"),
+    "ministral3": Family(defaults=_UNTIED, bias="no", slides="all"),
+    "smollm3": Family(defaults=_TIED),
+    "olmo2": Family(defaults=_UNTIED, qk_norm="whole"),
+    "olmo3": Family(defaults={**_UNTIED, "sliding_window": 4096}, qk_norm="whole", slides=4),
+    "granite": Family(defaults=_UNTIED),
+    "glm": Family(defaults={**_UNTIED, "attention_bias": True}, bias="qkv", mlp="fused"),
+    "glm4": Family(defaults={**_UNTIED, "attention_bias": True}, bias="qkv", mlp="fused", norms=4),
+    "cohere2": Family(defaults={**_TIED, "sliding_window": 4096}, norms=1, slides=4),
+    "seed_oss": Family(defaults={**_UNTIED, "attention_bias": True}, bias="qkv"),
+    "exaone4": Family(defaults={**_UNTIED, "sliding_window": 4096}, bias="no", qk_norm="head", slides=4),
+    "apertus": Family(defaults=_UNTIED, qk_norm="head", mlp="plain", extra=2),
+    "qwen3_moe": Family(defaults={**_UNTIED, "sliding_window": 4096}, qk_norm="head", experts=Experts()),
+    "mixtral": Family(
+        defaults=_UNTIED,
+        bias="no",
+        slides="all",
+        experts=Experts(width="intermediate_size"),
+    ),
+    "olmoe": Family(defaults=_UNTIED, qk_norm="whole", experts=Experts(width="intermediate_size")),
+    "glm4_moe": Family(
+        defaults=_UNTIED,
+        bias="qkv",
+        qk_norm="asked",
+        experts=Experts(count="n_routed_experts", shared="n_shared_experts", dense_layers="first_k_dense_replace"),
+    ),
+}
+SEQUENTIAL_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family.sequential)
 
 
 def supported_type(config: Mapping[str, Any]) -> str:
@@ -81,15 +140,25 @@ def supported_type(config: Mapping[str, Any]) -> str:
     if "text_config" in config:
         hint = "take a text-only checkpoint; for Gemma 3 one with model_type gemma3_text, such as gemma-3-1b"
         raise UnsupportedModel(f"{model_type} is a multimodal model; trimkv runs text models", hint=hint)
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UnsupportedModel(
-            f"model type {model_type} is not supported", hint=f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
+    why = _REFUSED.get(model_type)
+    if model_type not in FAMILIES:
+        what = f"is not supported{f': {why}' if why else ''}"
+        raise UnsupportedModel(f"model type {model_type} {what}", hint=f"supported: {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise UnsupportedModel("a quantized checkpoint is not supported", hint="take the model's original weights")
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModel("an embedding model (bidirectional attention) writes no text", hint="take its base")
     return model_type
+
+
+_MLA = "its keys and values are latent (MLA), not per head"
+_ENCODER = "an encoder-decoder reads and writes with two stacks"
+_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "longcat_flash", "minicpm3", "glm4_moe_lite"), _MLA),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "an index chooses what its attention reads"),
+    **dict.fromkeys(("t5", "umt5", "mt5", "bart", "mbart", "t5gemma", "whisper", "pegasus"), _ENCODER),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv"), "it keeps no keys and values"),
+}
 
 
 def original_max_positions(config: Mapping[str, Any]) -> int | None:
@@ -124,31 +193,36 @@ def _senseless(key: str, value: object, wanted: str) -> BrokenModel:
 
 def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Give each layer's attention window (the query counted), None where it is full."""
-    layers = positive(config, "num_hidden_layers")
+    layers, slides = positive(config, "num_hidden_layers"), FAMILIES[model_type].slides
     window = None if config.get("sliding_window") is None else positive(config, "sliding_window")
-    if model_type in ("qwen2", "qwen3"):
-        window, first = window if config.get("use_sliding_window") else None, config["max_window_layers"]
-        if window is not None and not isinstance(first, int):
-            raise _senseless("max_window_layers", first, "a whole number")
-        sliding = [window is not None and layer >= first for layer in range(layers)]
-    elif model_type == "gemma3_text":
-        sliding = [(layer + 1) % positive(config, "sliding_window_pattern") != 0 for layer in range(layers)]
-    else:
-        return (window if model_type in ("mistral", "phi3") else None,) * layers
     kinds = config.get("layer_types")
     if kinds and (not isinstance(kinds, list) or len(kinds) != layers):
         raise _senseless("layer_types", kinds, f"a list of {layers} names")
-    if kinds:
+    if slides == "asked" and not config.get("use_sliding_window"):
+        window = None
+    if kinds and slides not in ("no", "all"):
         sliding = [kind == "sliding_attention" for kind in kinds]
-    return tuple(window if slides else None for slides in sliding)
+    elif slides == "asked":
+        first = config["max_window_layers"]
+        if window is not None and not isinstance(first, int):
+            raise _senseless("max_window_layers", first, "a whole number")
+        sliding = [window is not None and layer >= first for layer in range(layers)]
+    elif isinstance(slides, int):
+        every = positive(config, "sliding_window_pattern", slides)
+        sliding = [(layer + 1) % every != 0 for layer in range(layers)]
+    else:
+        sliding = [slides == "all"] * layers
+    return tuple(window if one else None for one in sliding)
 
 
 def layer_matrices(model_type: str, *, hidden: int, intermediate: int, q: int, kv: int) -> tuple[tuple[int, int], ...]:
-    """List the linear layers (outputs, inputs) of one decoder layer as transformers makes them."""
-    if model_type == "phi3":
-        return (q + 2 * kv, hidden), (hidden, q), (2 * intermediate, hidden), (hidden, intermediate)
-    attention = (q, hidden), (kv, hidden), (kv, hidden), (hidden, q)
-    return *attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+    """List the linear layers (outputs, inputs) of one decoder layer as transformers makes them; experts are none."""
+    family = FAMILIES[model_type]
+    attention = ((q + 2 * kv, hidden),) if family.fused_qkv else ((q, hidden), (kv, hidden), (kv, hidden))
+    if family.experts is not None:
+        return (*attention, (hidden, q))
+    first = {"gated": ((intermediate, hidden),) * 2, "fused": ((2 * intermediate, hidden),)}
+    return *attention, (hidden, q), *first.get(family.mlp, ((intermediate, hidden),)), (hidden, intermediate)
 
 
 def weight_numel(
@@ -164,16 +238,27 @@ def weight_numel(
     vocab_size: int,
 ) -> int:
     """Count the parameters that transformers allocates; tied embeddings count once."""
+    family = FAMILIES[model_type]
     q, kv = num_heads * head_dim, num_kv_heads * head_dim
     attention = hidden_size * (q + 2 * kv) + q * hidden_size
-    if model_type == "qwen2":
-        attention += q + 2 * kv
-    elif config.get("attention_bias") and model_type in ("qwen3", "llama", "gemma3_text"):
-        attention += q + 2 * kv + hidden_size
-    mlp = 3 * hidden_size * intermediate_size
+    if family.always_biased or (family.bias != "no" and config.get("attention_bias")):
+        attention += q + 2 * kv + (hidden_size if family.bias == "qkvo" else 0)
+    norms = {"no": 0, "head": 2 * head_dim, "whole": q + kv, "asked": 2 * head_dim * bool(config.get("use_qk_norm"))}
+    layer = attention + norms[family.qk_norm] + family.norms * hidden_size + family.extra
+    dense = (2 if family.mlp == "plain" else 3) * hidden_size * intermediate_size
     if model_type == "llama" and config.get("mlp_bias"):
-        mlp += 2 * intermediate_size + hidden_size
-    norms = {"qwen3": 2 * hidden_size + 2 * head_dim, "gemma3_text": 4 * hidden_size + 2 * head_dim}
-    layer = attention + mlp + norms.get(model_type, 2 * hidden_size)
+        dense += 2 * intermediate_size + hidden_size
+    dense_layers, routed = (num_layers, 0) if family.experts is None else _routed(family.experts, config, hidden_size)
     embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
-    return num_layers * layer + hidden_size + embeddings
+    layers = num_layers * layer + dense_layers * dense + (num_layers - dense_layers) * routed
+    return layers + hidden_size + embeddings
+
+
+def _routed(experts: Experts, config: Mapping[str, Any], hidden: int) -> tuple[int, int]:
+    """Count the layers without experts, and the parameters of a layer's experts and their router."""
+    key = experts.count if config.get(experts.count) is not None else "num_experts"
+    count, width = positive(config, key), positive(config, experts.width)
+    shared = int(config.get(experts.shared) or 0) if experts.shared is not None else 0
+    dense_layers = int(config.get(experts.dense_layers) or 0) if experts.dense_layers is not None else 0
+    biases = count * (2 * width + hidden + 1) if experts.biased else 0
+    return dense_layers, (count + shared) * 3 * hidden * width + count * hidden + biases

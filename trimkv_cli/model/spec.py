@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from trimkv_cli.errors import GateMismatch, UsageError
 from trimkv_cli.model.families import (
-    DEFAULTS,
+    FAMILIES,
     layer_matrices,
     layer_windows,
     original_max_positions,
@@ -59,7 +59,7 @@ class ModelSpec:
             BrokenModel: a key that is missing or has a value that makes no sense.
         """
         model_type = supported_type(config)
-        full = {**DEFAULTS[model_type], **config}
+        full = {**FAMILIES[model_type].defaults, **config}
         heads = positive(full, "num_attention_heads")
         hidden = positive(full, "hidden_size")
         shape = {
