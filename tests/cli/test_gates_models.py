@@ -101,7 +101,7 @@ def test_models_list(trimkv: Text, cache: Path) -> None:
     put(cache, "some/model", MODEL)
     put(cache, "some/gates", GATES)
     rows = [line.split() for line in trimkv("models", "list").stdout.splitlines()]
-    assert rows[0] == ["NAME", "KIND", "SIZE", "REVISIONS"]
+    assert rows[0] == ["NAME", "KIND", "SIZE", "WHERE"]
     assert [row[:2] for row in rows[1:]] == [["mini", "model"], ["some/gates", "gates"], ["some/model", "model"]]
     assert rows[-1][-1] == "cccccccc"
 

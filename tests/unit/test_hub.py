@@ -208,15 +208,22 @@ def test_a_file_instead_of_a_folder() -> None:
     assert str(GOLDEN / "qwen3_base") in str(caught.value.hint)
 
 
-def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_is_itself_and_a_folder_of_several_asks_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a GGUF model that is only called incomplete."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "blob").write_bytes(b"GGUF")
+    assert hub.resolve(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
+    assert hub.resolve(str(tmp_path / "blob"), kind="config") == tmp_path / "blob"
     monkeypatch.setattr(hub, "_cached", lambda *_: tmp_path / "nothing")
     (tmp_path / "nothing").mkdir()
-    for name in (str(tmp_path), str(tmp_path / "model.gguf"), "no/such/file.gguf", "some/Model-GGUF"):
-        with pytest.raises(UnsupportedModel, match="GGUF") as caught:
+    for name, hint in ((str(tmp_path), "model.gguf"), ("some/Model-GGUF", "some/Model-GGUF:Q4_K_M")):
+        with pytest.raises(ModelNotFound, match="holds GGUF files") as caught:
             hub.resolve(name)
-        assert "safetensors" in str(caught.value.hint)
+        assert hint in str(caught.value.hint)
+    with pytest.raises(ModelNotFound, match="there is no folder"):
+        hub.resolve("no/such/file.gguf")
 
 
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:

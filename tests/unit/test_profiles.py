@@ -29,7 +29,7 @@ def test_every_released_gate_repository_has_a_profile() -> None:
     names = {f"TrimKV-Qwen3-{size}-Math" for size in ("1.7B", "4B", "8B", "14B")}
     names |= {"TrimKV-Qwen3-4B-Instruct-2507", "TrimKV-Phi-3-mini-128k-instruct"}
     names |= {"DBTrimKV-Qwen3-4B-Math", "DBTrimKV-Qwen3-4B-Instruct-2507"}
-    assert {profile.gates for profile in RELEASED} == {f"ngocbh/{name}" for name in names}
+    assert {profile.gates for profile in RELEASED if profile.gates} == {f"ngocbh/{name}" for name in names}
 
 
 @pytest.mark.parametrize("profile", RELEASED, ids=lambda profile: profile.name)
