@@ -8,6 +8,7 @@ import re
 NEWEST = {
     "bitsandbytes": "0.50.2",
     "filelock": "4.2.12",
+    "gguf": "0.19.0",
     "huggingface_hub": "2.4.0",
     "jinja2": "3.1.6",
     "llguidance": "1.9.1",
