@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,6 @@ SAMPLING_KEYS: Mapping[str, type] = {
     "top_h": float,
     "repetition_penalty": float,
 }
-_KEYS: Mapping[str, type] = {
-    "model": str,
-    "revision": str,
-    "gates": str,
-    "gates_revision": str,
-    "variant": str,
-    "gate_hidden": int,
-    "trained_context": int,
-    "trained_kv_budget": int,
-    "kv_budget": int,
-    "prefill_chunk": int,
-    "weight_bytes": int,
-    "sampling": dict,
-    "config": dict,
-    "wheel": dict,
-}
-_WHEEL_KEYS: Mapping[str, type] = {"requirement": str, "member": str, "sha256": str, "bytes": int}
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+")
 _VARIANTS: Mapping[str, GateVariant] = {"rg": "rg", "rg10": "rg10", "streaming": "streaming", "none": "none"}
 
@@ -103,12 +86,13 @@ class Profile:
         )
 
 
-_TYPES: Mapping[str, type] = {"str": str, "int": int, "Mapping[str, Any]": dict}
+_TYPES: Mapping[str, type] = {"str": str, "int": int, "Mapping[str, Any]": dict, "WheelFile": dict}
 _KEYS: Mapping[str, type] = {
     field.name: _TYPES[str(field.type).removesuffix(" | None")]
     for field in fields(Profile)
     if field.name not in ("name", "path")
 }
+_WHEEL_KEYS: Mapping[str, type] = {field.name: _TYPES[str(field.type)] for field in fields(WheelFile)}
 
 
 def profile_folders() -> tuple[Path, ...]:
