@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import json
 import os
 import re
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trimkv_cli.errors import ModelError, ModelNotFound, OfflineError, TrimkvError, UnsupportedModel, UsageError
+from trimkv_cli.errors import (
+    BrokenModel,
+    ModelError,
+    ModelNotFound,
+    OfflineError,
+    TrimkvError,
+    UnsupportedModel,
+    UsageError,
+)
 from trimkv_cli.model.folders import read_config
 from trimkv_cli.model.gguf import is_gguf
 from trimkv_cli.model.profiles import list_profiles
@@ -68,7 +79,7 @@ def resolve(
 
 def pull(name: str, *, revision: str | None = None) -> Path:
     """Bring the newest files of a repository of gates or of a model into the cache; raises as `resolve` does."""
-    if _local_path(name) is None and name.count("/") == 1:
+    if _local_path(name) is None and name.count("/") == 1 and ":" not in name:
         folder = _download(name, "gates", revision, offline=False)  # of a model's files only its config
         if holds(folder, "gates"):
             return folder
@@ -88,7 +99,9 @@ def _local_path(name: str) -> Path | None:
         exists = path.exists()
     except (OSError, RuntimeError):  # a name too long, a home that nobody has
         return None
-    spelled_as_path = name.startswith(("/", ".", "~")) or name.endswith((".gguf", "/")) or "\\" in name
+    of_hub = ":" in name and name.partition(":")[0].count("/") == 1
+    file = name.endswith((".gguf", "/")) and not of_hub
+    spelled_as_path = name.startswith(("/", ".", "~")) or file or "\\" in name
     return path if exists or spelled_as_path else None
 
 
@@ -96,7 +109,7 @@ def _cached(name: str, kind: Kind, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(_snapshot(name, kind, revision, local_files_only=True))
+        folder = _kept(name, revision, WANTED[kind], UNWANTED)
     except OSError:  # not there, or not readable: the download finds out
         return None
     except HFValidationError as error:
@@ -110,21 +123,54 @@ def _download(name: str, kind: Kind, revision: str | None, *, offline: bool) -> 
     if offline:
         raise OfflineError(f"{name} is not in the cache", hint=f"{pull_command(name, revision)}, without --offline")
     try:
-        return Path(_snapshot(name, kind, revision, local_files_only=False))
+        return _fetch(name, revision, WANTED[kind], UNWANTED)
     except (HTTPError, OSError, HFValidationError) as error:
         raise explain(error, name, revision) from None
 
 
-def _snapshot(name: str, kind: Kind, revision: str | None, *, local_files_only: bool) -> str:
+def _kept(name: str, revision: str | None, wanted: list[str], unwanted: list[str] | None = None) -> Path:
+    """Return the folder of a repository in the cache; raises as `snapshot_download` does when it is not there."""
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(
-        name,
-        revision=revision,
-        allow_patterns=WANTED[kind],
-        ignore_patterns=UNWANTED,
-        local_files_only=local_files_only,
+    return Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=True
+        )
     )
+
+
+def _fetch(name: str, revision: str | None, wanted: list[str], unwanted: list[str] | None = None) -> Path:
+    """Download files of a repository, and hold what came now against the checksums that the hub names.
+
+    Raises:
+        BrokenModel: a file arrived with other bytes; it is deleted.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if sys.stderr is None or not sys.stderr.isatty():
+        disable_progress_bars()
+    started = time.time()
+    folder = Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=False
+        )
+    )
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        blob = path.resolve()
+        if _SHA256.fullmatch(blob.name) and blob.stat().st_mtime >= started - 1 and _sha256(blob) != blob.name:
+            blob.unlink()
+            path.unlink(missing_ok=True)
+            raise BrokenModel(f"{path.name} of {name} arrived damaged", hint=pull_command(name, revision))
+    return folder
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # what large files are called in the cache; small ones have a shorter sum
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _gguf_of(name: str, wanted: str, revision: str | None, *, offline: bool, refresh: bool) -> Path:
@@ -153,14 +199,11 @@ _ENDS = (".gguf", "-00001-of-*.gguf", "-*-of-*.gguf")  # a whole file, or the pa
 
 def _matching(name: str, endings: list[str], revision: str | None, *, local_files_only: bool) -> Path | None:
     """Return the first file of a repository that matches, with its other parts beside it."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     parts = [re.sub(r"-00001-of-", "-*-of-", ending) for ending in endings]
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=parts, local_files_only=local_files_only)
-        )
+        folder = _kept(name, revision, parts) if local_files_only else _fetch(name, revision, parts)
     except (HTTPError, OSError, HFValidationError) as error:
         if local_files_only and isinstance(error, OSError):
             return None
