@@ -146,7 +146,7 @@ def _fetch(name: str, revision: str | None, wanted: list[str], unwanted: list[st
         BrokenModel: a file arrived with other bytes; it is deleted.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bars()
