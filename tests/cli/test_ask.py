@@ -92,7 +92,7 @@ def test_piped_text_and_files_are_appended_to_the_prompt(here: Run, tmp_path: Pa
         (("ask", "hi", "-m", "no/such-model", "--offline"), 6, "models pull no/such-model"),
         (("ask", "hi", "-m", "/no/such/folder"), 6, "/no/such/folder"),
         (("ask", "hi", "-m", "qwen3-4b-moth"), 6, "qwen3-4b-math"),
-        (("ask", "hi", "-m", str(GOLDEN / "qwen3_base")), 6, "--gates streaming"),
+        (("ask", "hi", "-m", str(GOLDEN / "qwen3_base")), 6, "no tokenizer"),
         (("ask", "hi", "-m", str(GOLDEN / "qwen3_base"), "--gates", "streaming"), 6, "no tokenizer"),
         (("ask", "hi", "--gates", str(GOLDEN / "qwen3_base")), 6, "holds no gates"),
         (("ask", "hi", "--kv-budget", "0"), 2, "--kv-budget 512"),
@@ -132,7 +132,7 @@ def test_a_gguf_and_a_broken_weight_file_are_named(tmp_path: Path) -> None:
     gguf.write_bytes(b"GGUF")
     done = trimkv("ask", "hi", "-m", gguf)
     assert done.returncode == 6
-    assert b"GGUF" in done.stderr
+    assert b"is cut off within its header" in done.stderr
     folder = tmp_path / "cut"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
