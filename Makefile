@@ -7,7 +7,7 @@ READY := .venv/ready
 .PHONY: help demo mini bench-mini bench-run bench-memory test test-fast lint format pictures bench-stream bench-speed bench-gpu rehearse-gpu clean
 
 help:
-	@echo "make demo          run examples/demo.jsonl through the built-in model in a KV cache of 64 slots per head"
+	@echo "make demo          fetch SmolLM2 (94 MiB) and run a batch, a question and a summary with it; without it mini"
 	@echo "make mini          train the built-in model and its gates from nothing into build/mini (about an hour on two cores)"
 	@echo "make bench-mini    record what MODEL=mini (or a folder) remembers, and write it into the README"
 	@echo "make bench-run     record what batches cost and survive, and write it into the README (about 15 minutes)"
@@ -29,7 +29,11 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/trimkv run examples/demo.jsonl --model mini --kv-budget 64
+	@model=smollm2-135m-instruct; \
+	$(BIN)/trimkv models pull $$model >/dev/null || { model=mini; echo "without it the built-in mini runs" >&2; }; \
+	$(BIN)/trimkv run examples/demo.jsonl -m $$model && \
+	$(BIN)/trimkv ask -m $$model --greedy "What is the capital of France?" && \
+	$(BIN)/trimkv summarize -m $$model -n 120 --kv-budget 512 LICENSE
 
 # Some steps ask for lists that no slots can hold, and have a hundred times the gradient: clipped, most steps count alike.
 mini: $(READY)

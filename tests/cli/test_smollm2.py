@@ -1,0 +1,93 @@
+"""A real model of 135 million parameters, from its GGUF file, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers.programs import COMMAND, ENVIRONMENT, ROOT
+from helpers.smollm2 import HOME, NAME, smollm2_file
+from helpers.terminals import CTRL_D, Terminal
+
+BUDGET = "1500MiB"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    return smollm2_file()
+
+
+def trimkv(*arguments: str | Path, stdin: str = "", cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**ENVIRONMENT, **HOME, "OMP_NUM_THREADS": "2"}
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_capital_of_france(file: Path, tmp_path: Path) -> None:
+    """Catches weights, a tokenizer or a template that are not those of the file."""
+    for model in (NAME, str(file)):
+        done = trimkv("ask", "-m", model, "What is the capital of France?", "--greedy", "-n", "12", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
+
+
+def test_a_long_text_is_read_within_the_budget_and_asked_again(file: Path, tmp_path: Path) -> None:
+    """Catches memory that grows with a text of 6,000 tokens, and a saved read that answers as another model."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("LICENSE", "CONTRIBUTING.md", "README.md"))
+    (tmp_path / "long.txt").write_text(text[:26_000], encoding="utf-8")
+    asked = ["-m", NAME, "--gates", "streaming", "--kv-budget", "256", "-b", BUDGET, "--greedy", "-n", "24"]
+    read = trimkv("summarize", "long.txt", *asked, "--json", "--save-cache", "long.kv", cwd=tmp_path)
+    assert read.returncode == 0, read.stderr
+    record = json.loads(read.stdout)
+    assert record["usage"]["prompt_tokens"] > 5500
+    assert record["trimkv"]["budget"]["honoured"] is True
+    assert record["trimkv"]["cache"]["kept_per_head"] == 256
+    again = trimkv("ask", "--cache", "long.kv", "What is this text about?", *asked, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip()
+
+
+def test_twenty_lines_keep_to_a_schema(file: Path, tmp_path: Path) -> None:
+    """Catches a grammar that does not fit the tokenizer of a GGUF file."""
+    cities = ("Paris", "Rome", "Berlin", "Madrid", "Lisbon", "Vienna", "Prague", "Warsaw", "Athens", "Dublin") * 2
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}, "large": {"type": "boolean"}},
+        "required": ["city", "large"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    lines = [
+        {"messages": [{"role": "user", "content": f"Describe {city}."}], "max_tokens": 32, "response_format": form}
+        for city in cities
+    ]
+    source = "".join(json.dumps({"id": str(index), **line}) + "\n" for index, line in enumerate(lines))
+    done = trimkv("run", "-", "-m", NAME, "--gates", "streaming", "-b", BUDGET, "-q", stdin=source, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line)["response"]["body"] for line in done.stdout.splitlines()]
+    assert len(records) == 20
+    for record in records:
+        assert set(json.loads(record["choices"][0]["message"]["content"])) == {"city", "large"}
+
+
+def test_a_conversation_of_eight_turns_goes_on(file: Path, tmp_path: Path) -> None:
+    """Catches turns that read everything again, and a session that does not go on with the model of a profile."""
+    flags = ("-m", NAME, "--gates", "streaming", "--kv-budget", "256", "-b", BUDGET, "--greedy", "-n", "16")
+    with Terminal("chat", *flags, "--session", "real", home=tmp_path, environment=HOME) as terminal:
+        terminal.wait(lambda: terminal.asks)
+        for turn in range(8):
+            terminal.send(f"My number {turn} is {turn * 7}. Say okay.")
+        terminal.type(CTRL_D)
+        assert terminal.wait_end() == 0
+    said = (tmp_path / "state" / "trimkv").exists()
+    assert said
+    with Terminal("chat", "--session", "real", home=tmp_path, environment=HOME) as terminal:
+        terminal.wait(lambda: terminal.asks)
+        terminal.send("What is the capital of France?")
+        assert "Paris" in terminal.text
+        terminal.type(CTRL_D)
+        assert terminal.wait_end() == 0
+    assert "Traceback" not in terminal.text
