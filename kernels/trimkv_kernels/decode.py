@@ -25,6 +25,7 @@ def decode(
     scale: float,
     window: int | None,
     recent: int = 0,
+    sinks: Tensor | None = None,
     evict: bool = True,
 ) -> Tensor:
     """Do what `reference.decode` does; K and V are read once."""
@@ -71,6 +72,7 @@ def decode(
         part_stats,
         part_score,
         part_loser,
+        None if sinks is None else sinks.contiguous(),
         output,
         size,
         scale,
@@ -183,6 +185,7 @@ def _merge(
     part_stats,
     part_score,
     part_loser,
+    sinks,
     output,
     size,
     scale,
@@ -207,6 +210,13 @@ def _merge(
     highest = tl.sum(tokens * new_key.to(tl.float32)[None, :], 1) * scale
     total = tl.full([TILE], 1.0, tl.float32)
     acc = tl.zeros([TILE, WIDE], tl.float32) + new_value.to(tl.float32)[None, :]
+    if sinks is not None:
+        place = (program % HEADS) * GROUPS + group
+        sink = tl.load(sinks + place, mask=group < GROUPS, other=0.0).to(tl.float32)
+        higher = tl.maximum(highest, sink)
+        own = tl.exp(highest - higher)
+        total, acc = own + tl.exp(sink - higher), acc * own[:, None]
+        highest = higher
     lowest, loser_position, loser = tl.full([], float("inf"), tl.float32), now * 0 - 2147483647, now * 0
     for split in range(SPLITS):
         part = program * SPLITS + split

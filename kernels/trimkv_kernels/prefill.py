@@ -25,6 +25,7 @@ def prefill(
     scale: float,
     window: int | None,
     recent: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Do what `reference.prefill` does; the slots are read where they lie, and only survivors are written.
 
@@ -46,6 +47,7 @@ def prefill(
         slots.value,
         slots.position,
         rows,
+        None if sinks is None else sinks.contiguous(),
         output,
         size,
         fill,
@@ -78,6 +80,7 @@ def _attend(
     slot_value,
     slot_position,
     rows,
+    sinks,
     output,
     size,
     fill,
@@ -102,6 +105,9 @@ def _attend(
     highest = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, WIDE], tl.float32)
+    if sinks is not None:
+        highest = tl.zeros([QUERIES], tl.float32) + tl.load(sinks + program % HEADS).to(tl.float32)
+        total += 1.0
 
     head = tl.load(rows + row) * (HEADS // GROUPS) + kv_head
     for start in range(0, fill, KEYS):

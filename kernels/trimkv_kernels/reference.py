@@ -7,6 +7,8 @@ itself, and in a layer with a sliding window nothing older than the window. Scor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,7 @@ def decode(
     scale: float,
     window: int | None,
     recent: int = 0,
+    sinks: Tensor | None = None,
     evict: bool = True,
 ) -> Tensor:
     """Attend from one new token per row to the slots and itself, then keep the best M of these M + 1 in place.
@@ -45,13 +48,15 @@ def decode(
         dense: every row with a token has all of its first `fill` slots in use.
         window: length of a sliding window, the query itself counted.
         recent: the newest tokens of each row, this one counted, that are pinned.
+        sinks: `[Hq]`, one more logit in each head's softmax, which has no value (gpt-oss); any float dtype.
         evict: false leaves the slots as they are, only to measure what scoring and eviction cost.
 
     Returns:
         `[B, Hq, D]`.
     """
     rows, undo = slots.rows(0, query.shape[0]), journal.rows(0, query.shape[0])
-    output = _attend_one(query, key, value, position, rows.head(fill), dense=dense, scale=scale, window=window)
+    how: dict[str, Any] = {"dense": dense, "scale": scale, "window": window, "sinks": sinks}
+    output = _attend_one(query, key, value, position, rows.head(fill), **how)
     if evict:
         candidates = rows.head(min(fill + 1, rows.position.shape[2]))
         _evict_one(key, value, log_beta, position, candidates, undo, window=window, recent=recent)
@@ -71,6 +76,7 @@ def prefill(
     scale: float,
     window: int | None,
     recent: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend from a chunk per row to the slots and, causally, to the chunk; then keep the best M of both in place.
 
@@ -84,11 +90,13 @@ def prefill(
         fill: no row has a token beyond its first `fill` slots.
         window: length of a sliding window, the query itself counted.
         recent: the newest tokens of each row that are pinned.
+        sinks: `[Hq]`, as `decode` takes them.
 
     Returns:
         `[B, Hq, T, D]`.
     """
-    output = _attend_chunk(query, key, value, positions, slots, rows=rows, fill=fill, scale=scale, window=window)
+    how: dict[str, Any] = {"rows": rows, "fill": fill, "scale": scale, "window": window, "sinks": sinks}
+    output = _attend_chunk(query, key, value, positions, slots, **how)
     _evict_chunk(key, value, log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
     return output
 
@@ -103,6 +111,7 @@ def _attend_one(
     dense: bool,
     scale: float,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     batch, num_heads, head_dim = query.shape
     grouped = query.view(batch, key.shape[1], -1, head_dim).float() * scale
@@ -113,8 +122,10 @@ def _attend_one(
         logits = logits.masked_fill(dead[:, :, None], -torch.inf)
         kept_value = kept_value.masked_fill(dead[..., None], 0.0)  # 0 · NaN would poison the sum
     own = (grouped * key[:, :, None].float()).sum(-1, keepdim=True)
-    weights = torch.cat([logits, own], dim=-1).softmax(-1)
-    output = weights[..., :-1] @ kept_value + weights[..., -1:] * value[:, :, None].float()
+    more = [] if sinks is None else [sinks.float().view(own.shape[1:]).expand_as(own)]
+    weights = torch.cat([logits, own, *more], dim=-1).softmax(-1)
+    fill = logits.shape[-1]
+    output = weights[..., :fill] @ kept_value + weights[..., fill : fill + 1] * value[:, :, None].float()
     return output.view(batch, num_heads, head_dim).to(query.dtype)
 
 
@@ -165,6 +176,7 @@ def _attend_chunk(
     fill: int,
     scale: float,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     heads = slice(None) if window is not None else slice(1)  # without a window every head has the same slots in use
     kept = slots.position[rows, heads, :fill]
@@ -177,10 +189,26 @@ def _attend_chunk(
         tensor.masked_fill_((source < 0)[..., None], 0.0)  # 0 · NaN would poison the sum
     if hidden.shape[1] > 1:
         hidden = hidden.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if sinks is not None:
+        query, all_keys, all_values, hidden = _with_sinks(query, all_keys, all_values, hidden, sinks / scale)
     output = F.scaled_dot_product_attention(
         query, all_keys, all_values, attn_mask=~hidden, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return output.masked_fill(positions[:, None, :, None] < 0, 0.0)
+    return output[..., : value.shape[3]].masked_fill(positions[:, None, :, None] < 0, 0.0)
+
+
+def _with_sinks(
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add a last key that every query sees, whose product with a head's queries is its sink `[Hq]` and its value 0.
+
+    One more component, 0 in all other keys, holds the sink: a mask that did would be as large for each query head.
+    """
+    component = sinks.to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
+    query = torch.cat([query, component], dim=3)
+    keys = F.pad(keys, (0, 1, 0, 1))
+    keys[:, :, -1, -1] = 1.0
+    return query, keys, F.pad(values, (0, 1, 0, 1)), F.pad(hidden, (0, 1))
 
 
 def _evict_chunk(

@@ -25,7 +25,7 @@ INTEGERS = {"size": "i32", "span": "i32", "fill": "i32", "length": "i32", "scale
 FIXED = {
     "slot_log_beta": "*fp32", "log_beta": "*fp32", "slot_position": "*i32", "position": "*i32", "positions": "*i32",
     "part_acc": "*fp32", "part_stats": "*fp32", "part_score": "*fp32", "part_loser": "*i32", "rows": "*i64",
-    "target": "*i64", "journal_log_beta": "*fp32", "journal_position": "*i32", "journal_slot": "*i64",
+    "target": "*i64", "journal_log_beta": "*fp32", "journal_position": "*i32", "journal_slot": "*i64", "sinks": "*fp32",
 }  # fmt: skip
 
 
@@ -50,8 +50,12 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
                     "HEADS": 32, "GROUPS": 4, "QUERIES": wide.queries, "KEYS": wide.keys, "DIM": dim,
                     "WIDE": padded(dim), "WINDOW": window,
                 }  # fmt: skip
-                yield f"attend {dtype} {dim} {window}", (prefill._attend, dtype), attend, wide.warps
-            yield f"merge {dtype} {dim}", (decode._merge, dtype), {**shape, "SPLITS": 8, "RECENT": 0}, chosen.warps
+                yield f"attend {dtype} {dim} {window}", (prefill._attend, dtype), {**attend, "sinks": None}, wide.warps
+            merge = {**shape, "SPLITS": 8, "RECENT": 0}
+            yield f"merge {dtype} {dim}", (decode._merge, dtype), {**merge, "sinks": None}, chosen.warps
+            if dim == 64:  # that of gpt-oss
+                yield f"attend {dtype} {dim} sinks", (prefill._attend, dtype), attend, wide.warps
+                yield f"merge {dtype} {dim} sinks", (decode._merge, dtype), merge, chosen.warps
             yield f"move {dtype} {dim}", (prefill._move, dtype), {"HEADS": 8, "DIM": dim, "WIDE": padded(dim)}, 1
 
 
@@ -62,7 +66,8 @@ def extremes() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
         shape = {"HEADS": 1, "GROUPS": 16, "TILE": 16, "DIM": 128, "WIDE": 128, "RECENT": 0, "EVICT": evict}
         scan = {**shape, "SPLIT_SLOTS": chosen.split_slots, "BLOCK": chosen.block, "WINDOW": 0}
         yield f"scan bf16 16384 {evict}", (decode._scan, "bf16"), scan, chosen.warps
-        yield f"merge bf16 16384 {evict}", (decode._merge, "bf16"), {**shape, "SPLITS": chosen.splits}, chosen.warps
+        merge = {**shape, "SPLITS": chosen.splits, "sinks": None}
+        yield f"merge bf16 16384 {evict}", (decode._merge, "bf16"), merge, chosen.warps
 
 
 def measure(kernel: Any, dtype: str, constants: Mapping[str, Any], warps: int, capability: int) -> dict[str, Any]:

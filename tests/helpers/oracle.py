@@ -14,6 +14,7 @@ class Head:
 
     budget: int
     window: int | None = None
+    sinks: tuple[float, ...] = ()  # one more logit of each query head's softmax, which has no value
     keys: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
     log_betas: list[np.float32] = field(default_factory=list)
@@ -24,11 +25,12 @@ class Head:
             return -math.inf
         return float(np.float32(self.log_betas[position]) * np.float32(seen + 1 - position))
 
-    def attend(self, query: np.ndarray, now: int, candidates: list[int], scale: float) -> np.ndarray:
+    def attend(self, query: np.ndarray, now: int, candidates: list[int], scale: float, sink: float) -> np.ndarray:
         seen = [p for p in candidates if p <= now and (self.window is None or p > now - self.window)]
         logits = np.array([float(query @ self.keys[p]) * scale for p in seen])
-        weights = np.exp(logits - logits.max())
-        return (weights / weights.sum()) @ np.stack([self.values[p] for p in seen])
+        highest = max(sink, logits.max())
+        weights = np.exp(logits - highest)
+        return (weights / (weights.sum() + math.exp(sink - highest))) @ np.stack([self.values[p] for p in seen])
 
     def step(
         self, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, log_betas: np.ndarray, scale: float
@@ -40,7 +42,11 @@ class Head:
         self.log_betas += list(log_betas)
         seen = len(self.keys)
         candidates = self.kept + list(range(first, seen))
-        output = [[self.attend(group[t], first + t, candidates, scale) for t in range(len(keys))] for group in queries]
+        sinks = self.sinks or [-math.inf] * len(queries)
+        output = [
+            [self.attend(group[t], first + t, candidates, scale, sink) for t in range(len(keys))]
+            for group, sink in zip(queries, sinks, strict=True)
+        ]
         best = sorted(candidates, key=lambda p: (-self.score(p, seen), p))
         self.kept = sorted(best[: self.budget])
         return np.array(output)

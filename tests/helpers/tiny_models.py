@@ -37,6 +37,7 @@ LATER_FAMILIES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "use_qk_norm": True,
     },
+    "gpt_oss": {"sliding_window": 11, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -63,8 +64,10 @@ def make_model(family: str, **changes: Any) -> Any:
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.15)  # far from uniform, so that argmax is not noise
+        elif name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
     model.generation_config.eos_token_id = None
     return model

@@ -43,6 +43,7 @@ def streams(draw: st.DrawFn) -> dict[str, object]:
         "budget": draw(st.integers(1, 12)),
         "window": draw(st.none() | st.integers(1, 9)),
         "chunks": chunks,
+        "sinks": draw(st.booleans()),
         "gates": draw(st.sampled_from(["ties", "zero", "spread"])),
         "seed": draw(st.integers(0, 2**16)),
     }
@@ -59,14 +60,17 @@ def draw_log_beta(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -
 @settings(max_examples=120)
 @given(streams())
 def test_kept_sets_and_outputs_equal_brute_force(stream: dict) -> None:
-    """Catches a wrong loser or tie, a token seen after its eviction, an unmasked empty slot, padding that counts."""
+    """Catches a wrong loser or tie, a token seen after its eviction, an unmasked slot, counted padding, a lost sink."""
     rng = np.random.default_rng(stream["seed"])
     heads, groups, window, dim = stream["heads"], stream["groups"], stream["window"], 4
     size = stream["budget"] if window is None else min(stream["budget"], window)
     rows = len(stream["chunks"])
     slots = make_slots(rows=rows, heads=heads, slots=size, dim=dim)
     journal = Journal.beside(slots)
-    oracle = [[Head(budget=size, window=window) for _ in range(heads)] for _ in range(rows)]
+    sinks = rng.normal(0.0, 2.0, (heads, groups)).astype(np.float32) if stream["sinks"] else None
+    taken = None if sinks is None else torch.from_numpy(sinks).flatten()
+    each = [()] * heads if sinks is None else [tuple(own) for own in sinks.tolist()]
+    oracle = [[Head(budget=size, window=window, sinks=own) for own in each] for _ in range(rows)]
     seen = [0] * rows
     for step in range(max(map(len, stream["chunks"]))):
         lengths = [sizes[step] if step < len(sizes) else 0 for sizes in stream["chunks"]]
@@ -88,10 +92,12 @@ def test_kept_sets_and_outputs_equal_brute_force(stream: dict) -> None:
             q, k, v, b, p = tensors
             output = reference.decode(
                 q[:, :, 0], k[:, :, 0], v[:, :, 0], b[:, :, 0], p[:, 0], slots, journal,
-                fill=fill, dense=dense, scale=SCALE, window=window,
+                fill=fill, dense=dense, scale=SCALE, window=window, sinks=taken,
             )[:, :, None]  # fmt: skip
         else:
-            output = reference.prefill(*tensors, slots, rows=torch.arange(rows), fill=fill, scale=SCALE, window=window)
+            output = reference.prefill(
+                *tensors, slots, rows=torch.arange(rows), fill=fill, scale=SCALE, window=window, sinks=taken
+            )
         for row, n in enumerate(lengths):
             seen[row] += n
             if n == 0:

@@ -71,7 +71,7 @@ def assert_same(got: Slots | Journal, want: Slots | Journal) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", DECODE_SHAPES)
 def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype, ties: bool, device: str) -> None:
-    """Catches a wrong loser or tie, a read of an empty slot, a row that ended and goes on, a lost split."""
+    """Catches a wrong loser or tie, a read of an empty slot, a row that ended and goes on, a lost split or sink."""
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     rows, heads, groups, dim, size, fill, window = shape
@@ -87,6 +87,7 @@ def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype,
     log_beta = (0.0 if ties else -0.3) * torch.rand(rows, heads).to(device)
     settings: dict[str, Any] = {"fill": fill, "dense": False, "scale": dim**-0.5, "window": window}
     settings["recent"] = 3 if ties else 0
+    settings["sinks"] = (3.0 * torch.randn(heads * groups)).to(device, dtype) if ties else None
     journal, other = Journal.beside(slots), Journal.beside(slots)
     before = Slots(*(tensor.clone() for tensor in slots))
     want = reference.decode(query, key, value, log_beta, position, slots, journal, **settings)
@@ -107,7 +108,7 @@ def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", PREFILL_SHAPES)
 def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype, ties: bool, device: str) -> None:
-    """Catches a wrong survivor, causality across padding, and a slot written twice or not at all."""
+    """Catches a wrong survivor, causality across padding, another head's sink, a slot written twice or not at all."""
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     batch, heads, groups, dim, size, fill, length, window = shape
@@ -130,6 +131,7 @@ def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype
     log_beta[:, :, 2::11] = torch.inf
     settings: dict[str, Any] = {"rows": rows, "fill": fill, "scale": dim**-0.5, "window": window}
     settings["recent"] = 3 if ties else 0
+    settings["sinks"] = (3.0 * torch.randn(heads * groups)).to(device, dtype) if ties else None
     want = reference.prefill(query, key, value, log_beta, positions, slots, **settings)
     got = triton_prefill.prefill(query, key, value, log_beta, positions, mine, **settings)
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

@@ -69,6 +69,18 @@ def losses(stderr: str) -> dict[int, str]:
     return {int(step): parts for step, parts in re.findall(r"^step (\d+)/\d+  (loss .*?)  lr", stderr, re.MULTILINE)}
 
 
+def test_gates_are_not_trained_past_learned_sinks(
+    tmp_path: Path, tiny_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a teacher whose softmax lacks the sinks, which is another model than the one that the gates are for."""
+    tiny_model("gpt_oss").save_pretrained(tmp_path / "model")
+    code, _, stderr = train_here(
+        capsys, str(tmp_path / "model"), "--data", "none.jsonl", *SMALL, "--steps", "1", "-o", str(tmp_path / "gates")
+    )
+    assert code == 6
+    assert "learned sinks" in stderr
+
+
 @pytest.mark.slow
 def test_a_run_killed_goes_on_as_if_it_were_not(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]

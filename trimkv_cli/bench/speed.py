@@ -246,7 +246,7 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
 def _run_plain(network: Network, case: Case) -> _Run:
     """Read the prompt in chunks into a DynamicCache, and let transformers' generate go on from there."""
     model: Any = network.model
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     reset_peak(model.device)
     ids = _prompts(network, case).to(model.device)
     cache, clock = DynamicCache(config=model.config), _Clock()

@@ -173,12 +173,18 @@ def retention_attention(
     log_beta: Tensor,
     layer_cache: LayerCache,
     step: Step,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, then evict: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`."""
+    """Attend, then evict: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`.
+
+    `s_aux` `[Hq]` are gpt-oss's learned sinks: logits of a softmax that have no value.
+    """
     slots, window, operations = layer_cache.slots, layer_cache.window, layer_cache.operations
     fill = min(step.longest, layer_cache.size)
     settings: dict[str, Any] = {"fill": fill, "scale": scaling, "window": window, "recent": layer_cache.recent}
+    if s_aux is not None:
+        settings["sinks"] = s_aux
     if step.rows is None:
         one = query[:, :, 0], key[:, :, 0], value[:, :, 0], log_beta[:, :, 0], step.positions[:, 0]
         dense = min(step.shortest, layer_cache.size) == fill

@@ -35,6 +35,7 @@ class Family:
     fused_qkv: bool = False
     norms: int = 2  # of a layer, each as wide as the model
     extra: int = 0  # further parameters of a layer
+    sinks: bool = False  # a learned logit of each query head, which takes its part of the softmax and has no value
     slides: Literal["no", "all", "asked"] | int = "no"  # a number n: every n-th layer sees everything
     experts: Experts | None = None
     sequential: bool = False  # norm, attention, norm, MLP, and no more: a CPU decodes it without transformers' modules
@@ -125,6 +126,12 @@ FAMILIES: Mapping[str, Family] = {
         bias="qkv",
         qk_norm="asked",
         experts=Experts(count="n_routed_experts", shared="n_shared_experts", dense_layers="first_k_dense_replace"),
+    ),
+    "gpt_oss": Family(
+        defaults={**_UNTIED, "attention_bias": True, "head_dim": 64, "sliding_window": 128},
+        slides=2,
+        sinks=True,
+        experts=Experts(width="intermediate_size", biased=True),
     ),
 }
 SEQUENTIAL_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family.sequential)
@@ -245,6 +252,7 @@ def weight_numel(
         attention += q + 2 * kv + (hidden_size if family.bias == "qkvo" else 0)
     norms = {"no": 0, "head": 2 * head_dim, "whole": q + kv, "asked": 2 * head_dim * bool(config.get("use_qk_norm"))}
     layer = attention + norms[family.qk_norm] + family.norms * hidden_size + family.extra
+    layer += num_heads if family.sinks else 0
     dense = (2 if family.mlp == "plain" else 3) * hidden_size * intermediate_size
     if model_type == "llama" and config.get("mlp_bias"):
         dense += 2 * intermediate_size + hidden_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trimkv_cli.model.families import SEQUENTIAL_FAMILIES
+from trimkv_cli.model.families import FAMILIES, SEQUENTIAL_FAMILIES
 from trimkv_cli.model.machine import MIB, Machine
 from trimkv_cli.model.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation, gate_bytes
 
@@ -276,6 +276,9 @@ def _attend_bytes(run: Run, layer: int, rows: int) -> int:
     masks = spec.num_heads if spec.windows[layer] is not None else 1
     masked = rows * length * sees * (run.dtype_bytes + 2) * masks
     joined = 2 * candidates * kv * run.dtype_bytes + masked + run.step_tokens * spec.num_heads * 4
+    if FAMILIES[spec.model_type].sinks:  # joined once more, with the sinks' key and component; query and output wider
+        wide = 2 * (candidates + rows) * spec.num_kv_heads + 2 * run.step_tokens * spec.num_heads
+        joined += wide * (spec.head_dim + 1) * run.dtype_bytes
     packed = _packed_bytes(run, rows=rows, queries=length, sees=sees)
     return joined + packed + _block_bytes(run, sees)
 

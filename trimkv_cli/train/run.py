@@ -23,11 +23,12 @@ from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
 from trimkv_cli.cache.gates import activation_name
 from trimkv_cli.engine.devices import multiplies_bf16, prepare_training, take_device
 from trimkv_cli.engine.text import Text
-from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stopped, UsageError
+from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stopped, UnsupportedModel, UsageError
 from trimkv_cli.files import whole_file, writing
 from trimkv_cli.loading.loader import load_model
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source, find_source
+from trimkv_cli.model.families import FAMILIES
 from trimkv_cli.model.spec import parse_dtype
 from trimkv_cli.train.documents import DataFiles, Tokens, encode_document
 from trimkv_cli.train.options import RunFiles, TrainOptions
@@ -64,7 +65,7 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, lis
     """Train the gates of a model and write their folder, going on from a checkpoint that lies there.
 
     Raises:
-        ModelError: no model of that name, or one that trimkv does not run.
+        ModelError: no model of that name, or one that trimkv does not run or train gates for.
         InputError: data files that cannot be read, or bad lines, which are named.
         UsageError: a checkpoint of another run, or an output that would be overwritten.
         ContextOverflow: more positions than the model has.
@@ -72,6 +73,9 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, lis
     """
     _check_output(run)
     source = find_source(engine, weights=True)
+    if FAMILIES[source.spec.model_type].sinks:
+        what = f"gates are not trained for {source.spec.model_type}: its attention has learned sinks"
+        raise UnsupportedModel(what, hint="--gates streaming runs it without trained ones")
     if options.positions > source.spec.max_positions:
         raise ContextOverflow(
             f"context and position gap come to {options.positions:,} positions, {source.model_id} has "
