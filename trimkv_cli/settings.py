@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from difflib import get_close_matches
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import ConfigError
-from trimkv_cli.files import as_text, check_keys, read_toml
+from trimkv_cli.files import as_text, check_keys, read_toml, whole_file, writing
 
 Clash = Callable[[Any, Any], bool]  # of the value said and the one below
 LOADS_CODE = ("trust_remote_code",)
@@ -187,3 +189,27 @@ def _checked(values: Mapping[str, Any], path: Path, known: Mapping[str, type]) -
             settings[key] = str(settings[key])
     check_keys(settings, known, path)
     return settings
+
+
+def set_user_setting(key: str, value: str) -> Path:
+    """Write one line of the user's config.toml, in the place of an earlier one; return the file.
+
+    Raises:
+        ConfigError: the file is no TOML.
+        TrimkvError: it cannot be written.
+    """
+    from platformdirs import user_config_path
+
+    path = user_config_path("trimkv") / "config.toml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text:
+        read_toml(path)
+    line = f"{key} = {json.dumps(value)}"
+    head, table, rest = text.partition("\n[") if not text.startswith("[") else ("", "", text)
+    found = re.compile(rf"^{key}\s*=.*$", re.MULTILINE)
+    head = found.sub(lambda _: line, head) if found.search(head) else f"{line}\n{head}"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(head + table + rest, encoding="utf-8")
+    return path

