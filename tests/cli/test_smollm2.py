@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from helpers.programs import COMMAND, ENVIRONMENT, ROOT
 from helpers.smollm2 import HOME, NAME, smollm2_file
 from helpers.terminals import CTRL_D, Terminal
+from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer, gguf_weights
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.request import Request, SamplingParams
 
 BUDGET = "1500MiB"
 pytestmark = pytest.mark.slow
@@ -91,3 +99,29 @@ def test_a_conversation_of_eight_turns_goes_on(file: Path, tmp_path: Path) -> No
         terminal.type(CTRL_D)
         assert terminal.wait_end() == 0
     assert "Traceback" not in terminal.text
+
+
+def test_tokens_are_those_of_transformers_and_kept_is_what_streaming_keeps(file: Path) -> None:
+    """Catches a decode on a CPU that differs from the model's own, and slots that hold other tokens."""
+    text = gguf_tokenizer(file)
+    prompt = text("The river runs through the old town, past the mill and the market, and " * 4).input_ids
+    config, _ = gguf_model_config(file)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    weights = gguf_weights(file, kind, config, torch.float32)
+    plain = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
+    made = plain.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
+    request = Request(
+        id="a",
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True),
+        keep=True,
+    )
+    options = EngineOptions(model=str(file), gates="none", kv_budget="200", dtype="fp32", device="cpu", max_inflight=1)
+    with closing(load_engine(options)) as engine:
+        assert [token for event in engine.generate([request]) for token in event.token_ids] == made
+    options = replace(options, gates="streaming:4", kv_budget="64")
+    with closing(load_engine(options)) as engine:
+        list(engine.generate([request]))
+        seen = engine.kept.seen("a")
+        expected = [*range(4), *range(seen - 60, seen)]
+        assert all(sorted(kept) == expected for heads in engine.kept.positions("a") for kept in heads)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,8 +75,6 @@ def test_the_tokenizer_is_that_of_transformers(family: str, tmp_path: Path) -> N
 
 def test_llama_3_factors_are_found_again(tmp_path: Path) -> None:
     """Catches rotations without the factors that a file of Llama 3 holds as a tensor."""
-    import gguf
-
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     model = write_gguf(
         tmp_path / "plain.gguf",
@@ -105,6 +104,42 @@ def test_llama_3_factors_are_found_again(tmp_path: Path) -> None:
     assert config.rope_parameters["factor"] == 8.0
     found = type(rotary)(config).inv_freq
     assert torch.allclose(found, model.model.rotary_emb.inv_freq, rtol=1e-5)
+
+
+def split(path: Path, first: int) -> list[Path]:
+    """Write a file as two parts, as llama.cpp's gguf-split does; the second has no values of the model."""
+    reader, parts = gguf.GGUFReader(path), []
+    for number, tensors in enumerate((reader.tensors[:first], reader.tensors[first:])):
+        part = path.with_name(f"tiny-{number + 1:05}-of-00002.gguf")
+        writer = gguf.GGUFWriter(part, "llama")
+        for field in reader.fields.values() if number == 0 else ():
+            if not field.name.startswith(("GGUF.", "general.architecture")):
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(part)
+    return parts
+
+
+def test_the_parts_of_a_split_file_are_one_model(tmp_path: Path) -> None:
+    """Catches tensors of a second part that are missed, and a part that is not there or not the first."""
+    model = write_gguf(tmp_path / "tiny.gguf", "llama", kind="Q8_0")
+    first, second = split(tmp_path / "tiny.gguf", 9)
+    assert answer(first) == generate(model)
+    with pytest.raises(ModelError, match="is not the first of its 2 parts") as caught:
+        read_model_spec(second)
+    assert str(first) in str(caught.value.hint)
+    second.unlink()
+    with pytest.raises(ModelError, match=r"tiny-00002-of-00002\.gguf is missing"):
+        read_model_spec(first)
 
 
 def cut(data: bytes) -> bytes:
