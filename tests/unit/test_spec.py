@@ -139,7 +139,6 @@ def test_head_dim_falls_back_to_the_share_of_the_hidden_size() -> None:
         ({"model_type": "gpt2"}, "gpt2"),
         ({}, "None"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "multimodal"),
-        ({**TINY, "quantization_config": {"quant_method": "awq"}}, "quantized"),
         ({**TINY, "model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     ],
 )

@@ -156,8 +156,10 @@ def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[st
     full_slots = sum(spec.slots(layer, spec.max_positions) for layer in range(spec.num_layers))
     return {
         "id": ref.id,
-        **{field.name: getattr(spec, field.name) for field in fields(spec)},
+        **{field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "quantised"},
         "weight_bytes": spec.weight_bytes,
+        "quantised": spec.quantised.label if spec.quantised is not None else None,
+        "bits_per_weight": round(8 * spec.weight_bytes / spec.weight_numel, 2),
         "kv_bytes_per_token": spec.kv_bytes_per_token(DTYPE_BYTES[spec.dtype]),
         "full_cache_bytes": full_slots * slot_bytes,
         "gates": known,
@@ -168,7 +170,7 @@ def _table(facts: dict[str, Any]) -> str:
     windows = sorted({window for window in facts["windows"] if window is not None})
     lines = [
         ("model", f"{facts['id']} ({facts['model_type']})"),
-        ("weights", f"{facts['weight_numel']:,} parameters, {format_size(facts['weight_bytes'])} as {facts['dtype']}"),
+        ("weights", f"{facts['weight_numel']:,} parameters, {format_size(facts['weight_bytes'])} {_stored(facts)}"),
         ("layers", f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}, vocabulary {facts['vocab_size']:,}"),
         ("heads", f"{facts['num_heads']} query, {facts['num_kv_heads']} KV, {facts['head_dim']} wide"),
         ("windows", ", ".join(map(str, windows)) if windows else "none: every layer attends to everything"),
@@ -180,6 +182,12 @@ def _table(facts: dict[str, Any]) -> str:
         ("gates", ", ".join(facts["gates"]) or "none known: --gates streaming"),
     ]
     return "\n".join(columns([(name, neutralise(value)) for name, value in lines]))
+
+
+def _stored(facts: dict[str, Any]) -> str:
+    if facts["quantised"] is None:
+        return f"as {facts['dtype']}"
+    return f"in {facts['quantised']}, {facts['bits_per_weight']} bits each"
 
 
 def _listing(models: Sequence[Mapping[str, Any]]) -> str:

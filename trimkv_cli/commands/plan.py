@@ -185,7 +185,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
     run = plan.run
     measured = "measured" if run.machine.calibrated(run.device) else "not measured: trimkv doctor --measure"
     notes = {
-        "weights": run.dtype if run.quantize == "none" else f"{run.quantize}, computing in {run.dtype}",
+        "weights": run.dtype if run.form == "none" else f"{run.precision}, computing in {run.dtype}",
         "gates": run.gate.variant,
         "kv": f"{run.rows} × {run.kv_budget} slots per head, {run.kv_dtype}",
         "shared_prefix": "one more sequence, to share a system message",

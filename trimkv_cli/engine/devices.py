@@ -230,11 +230,17 @@ def module_bytes(module: nn.Module) -> int:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
     for parameter in module.parameters():
-        yield parameter
+        yield from stored_parts(parameter)
         for state in (vars(parameter), _fields(getattr(parameter, "quant_state", None))):
             yield from (value for value in state.values() if isinstance(value, Tensor))
     for part in module.modules():
         yield from (value for value in _fields(getattr(part, "state", None)).values() if isinstance(value, Tensor))
+
+
+def stored_parts(parameter: Tensor) -> list[Tensor]:
+    """Return what a weight consists of, as torchao's do of values and scales."""
+    flatten = getattr(parameter, "__tensor_flatten__", None)
+    return [parameter] if flatten is None else [getattr(parameter, name) for name in flatten()[0]]
 
 
 def _fields(state: object) -> dict[str, object]:

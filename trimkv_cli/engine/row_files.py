@@ -16,6 +16,7 @@ from torch import nn
 
 from trimkv_cli import __version__
 from trimkv_cli.cache.rebase import RebasedRow
+from trimkv_cli.engine.devices import stored_parts
 from trimkv_cli.errors import CacheMismatch, InputError
 from trimkv_cli.files import whole_file
 from trimkv_cli.model.spec import Pins
@@ -47,9 +48,11 @@ _SAMPLED = 64  # values of each parameter; whole files would take as long to rea
 
 def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan, pins: Pins) -> Mapping[str, str]:
     """Name what a row of the cache depends on, as strings: sizes as they are, weights as short hashes."""
+    shape = asdict(plan.run.spec)
+    del shape["quantised"]  # the weights themselves differ
     return {
         "trimkv": __version__,
-        "weights": _hash(asdict(plan.run.spec), [model]),
+        "weights": _hash(shape, [model]),
         "gates": _hash({**asdict(plan.run.gate), "id": None}, gates),  # a folder may move
         "kv_budget": str(plan.run.kv_budget),
         "prefill_chunk": str(plan.run.prefill_chunk),
@@ -66,10 +69,10 @@ def _hash(config: Mapping[str, Any], modules: Iterable[nn.Module]) -> str:
     for module in modules:
         # Not state_dict(): bitsandbytes turns packed weights back for it.
         for name, tensor in module.named_parameters(remove_duplicate=False):
-            flat = tensor.reshape(-1)
-            some = flat[:: max(1, len(flat) // _SAMPLED)].contiguous().view(torch.uint8)
             digest.update(f"{name}{list(tensor.shape)}".encode())
-            digest.update(bytes(some.tolist()))
+            for flat in (part.reshape(-1) for part in stored_parts(tensor)):
+                some = flat[:: max(1, len(flat) // _SAMPLED)].contiguous().view(torch.uint8)
+                digest.update(bytes(some.tolist()))
     return digest.hexdigest()[:16]
 
 

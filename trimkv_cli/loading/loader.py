@@ -48,6 +48,7 @@ from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer, gguf_weig
 from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
 from trimkv_cli.loading.quantise import Interrupted, lazy_tensors, misshapen, quantisation_config
 from trimkv_cli.loading.sources import Source, find_source
+from trimkv_cli.loading.stored import read_quantised
 from trimkv_cli.model.spec import KvDtype, Pins, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
@@ -276,11 +277,12 @@ def _load_model(
     source: Source, dtype: torch.dtype, device: torch.device, *, quantize: Quantisation, trust_remote_code: bool
 ) -> PreTrainedModel:
     disable_progress_bar()  # it would write cursor codes into pipes
-    quantisation = quantisation_config(quantize, dtype, device)
+    stored = source.spec.quantised
+    if stored is not None:
+        stored.ensure_runs(device.type)
+    own = {"quantization_config": quantisation_config(quantize, dtype, device)} if stored is None else {}
     try:
-        model, report = _read_model(
-            source.folder, trust_remote_code=trust_remote_code, dtype=dtype, quantization_config=quantisation
-        )
+        model, report = _read_model(source, device, trust_remote_code=trust_remote_code, dtype=dtype, **own)
     except Interrupted as interrupted:
         _refuse(source, interrupted.error)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -293,7 +295,8 @@ def _load_model(
             f"{source.model_id}: {len(absent)} weights are missing, {absent[0]} among them", hint="get the folder again"
         )
     _refuse_dynamic_rope(model)
-    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    placed: Any = model if stored is not None and not stored.unpacks else model.to(device)
+    loaded: PreTrainedModel = placed.eval().requires_grad_(False)
     return loaded
 
 
@@ -307,8 +310,11 @@ def _refuse(source: Source, error: Exception) -> NoReturn:
     ) from error
 
 
-def _read_model(folder: Path, *, trust_remote_code: bool, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _read_model(
+    source: Source, device: torch.device, *, trust_remote_code: bool, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Read the weights tensor by tensor; only a model that brings its own code is left to transformers."""
+    folder = source.folder
     if folder.is_file():
         return _read_gguf(folder, **options)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
@@ -319,7 +325,10 @@ def _read_model(folder: Path, *, trust_remote_code: bool, **options: Any) -> tup
             str(folder), trust_remote_code=trust_remote_code, **options
         )
         return found
-    model, report = known.from_pretrained(None, config=config, state_dict=lazy_tensors(folder), **options)
+    if source.spec.quantised is not None:
+        model, report = read_quantised(folder, source.spec.quantised, known, config, device=device, **options)
+    else:
+        model, report = known.from_pretrained(None, config=config, state_dict=lazy_tensors(folder), **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model, report

@@ -90,7 +90,7 @@ class _Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for module in model.modules():
             if isinstance(module, _quantised_types()):
-                _settle(module, self.quantization_config)
+                _settle(module, self.quantization_config.dtype, self.quantization_config.device)
         return model
 
     def is_serializable(self) -> bool:
@@ -168,14 +168,21 @@ def _empty(module: nn.Linear, config: QuantisationConfig) -> nn.Module:
     return made.requires_grad_(requires_grad=False)
 
 
-def _settle(module: Any, config: QuantisationConfig) -> None:
+def settle_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Settle the layers of a checkpoint that bitsandbytes stored."""
+    for module in model.modules():
+        if isinstance(module, _quantised_types()):
+            _settle(module, model.dtype, device)
+
+
+def _settle(module: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Bring a layer into the form that its forwards use: a CPU with bf16 instructions repacks nf4 at the first one."""
-    if config.quantize != "nf4" or config.device.type != "cpu":
+    if not isinstance(module, _bitsandbytes().nn.Linear4bit) or device.type != "cpu":
         return
     if not packable(module.out_features):
         module.support_avx512bf16_for_cpu = False
     else:
-        module.eval()(torch.zeros(1, module.in_features, dtype=config.dtype))
+        module.eval()(torch.zeros(1, module.in_features, dtype=dtype))
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -183,8 +190,12 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "U8": torch.uint8,
     "I8": torch.int8,
     "BOOL": torch.bool,

@@ -125,6 +125,8 @@ def find_source(options: EngineOptions, *, weights: bool) -> Source:
     """
     name, profile = _named(options)
     ref = model_ref(name, options.revision)
+    if weights:
+        _refuse_early(ref, options)
     folder = ref.folder("model", offline=options.offline) if weights else None
     spec = read_model_spec(folder) if folder is not None else _spec(ref, profile, options)
     gate, gates = _gates(options, profile, ref)
@@ -143,6 +145,15 @@ def find_source(options: EngineOptions, *, weights: bool) -> Source:
         gates_ref=gates,
         name=name,
     )
+
+
+def _refuse_early(ref: ModelRef, options: EngineOptions) -> None:
+    """Refuse what lacks a package, or is of no family known here, before its weights are downloaded."""
+    if ref.wheel is not None or ref.id.count("/") != 1 or ":" in ref.id or Path(ref.id).expanduser().exists():
+        return
+    stored = read_model_spec(ref.folder("config", offline=options.offline)).quantised
+    if stored is not None:
+        stored.ensure_installed()
 
 
 def find_here(options: EngineOptions) -> Source | None:

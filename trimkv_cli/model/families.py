@@ -151,8 +151,6 @@ def supported_type(config: Mapping[str, Any]) -> str:
     if model_type not in FAMILIES:
         what = f"is not supported{f': {why}' if why else ''}"
         raise UnsupportedModel(f"model type {model_type} {what}", hint=f"supported: {', '.join(FAMILIES)}")
-    if config.get("quantization_config"):
-        raise UnsupportedModel("a quantized checkpoint is not supported", hint="take the model's original weights")
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModel("an embedding model (bidirectional attention) writes no text", hint="take its base")
     return model_type

@@ -69,6 +69,8 @@ def read_model_spec(folder: Path) -> ModelSpec:
     spec = ModelSpec.from_config(config)
     tensors = read_safetensors_headers(folder)
     skipped = ("lm_head.weight",) if spec.tied else ()
+    if spec.quantised is not None:
+        return replace(spec, quantised=spec.quantised.with_headers(tensors, skipped=skipped)) if tensors else spec
     stored = sum(prod(shape) for name, (_, shape) in tensors.items() if name not in skipped and "inv_freq" not in name)
     dtypes = {STORED_DTYPES[dtype] for dtype, _ in tensors.values() if dtype in STORED_DTYPES}
     known = config.get("dtype") or config.get("torch_dtype") or len(dtypes) != 1

@@ -17,6 +17,7 @@ from trimkv_cli.model.families import (
     supported_type,
     weight_numel,
 )
+from trimkv_cli.model.quantised import Quantised
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
@@ -49,6 +50,7 @@ class ModelSpec:
     tied: bool
     original_max_positions: int | None  # long-RoPE: where the short factors end
     weight_numel: int
+    quantised: Quantised | None = None  # how the checkpoint itself is stored
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -71,15 +73,24 @@ class ModelSpec:
             "intermediate_size": positive(full, "intermediate_size"),
             "vocab_size": positive(full, "vocab_size"),
         }
+        dtype = _DTYPES.get(str(full.get("dtype") or full.get("torch_dtype")).removeprefix("torch."), "fp32")
+        numel, tied = weight_numel(model_type, full, **shape), bool(full["tie_word_embeddings"])
+        quantised = None
+        if full.get("quantization_config") is not None:
+            vocab = shape["vocab_size"] * hidden * (1 if tied else 2)
+            quantised = Quantised.from_config(
+                full, weight_numel=numel, vocab_numel=vocab, dtype_bytes=DTYPE_BYTES[dtype]
+            )
         return cls(
             model_type=model_type,
             **shape,
             max_positions=positive(full, "max_position_embeddings"),
             windows=layer_windows(model_type, full),
-            dtype=_DTYPES.get(str(full.get("dtype") or full.get("torch_dtype")).removeprefix("torch."), "fp32"),
-            tied=bool(full["tie_word_embeddings"]),
+            dtype=dtype,
+            tied=tied,
             original_max_positions=original_max_positions(full),
-            weight_numel=weight_numel(model_type, full, **shape),
+            weight_numel=numel,
+            quantised=quantised,
         )
 
     @property
@@ -89,7 +100,9 @@ class ModelSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights in the model's own dtype."""
+        """Bytes of the weights in the model's own dtype, or as a quantised checkpoint stores them."""
+        if self.quantised is not None:
+            return self.quantised.stored_bytes
         return self.weight_numel * DTYPE_BYTES[self.dtype]
 
     @property

@@ -179,7 +179,7 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
         kv_flag=_kv_flag(gate, options),
         full_cache=gate.variant == "none",
         dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
-        can_quantise=options.can_quantise,
+        can_quantise=options.can_quantise and spec.quantised is None,
     )
 
 
@@ -190,13 +190,30 @@ def _most_rows(options: PlanOptions) -> int:
 def _precisions(spec: ModelSpec, options: PlanOptions) -> tuple[Precision, ...]:
     """List the precisions allowed, the highest first; what a budget does not force is never quantised."""
     asked = parse_quantisation(options.quantize)
-    possible = options.can_quantise and options.device in QUANTISES and options.budget is not None
+    if spec.quantised is not None and asked not in (None, "none"):
+        raise UsageError(
+            f"--quantize {asked}: the checkpoint is quantised already, in {spec.quantised.label}",
+            hint="--quantize none, or take the model's original weights",
+        )
+    possible = (
+        spec.quantised is None and options.can_quantise and options.device in QUANTISES and options.budget is not None
+    )
     levels = (asked,) if asked is not None else QUANTISATIONS if possible else QUANTISATIONS[:1]
     return tuple((dtype, level) for level in levels for dtype in _dtypes(spec, options))
 
 
 def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:
-    """List the dtypes allowed: auto on a CPU is fp32, or where that does not fit the model's own."""
+    """List the dtypes allowed: auto on a CPU is fp32, or where that does not fit the model's own.
+
+    What stays packed computes in the dtype that it was stored for.
+    """
+    if spec.quantised is not None and not spec.quantised.unpacks:
+        if parse_dtype(options.dtype, spec.dtype) != spec.dtype:
+            raise UsageError(
+                f"--dtype {options.dtype}: a checkpoint in {spec.quantised.label} stays in its own {spec.dtype}",
+                hint="leave out --dtype",
+            )
+        return (spec.dtype,)
     if options.dtype != "auto" or options.device != "cpu" or spec.dtype == "fp32":
         return (parse_dtype(options.dtype, spec.dtype),)
     return ("fp32",) if isinstance(options.kv_budget, SequenceBytes) else ("fp32", spec.dtype)

@@ -83,8 +83,10 @@ def alternatives(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Itera
     if options.budget is None:
         raise UsageError("--compare needs a budget", hint="--budget 8GiB --compare")
     slots = make_plan(spec, gate, options).run.kv_budget
-    for quantize in _quantisations(options):
-        for dtype in dict.fromkeys(("fp32", spec.dtype) if options.device == "cpu" else (spec.dtype,)):
+    packed = spec.quantised is not None and not spec.quantised.unpacks
+    dtypes = (spec.dtype,) if packed or options.device != "cpu" else ("fp32", spec.dtype)
+    for quantize in _quantisations(options) if spec.quantised is None else ("none",):
+        for dtype in dict.fromkeys(dtypes):
             for kv_dtype in _kv_dtypes(options, dtype):
                 asked = replace(options, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, kv_budget=slots)
                 yield _alternative(spec, gate, replace(asked, prefill_chunk=asked.prefill_chunk or 512), dtype, slots)
@@ -95,7 +97,7 @@ def _alternative(spec: ModelSpec, gate: GateSpec, asked: PlanOptions, dtype: str
     run = make_plan(spec, gate, one).run
     full = replace(one, kv_budget=None)
     return Alternative(
-        weights=dtype if run.quantize == "none" else f"{run.quantize} ({dtype})",
+        weights=dtype if run.form == "none" else f"{run.precision} ({dtype})",
         quantize=run.quantize,
         kv_dtype=run.kv_dtype,
         bytes=run.total_bytes,

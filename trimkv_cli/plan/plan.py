@@ -137,6 +137,9 @@ def make_plan(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Plan:
 
 
 def _reasons(choices: Choices, run: Run, options: PlanOptions) -> Iterator[str]:
+    stored = run.spec.quantised
+    if stored is not None and stored.unpacks:
+        yield f"{stored.label} weights are unpacked to {run.dtype}, the only form that runs here"
     if options.dtype == "auto" and run.dtype != run.spec.dtype:
         yield f"{run.dtype}: the default on a CPU; the model's own is {run.spec.dtype}"
     dtype, quantize = choices.precisions[0]

@@ -84,7 +84,7 @@ class Run:
         if self.counts_runtime:
             parts.append(Part("slack", _slack_bytes(sum(part.bytes for part in parts), self.device)))
             parts.append(Part("runtime", self.machine.runtime_bytes(self.device)))
-            parts.append(Part("quantiser", _QUANTISER_BYTES if self.quantize != "none" and cpu else 0))
+            parts.append(Part("quantiser", _QUANTISER_BYTES if self.form != "none" and cpu else 0))
         return tuple(part for part in parts if not (self.loaded and part.name == "loading"))
 
     @property
@@ -114,7 +114,17 @@ class Run:
 
     @property
     def precision(self) -> str:
+        if self.spec.quantised is not None and self.form != "none":
+            return self.spec.quantised.label
         return self.dtype if self.quantize == "none" else self.quantize
+
+    @property
+    def form(self) -> Quantisation:
+        """What the matrices are in while the model runs; other packed ones are unpacked step by step, as nf4 is."""
+        stored = self.spec.quantised
+        if stored is None or stored.unpacks:
+            return self.quantize
+        return "int8" if stored.method == "bitsandbytes" and stored.bits == 8 else "nf4"
 
     @property
     def step_rows(self) -> int:
@@ -143,7 +153,9 @@ class Run:
     @property
     def packs_nf4(self) -> bool:
         """Whether nf4 matrices are laid out anew for this machine's CPU."""
-        return self.device == "cpu" and self.machine.packs_nf4
+        stored = self.spec.quantised
+        by_bitsandbytes = stored is None or stored.method == "bitsandbytes"
+        return self.device == "cpu" and self.machine.packs_nf4 and by_bitsandbytes
 
     @property
     def threads(self) -> int:
@@ -162,7 +174,8 @@ def _slack_bytes(allocated: int, device: str) -> int:
 
 def _loading_bytes(run: Run, *, later: int) -> int:
     """Count what loading takes beyond what running does: the tensors in transit, as stored and as they become."""
-    spec, quantised = run.spec, run.quantize != "none"
+    spec, stored_so = run.spec, run.spec.quantised
+    quantised = run.quantize != "none" or stored_so is not None
     matrix = max(rows * columns for rows, columns in spec.matrices)
     if run.device != "cpu":  # what is read lies in host memory; a matrix is there whole while it is quantised
         return max(0, 2 * matrix * run.dtype_bytes - later) if quantised else 0
@@ -171,12 +184,14 @@ def _loading_bytes(run: Run, *, later: int) -> int:
     transit = (embeddings + 3 * matrix) * stored  # up to four files' readers at a time
     if quantised:
         transit = max(transit, matrix * (run.dtype_bytes + _QUANTISING_BYTES))
+    if stored_so is not None and not stored_so.streams:
+        transit += stored_so.stored_bytes  # mapped while it is copied
     return max(0, transit - later)
 
 
 def _reordered_bytes(run: Run) -> int:
     """Count the decoder's matrices once more: what several rows in 16 bits were seen to take beside them."""
-    halves = run.quantize == "none" and run.dtype_bytes == 2 and run.step_rows >= _REORDERED_FROM
+    halves = run.form == "none" and run.dtype_bytes == 2 and run.step_rows >= _REORDERED_FROM
     if run.device != "cpu" or not run.machine.reorders_halves or not halves:
         return 0
     return run.spec.num_layers * sum(outputs * inputs for outputs, inputs in run.spec.matrices) * 2
@@ -190,7 +205,7 @@ def _forward_bytes(run: Run) -> int:
 
 def _dequantising_bytes(run: Run) -> int:
     """Count a step while its largest matrices are unpacked: one that widens vectors, then the one that narrows them."""
-    if run.quantize != "nf4" or run.packs_nf4:
+    if run.form != "nf4" or run.packs_nf4:
         return 0
     spec = run.spec
     tokens = max(run.step_tokens, run.step_rows)
@@ -221,7 +236,7 @@ def _mlp_bytes(run: Run, tokens: int) -> int:
     """Embeddings, a layer's input, what attention added, its norm; and the widened vectors: gate, up, product."""
     spec = run.spec
     wide = _wide_bytes(run)
-    if run.quantize == "int8":
+    if run.form == "int8":
         inner = spec.intermediate_size
         product = inner * (_INT8_BYTES + run.dtype_bytes) + spec.hidden_size
         wide = max(wide, 2 * inner * _INT8_BYTES if spec.model_type == "phi3" else product)
@@ -319,7 +334,7 @@ def _decode_bytes(run: Run) -> int:
 
 
 def _decodes_together(run: Run) -> bool:
-    plain = run.dtype == run.kv_dtype == "fp32" and run.quantize == "none"
+    plain = run.dtype == run.kv_dtype == "fp32" and run.form == "none"
     return plain and run.device == "cpu" and run.spec.model_type in SEQUENTIAL_FAMILIES
 
 
@@ -332,8 +347,12 @@ def _distinct_layers(spec: ModelSpec, kv_budget: int) -> list[int]:
 def weight_bytes(spec: ModelSpec, dtype: Dtype, quantize: Quantisation, *, packs_nf4: bool = False) -> int:
     """Count the weights; embeddings, norms, biases and output head are never quantised, tied ones count once.
 
-    `packs_nf4`: the device is a CPU with bf16 instructions, for which bitsandbytes lays nf4 out anew.
+    A checkpoint that stays packed takes what it stores. `packs_nf4`: the device is a CPU with bf16 instructions, where
+    bitsandbytes lays nf4 out anew.
     """
+    stored = spec.quantised
+    if stored is not None and not stored.unpacks:
+        return (stored.repacked_bytes if packs_nf4 else None) or stored.stored_bytes
     small = [shape for shape in spec.matrices if quantisable(shape[1], quantize)]
     whole = spec.weight_numel - spec.num_layers * sum(rows * columns for rows, columns in small)
     each = (matrix_bytes(rows, columns, quantize, packs_nf4=packs_nf4) for rows, columns in small)

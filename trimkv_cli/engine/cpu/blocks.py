@@ -91,7 +91,7 @@ def make_blocks(model: PreTrainedModel, undo: ExitStack) -> list[Block] | None:
     known = getattr(model.config, "model_type", None) in SEQUENTIAL_FAMILIES
     layers: Any = decoder_layers(model)
     linears = [module for module in layers.modules() if "Linear" in type(module).__name__]
-    plain = all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
+    plain = all(type(linear) is PackedLinear or _is_plain(linear) for linear in linears)
     rotary = rotary_embedding(model)
     if not (known and plain) or 2 * rotary.inv_freq.numel() != _head_dim(layers[0].self_attn):
         return None
@@ -99,6 +99,11 @@ def make_blocks(model: PreTrainedModel, undo: ExitStack) -> list[Block] | None:
         return [_make_block(layer, undo) for layer in layers]
     except AttributeError:  # a release with other names: transformers' own forward serves it
         return None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell a linear layer whose weight holds numbers, and nothing of a library that quantised it."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def _make_block(layer: Any, undo: ExitStack) -> Block:
@@ -201,7 +206,7 @@ def pack(model: PreTrainedModel, undo: ExitStack) -> None:
     """Pack the decoder layers of a model, until `undo`."""
     layers: Any = decoder_layers(model)
     # One layer after the other, so that only one matrix is there twice.
-    for name in [name for name, module in layers.named_modules() if type(module) is nn.Linear]:
+    for name in [name for name, module in layers.named_modules() if _is_plain(module)]:
         layers.set_submodule(name, PackedLinear(layers.get_submodule(name)))
         undo.callback(_unpack, layers, name)
 
