@@ -156,7 +156,8 @@ def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[st
     full_slots = sum(spec.slots(layer, spec.max_positions) for layer in range(spec.num_layers))
     return {
         "id": ref.id,
-        **{field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "quantised"},
+        **{field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in ("quantised", "gguf")},
+        "gguf": None if spec.gguf is None else asdict(spec.gguf),
         "weight_bytes": spec.weight_bytes,
         "quantised": spec.quantised.label if spec.quantised is not None else None,
         "bits_per_weight": round(8 * spec.weight_bytes / spec.weight_numel, 2),
@@ -185,6 +186,10 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _stored(facts: dict[str, Any]) -> str:
+    if facts["gguf"] is not None:
+        bits = round(8 * facts["gguf"]["bytes"] / facts["weight_numel"], 2)
+        size = format_size(facts["gguf"]["bytes"])
+        return f"as {facts['dtype']}; in the file {size} as {facts['gguf']['types']}: {bits} bits each"
     if facts["quantised"] is None:
         return f"as {facts['dtype']}"
     return f"in {facts['quantised']}, {facts['bits_per_weight']} bits each"

@@ -148,6 +148,7 @@ def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, mor
             "gates": {"id": run.gate.id, "trained_memory_size": run.gate.memory_size},
             "device": run.device,
             "dtype": run.dtype,
+            "gguf": None if run.spec.gguf is None else asdict(run.spec.gguf),
             "quantize": run.quantize,
             "kv_dtype": run.kv_dtype,
             "kv_budget": run.kv_budget,
@@ -202,6 +203,9 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "runtime": f"{'torch and transformers' if run.device == 'cpu' else f'{run.device} context'}, {measured}",
         "quantiser": "bitsandbytes and what it imports",
     }
+    if run.spec.gguf is not None:
+        bits = round(8 * run.spec.gguf.bytes / run.spec.weight_numel, 2)
+        yield "file", run.spec.gguf.bytes, f"{run.spec.gguf.types}: {bits} bits per weight, unpacked when loaded"
     for part in (part for part in run.parts if part.bytes):
         yield part.name.replace("_", " "), part.bytes, notes.get(part.name, "")
     yield "total", run.total_bytes, "" if plan.budget_bytes is None else "fits" if plan.fits else "does not fit"

@@ -49,7 +49,7 @@ _SAMPLED = 64  # values of each parameter; whole files would take as long to rea
 def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan, pins: Pins) -> Mapping[str, str]:
     """Name what a row of the cache depends on, as strings: sizes as they are, weights as short hashes."""
     shape = asdict(plan.run.spec)
-    del shape["quantised"]  # the weights themselves differ
+    del shape["quantised"], shape["gguf"]  # the weights themselves differ
     return {
         "trimkv": __version__,
         "weights": _hash(shape, [model]),

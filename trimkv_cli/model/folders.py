@@ -11,7 +11,7 @@ from typing import Any
 from trimkv_cli.errors import BrokenModel, ModelNotFound
 from trimkv_cli.model.gguf import read_gguf
 from trimkv_cli.model.gguf_config import gguf_config
-from trimkv_cli.model.spec import STORED_DTYPES, GateSpec, ModelSpec
+from trimkv_cli.model.spec import STORED_DTYPES, GateSpec, GgufForm, ModelSpec
 
 _AGAIN = "get the folder again"
 
@@ -81,7 +81,9 @@ def _gguf_spec(path: Path) -> ModelSpec:
     header = read_gguf(path)
     spec = ModelSpec.from_config(gguf_config(header))
     stored = sum(prod(tensor.shape) for name, tensor in header.tensors.items() if not name.startswith("rope_"))
-    return replace(spec, weight_numel=max(spec.weight_numel, stored))
+    types = ", ".join(dict.fromkeys(tensor.type.name for tensor in header.tensors.values()))
+    form = GgufForm(bytes=header.stored_bytes, types=types)
+    return replace(spec, weight_numel=max(spec.weight_numel, stored), gguf=form)
 
 
 def read_gate_spec(folder: Path, *, id: str) -> GateSpec:

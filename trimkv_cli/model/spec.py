@@ -33,6 +33,14 @@ _DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GgufForm:
+    """How a GGUF file stores the weights, which are unpacked when they are loaded."""
+
+    bytes: int
+    types: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The shape of one decoder; `windows` has one entry per layer, None where attention is full."""
 
@@ -51,6 +59,7 @@ class ModelSpec:
     original_max_positions: int | None  # long-RoPE: where the short factors end
     weight_numel: int
     quantised: Quantised | None = None  # how the checkpoint itself is stored
+    gguf: GgufForm | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
