@@ -113,7 +113,6 @@ def test_the_full_cache_of_a_context_is_named() -> None:
         (["golden/qwen3_base", "--gates", "streaming", "--revision", "main"], 2, "no revisions"),
         (["no-such-model"], 6, "no-such-model"),
         (["golden"], 6, "config.json"),
-        (["golden/qwen3_base"], 6, "no retention gates"),
         (["phi-3-mini-128k-instruct", "--gates", "mini"], 6, "gates for qwen3"),
     ],
 )

@@ -100,6 +100,7 @@ class ModelSpec:
             original_max_positions=original_max_positions(full),
             weight_numel=numel,
             quantised=quantised,
+            gguf=None,
         )
 
     @property
