@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
 
-from helpers.quantised_models import COMPRESSED, FP8, save_quantised, set_config, unpacked_model
+from helpers.quantised_models import COMPRESSED, FP8, MXFP4, save_quantised, set_config, unpacked_model
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import BrokenModel, ModelError, UnsupportedModel, UsageError
 from trimkv_cli.loading.loader import load_engine
@@ -100,6 +100,15 @@ def test_compressed_tensors_are_unpacked(tmp_path: Path) -> None:
     path = save_quantised(tmp_path, COMPRESSED)
     engine = load(path)
     assert answers(engine) == generate(unpacked_model(path))
+    planned = engine.facts.plan.run.part_bytes("weights")
+    assert abs(planned - engine.facts.weight_bytes) < 0.02 * planned
+
+
+def test_mxfp4_is_unpacked(tmp_path: Path) -> None:
+    """Catches experts with the two halves of a byte exchanged, and a plan of the 4 bits that only GPUs compute with."""
+    path = save_quantised(tmp_path, MXFP4, "gpt_oss")
+    engine = load(path)
+    assert answers(engine) == generate(unpacked_model(path, "gpt_oss"))
     planned = engine.facts.plan.run.part_bytes("weights")
     assert abs(planned - engine.facts.weight_bytes) < 0.02 * planned
 

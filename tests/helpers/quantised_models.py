@@ -13,6 +13,8 @@ from helpers.tiny_models import make_model
 
 _BLOCK = 32
 FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [_BLOCK, _BLOCK]}
+MXFP4: dict[str, Any] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 COMPRESSED: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -30,11 +32,16 @@ COMPRESSED: dict[str, Any] = {
 
 
 def save_quantised(folder: Path, settings: dict[str, Any], family: str = "qwen3", **changes: Any) -> Path:
-    """Save a tiny model, its matrices in FP8 by blocks or rows where the settings say so."""
+    """Save a tiny model, its matrices in FP8 by blocks or rows where the settings say so, or experts in MXFP4."""
     make_model(family, **changes).save_pretrained(folder)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
-        if "_proj" not in name or settings["quant_method"] not in ("fp8", "compressed-tensors"):
+        if settings["quant_method"] == "mxfp4" and name.endswith(("experts.down_proj", "experts.gate_up_proj")):
+            experts, inner, outer = weight.shape
+            shape = (experts, outer, inner // _BLOCK, _BLOCK // 2)
+            tensors[f"{name}_blocks"] = torch.randint(256, shape, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(121, 124, shape[:3], dtype=torch.uint8)
+        elif "_proj" not in name or settings["quant_method"] not in ("fp8", "compressed-tensors"):
             tensors[name] = weight
         elif settings["quant_method"] == "fp8":
             rows, columns = weight.shape
@@ -59,7 +66,16 @@ def unpacked_model(folder: Path, family: str = "qwen3", **changes: Any) -> Any:
             by_block = scale.repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK, 1)
             factors = scale if f"{name}_scale" in tensors else by_block
             parameter.data = tensors[name].float() * factors
+        if f"{name}_blocks" in tensors:
+            parameter.data = _from_fp4(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
     return model
+
+
+def _from_fp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return `[experts, inputs, outputs]` of blocks of 32 inputs, two in a byte, each block with its power of 2."""
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).int()
+    values = _FP4[codes & 7] * (1 - 2 * (codes >> 3))
+    return (values * 2.0 ** (scales.float()[..., None] - 127)).flatten(-2).transpose(1, 2).contiguous()
 
 
 def set_config(folder: Path, **changes: Any) -> None:
