@@ -138,7 +138,9 @@ def test_head_dim_falls_back_to_the_share_of_the_hidden_size() -> None:
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({}, "None"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "multimodal"),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "multimodal"),
+        ({"model_type": "idefics3", "text_config": {"model_type": "llama"}}, "multimodal"),
+        ({"model_type": "gemma3", "text_config": TINY, "quantization_config": {"quant_method": "awq"}}, "multimodal"),
         ({**TINY, "model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     ],
 )

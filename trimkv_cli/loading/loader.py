@@ -49,6 +49,7 @@ from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
 from trimkv_cli.loading.quantise import Interrupted, lazy_tensors, misshapen, quantisation_config
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.loading.stored import read_quantised
+from trimkv_cli.model.folders import language_tensors
 from trimkv_cli.model.spec import KvDtype, Pins, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
@@ -139,6 +140,8 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
     """
     started = time.perf_counter()
     device = take_device(options.device)
+    if source.spec.quantised is not None:
+        source.spec.quantised.ensure_runs(device.type)
     _check_deterministic(options, device)
     plan = plan_for(source, options, device, snapshots=snapshots)
     text = load_text(source, trust_remote_code=options.trust_remote_code)
@@ -318,7 +321,8 @@ def _read_model(
     if folder.is_file():
         return _read_gguf(folder, **options)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    alone = _language_model_config(config, tied=source.spec.tied)
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(alone), None)
     options |= _REPORTED
     if known is None:
         found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
@@ -328,10 +332,21 @@ def _read_model(
     if source.spec.quantised is not None:
         model, report = read_quantised(folder, source.spec.quantised, known, config, device=device, **options)
     else:
-        model, report = known.from_pretrained(None, config=config, state_dict=lazy_tensors(folder), **options)
+        tensors = lazy_tensors(folder)
+        weights = tensors if alone is config else language_tensors(tensors)
+        model, report = known.from_pretrained(None, config=alone, state_dict=weights, **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model, report
+
+
+def _language_model_config(config: Any, *, tied: bool) -> Any:
+    """Return the config of a multimodal model's language model, or the config itself."""
+    inner = getattr(config, "text_config", None)
+    if inner is None:
+        return config
+    inner.tie_word_embeddings = tied
+    return inner
 
 
 def _read_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -129,6 +129,8 @@ def find_source(options: EngineOptions, *, weights: bool) -> Source:
         _refuse_early(ref, options)
     folder = ref.folder("model", offline=options.offline) if weights else None
     spec = read_model_spec(folder) if folder is not None else _spec(ref, profile, options)
+    if weights and spec.quantised is not None:
+        spec.quantised.ensure_installed()
     gate, gates = _gates(options, profile, ref)
     if gate.model_type not in (None, spec.model_type):
         raise GateMismatch(

@@ -137,6 +137,33 @@ FAMILIES: Mapping[str, Family] = {
 SEQUENTIAL_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family.sequential)
 
 
+# Multimodal models whose language model is one of the families, as it is alone.
+_HOLD_LANGUAGE_MODEL = ("gemma3", "llava", "mistral3", "qwen3_5", "qwen3_5_moe")
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of a multimodal model's language model, or the config itself.
+
+    Raises:
+        UnsupportedModel: a multimodal model whose language model trimkv does not run.
+        BrokenModel: a `text_config` that is no object.
+    """
+    inner = config.get("text_config")
+    if inner is None:
+        return config
+    if not isinstance(inner, Mapping):
+        raise _senseless("text_config", inner, "an object")
+    outer, model_type = config.get("model_type"), inner.get("model_type")
+    if outer not in _HOLD_LANGUAGE_MODEL or model_type not in FAMILIES:
+        hint = f"language models of {', '.join(_HOLD_LANGUAGE_MODEL)} run alone; or take a text-only checkpoint"
+        raise UnsupportedModel(f"{outer} is a multimodal model, and its {model_type} does not run alone", hint=hint)
+    if config.get("quantization_config") is not None:
+        hint = "take its original weights, or a text-only checkpoint"
+        raise UnsupportedModel(f"a quantised checkpoint of {outer}, a multimodal model, does not run", hint=hint)
+    shared = ("dtype", "torch_dtype", "tie_word_embeddings")
+    return {**{key: config[key] for key in shared if config.get(key) is not None}, **inner}
+
+
 def supported_type(config: Mapping[str, Any]) -> str:
     """Return the config's model type.
 
@@ -144,9 +171,6 @@ def supported_type(config: Mapping[str, Any]) -> str:
         UnsupportedModel: a family or form that trimkv does not run.
     """
     model_type = str(config.get("model_type"))
-    if "text_config" in config:
-        hint = "take a text-only checkpoint; for Gemma 3 one with model_type gemma3_text, such as gemma-3-1b"
-        raise UnsupportedModel(f"{model_type} is a multimodal model; trimkv runs text models", hint=hint)
     why = _REFUSED.get(model_type)
     if model_type not in FAMILIES:
         what = f"is not supported{f': {why}' if why else ''}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trimkv_cli.errors import BrokenModel, ModelNotFound
 from trimkv_cli.model.gguf import read_gguf
@@ -57,6 +59,17 @@ def read_safetensors_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ..
     return {name: (tensor.dtype, tensor.shape) for name, tensor in stored_tensors(folder).items()}
 
 
+def language_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors of a multimodal model's language model, named as that has them alone."""
+    found = ((_LANGUAGE.sub("", name), tensor) for name, tensor in tensors.items() if _LANGUAGE.match(name))
+    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in found}
+
+
+# Written as `language_model.model.layers…`, since transformers 4.52 as `model.language_model.layers…`.
+_LANGUAGE = re.compile(r"(model\.)?language_model\.(model\.)?|(?=lm_head\.)")
+T = TypeVar("T")
+
+
 def read_model_spec(folder: Path) -> ModelSpec:
     """Read the spec of a model's folder or GGUF file; the stored tensors say what config.json leaves open.
 
@@ -68,6 +81,8 @@ def read_model_spec(folder: Path) -> ModelSpec:
     config = read_config(folder)
     spec = ModelSpec.from_config(config)
     tensors = read_safetensors_headers(folder)
+    if config.get("text_config") is not None:
+        tensors = language_tensors(tensors)
     skipped = ("lm_head.weight",) if spec.tied else ()
     if spec.quantised is not None:
         return replace(spec, quantised=spec.quantised.with_headers(tensors, skipped=skipped)) if tensors else spec

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from trimkv_cli.errors import GateMismatch, UsageError
 from trimkv_cli.model.families import (
     FAMILIES,
+    language_config,
     layer_matrices,
     layer_windows,
     original_max_positions,
@@ -69,6 +70,7 @@ class ModelSpec:
             UnsupportedModel: a family or form that trimkv does not run.
             BrokenModel: a key that is missing or has a value that makes no sense.
         """
+        config = language_config(config)
         model_type = supported_type(config)
         full = {**FAMILIES[model_type].defaults, **config}
         heads = positive(full, "num_attention_heads")
