@@ -19,7 +19,7 @@ from trimkv_cli.eval.exam import EncodedSample, EvalOptions, Exam, make_exams
 from trimkv_cli.eval.scoring import EvalResult, Policy, is_right, wilson
 from trimkv_cli.events import Answer
 from trimkv_cli.loading.assemble import assemble
-from trimkv_cli.loading.loader import Parts, load_parts, plan_for
+from trimkv_cli.loading.loader import Parts, load_parts, load_text, plan_for
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source
 from trimkv_cli.model.spec import GateSpec, full_gate, streaming_gate
@@ -70,8 +70,7 @@ def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: 
 
 
 def _text(source: Source, options: EngineOptions) -> Text:
-    assert source.model_folder is not None, "the weights were asked for"
-    text = Text.from_pretrained(source.model_folder, offline=True, trust_remote_code=options.trust_remote_code)
+    text = load_text(source, trust_remote_code=options.trust_remote_code)
     if text is None:
         raise UnsupportedModel(f"{source.model_id} has no tokenizer", hint="take a folder with tokenizer.json")
     return text

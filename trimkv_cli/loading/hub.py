@@ -61,6 +61,8 @@ def resolve(
     """
     path = _local_path(name)
     if path is not None and path.is_file() and kind != "gates" and (is_gguf(path) or path.suffix == ".gguf"):
+        if revision is not None:
+            raise UsageError(f"{name} is a file and has no revisions", hint="leave out --revision")
         return path
     if path is not None and not path.is_dir():
         raise _no_folder(path)

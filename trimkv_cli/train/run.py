@@ -25,7 +25,7 @@ from trimkv_cli.engine.devices import multiplies_bf16, prepare_training, take_de
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stopped, UnsupportedModel, UsageError
 from trimkv_cli.files import whole_file, writing
-from trimkv_cli.loading.loader import load_model
+from trimkv_cli.loading.loader import load_model, load_text
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.model.families import FAMILIES
@@ -83,7 +83,7 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, lis
             hint=f"--context {min(options.context, source.spec.max_positions)} --position-gap 0",
         )
     data = DataFiles(run.data)
-    text = Text.from_pretrained(source.folder, offline=True, trust_remote_code=engine.trust_remote_code)
+    text = load_text(source, trust_remote_code=engine.trust_remote_code)
     if text is None:
         raise ModelNotFound(f"{source.model_id} has no tokenizer", hint="training needs one beside the weights")
     trainer = _make_trainer(engine, options, run, source)
@@ -142,10 +142,10 @@ def _identity(source: Source, data: DataFiles, options: TrainOptions, trainer: T
     }
 
 
-def _model_hash(folder: Path) -> str:
+def _model_hash(files: Path) -> str:
     """Tell one model from another without reading all of it: config, and both ends of each weights file."""
-    digest = sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    digest = sha256(b"" if files.is_file() else (files / "config.json").read_bytes())
+    for path in [files] if files.is_file() else sorted(files.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as file:
             digest.update(f"{path.name} {size}".encode() + file.read(SAMPLE_BYTES))
