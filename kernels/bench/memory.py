@@ -69,7 +69,7 @@ def save_model(config: dict[str, Any], folder: Path, *, dtype: torch.dtype = tor
     model = AutoModelForCausalLM.from_config(made, dtype=dtype)
     model.save_pretrained(folder)
     spec = ModelSpec.from_config(made.to_dict())
-    shapes = layer_shapes(variant="rg", hidden_size=spec.hidden_size, hidden=512, num_kv_heads=spec.num_kv_heads)
+    shapes = layer_shapes(variant="rg", input_size=spec.hidden_size, hidden=512, num_kv_heads=spec.num_kv_heads)
     tensors = {
         tensor_key(layer, name): torch.randn(shape).to(torch.bfloat16) * 0.1
         for layer in range(spec.num_layers)

@@ -52,7 +52,7 @@ def make_engine(*, kv_budget: int, positions: int) -> Engine:
 
 def _random_gates(spec: ModelSpec) -> dict[str, torch.Tensor]:
     shapes = layer_shapes(
-        variant="rg", hidden_size=spec.hidden_size, hidden=_GATE_HIDDEN, num_kv_heads=spec.num_kv_heads
+        variant="rg", input_size=spec.hidden_size, hidden=_GATE_HIDDEN, num_kv_heads=spec.num_kv_heads
     )
     return {
         tensor_key(layer, name): torch.full(shape, 4.0) if name == "bias" else torch.randn(shape) * 0.3

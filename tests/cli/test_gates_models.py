@@ -12,7 +12,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from helpers.engines import gate_tensors
 from helpers.programs import Run
+from trimkv_cli.cache.gate_files import write_gates
+from trimkv_cli.model.spec import GateSpec, ModelSpec
 
 Text = Callable[..., subprocess.CompletedProcess[str]]
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,6 +68,18 @@ def test_gates_verify(trimkv: Text) -> None:
     done = trimkv("gates", "verify", GATES, "--model", MODEL)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"ok: {GATES} (rg) fits {MODEL}: 3 layers of 2 KV heads, 12 tensors\n"
+
+
+def test_gates_that_read_keys_and_values(trimkv: Text, tmp_path: Path) -> None:
+    """Catches a variant that is read and not shown, or that fits no model."""
+    model = ModelSpec.from_config(json.loads(Path(MODEL, "config.json").read_text()))
+    gate = GateSpec(variant="rg3", id="mine", hidden=24, memory_size=8, base_model=MODEL)
+    write_gates(tmp_path, gate, gate_tensors(gate, model))
+    shown = trimkv("gates", "show", str(tmp_path))
+    assert "rg3, 128 → 24 → 2, silu" in shown.stdout
+    done = trimkv("gates", "verify", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"ok: {tmp_path} (rg3) fits {MODEL}: ")
 
 
 def test_gates_verify_without_a_model_takes_the_base(trimkv: Text, cache: Path) -> None:

@@ -9,12 +9,12 @@ from unittest import mock
 
 import torch
 
-from trimkv_cli.cache.gates import build_gates
+from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine import filters
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.loading.assemble import assemble
-from trimkv_cli.model.spec import GateSpec, ModelSpec, Pins, full_gate, streaming_gate
+from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec, Pins, full_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.request import Request, SamplingParams
@@ -43,7 +43,7 @@ class Shape:
     kv_budget: int = 96
     rows: int = 4
     prefill_chunk: int = 512
-    gate: str = "none"  # none, streaming or random
+    gate: str = "none"  # none, streaming, random, or a variant of trained ones
     deterministic: bool = False
     eos: frozenset[int] = frozenset()
     rebases: bool = False
@@ -60,13 +60,30 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
     spec = ModelSpec.from_config(model.config.to_dict())
     sinks = 0 if shape.gate == "random" else 4
     gate = full_gate() if shape.gate == "none" else streaming_gate(sinks)
-    gates: Sequence[Any] = build_gates(gate, spec, {}, dtype=torch.float32, device=model.device)
+    tensors: dict[str, torch.Tensor] = {}
+    if shape.gate in TRAINED_VARIANTS:
+        gate = GateSpec(variant=TRAINED_VARIANTS[shape.gate], id="random", hidden=24)
+        tensors = gate_tensors(gate, spec)
+    gates: Sequence[Any] = build_gates(gate, spec, tensors, dtype=torch.float32, device=model.device)
     if shape.gate == "random":
         gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_layers)]
     plan = make_plan_for(spec, gate, shape)
     facts = EngineFacts.of(model, gates, plan=plan, model_id="tiny", eos_token_ids=shape.eos, pins=pins)
     how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "fast_path": fast_path}
     return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, **how)
+
+
+def gate_tensors(gate: GateSpec, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Draw the tensors of trained gates, with spread-out scores; the same arguments give the same ones."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = layer_shapes(
+        variant=gate.variant, input_size=gate.input_size(spec), hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
+    )
+    return {
+        tensor_key(layer, name): torch.randn(shape, generator=generator) * 0.3
+        for layer in range(spec.num_layers)
+        for name, shape in shapes.items()
+    }
 
 
 def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:

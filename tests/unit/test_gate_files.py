@@ -21,7 +21,7 @@ from torch import Tensor
 from trimkv_cli.cache.gate_files import RELEASED_WEIGHTS, check_gates, read_gates, write_gates, write_released
 from trimkv_cli.cache.gates import layer_shapes, tensor_key
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
-from trimkv_cli.model.spec import ModelSpec
+from trimkv_cli.model.spec import GateVariant, ModelSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEY = "model.layers.1.self_attn.retention_gate.linear2.weight"
@@ -58,8 +58,9 @@ def check(folder: Path, spec: ModelSpec | None = None) -> None:
     check_gates(spec or model_spec(), files.gate, files.tensors)
 
 
-def rg10_tensors() -> dict[str, Tensor]:
-    shapes = layer_shapes(variant="rg10", hidden_size=64, hidden=32, num_kv_heads=2)
+def make_tensors(variant: str) -> dict[str, Tensor]:
+    input_size = 2 * 2 * 32 if variant in ("rg2", "rg3") else 64
+    shapes = layer_shapes(variant=variant, input_size=input_size, hidden=32, num_kv_heads=2)
     shared = torch.randn(2, 32)
     return {
         tensor_key(layer, name): shared if name == "linear3.weight" else torch.randn(shape)
@@ -91,12 +92,13 @@ def test_gates_made_for_several_budgets_say_so(tmp_path: Path) -> None:
     assert read_gates(tmp_path).gate.largest_memory_size == 128
 
 
+@pytest.mark.parametrize("variant", ["rg10", "rg2", "rg3"])
 @pytest.mark.parametrize("write", [write_gates, write_released])
-def test_what_is_written_is_read_again(tmp_path: Path, write: Callable[..., None]) -> None:
+def test_what_is_written_is_read_again(tmp_path: Path, write: Callable[..., None], variant: GateVariant) -> None:
     """Catches a field or a tensor that one of the two directions forgets, and safetensors' refusal of shared memory."""
     gate = read_gates(GOLDEN / "qwen3_rg").gate
-    tensors = rg10_tensors()
-    asked = dataclasses.replace(gate, id="mine", variant="rg10")
+    tensors = make_tensors(variant)
+    asked = dataclasses.replace(gate, id="mine", variant=variant)
     write(tmp_path / "deep/mine", asked, tensors, hidden_act="gelu")
     again = read_gates(tmp_path / "deep/mine")
     assert again.hidden_act == "gelu"
@@ -104,6 +106,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, write: Callable[..., None
     assert again.tensors.keys() == tensors.keys()
     assert all(torch.equal(again.tensors[key], tensor) for key, tensor in tensors.items())
     assert not list((tmp_path / "deep/mine").glob(".*"))
+    check_gates(model_spec(), again.gate, again.tensors)
 
 
 def test_own_config_names_what_a_reader_needs(tmp_path: Path) -> None:
@@ -144,11 +147,11 @@ def test_a_future_format_is_refused(tmp_path: Path) -> None:
         read_gates(tmp_path)
 
 
-@pytest.mark.parametrize("variant", ["rg", "rg10"])
+@pytest.mark.parametrize("variant", ["rg", "rg10", "rg3"])
 def test_a_config_without_variant_is_told_by_its_tensors(folder: Path, variant: str) -> None:
     """Catches older releases that stop loading, and a guess that nobody is told of."""
-    if variant == "rg10":
-        torch.save(rg10_tensors(), folder / RELEASED_WEIGHTS)
+    if variant != "rg":
+        torch.save(make_tensors(variant), folder / RELEASED_WEIGHTS)
     change_config(folder, retention_gate=..., retention_gate_intermediate_size=..., hidden_act=...)
     gate, tensors, hidden_act, warnings = read_gates(folder)
     assert (gate.variant, gate.hidden, hidden_act) == (variant, 32, "silu")
@@ -176,18 +179,28 @@ def test_a_memory_size_that_is_no_number_of_slots(folder: Path, value: object) -
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ("rg2", "research variant rg2 is not supported"),
-        ("rg3", "research variant rg3 is not supported"),
         ("rg99", "gate variant 'rg99' is not supported"),
         (7, "gate variant 7 is not supported"),
         ("none", "gate variant 'none' is not supported"),
     ],
 )
 def test_other_variants_are_refused_by_name(folder: Path, variant: object, message: str) -> None:
-    """Catches a research gate that is run as an rg gate."""
+    """Catches a gate of another kind that is run as an rg gate."""
     change_config(folder, retention_gate=variant)
     with pytest.raises(GateMismatch, match=message):
         read_gates(folder)
+
+
+def test_a_gate_of_keys_and_values_is_as_wide_as_those(folder: Path) -> None:
+    """Catches an rg2 gate, whose tensors have an rg's names, that is given hidden states, and the reverse."""
+    change_config(folder, retention_gate="rg2")
+    with pytest.raises(GateMismatch, match=r"linear1\.weight is \[32, 64\] instead of \[32, 128\]"):
+        check(folder)
+    torch.save(make_tensors("rg2"), folder / RELEASED_WEIGHTS)
+    check(folder)
+    change_config(folder, retention_gate="rg")
+    with pytest.raises(GateMismatch, match=r"linear1\.weight is \[32, 128\] instead of \[32, 64\]"):
+        check(folder)
 
 
 def test_a_folder_without_gates(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from trimkv_cli.model.spec import GateSpec, GateVariant, ModelSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HIDDEN_SIZE, HIDDEN, KV_HEADS, LAYERS = 64, 32, 2, 3
+KV_SIZE = 2 * KV_HEADS * 32  # what rg2 and rg3 read
 
 
 def model_spec() -> ModelSpec:
@@ -28,9 +29,13 @@ def gate_spec(variant: GateVariant) -> GateSpec:
     return GateSpec(variant=variant, id="gates", hidden=HIDDEN)
 
 
+def width(variant: str) -> int:
+    return KV_SIZE if variant in ("rg2", "rg3") else HIDDEN_SIZE
+
+
 def random_tensors(variant: str, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = layer_shapes(variant=variant, hidden_size=HIDDEN_SIZE, hidden=HIDDEN, num_kv_heads=KV_HEADS)
+    shapes = layer_shapes(variant=variant, input_size=width(variant), hidden=HIDDEN, num_kv_heads=KV_HEADS)
     return {
         tensor_key(layer, name): torch.randn(shape, generator=generator) * 0.3
         for layer in range(LAYERS)
@@ -81,14 +86,14 @@ def test_three_layer_gate_is_the_formula() -> None:
         torch.testing.assert_close(gate(hidden_states, positions(2, 5)), expected)
 
 
-@pytest.mark.parametrize("variant", ["rg", "rg10"])
+@pytest.mark.parametrize("variant", ["rg", "rg10", "rg3"])
 def test_result_is_float32_and_at_most_zero_in_half_precision(variant: GateVariant) -> None:
     """Catches a bias of 18 added in bfloat16, whose step of ⅛ there makes most tokens equal."""
     tensors = random_tensors(variant)
     for number in range(LAYERS):
         tensors[tensor_key(number, "bias")] = torch.full((KV_HEADS,), 18.0)
     gate = build(variant, tensors, torch.bfloat16)[1]
-    log_beta = gate(torch.randn(3, 7, HIDDEN_SIZE).bfloat16(), positions(3, 7))
+    log_beta = gate(torch.randn(3, 7, width(variant)).bfloat16(), positions(3, 7))
     assert log_beta.shape == (3, 7, KV_HEADS)
     assert log_beta.dtype == torch.float32
     assert (log_beta < 0).all()
@@ -160,9 +165,9 @@ def test_gates_are_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in gates.parameters())
 
 
-@pytest.mark.parametrize("variant", ["rg", "rg10"])
+@pytest.mark.parametrize("variant", ["rg", "rg10", "rg2", "rg3"])
 def test_declared_shapes_are_those_of_the_module(variant: GateVariant) -> None:
     """Catches a check of files that disagrees with what the module loads."""
     gate = build(variant, random_tensors(variant))[0]
-    shapes = layer_shapes(variant=variant, hidden_size=HIDDEN_SIZE, hidden=HIDDEN, num_kv_heads=KV_HEADS)
+    shapes = layer_shapes(variant=variant, input_size=width(variant), hidden=HIDDEN, num_kv_heads=KV_HEADS)
     assert {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()} == shapes

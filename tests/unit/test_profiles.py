@@ -97,7 +97,7 @@ def test_an_unknown_profile_suggests_a_near_one() -> None:
         ('model = "m"\nkv_budget = "many"\n', "not a whole number", ""),
         ('model = "m"\nkv_budget = true\n', "not a whole number", ""),
         ('model = "m"\nkv_budget = 0\n', "too small", "1 or more"),
-        ('model = "m"\nvariant = "rg2"\n', "'rg2'", "rg10"),
+        ('model = "m"\nvariant = "rg4"\n', "'rg4'", "rg10"),
         ("", "'model' is missing", "model ="),
         ("model = \n", "not valid TOML", ""),
     ],

@@ -14,6 +14,7 @@ from trimkv_cli.errors import BrokenModel, GateMismatch, ModelNotFound, Unsuppor
 from trimkv_cli.model.families import FAMILIES
 from trimkv_cli.model.folders import read_config, read_gate_spec, read_model_spec, read_safetensors_headers
 from trimkv_cli.model.spec import (
+    TRAINED_VARIANTS,
     GateSpec,
     ModelSpec,
     gate_bytes,
@@ -232,7 +233,7 @@ def test_our_own_gate_configs_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"retention_gate": "rg2"}, {"retention_gate": "rg", "memory_size": 1.5}, {"retention_gate": ["rg"]}]
+    "config", [{}, {"retention_gate": "rg4"}, {"retention_gate": "rg", "memory_size": 1.5}, {"retention_gate": ["rg"]}]
 )
 def test_gates_that_trimkv_does_not_run_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(GateMismatch, match="some gates"):
@@ -245,9 +246,10 @@ def test_gate_parameters_are_those_of_the_modules(golden: Path) -> None:
     from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 
     spec = ModelSpec.from_config(read_config(golden / "qwen3_base"))
-    for variant in ("rg", "rg10"):
+    for variant in TRAINED_VARIANTS.values():
         gate = GateSpec(variant=variant, id="test", hidden=48)
-        shapes = layer_shapes(variant=variant, hidden_size=64, hidden=48, num_kv_heads=2)
+        width = 2 * 2 * 32 if variant in ("rg2", "rg3") else 64
+        shapes = layer_shapes(variant=variant, input_size=width, hidden=48, num_kv_heads=2)
         tensors = {
             tensor_key(layer, name): torch.zeros(shape)
             for layer in range(spec.num_layers)

@@ -129,7 +129,7 @@ def load_network(options: EngineOptions) -> Network:
 
 def _random_gates(spec: ModelSpec, gate: GateSpec) -> dict[str, Tensor]:
     shapes = layer_shapes(
-        variant=gate.variant, hidden_size=spec.hidden_size, hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
+        variant=gate.variant, input_size=spec.hidden_size, hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
     )
     return {
         tensor_key(layer, name): torch.full(shape, _GATE_BIAS) if name == "bias" else torch.randn(shape) * 0.02

@@ -2,8 +2,8 @@
 
 A forward pre-hook on each `self_attn` computes `log_beta` from the hidden states and passes it on, with the layer's
 part of the cache, as keyword arguments that reach the attention function. `Cache.update` hands K and V through
-unchanged; the attention function attends and evicts. All state travels on the `RetentionView` that a caller gives as
-the model's cache.
+unchanged; the attention function attends and evicts, and first has a gate that reads K and V score them. All state
+travels on the `RetentionView` that a caller gives as the model's cache.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from trimkv_cli.cache.gates import RetentionGate, kv_states
 from trimkv_cli.cache.releases import decoder_layers, entering, given_cache, rotary_embedding
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
 
@@ -27,7 +28,10 @@ ATTENTION_NAME = "trimkv"
 
 
 class Gate(Protocol):
-    """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]` ≤ 0."""
+    """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]` ≤ 0.
+
+    A `RetentionGate` that `reads_kv` is given those as `kv_states` instead.
+    """
 
     def __call__(self, hidden_states: Tensor, positions: Tensor) -> Tensor: ...
 
@@ -144,20 +148,27 @@ Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, .
 
 
 def _make_hook(layer_index: int, gate: Gate, sinks: int) -> Hook:
+    reads_kv = isinstance(gate, RetentionGate) and gate.reads_kv
+
     def pass_log_beta(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         view: RetentionView = given_cache(kwargs)
         hidden = entering(args, kwargs)
         step = view.step_for(layer_index, kwargs["position_ids"], kwargs["attention_mask"], hidden.shape[0])
-        log_beta = gate(hidden, step.positions).transpose(1, 2)
-        if view.trace is not None:
-            view.trace[layer_index].append(log_beta)
-        if sinks:
-            log_beta = log_beta.masked_fill((step.positions < sinks)[:, None], torch.inf)
-        if step.pinned is not None:
-            log_beta = log_beta.masked_fill((step.positions < step.pinned[:, None])[:, None], torch.inf)
-        return args, {**kwargs, "log_beta": log_beta, "layer_cache": view.cache.layers[layer_index], "step": step}
+
+        def score(states: Tensor) -> Tensor:
+            log_beta = gate(states, step.positions).transpose(1, 2)
+            if view.trace is not None:
+                view.trace[layer_index].append(log_beta)
+            if sinks:
+                log_beta = log_beta.masked_fill((step.positions < sinks)[:, None], torch.inf)
+            if step.pinned is not None:
+                log_beta = log_beta.masked_fill((step.positions < step.pinned[:, None])[:, None], torch.inf)
+            return log_beta
+
+        ranks = {"score": score} if reads_kv else {"log_beta": score(hidden)}
+        return args, {**kwargs, **ranks, "layer_cache": view.cache.layers[layer_index], "step": step}
 
     return pass_log_beta
 
@@ -170,16 +181,21 @@ def retention_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    log_beta: Tensor,
     layer_cache: LayerCache,
     step: Step,
+    log_beta: Tensor | None = None,
+    score: Callable[[Tensor], Tensor] | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend, then evict: query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]` → `[B, T, Hq, D]`.
 
-    `s_aux` `[Hq]` are gpt-oss's learned sinks: logits of a softmax that have no value.
+    Either `log_beta` `[B, Hkv, T]` is given, or what finds it from `kv_states`. `s_aux` `[Hq]` are gpt-oss's learned
+    sinks: logits of a softmax that have no value.
     """
+    if score is not None:
+        log_beta = score(kv_states(key, value))
+    assert log_beta is not None
     slots, window, operations = layer_cache.slots, layer_cache.window, layer_cache.operations
     fill = min(step.longest, layer_cache.size)
     settings: dict[str, Any] = {"fill": fill, "scale": scaling, "window": window, "recent": layer_cache.recent}

@@ -22,13 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimkv_cli.cache.gates import TRAINED_VARIANTS, activation_name, layer_shapes, tensor_key
+from trimkv_cli.cache.gates import activation_name, layer_shapes, tensor_key
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
 from trimkv_cli.events import Notice
 from trimkv_cli.files import whole_file, writing
-from trimkv_cli.model.spec import GateSpec, ModelSpec
+from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec
 
 FORMAT_VERSION = 1
+FIRST_LAYER, BIAS = r"(linear1|gate_proj)\.weight", r"retention_gate\.bias"
 OWN_CONFIG, OWN_WEIGHTS = "gates.json", "gates.safetensors"
 RELEASED_CONFIG, RELEASED_WEIGHTS = "config.json", "trimkv_weights.pth"
 AGAIN = "get the gate folder again"
@@ -37,7 +38,6 @@ PICKLE_FAULTS = (
     UnpicklingError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError,
     RuntimeError, StructError, TypeError, ValueError,
 )  # fmt: skip
-RESEARCH_VARIANTS = ("rg2", "rg3")
 
 
 class GateFiles(NamedTuple):
@@ -196,8 +196,9 @@ def _warnings(config: Mapping[str, Any], gate: GateSpec, where: Path) -> Iterato
 def _variant(said: object, *, id: str) -> str:
     if isinstance(said, str) and said in TRAINED_VARIANTS:
         return said
-    what = f"research variant {said}" if said in RESEARCH_VARIANTS else f"gate variant {said!r}"
-    raise GateMismatch(f"{id}: {what} is not supported", hint=f"trimkv runs {' and '.join(TRAINED_VARIANTS)} gates")
+    raise GateMismatch(
+        f"{id}: gate variant {said!r} is not supported", hint=f"trimkv runs {', '.join(TRAINED_VARIANTS)} gates"
+    )
 
 
 def _derived_variant(tensors: Mapping[str, Tensor]) -> str:
@@ -208,7 +209,7 @@ def _derived_variant(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _derived_hidden(tensors: Mapping[str, Tensor]) -> int | None:
-    return next((tensor.numel() for key, tensor in tensors.items() if key.endswith("linear1.bias")), None)
+    return _width(tensors, FIRST_LAYER, axis=0)
 
 
 def _count(value: object) -> int | None:
@@ -221,7 +222,6 @@ def _text(value: object) -> str | None:
 
 
 def _config(gate: GateSpec, tensors: Mapping[str, Tensor], hidden_act: str) -> dict[str, Any]:
-    first = {name: tensors[tensor_key(0, name)] for name in ("linear1.weight", "bias")}
     return {
         "model_type": gate.model_type,
         "base_model": gate.base_model,
@@ -231,9 +231,9 @@ def _config(gate: GateSpec, tensors: Mapping[str, Tensor], hidden_act: str) -> d
         "memory_size": gate.memory_size,
         **({"largest_memory_size": gate.largest_memory_size} if gate.largest_memory_size else {}),
         "buffer_size": gate.buffer_size,
-        "hidden_size": first["linear1.weight"].shape[1],
+        **({} if gate.reads_kv else {"hidden_size": _width(tensors, FIRST_LAYER, axis=1)}),
         "num_hidden_layers": sum(key.endswith("retention_gate.bias") for key in tensors),
-        "num_key_value_heads": first["bias"].shape[0],
+        "num_key_value_heads": _width(tensors, BIAS, axis=0),
     }
 
 
@@ -267,7 +267,7 @@ def check_gates(
     hint = "use the gates made for this model, or --gates streaming"
     if gate.model_type is not None and gate.model_type != spec.model_type:
         raise GateMismatch(f"{gate.id} holds gates for {gate.model_type}, the model is {spec.model_type}", hint=hint)
-    if gate.variant not in TRAINED_VARIANTS:
+    if not gate.trained:
         return ()
     faults = list(_shape_faults(_expected(spec, gate), tensors))
     if faults:
@@ -286,7 +286,7 @@ def listed(names: Sequence[str]) -> str:
 
 def _expected(spec: ModelSpec, gate: GateSpec) -> dict[str, tuple[int, ...]]:
     shapes = layer_shapes(
-        variant=gate.variant, hidden_size=spec.hidden_size, hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
+        variant=gate.variant, input_size=gate.input_size(spec), hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
     )
     return {tensor_key(layer, name): shape for layer in range(spec.num_layers) for name, shape in shapes.items()}
 
@@ -329,7 +329,8 @@ class GateFacts:
     gate: GateSpec
     hidden_act: str
     layers: tuple[LayerBias, ...]
-    hidden_size: int | None
+    input_size: int | None  # the numbers by which a token is scored
+    hidden_size: int | None  # the model's, where those are its hidden states
     num_kv_heads: int | None
     dtypes: tuple[str, ...]
     file: Path
@@ -342,12 +343,14 @@ def gate_facts(folder: Path, *, id: str) -> GateFacts:
     """Read a gate folder and measure what is in it; raises as `read_gates` does."""
     gate, tensors, hidden_act, warnings = read_gates(folder, id=id)
     _, file = gate_files(folder)
+    input_size = _width(tensors, FIRST_LAYER, axis=1)
     return GateFacts(
         gate=gate,
         hidden_act=hidden_act,
         layers=tuple(_biases(tensors)),
-        hidden_size=_width(tensors, r"linear1\.weight", axis=1),
-        num_kv_heads=_width(tensors, r"retention_gate\.bias", axis=0),
+        input_size=input_size,
+        hidden_size=None if gate.reads_kv else input_size,
+        num_kv_heads=_width(tensors, BIAS, axis=0),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         file=file,
         file_bytes=file.stat().st_size,

@@ -1,12 +1,14 @@
-"""Retention gates: from the hidden states that enter attention to the log of how well each token lasts.
+"""Retention gates: from what a layer sees of each token to the log of how well it lasts.
 
-A gate is one module per decoder layer. Trained gates are small MLPs; streaming and full cache are constant ones, so
-that every cache policy is a gate.
+Most read the hidden states that enter attention, rg2 and rg3 a token's keys and values. A gate is one module per
+decoder layer. Trained gates are small MLPs; streaming and full cache are constant ones, so that every cache policy is a
+gate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,11 @@ from torch.nn import functional
 from trimkv_cli.errors import GateMismatch
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 
-TRAINED_VARIANTS = ("rg", "rg10")
-
 
 class RetentionGate(nn.Module):
     """Score tokens for one layer; subclasses say how."""
+
+    reads_kv = False  # the token's rotated keys and its values are given as hidden states, as `kv_states` joins them
 
     def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         """Return `log_beta` `[B, T, Hkv]`, float32, ≤ 0.
@@ -33,17 +35,16 @@ class RetentionGate(nn.Module):
 class MlpGate(RetentionGate):
     """Score with a trained MLP (rg: arXiv 2512.03324, two linear layers; rg10: arXiv 2605.09649, three).
 
-    The linear layers run in the dtype that they are kept in, the model's compute dtype; `bias` and logsigmoid are
-    float32. The last linear layer has no bias of its own.
+    rg2 is an rg that reads keys and values. The linear layers run in the dtype that they are kept in, the model's
+    compute dtype; `bias` and logsigmoid are float32. The last linear layer has no bias of its own.
     """
 
-    def __init__(
-        self, *, variant: str, hidden_size: int, hidden: int, num_kv_heads: int, activation: nn.Module
-    ) -> None:
+    def __init__(self, *, variant: str, input_size: int, hidden: int, num_kv_heads: int, activation: nn.Module) -> None:
         super().__init__()
+        self.reads_kv = variant == "rg2"
         deep = variant == "rg10"
         self.activation = activation
-        self.linear1 = nn.Linear(hidden_size, hidden)
+        self.linear1 = nn.Linear(input_size, hidden)
         self.linear2 = nn.Linear(hidden, hidden) if deep else nn.Linear(hidden, num_kv_heads, bias=False)
         self.linear3 = nn.Linear(hidden, num_kv_heads, bias=False) if deep else None
         self.bias = nn.Parameter(torch.zeros(num_kv_heads, dtype=torch.float32))
@@ -52,8 +53,35 @@ class MlpGate(RetentionGate):
         logits = self.linear2(self.activation(self.linear1(hidden_states)))
         if self.linear3 is not None:
             logits = self.linear3(self.activation(logits))
-        # logsigmoid; torch's own function of that name wakes all threads for a handful of numbers
-        return -functional.softplus(-(logits.float() + self.bias))
+        return _log_sigmoid(logits.float() + self.bias)
+
+
+class SwigluGate(RetentionGate):
+    """Score keys and values with a trained SwiGLU (rg3), in the dtypes of `MlpGate`."""
+
+    reads_kv = True
+
+    def __init__(self, *, input_size: int, hidden: int, num_kv_heads: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_proj = nn.Linear(input_size, hidden, bias=False)
+        self.up_proj = nn.Linear(input_size, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, num_kv_heads, bias=False)
+        self.bias = nn.Parameter(torch.zeros(num_kv_heads, dtype=torch.float32))
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
+        inner = self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return _log_sigmoid(self.down_proj(inner).float() + self.bias)
+
+
+def _log_sigmoid(logits: Tensor) -> Tensor:
+    """Return what torch's own function of that name does, which wakes all threads for a handful of numbers."""
+    return -functional.softplus(-logits)
+
+
+def kv_states(key: Tensor, value: Tensor) -> Tensor:
+    """Join the rotated keys of all heads and their values `[B, Hkv, T, D]` → `[B, T, 2 · Hkv · D]`."""
+    return torch.cat([states.transpose(1, 2).flatten(2) for states in (key, value)], dim=-1)
 
 
 class StreamingGate(RetentionGate):
@@ -80,10 +108,13 @@ class FullGate(RetentionGate):
         return torch.zeros(*positions.shape, self.num_kv_heads, dtype=torch.float32, device=positions.device)
 
 
-def layer_shapes(*, variant: str, hidden_size: int, hidden: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
+def layer_shapes(*, variant: str, input_size: int, hidden: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of one trained gate by its name within the layer."""
-    first = {"linear1.weight": (hidden, hidden_size), "linear1.bias": (hidden,)}
-    if variant == "rg":
+    if variant == "rg3":
+        wide = {"gate_proj.weight": (hidden, input_size), "up_proj.weight": (hidden, input_size)}
+        return {**wide, "down_proj.weight": (num_kv_heads, hidden), "bias": (num_kv_heads,)}
+    first = {"linear1.weight": (hidden, input_size), "linear1.bias": (hidden,)}
+    if variant != "rg10":
         return {**first, "linear2.weight": (num_kv_heads, hidden), "bias": (num_kv_heads,)}
     second = {"linear2.weight": (hidden, hidden), "linear2.bias": (hidden,)}
     return {**first, **second, "linear3.weight": (num_kv_heads, hidden), "bias": (num_kv_heads,)}
@@ -123,20 +154,20 @@ def build_gates(
     )
 
 
-def _empty_gate(gate: GateSpec, spec: ModelSpec, hidden_act: str) -> MlpGate:
+def _empty_gate(gate: GateSpec, spec: ModelSpec, hidden_act: str) -> RetentionGate:
+    shape: dict[str, Any] = {
+        "input_size": gate.input_size(spec),
+        "hidden": gate.hidden,
+        "num_kv_heads": spec.num_kv_heads,
+        "activation": _activation(hidden_act),
+    }
     with torch.device("meta"):
-        return MlpGate(
-            variant=gate.variant,
-            hidden_size=spec.hidden_size,
-            hidden=gate.hidden,
-            num_kv_heads=spec.num_kv_heads,
-            activation=_activation(hidden_act),
-        )
+        return SwigluGate(**shape) if gate.variant == "rg3" else MlpGate(variant=gate.variant, **shape)
 
 
 def _load(
-    gate: MlpGate, layer: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
-) -> MlpGate:
+    gate: RetentionGate, layer: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> RetentionGate:
     kept_in = {name: torch.float32 if name == "bias" else dtype for name in gate.state_dict()}
     own = {name: tensors[tensor_key(layer, name)].to(device=device, dtype=kept) for name, kept in kept_in.items()}
     gate.load_state_dict(own, assign=True)

@@ -97,7 +97,7 @@ def _lines(facts: GateFacts) -> Iterator[tuple[str, str]]:
 
     gate = facts.gate
     yield "gates", gate.id
-    yield "variant", f"{gate.variant}, {facts.hidden_size} → {gate.hidden} → {facts.num_kv_heads}, {facts.hidden_act}"
+    yield "variant", f"{gate.variant}, {facts.input_size} → {gate.hidden} → {facts.num_kv_heads}, {facts.hidden_act}"
     more = f" (and up to {gate.largest_memory_size:,})" if gate.largest_memory_size else ""
     context = _number(gate.trained_context)
     yield "trained for", f"{_number(gate.memory_size)} slots per head{more}, contexts up to {context}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from trimkv_cli.errors import ConfigError, ModelNotFound
 from trimkv_cli.files import check_keys, read_toml
-from trimkv_cli.model.spec import DTYPE_BYTES, GateSpec, GateVariant, ModelSpec
+from trimkv_cli.model.spec import DTYPE_BYTES, TRAINED_VARIANTS, GateSpec, GateVariant, ModelSpec
 
 BUILT_IN = "builtin:"
 IN_WHEEL = "wheel:"
@@ -25,7 +25,7 @@ SAMPLING_KEYS: Mapping[str, type] = {
     "repetition_penalty": float,
 }
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+")
-_VARIANTS: Mapping[str, GateVariant] = {"rg": "rg", "rg10": "rg10", "streaming": "streaming", "none": "none"}
+_VARIANTS: Mapping[str, GateVariant] = {**TRAINED_VARIANTS, "streaming": "streaming", "none": "none"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,11 +23,13 @@ from trimkv_cli.model.quantised import Quantised
 Dtype = Literal["bf16", "fp16", "fp32"]
 KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
 Quantisation = Literal["none", "int8", "nf4"]
-GateVariant = Literal["rg", "rg10", "streaming", "none"]
+TrainedVariant = Literal["rg", "rg10", "rg2", "rg3"]
+GateVariant = TrainedVariant | Literal["streaming", "none"]
 
 DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "nf4")
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
+TRAINED_VARIANTS: Mapping[str, TrainedVariant] = {"rg": "rg", "rg10": "rg10", "rg2": "rg2", "rg3": "rg3"}
 _JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
 STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -169,14 +171,15 @@ class GateSpec:
         Raises:
             GateMismatch: an unknown gate variant, or sizes that are not whole positive numbers.
         """
-        variant = config.get("retention_gate")
-        if variant not in ("rg", "rg10"):
+        said = config.get("retention_gate")
+        variant = TRAINED_VARIANTS.get(said) if isinstance(said, str) else None
+        if variant is None:
             raise GateMismatch(
-                f"{id}: gate variant {variant!r} is not one that trimkv runs (rg, rg10)",
+                f"{id}: gate variant {said!r} is not one that trimkv runs ({', '.join(TRAINED_VARIANTS)})",
                 hint="try --gates streaming",
             )
         return cls(
-            variant="rg" if variant == "rg" else "rg10",
+            variant=variant,
             id=id,
             hidden=_whole(config, "retention_gate_intermediate_size", id) or 512,
             memory_size=_whole(config, "memory_size", id),
@@ -189,20 +192,29 @@ class GateSpec:
 
     @property
     def trained(self) -> bool:
-        return self.variant in ("rg", "rg10")
+        return self.variant in TRAINED_VARIANTS
 
     @property
     def kept(self) -> int:
         """The first tokens of a sequence that this gate itself never evicts."""
         return self.sinks if self.variant == "streaming" else 0
 
+    @property
+    def reads_kv(self) -> bool:
+        """Whether it scores a token by its keys and values, not by the hidden states that enter attention."""
+        return self.variant in ("rg2", "rg3")
+
+    def input_size(self, model: ModelSpec) -> int:
+        """Count the numbers by which a trained gate scores a token."""
+        return model.num_kv_heads * model.slot_numel if self.reads_kv else model.hidden_size
+
     def numel(self, model: ModelSpec) -> int:
         """Count the parameters of the gates of all layers, each layer with its own copy of a shared tensor."""
         if not self.trained:
             return 0
-        per_layer = model.hidden_size * self.hidden + self.hidden + self.hidden * model.num_kv_heads
-        middle = self.hidden * self.hidden + self.hidden if self.variant == "rg10" else 0
-        return model.num_layers * (per_layer + middle + model.num_kv_heads)
+        first, last = self.input_size(model) * self.hidden, (self.hidden + 1) * model.num_kv_heads
+        more = {"rg3": first, "rg10": self.hidden + self.hidden * self.hidden + self.hidden}
+        return model.num_layers * (first + more.get(self.variant, self.hidden) + last)
 
 
 def gate_bytes(model: ModelSpec, gate: GateSpec, dtype: Dtype) -> int:

@@ -250,9 +250,15 @@ def _wide_bytes(run: Run) -> int:
 
 
 def _gate_bytes(run: Run) -> int:
-    """Embeddings, a layer's input, its norm; and what a gate makes of it, before and after its activation."""
+    """Embeddings, a layer's input, its norm; and what a gate makes of it, before and after its activation.
+
+    One that reads keys and values has those joined, the query beside them, and in rg3 a second vector of its width.
+    """
     spec = run.spec
-    vectors = run.step_tokens * (3 * spec.hidden_size + 2 * run.gate_hidden) * run.dtype_bytes
+    vector = 3 * spec.hidden_size + (3 if run.gate.variant == "rg3" else 2) * run.gate_hidden
+    if run.gate.reads_kv:
+        vector += spec.num_heads * spec.head_dim + 2 * run.gate.input_size(spec)
+    vectors = run.step_tokens * vector * run.dtype_bytes
     together = 2 * run.step_rows * spec.num_layers * run.gate_hidden * run.dtype_bytes
     return max(vectors + _inputs_bytes(run, run.step_tokens), together)
 

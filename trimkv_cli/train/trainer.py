@@ -185,7 +185,7 @@ def new_gates(
 ) -> nn.ModuleList:
     """Return gates in float32 that can learn: weights N(0, 0.02), biases 0, and `bias` as the options say."""
     shapes = layer_shapes(
-        variant=gate.variant, hidden_size=spec.hidden_size, hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
+        variant=gate.variant, input_size=spec.hidden_size, hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
     )
     generator = torch.Generator().manual_seed(options.seed)
     tensors = {

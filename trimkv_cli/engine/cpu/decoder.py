@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from trimkv_cli.cache.gates import FullGate, MlpGate, StreamingGate
+from trimkv_cli.cache.gates import FullGate, MlpGate, RetentionGate, StreamingGate
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.cpu.blocks import (
     WORTH_WAKING,
@@ -81,8 +81,8 @@ class Decoder:
         x, entering = self._embed[ids], []
         for block, (pool, place) in zip(self._blocks, self._places, strict=True):
             hidden = block.attention_norm(x)
-            entering.append(hidden)
             query, key, value = _project(block, hidden, cos, sin, self._pools[pool].key.shape[2])
+            entering.append(torch.cat((key.flatten(1), value.flatten(1)), dim=1) if self._gates.read_kv else hidden)
             attended = self._pools[pool].attend(place, query, key, value, biases[pool], scale=block.scale)
             x = x + block.out(attended.view(len(ids), -1))
             gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
@@ -136,10 +136,11 @@ def _project(
 
 
 class GatesTogether:
-    """Score one token per row in every layer: hidden states `[L, B, hidden]` → log_beta `[L, B, Hkv]`, float32."""
+    """Score one token per row in every layer: what gates read `[L, B, input]` → log_beta `[L, B, Hkv]`, float32."""
 
     def __init__(self, gates: Sequence[nn.Module], undo: ExitStack) -> None:
         self._gates: list[Any] = list(gates)
+        self.read_kv = any(isinstance(gate, RetentionGate) and gate.reads_kv for gate in gates)
         self._constant = all(isinstance(gate, StreamingGate | FullGate) for gate in gates)
         # Gates of two linear layers are stacked; the third of rg10 is one tensor for all layers and stays as it is.
         self._stacked = all(isinstance(gate, MlpGate) and gate.linear3 is None for gate in gates)
