@@ -72,7 +72,7 @@ def save_model(config: dict[str, Any], folder: Path, *, dtype: torch.dtype = tor
     shapes = layer_shapes(variant="rg", input_size=spec.hidden_size, hidden=512, num_kv_heads=spec.num_kv_heads)
     tensors = {
         tensor_key(layer, name): torch.randn(shape).to(torch.bfloat16) * 0.1
-        for layer in range(spec.num_layers)
+        for layer in spec.kv_layers
         for name, shape in shapes.items()
     }
     gates = folder / "gates"

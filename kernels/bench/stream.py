@@ -56,7 +56,7 @@ def _random_gates(spec: ModelSpec) -> dict[str, torch.Tensor]:
     )
     return {
         tensor_key(layer, name): torch.full(shape, 4.0) if name == "bias" else torch.randn(shape) * 0.3
-        for layer in range(spec.num_layers)
+        for layer in spec.kv_layers
         for name, shape in shapes.items()
     }
 

@@ -60,7 +60,7 @@ def test_generate_over_the_cache_with_left_padding(family: str, tiny_model: Tiny
     model = tiny_model(family)
     want = model.generate(ids, **arguments)
     spec = ModelSpec.from_config(model.config.to_dict())
-    install(model, [FullGate(num_kv_heads=2)] * spec.num_layers, undo=ExitStack())
+    install(model, [FullGate(num_kv_heads=2)] * spec.num_kv_layers, undo=ExitStack())
     cache = RetentionCache(
         rows=3,
         kv_budget=64,
@@ -69,6 +69,7 @@ def test_generate_over_the_cache_with_left_padding(family: str, tiny_model: Tiny
         windows=spec.windows,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        state=spec.state,
     )
     assert torch.equal(model.generate(ids, **{cache_argument(model): GenerationView(cache)}, **arguments), want)
 

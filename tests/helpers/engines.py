@@ -66,7 +66,7 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
         tensors = gate_tensors(gate, spec)
     gates: Sequence[Any] = build_gates(gate, spec, tensors, dtype=torch.float32, device=model.device)
     if shape.gate == "random":
-        gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_layers)]
+        gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_kv_layers)]
     plan = make_plan_for(spec, gate, shape)
     facts = EngineFacts.of(model, gates, plan=plan, model_id="tiny", eos_token_ids=shape.eos, pins=pins)
     how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "fast_path": fast_path}

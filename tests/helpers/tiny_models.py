@@ -39,6 +39,26 @@ LATER_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {"sliding_window": 11, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+_LINEAR: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **_LINEAR,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 24,
+        "num_hidden_layers": 5,
+        "layer_types": ["full_attention", *["linear_attention"] * 3, "full_attention"],
+        "mlp_only_layers": [1],
+    },
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 24},
+}
+LATER_FAMILIES |= HYBRIDS
 
 
 def make_model(family: str, **changes: Any) -> Any:

@@ -133,6 +133,6 @@ def _random_gates(spec: ModelSpec, gate: GateSpec) -> dict[str, Tensor]:
     )
     return {
         tensor_key(layer, name): torch.full(shape, _GATE_BIAS) if name == "bias" else torch.randn(shape) * 0.02
-        for layer in range(spec.num_layers)
+        for layer in spec.kv_layers
         for name, shape in shapes.items()
     }

@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimkv_cli.cache.gates import RetentionGate, kv_states
-from trimkv_cli.cache.releases import decoder_layers, entering, given_cache, rotary_embedding
+from trimkv_cli.cache.linear_state import State
+from trimkv_cli.cache.releases import decoder_layers, entering, given_cache, rotary_embedding, with_state
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
 
 ATTENTION_NAME = "trimkv"
@@ -49,6 +50,7 @@ class Step:
     longest: int
     shortest: int
     pinned: Tensor | None = None  # [B] int32
+    lengths: tuple[int, ...] = ()  # in prefill, how many tokens each row is fed, the last of its positions
 
 
 class RetentionView(Cache):
@@ -57,7 +59,7 @@ class RetentionView(Cache):
     def __init__(
         self, cache: RetentionCache, step: Step | None = None, trace: Sequence[list[Tensor]] | None = None
     ) -> None:
-        super().__init__(layers=[_PassThrough(self) for _ in cache.layers])
+        super().__init__(layers=[_PassThrough(self) for _ in (*cache.layers, *cache.states)])
         self.cache = cache
         self.step = step
         self.trace = trace  # when given, trace[layer] collects log_beta [B, Hkv, T] of the forward
@@ -91,8 +93,10 @@ class GenerationView(RetentionView):
             positions = torch.where(padding_mask[:, -length:].bool(), positions, -1)
         seen = self.cache.seen[:batch]
         rows = None if length == 1 and self.tokens_fed else torch.arange(batch, device=positions.device)
-        self.step = Step(positions=positions, rows=rows, longest=max(seen), shortest=min(seen))
         counts = (positions >= 0).sum(dim=1).tolist()
+        self.step = Step(
+            positions=positions, rows=rows, longest=max(seen), shortest=min(seen), lengths=tuple(counts)
+        )
         self.cache.seen[:batch] = [before + new for before, new in zip(seen, counts, strict=True)]
         self.tokens_fed += length
         return self.step
@@ -129,7 +133,7 @@ class _PassThrough(CacheLayerMixin):
 
 
 def install(model: PreTrainedModel, gates: Sequence[Gate], *, undo: ExitStack, sinks: int = 0) -> None:
-    """Make `model` attend over a `RetentionView` given as its cache, with one gate per layer.
+    """Make `model` attend over a `RetentionView` given as its cache, with one gate per layer that has keys and values.
 
     The first `sinks` tokens of each sequence are pinned. The model has no attention without such a view, until `undo`
     takes the gates out again.
@@ -138,16 +142,51 @@ def install(model: PreTrainedModel, gates: Sequence[Gate], *, undo: ExitStack, s
     AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
     undo.callback(model.set_attn_implementation, model.config._attn_implementation)
     model.set_attn_implementation(ATTENTION_NAME)
-    attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
-    for attention, gate in zip(attentions, gates, strict=True):
-        hook = _make_hook(attention.layer_idx, gate, sinks)
+    layers: list[Any] = list(decoder_layers(model))
+    attentions = [layer.self_attn for layer in layers if hasattr(layer, "self_attn")]
+    for index, (attention, gate) in enumerate(zip(attentions, gates, strict=True)):
+        hook = _make_hook(index, gate, sinks, layer_index=attention.layer_idx)
         undo.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    recurrences = [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
+    for index, recurrence in enumerate(recurrences):
+        _keep_states(recurrence, index, undo)
+    if hasattr(layers[0], "linear_attn"):
+        undo.callback(layers[0].register_forward_pre_hook(_make_step, with_kwargs=True).remove)
+
+
+def _keep_states(recurrence: Any, index: int, undo: ExitStack) -> None:
+    """Let a linear attention take the states of the fed rows from the view, and leave the next ones there."""
+    own = recurrence.forward
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        view: RetentionView = given_cache(kwargs)
+        step, state = view.step, view.cache.states[index]
+        assert step is not None, "the first layer makes it"
+
+        def advance(hidden: Tensor, rows: State) -> Tensor:
+            conv = rows.conv.to(hidden.dtype)
+            output: Tensor = own(hidden, **with_state(recurrence, conv, rows.recurrent))
+            rows.conv.copy_(conv)
+            return output
+
+        if step.rows is None:
+            return state.decode(hidden_states, advance, position=step.positions[:, 0])
+        return state.prefill(hidden_states, advance, rows=step.rows, lengths=step.lengths)
+
+    recurrence.forward = forward
+    undo.callback(delattr, recurrence, "forward")
+
+
+def _make_step(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Make the step of a forward before the first layer, which may have no attention that does."""
+    view: RetentionView = given_cache(kwargs)
+    view.step_for(0, kwargs["position_ids"], kwargs["attention_mask"], entering(args, kwargs).shape[0])
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def _make_hook(layer_index: int, gate: Gate, sinks: int) -> Hook:
+def _make_hook(index: int, gate: Gate, sinks: int, *, layer_index: int) -> Hook:
     reads_kv = isinstance(gate, RetentionGate) and gate.reads_kv
 
     def pass_log_beta(
@@ -160,7 +199,7 @@ def _make_hook(layer_index: int, gate: Gate, sinks: int) -> Hook:
         def score(states: Tensor) -> Tensor:
             log_beta = gate(states, step.positions).transpose(1, 2)
             if view.trace is not None:
-                view.trace[layer_index].append(log_beta)
+                view.trace[index].append(log_beta)
             if sinks:
                 log_beta = log_beta.masked_fill((step.positions < sinks)[:, None], torch.inf)
             if step.pinned is not None:
@@ -168,7 +207,7 @@ def _make_hook(layer_index: int, gate: Gate, sinks: int) -> Hook:
             return log_beta
 
         ranks = {"score": score} if reads_kv else {"log_beta": score(hidden)}
-        return args, {**kwargs, **ranks, "layer_cache": view.cache.layers[layer_index], "step": step}
+        return args, {**kwargs, **ranks, "layer_cache": view.cache.layers[index], "step": step}
 
     return pass_log_beta
 

@@ -288,7 +288,7 @@ def _expected(spec: ModelSpec, gate: GateSpec) -> dict[str, tuple[int, ...]]:
     shapes = layer_shapes(
         variant=gate.variant, input_size=gate.input_size(spec), hidden=gate.hidden, num_kv_heads=spec.num_kv_heads
     )
-    return {tensor_key(layer, name): shape for layer in range(spec.num_layers) for name, shape in shapes.items()}
+    return {tensor_key(layer, name): shape for layer in spec.kv_layers for name, shape in shapes.items()}
 
 
 def _shape_faults(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> Iterator[str]:

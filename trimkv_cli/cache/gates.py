@@ -146,11 +146,11 @@ def build_gates(
     """
     if gate.variant == "streaming":
         heads, sinks = spec.num_kv_heads, gate.sinks
-        return nn.ModuleList(StreamingGate(num_kv_heads=heads, sinks=sinks) for _ in range(spec.num_layers))
+        return nn.ModuleList(StreamingGate(num_kv_heads=heads, sinks=sinks) for _ in range(spec.num_kv_layers))
     if gate.variant == "none":
-        return nn.ModuleList(FullGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_layers))
+        return nn.ModuleList(FullGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_kv_layers))
     return nn.ModuleList(
-        _load(_empty_gate(gate, spec, hidden_act), layer, tensors, dtype, device) for layer in range(spec.num_layers)
+        _load(_empty_gate(gate, spec, hidden_act), layer, tensors, dtype, device) for layer in spec.kv_layers
     )
 
 

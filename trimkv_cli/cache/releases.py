@@ -11,12 +11,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from trimkv_cli.errors import UnsupportedModel
 from trimkv_cli.tested import NEWEST, OLDEST_TRANSFORMERS, untested
 
-_CACHE_NAMES = ("cache", "past_key_values")  # from 5.24 on; before
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # from 5.24 on; before; before, in linear attention
 
 
 def forward_logits(model: PreTrainedModel, ids: Tensor, cache: Cache, **inputs: Any) -> Tensor:
@@ -49,7 +49,7 @@ def _cache_argument(forward: Any) -> str | None:
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among the keyword arguments of a layer's `self_attn`.
+    """Return the cache among the keyword arguments of a layer, or of its attention.
 
     Raises:
         UnsupportedModel: there is none.
@@ -73,15 +73,28 @@ def entering(args: tuple[Any, ...], arguments: Mapping[str, Any]) -> Tensor:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the layers of a model, each with a `self_attn`.
+    """Return the layers of a model, each with a `self_attn` or a `linear_attn`.
 
     Raises:
         UnsupportedModel: they are not where they are known to be.
     """
     layers: nn.ModuleList = _attribute(_decoder(model), "layers")
     for layer in layers:
-        _attribute(_attribute(layer, "self_attn"), "layer_idx")
+        attention = getattr(layer, "linear_attn", None)
+        _attribute(_attribute(layer, "self_attn") if attention is None else attention, "layer_idx")
     return layers
+
+
+def with_state(attention: Any, conv: Tensor, recurrent: Tensor) -> dict[str, Cache]:
+    """Return the keyword argument that gives a linear attention the state of its rows, to be made the next in place."""
+    layer = LinearAttentionLayer()
+    layer.conv_states[0], layer.recurrent_states[0], layer.conv_kernel_size[0] = conv, recurrent, conv.shape[-1]
+    for known in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state):
+        known[0] = True
+    name = _cache_argument(type(attention).forward)
+    if name is None:
+        raise unknown_form("a linear attention takes no cache")
+    return {name: Cache(layers=[layer] * (attention.layer_idx + 1))}
 
 
 def rotary_embedding(model: PreTrainedModel) -> Any:

@@ -1,18 +1,20 @@
-"""The bounded KV store of a model: M slots per (layer, row, KV head), allocated once."""
+"""The bounded store of a model, allocated once: M slots per (layer, row, KV head), and states of constant size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from trimkv_cli.cache.linear_state import LinearState, State
 from trimkv_cli.cache.rebase import Rebase
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import HeadMemory, LayerMemory, Retained
+from trimkv_cli.model.families import StateShape
 from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
 from trimkv_kernels.reference import best
 
@@ -37,8 +39,17 @@ class LayerCache:
         return self.slots.position.shape[2]
 
 
+class SavedRow(NamedTuple):
+    """A row in host memory: the slots in use `[1, Hkv, slots, …]` per layer with K/V, and the other layers' states."""
+
+    layers: tuple[Slots, ...]
+    states: tuple[State, ...]
+
+
 class RetentionCache:
     """Hold `rows` sequences of at most `kv_budget` tokens per head; a layer with a window W has min(M, W) slots.
+
+    `layers` are those with keys and values, `states` belong to those with linear attention, both in the model's order.
 
     `seen[row]` counts the tokens that a row has been fed, on the host: its fill is min(seen, slots), so nothing has to
     be read from the device.
@@ -56,6 +67,7 @@ class RetentionCache:
         device: torch.device,
         recent: int = 0,
         evicts: bool = True,
+        state: StateShape | None = None,
     ) -> None:
         self.kv_budget = kv_budget
         self.recent = recent
@@ -77,6 +89,7 @@ class RetentionCache:
                 slots = Slots.empty(slots=size, device=device, **shape)
                 layer = LayerCache(slots, Journal.beside(slots), window, operations, recent)
             self.layers.append(layer)
+        self.states = () if state is None else _make_states(state, rows, device)
 
     def held(self, row: int) -> int:
         """Return a number of tokens of which every layer with slots for so many holds all."""
@@ -131,11 +144,13 @@ class RetentionCache:
     @property
     def nbytes(self) -> int:
         ranks = 0 if self.rebase is None else self.rebase.nbytes
-        return sum(layer.slots.nbytes for layer in self.layers) + ranks
+        states = sum(state.now.nbytes for state in self.states)
+        return sum(layer.slots.nbytes for layer in self.layers) + states + ranks
 
     @property
     def journal_nbytes(self) -> int:
-        return sum(layer.journal.nbytes for layer in self.layers)
+        states = sum(state.journal_nbytes for state in self.states)
+        return sum(layer.journal.nbytes for layer in self.layers) + states
 
     def undo_decode(self, positions: Sequence[int]) -> None:
         """Take back a decode step, finished or not: row i was fed a token at `positions[i]`, or none (−1).
@@ -145,6 +160,8 @@ class RetentionCache:
         position = torch.tensor(positions, dtype=torch.int32).to(self.layers[0].slots.position.device)
         for layer in self.layers:
             layer.journal.undo(position, layer.slots)
+        for state in self.states:
+            state.undo(position)
         for row, seen in enumerate(positions):
             if seen >= 0:
                 self.seen[row] = seen
@@ -158,6 +175,8 @@ class RetentionCache:
             pool.clear(row)
         for layer in (layer for layer in self.layers if layer.pool is None):
             layer.slots.rows(row, 1).clear()
+        for state in self.states:
+            state.clear(row)
         if self.rebase is not None:
             self.rebase.clear(row)
 
@@ -169,27 +188,32 @@ class RetentionCache:
         for layer in self.layers:
             for tensor in (*layer.slots, *layer.journal):
                 tensor[target].copy_(tensor[source])
+        for state in self.states:
+            state.copy(source, target)
         if self.rebase is not None:
             self.rebase.copy(source, target)
 
-    def save_row(self, row: int) -> tuple[Slots, ...]:
-        """Copy the slots in use of `row` to host memory, `[1, Hkv, slots in use, …]` per layer."""
-        return tuple(
+    def save_row(self, row: int) -> SavedRow:
+        """Copy what `row` holds to host memory."""
+        layers = tuple(
             Slots(*(tensor.to("cpu", copy=True) for tensor in layer.slots.rows(row, 1).head(self._used(row, index))))
             for index, layer in enumerate(self.layers)
         )
+        return SavedRow(layers, tuple(state.now.at(slice(row, row + 1)).to("cpu") for state in self.states))
 
-    def load_row(self, row: int, layers: Sequence[Slots], *, seen: int) -> None:
+    def load_row(self, row: int, saved_row: SavedRow, *, seen: int) -> None:
         """Make `row` what `save_row` copied when it had seen `seen` tokens; of more than there are slots, the best."""
         self.clear(row)
         self.seen[row] = seen
-        for layer, missing, kept in zip(self.layers, self._missing, layers, strict=True):
+        for layer, missing, kept in zip(self.layers, self._missing, saved_row.layers, strict=True):
             saved = _at_most(kept, layer, seen)
             count = saved.position.shape[2]
             missing[row] = seen - count if count < layer.size else 0
             target = layer.slots.rows(row, 1).head(count)
             for old, new in zip(target, saved, strict=True):
                 old.copy_(new)
+        for state, kept_state in zip(self.states, saved_row.states, strict=True):
+            state.load(row, kept_state)
 
     def fitted(self, layers: Sequence[Slots], *, seen: int) -> tuple[Slots, ...]:
         """Return what of a saved row that has seen `seen` tokens there are slots for."""
@@ -293,6 +317,13 @@ def _make_pools(
         window: SlotPool(layers=windows.count(window), slots=size, window=window, recent=recent, **shape)
         for window, size in dict(zip(windows, sizes, strict=True)).items()
     }
+
+
+def _make_states(shape: StateShape, rows: int, device: torch.device) -> tuple[LinearState, ...]:
+    conv, recurrent = (shape.channels, shape.kernel), (shape.value_heads, shape.key_dim, shape.value_dim)
+    return tuple(
+        LinearState.empty(rows=rows, conv=conv, recurrent=recurrent, device=device) for _ in range(shape.layers)
+    )
 
 
 def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:

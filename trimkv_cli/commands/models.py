@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,16 +153,16 @@ def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[st
         spec = read_model_spec(ref.folder("config", offline=offline))
     known = [shown_id(p.gates) for p in list_profiles() if p.gates and shown_id(p.model) == ref.id]
     slot_bytes = spec.num_kv_heads * spec.slot_numel * DTYPE_BYTES[spec.dtype]
-    full_slots = sum(spec.slots(layer, spec.max_positions) for layer in range(spec.num_layers))
+    full_slots = sum(spec.slots(layer, spec.max_positions) for layer in range(spec.num_kv_layers))
     return {
         "id": ref.id,
-        **{field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in ("quantised", "gguf")},
+        **{name: value for name, value in asdict(spec).items() if name not in ("quantised", "gguf")},
         "gguf": None if spec.gguf is None else asdict(spec.gguf),
         "weight_bytes": spec.weight_bytes,
         "quantised": spec.quantised.label if spec.quantised is not None else None,
         "bits_per_weight": round(8 * spec.weight_bytes / spec.weight_numel, 2),
         "kv_bytes_per_token": spec.kv_bytes_per_token(DTYPE_BYTES[spec.dtype]),
-        "full_cache_bytes": full_slots * slot_bytes,
+        "full_cache_bytes": full_slots * slot_bytes + spec.state_bytes,
         "gates": known,
     }
 
@@ -172,7 +172,7 @@ def _table(facts: dict[str, Any]) -> str:
     lines = [
         ("model", f"{facts['id']} ({facts['model_type']})"),
         ("weights", f"{facts['weight_numel']:,} parameters, {format_size(facts['weight_bytes'])} {_stored(facts)}"),
-        ("layers", f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}, vocabulary {facts['vocab_size']:,}"),
+        ("layers", f"{_layers(facts)}, hidden size {facts['hidden_size']:,}, vocabulary {facts['vocab_size']:,}"),
         ("heads", f"{facts['num_heads']} query, {facts['num_kv_heads']} KV, {facts['head_dim']} wide"),
         ("windows", ", ".join(map(str, windows)) if windows else "none: every layer attends to everything"),
         ("positions", f"{facts['max_positions']:,}"),
@@ -193,6 +193,11 @@ def _stored(facts: dict[str, Any]) -> str:
     if facts["quantised"] is None:
         return f"as {facts['dtype']}"
     return f"in {facts['quantised']}, {facts['bits_per_weight']} bits each"
+
+
+def _layers(facts: Mapping[str, Any]) -> str:
+    layers, kept = facts["num_layers"], len(facts["windows"])
+    return f"{layers}" if layers == kept else f"{layers}, {kept} of them with keys and values"
 
 
 def _listing(models: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from trimkv_cli.settings import option
 if TYPE_CHECKING:
     from trimkv_cli.plan.compare import Alternative, Solved
     from trimkv_cli.plan.plan import Plan
+    from trimkv_cli.plan.run import Run
 
 
 def plan(
@@ -188,7 +189,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
     notes = {
         "weights": run.dtype if run.form == "none" else f"{run.precision}, computing in {run.dtype}",
         "gates": run.gate.variant,
-        "kv": f"{run.rows} × {run.kv_budget} slots per head, {run.kv_dtype}",
+        "kv": f"{run.rows} × {run.kv_budget} slots per head, {run.kv_dtype}{_beside(run)}",
         "shared_prefix": "one more sequence, to share a system message",
         "rebase": "the positions of tokens that outgrow the model's",
         "journal": "what one step displaces, to undo it",
@@ -212,6 +213,13 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
     if plan.budget_bytes is not None:
         yield "budget", plan.budget_bytes, ""
     yield "full cache", run.full_cache_bytes(context), f"for comparison: one sequence of {context} tokens"
+
+
+def _beside(run: Run) -> str:
+    from trimkv_cli.units import format_size
+
+    state = run.spec.state
+    return "" if state is None else f"; {format_size(run.spec.state_bytes)} each of {state.layers} layers' state"
 
 
 def _remarks(plan: Plan) -> Iterator[str]:

@@ -174,7 +174,7 @@ class Engine:
             raise UsageError("the prompt is empty", hint="give at least one token")
         check_token_ids(ids, facts.spec.vocab_size)
         self._runner.sampler.check(request.params)
-        slots = (facts.spec.slots(layer, facts.plan.run.kv_budget) for layer in range(facts.spec.num_layers))
+        slots = (facts.spec.slots(layer, facts.plan.run.kv_budget) for layer in range(facts.spec.num_kv_layers))
         facts.pins.check(request.prefix_len, min(slots), sinks=facts.gate.kept)
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1

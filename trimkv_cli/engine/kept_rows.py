@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.cache.retention_cache import RetentionCache, SavedRow
 from trimkv_cli.engine.row_files import RowState
 from trimkv_cli.engine.scheduler import Scheduler
 from trimkv_cli.errors import CacheMismatch
@@ -60,9 +60,10 @@ class KeptRows:
     def save(self, request_id: str) -> RowState:
         """Copy what such a request left, so that what comes after it can be undone; its row stays as it is."""
         row = self._scheduler.parked[request_id]
-        rebase = self._cache.rebase
+        rebase, saved = self._cache.rebase, self._cache.save_row(row.index)
         return RowState(
-            layers=self._cache.save_row(row.index),
+            layers=saved.layers,
+            states=saved.states,
             rebased=None if rebase is None else rebase.save(row.index),
             token_ids=row.token_ids,
             unread=row.unread,
@@ -84,7 +85,7 @@ class KeptRows:
         row = self._scheduler.park(
             request, history=state.token_ids, last_token=state.last_token, long_rope=state.long_rope
         )
-        self._cache.load_row(row.index, state.layers, seen=row.seen)
+        self._cache.load_row(row.index, SavedRow(state.layers, state.states), seen=row.seen)
         if state.rebased is not None:
             assert self._cache.rebase is not None
             self._cache.rebase.load(row.index, state.rebased)

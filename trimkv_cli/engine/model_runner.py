@@ -129,6 +129,7 @@ class ModelRunner:
             longest=max(starts),
             shortest=min(starts),
             pinned=self._system_lengths(batch) if self._pins_system else None,
+            lengths=tuple(len(chunk.token_ids) for chunk in batch.chunks),
         )
         logits = self._forward(self._tensor(ids, torch.int64), step, long_rope=batch.chunks[0].row.long_rope)
         for chunk in batch.chunks:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trimkv_cli import __version__
+from trimkv_cli.cache.linear_state import State
 from trimkv_cli.cache.rebase import RebasedRow
 from trimkv_cli.engine.devices import stored_parts
 from trimkv_cli.errors import CacheMismatch, InputError
@@ -37,10 +38,11 @@ class RowState:
     last_token: int | None  # generated, not yet fed
     long_rope: bool
     rebased: RebasedRow | None = None
+    states: tuple[State, ...] = ()  # [1, …] each
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers) + sum(state.nbytes for state in self.states)
 
 
 _SAMPLED = 64  # values of each parameter; whole files would take as long to read as to load
@@ -100,6 +102,8 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
     tensors = {"token_ids": torch.tensor(state.token_ids, dtype=torch.int64)}
     for index, layer in enumerate(state.layers):
         tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in layer._asdict().items()}
+    for index, kept in enumerate(state.states):
+        tensors |= {f"states.{index}.{name}": tensor.contiguous() for name, tensor in kept._asdict().items()}
     header: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "model": model_id,
@@ -127,7 +131,9 @@ def read_row(path: Path, *, model_id: str, fingerprint: Mapping[str, str]) -> Ro
         with safe_open(path, framework="pt") as file:
             header = _header(file.metadata())
             _check(path, header, model_id, fingerprint)
-            layers = range(sum(name.endswith(".position") for name in file.keys()))  # noqa: SIM118 - not a dict
+            names = list(file.keys())
+            layers = range(sum(name.endswith(".position") for name in names))
+            states = range(sum(name.endswith(".recurrent") for name in names))
             state = RowState(
                 layers=tuple(
                     Slots(*(file.get_tensor(f"layers.{index}.{name}") for name in Slots._fields)) for index in layers
@@ -137,6 +143,9 @@ def read_row(path: Path, *, model_id: str, fingerprint: Mapping[str, str]) -> Ro
                 last_token=header["last_token"],
                 long_rope=header["long_rope"],
                 rebased=_rebased(file, header, len(layers)),
+                states=tuple(
+                    State(*(file.get_tensor(f"states.{index}.{name}") for name in State._fields)) for index in states
+                ),
             )
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"cannot read {path}: {error}", hint="give a file that --save-cache wrote") from error

@@ -232,7 +232,7 @@ def policy_gates(policy: Policy, parts: Parts, *, positions: int, seed: int) -> 
             RandomGate(num_kv_heads=spec.num_kv_heads, positions=positions, seed=seed * spec.num_layers + layer).to(
                 device
             )
-            for layer in range(spec.num_layers)
+            for layer in range(spec.num_kv_layers)
         ]
     return list(build_gates(gate_spec(policy, parts.facts.gate), spec, {}, dtype=torch.float32, device=device))
 

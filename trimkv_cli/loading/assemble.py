@@ -58,6 +58,7 @@ def assemble(
         device=model.device,
         recent=facts.pins.recent,
         evicts=evicts,
+        state=spec.state,
     )
     if rebases:
         slots = [layer.slots for layer in cache.layers]

@@ -19,6 +19,7 @@ class Experts:
     count: str = "num_local_experts"  # or num_experts: transformers takes the one for the other
     width: str = "moe_intermediate_size"
     shared: str | None = None  # experts that every token goes through, of the same width
+    gated_width: str | None = None  # how wide the one is that every token goes through behind a gate of its own
     dense_layers: str | None = None  # the first layers, which have an ordinary MLP
     biased: bool = False
 
@@ -38,6 +39,8 @@ class Family:
     sinks: bool = False  # a learned logit of each query head, which takes its part of the softmax and has no value
     slides: Literal["no", "all", "asked"] | int = "no"  # a number n: every n-th layer sees everything
     experts: Experts | None = None
+    hybrid: bool = False  # layers of linear attention, a gated delta rule, between those with keys and values
+    gated: bool = False  # what attention says passes a gate as wide as the queries
     sequential: bool = False  # norm, attention, norm, MLP, and no more: a CPU decodes it without transformers' modules
 
 
@@ -94,6 +97,16 @@ _GEMMA: Mapping[str, Any] = {
     "sliding_window": 4096,
     "sliding_window_pattern": 6,
 }
+_HYBRID: Mapping[str, Any] = {
+    **_UNTIED,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
 FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(defaults={**_QWEN, "head_dim": 128}, qk_norm="head", slides="asked", sequential=True),
     "qwen2": Family(defaults=_QWEN, bias="qkv", always_biased=True, slides="asked", sequential=True),
@@ -132,6 +145,21 @@ FAMILIES: Mapping[str, Family] = {
         slides=2,
         sinks=True,
         experts=Experts(width="intermediate_size", biased=True),
+    ),
+    "qwen3_next": Family(
+        defaults=_HYBRID,
+        qk_norm="head",
+        hybrid=True,
+        gated=True,
+        experts=Experts(gated_width="shared_expert_intermediate_size"),
+    ),
+    "qwen3_5_text": Family(defaults=_HYBRID, qk_norm="head", hybrid=True, gated=True),
+    "qwen3_5_moe_text": Family(
+        defaults=_HYBRID,
+        qk_norm="head",
+        hybrid=True,
+        gated=True,
+        experts=Experts(gated_width="shared_expert_intermediate_size"),
     ),
 }
 SEQUENTIAL_FAMILIES = frozenset(name for name, family in FAMILIES.items() if family.sequential)
@@ -220,13 +248,88 @@ def _senseless(key: str, value: object, wanted: str) -> BrokenModel:
     return BrokenModel(f"config.json: {key} = {value!r} is not {wanted}", hint="get the folder again")
 
 
-def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Give each layer's attention window (the query counted), None where it is full."""
-    layers, slides = positive(config, "num_hidden_layers"), FAMILIES[model_type].slides
-    window = None if config.get("sliding_window") is None else positive(config, "sliding_window")
-    kinds = config.get("layer_types")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateShape:
+    """What one sequence leaves in each layer of linear attention: the newest inputs of a convolution, and a matrix."""
+
+    at: tuple[int, ...]  # the indices of these layers in the model
+    kernel: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.at)
+
+    @property
+    def values(self) -> int:
+        """How wide the values of all heads are."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """How wide queries, keys and values of all heads are."""
+        return 2 * self.key_heads * self.key_dim + self.values
+
+    @property
+    def numel(self) -> int:
+        """Count the numbers of one layer and one sequence."""
+        return self.channels * self.kernel + self.value_heads * self.key_dim * self.value_dim
+
+    def matrices(self, hidden: int) -> tuple[tuple[int, int], ...]:
+        """List the linear layers (outputs, inputs) of one layer, however transformers joins them."""
+        return (self.channels + self.values, hidden), (2 * self.value_heads, hidden), (hidden, self.values)
+
+    def weight_numel(self, hidden: int) -> int:
+        """Count the parameters of one layer's linear attention."""
+        matrices = sum(rows * columns for rows, columns in self.matrices(hidden))
+        return matrices + self.channels * self.kernel + 2 * self.value_heads + self.value_dim
+
+
+def state_shape(model_type: str, config: Mapping[str, Any]) -> StateShape | None:
+    """Say what the layers of linear attention remember; None where every layer has keys and values.
+
+    Raises:
+        BrokenModel: no layer has keys and values, or a size makes no sense.
+    """
+    if not FAMILIES[model_type].hybrid:
+        return None
+    kinds = _layer_types(config)
+    if kinds is None:
+        every = positive(config, "full_attention_interval")
+        layers = range(positive(config, "num_hidden_layers"))
+        kinds = ["full_attention" if (layer + 1) % every == 0 else "linear_attention" for layer in layers]
+    at = tuple(layer for layer, kind in enumerate(kinds) if kind == "linear_attention")
+    if len(at) == len(kinds):
+        raise _senseless("layer_types", kinds, "one with a layer of full attention")
+    shape = StateShape(
+        at=at,
+        kernel=positive(config, "linear_conv_kernel_dim"),
+        key_heads=positive(config, "linear_num_key_heads"),
+        value_heads=positive(config, "linear_num_value_heads"),
+        key_dim=positive(config, "linear_key_head_dim"),
+        value_dim=positive(config, "linear_value_head_dim"),
+    )
+    return shape if at else None
+
+
+def _layer_types(config: Mapping[str, Any]) -> list[str] | None:
+    kinds, layers = config.get("layer_types"), positive(config, "num_hidden_layers")
     if kinds and (not isinstance(kinds, list) or len(kinds) != layers):
         raise _senseless("layer_types", kinds, f"a list of {layers} names")
+    return kinds or None
+
+
+def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Give the attention window (the query counted) of each layer with keys and values, None where it is full."""
+    state = state_shape(model_type, config)
+    if state is not None:
+        return (None,) * (positive(config, "num_hidden_layers") - state.layers)
+    layers, slides = positive(config, "num_hidden_layers"), FAMILIES[model_type].slides
+    window = None if config.get("sliding_window") is None else positive(config, "sliding_window")
+    kinds = _layer_types(config)
     if slides == "asked" and not config.get("use_sliding_window"):
         window = None
     if kinds and slides not in ("no", "all"):
@@ -245,9 +348,13 @@ def layer_windows(model_type: str, config: Mapping[str, Any]) -> tuple[int | Non
 
 
 def layer_matrices(model_type: str, *, hidden: int, intermediate: int, q: int, kv: int) -> tuple[tuple[int, int], ...]:
-    """List the linear layers (outputs, inputs) of one decoder layer as transformers makes them; experts are none."""
+    """List the linear layers (outputs, inputs) of a decoder layer with attention, as transformers makes them.
+
+    Experts are none.
+    """
     family = FAMILIES[model_type]
-    attention = ((q + 2 * kv, hidden),) if family.fused_qkv else ((q, hidden), (kv, hidden), (kv, hidden))
+    queries = 2 * q if family.gated else q
+    attention = ((q + 2 * kv, hidden),) if family.fused_qkv else ((queries, hidden), (kv, hidden), (kv, hidden))
     if family.experts is not None:
         return (*attention, (hidden, q))
     first = {"gated": ((intermediate, hidden),) * 2, "fused": ((2 * intermediate, hidden),)}
@@ -269,19 +376,24 @@ def weight_numel(
     """Count the parameters that transformers allocates; tied embeddings count once."""
     family = FAMILIES[model_type]
     q, kv = num_heads * head_dim, num_kv_heads * head_dim
-    attention = hidden_size * (q + 2 * kv) + q * hidden_size
+    queries = 2 * q if family.gated else q
+    attention = hidden_size * (queries + 2 * kv) + q * hidden_size
     if family.always_biased or (family.bias != "no" and config.get("attention_bias")):
-        attention += q + 2 * kv + (hidden_size if family.bias == "qkvo" else 0)
+        attention += queries + 2 * kv + (hidden_size if family.bias == "qkvo" else 0)
     norms = {"no": 0, "head": 2 * head_dim, "whole": q + kv, "asked": 2 * head_dim * bool(config.get("use_qk_norm"))}
-    layer = attention + norms[family.qk_norm] + family.norms * hidden_size + family.extra
-    layer += num_heads if family.sinks else 0
+    attention += norms[family.qk_norm] + (num_heads if family.sinks else 0)
+    state = state_shape(model_type, config)
+    mixing = num_layers * attention
+    if state is not None:
+        mixing += state.layers * (state.weight_numel(hidden_size) - attention)
     dense = (2 if family.mlp == "plain" else 3) * hidden_size * intermediate_size
     if model_type == "llama" and config.get("mlp_bias"):
         dense += 2 * intermediate_size + hidden_size
     dense_layers, routed = (num_layers, 0) if family.experts is None else _routed(family.experts, config, hidden_size)
     embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
-    layers = num_layers * layer + dense_layers * dense + (num_layers - dense_layers) * routed
-    return layers + hidden_size + embeddings
+    layers = num_layers * (family.norms * hidden_size + family.extra)
+    layers += dense_layers * dense + (num_layers - dense_layers) * routed
+    return mixing + layers + hidden_size + embeddings
 
 
 def _routed(experts: Experts, config: Mapping[str, Any], hidden: int) -> tuple[int, int]:
@@ -289,6 +401,15 @@ def _routed(experts: Experts, config: Mapping[str, Any], hidden: int) -> tuple[i
     key = experts.count if config.get(experts.count) is not None else "num_experts"
     count, width = positive(config, key), positive(config, experts.width)
     shared = int(config.get(experts.shared) or 0) if experts.shared is not None else 0
-    dense_layers = int(config.get(experts.dense_layers) or 0) if experts.dense_layers is not None else 0
     biases = count * (2 * width + hidden + 1) if experts.biased else 0
-    return dense_layers, (count + shared) * 3 * hidden * width + count * hidden + biases
+    gated = hidden * (3 * positive(config, experts.gated_width) + 1) if experts.gated_width is not None else 0
+    dense_layers = _dense_layers(experts, config)
+    return dense_layers, (count + shared) * 3 * hidden * width + count * hidden + biases + gated
+
+
+def _dense_layers(experts: Experts, config: Mapping[str, Any]) -> int:
+    """Count the layers without experts: the first ones, those named, and those between every n-th."""
+    first = int(config.get(experts.dense_layers) or 0) if experts.dense_layers is not None else 0
+    named, every = config.get("mlp_only_layers") or (), positive(config, "decoder_sparse_step", 1)
+    layers = range(first, positive(config, "num_hidden_layers"))
+    return first + sum(layer in named or (layer + 1) % every != 0 for layer in layers)

@@ -10,11 +10,13 @@ from typing import Any, Literal, Self
 from trimkv_cli.errors import GateMismatch, UsageError
 from trimkv_cli.model.families import (
     FAMILIES,
+    StateShape,
     language_config,
     layer_matrices,
     layer_windows,
     original_max_positions,
     positive,
+    state_shape,
     supported_type,
     weight_numel,
 )
@@ -29,6 +31,7 @@ GateVariant = TrainedVariant | Literal["streaming", "none"]
 DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "nf4")
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
+_POSITION_BYTES = 4
 TRAINED_VARIANTS: Mapping[str, TrainedVariant] = {"rg": "rg", "rg10": "rg10", "rg2": "rg2", "rg3": "rg3"}
 _JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
 STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -45,7 +48,10 @@ class GgufForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """The shape of one decoder; `windows` has one entry per layer, None where attention is full."""
+    """The shape of one decoder; `windows` has one entry per layer with keys and values, None where attention is full.
+
+    `state` is what the other layers have instead.
+    """
 
     model_type: str
     num_layers: int
@@ -63,6 +69,7 @@ class ModelSpec:
     weight_numel: int
     quantised: Quantised | None = None  # how the checkpoint itself is stored
     gguf: GgufForm | None = None
+    state: StateShape | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -83,7 +90,7 @@ class ModelSpec:
             "num_heads": heads,
             "num_kv_heads": positive(full, "num_key_value_heads", heads),
             "head_dim": positive(full, "head_dim", hidden // heads),
-            "intermediate_size": positive(full, "intermediate_size"),
+            "intermediate_size": positive(full, "intermediate_size", full.get("moe_intermediate_size")),
             "vocab_size": positive(full, "vocab_size"),
         }
         dtype = _DTYPES.get(str(full.get("dtype") or full.get("torch_dtype")).removeprefix("torch."), "fp32")
@@ -99,6 +106,7 @@ class ModelSpec:
             **shape,
             max_positions=positive(full, "max_position_embeddings"),
             windows=layer_windows(model_type, full),
+            state=state_shape(model_type, full),
             dtype=dtype,
             tied=tied,
             original_max_positions=original_max_positions(full),
@@ -106,6 +114,22 @@ class ModelSpec:
             quantised=quantised,
             gguf=None,
         )
+
+    @property
+    def num_kv_layers(self) -> int:
+        """How many layers have keys and values."""
+        return len(self.windows)
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The indices of the layers with keys and values in the model."""
+        others = () if self.state is None else self.state.at
+        return tuple(layer for layer in range(self.num_layers) if layer not in others)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the layers without keys and values hold of one sequence, whatever its length."""
+        return 0 if self.state is None else self.state.layers * self.state.numel * 4
 
     @property
     def slot_numel(self) -> int:
@@ -137,16 +161,17 @@ class ModelSpec:
 
     def kv_bytes_per_row(self, kv_budget: int, dtype_bytes: int) -> int:
         """Count the bytes that one sequence's cache takes, whatever its length."""
-        slots = sum(self.slots(layer, kv_budget) for layer in range(self.num_layers))
-        return self.num_kv_heads * slots * (self.slot_numel * dtype_bytes + SLOT_STATE_BYTES)
+        slots = sum(self.slots(layer, kv_budget) for layer in range(self.num_kv_layers))
+        return self.num_kv_heads * slots * (self.slot_numel * dtype_bytes + SLOT_STATE_BYTES) + self.state_bytes
 
     def journal_bytes_per_row(self, dtype_bytes: int) -> int:
         """Count the bytes that keep what one decode step displaced in one sequence."""
-        return self.num_layers * self.num_kv_heads * (self.slot_numel * dtype_bytes + _JOURNAL_STATE_BYTES)
+        slots = self.num_kv_layers * self.num_kv_heads * (self.slot_numel * dtype_bytes + _JOURNAL_STATE_BYTES)
+        return slots + (0 if self.state is None else self.state_bytes + self.state.layers * _POSITION_BYTES)
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Count K and V of one token over all layers, as a full cache without windows stores them."""
-        return self.num_layers * self.num_kv_heads * self.slot_numel * dtype_bytes
+        return self.num_kv_layers * self.num_kv_heads * self.slot_numel * dtype_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,14 +239,14 @@ class GateSpec:
             return 0
         first, last = self.input_size(model) * self.hidden, (self.hidden + 1) * model.num_kv_heads
         more = {"rg3": first, "rg10": self.hidden + self.hidden * self.hidden + self.hidden}
-        return model.num_layers * (first + more.get(self.variant, self.hidden) + last)
+        return model.num_kv_layers * (first + more.get(self.variant, self.hidden) + last)
 
 
 def gate_bytes(model: ModelSpec, gate: GateSpec, dtype: Dtype) -> int:
     """Count the bytes of the gates in the compute dtype; the per-head biases stay in float32."""
     if not gate.trained:
         return 0
-    biases = model.num_layers * model.num_kv_heads
+    biases = model.num_kv_layers * model.num_kv_heads
     return (gate.numel(model) - biases) * DTYPE_BYTES[dtype] + biases * 4
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from trimkv_cli.errors import ContextOverflow, UsageError
+from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.spec import (
     DTYPE_BYTES,
@@ -137,12 +137,14 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
     Raises:
         UsageError: sizes that contradict each other.
         ContextOverflow: a context past the model's positions.
+        UnsupportedModel: what this family does not do.
     """
     if options.context is not None and options.context > spec.max_positions:
         raise ContextOverflow(
             f"a context of {options.context} is past the model's {spec.max_positions} positions",
             hint=f"--context {spec.max_positions}",
         )
+    _check_hybrid(spec, options)
     precisions = _precisions(spec, options)
     kv_dtype = parse_kv_dtype(options.kv_dtype)
     if kv_dtype == "fp8" and options.device != "cuda":
@@ -179,8 +181,18 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
         kv_flag=_kv_flag(gate, options),
         full_cache=gate.variant == "none",
         dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
-        can_quantise=options.can_quantise and spec.quantised is None,
+        can_quantise=options.can_quantise and spec.quantised is None and spec.state is None,
     )
+
+
+def _check_hybrid(spec: ModelSpec, options: PlanOptions) -> None:
+    """Raise where a model with layers of linear attention is asked for what only one without them does."""
+    if spec.state is not None and options.quantize not in ("auto", "none"):
+        raise UnsupportedModel(f"trimkv does not quantise {spec.model_type}, a hybrid", hint="--quantize none")
+    if spec.state is not None and options.rebases:
+        raise UnsupportedModel(
+            f"--on-overflow rebase does not know {spec.model_type}, a hybrid", hint="--on-overflow error"
+        )
 
 
 def _most_rows(options: PlanOptions) -> int:
@@ -195,9 +207,8 @@ def _precisions(spec: ModelSpec, options: PlanOptions) -> tuple[Precision, ...]:
             f"--quantize {asked}: the checkpoint is quantised already, in {spec.quantised.label}",
             hint="--quantize none, or take the model's original weights",
         )
-    possible = (
-        spec.quantised is None and options.can_quantise and options.device in QUANTISES and options.budget is not None
-    )
+    possible = options.can_quantise and options.device in QUANTISES and options.budget is not None
+    possible &= spec.quantised is None and spec.state is None
     levels = (asked,) if asked is not None else QUANTISATIONS if possible else QUANTISATIONS[:1]
     return tuple((dtype, level) for level in levels for dtype in _dtypes(spec, options))
 

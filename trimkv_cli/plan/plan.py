@@ -100,7 +100,7 @@ class Plan:
         if new.kv_budget <= old.kv_budget:
             return new.total_bytes
         rows = old.step_rows + old.shares_prefix
-        moved = rows * old.kv_bytes_per_row // (2 if old.device == "cpu" else old.spec.num_layers)
+        moved = rows * old.kv_bytes_per_row // (2 if old.device == "cpu" else old.spec.num_kv_layers)
         return new.total_bytes - sum(map(new.part_bytes, _OF_A_STEP)) + moved
 
     def ensure_fits(self) -> None:

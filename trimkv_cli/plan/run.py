@@ -26,6 +26,9 @@ _SCALE_BLOCK = 256  # scales that share one scale of their own
 _SCALE_CODE_BYTES = 1024  # the table of 8-bit scales, one for each matrix
 _NF4_CODE_BYTES = 64  # the 16 values, one table for each matrix
 _OFFSET_BYTES = 4
+_RECURRENT_BLOCK = 64  # tokens
+_CHUNK_STATES = 6  # the state of a row before a chunk, after it, and on the way
+_DECODE_STATES = 4.2  # and around one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ class Run:
         """Count what one sequence of `context` tokens takes in a cache that forgets only what left a window."""
         row = self.spec.kv_bytes_per_row(context, DTYPE_BYTES[self.kv_dtype])
         return row - 8 * self.spec.num_kv_heads * sum(
-            self.spec.slots(layer, context) for layer in range(self.spec.num_layers)
+            self.spec.slots(layer, context) for layer in range(self.spec.num_kv_layers)
         )
 
     @property
@@ -164,7 +167,7 @@ class Run:
 
     @property
     def _rank_bytes(self) -> int:
-        return self.spec.num_layers * self.spec.num_kv_heads * self.kv_budget * _RANK_BYTES
+        return self.spec.num_kv_layers * self.spec.num_kv_heads * self.kv_budget * _RANK_BYTES
 
 
 def _slack_bytes(allocated: int, device: str) -> int:
@@ -194,13 +197,19 @@ def _reordered_bytes(run: Run) -> int:
     halves = run.form == "none" and run.dtype_bytes == 2 and run.step_rows >= _REORDERED_FROM
     if run.device != "cpu" or not run.machine.reorders_halves or not halves:
         return 0
-    return run.spec.num_layers * sum(outputs * inputs for outputs, inputs in run.spec.matrices) * 2
+    spec, state = run.spec, run.spec.state
+    numel = spec.num_layers * sum(outputs * inputs for outputs, inputs in spec.matrices)
+    if state is not None:  # their MLP is that of the others
+        mlp = spec.matrices[4:]
+        mixing = sum(outputs * inputs for outputs, inputs in (*state.matrices(spec.hidden_size), *mlp))
+        numel = numel // spec.num_layers * spec.num_kv_layers + state.layers * mixing
+    return numel * 2
 
 
 def _forward_bytes(run: Run) -> int:
     """Count the larger of a prefill and a decode."""
     steps = (_attention_bytes(run), _mlp_bytes(run, run.step_tokens), _decode_bytes(run))
-    return max(*steps, _gate_bytes(run), _head_bytes(run))
+    return max(*steps, _gate_bytes(run), _head_bytes(run), _state_bytes(run))
 
 
 def _dequantising_bytes(run: Run) -> int:
@@ -259,7 +268,7 @@ def _gate_bytes(run: Run) -> int:
     if run.gate.reads_kv:
         vector += spec.num_heads * spec.head_dim + 2 * run.gate.input_size(spec)
     vectors = run.step_tokens * vector * run.dtype_bytes
-    together = 2 * run.step_rows * spec.num_layers * run.gate_hidden * run.dtype_bytes
+    together = 2 * run.step_rows * spec.num_kv_layers * run.gate_hidden * run.dtype_bytes
     return max(vectors + _inputs_bytes(run, run.step_tokens), together)
 
 
@@ -283,6 +292,24 @@ def _attention_bytes(run: Run) -> int:
         for rows in {1, run.step_rows}
     ]
     return vectors + max(beside) + _inputs_bytes(run, run.step_tokens)
+
+
+def _state_bytes(run: Run) -> int:
+    """Count what linear attention takes: a chunk of a prompt in blocks, in float32, or one token per row.
+
+    The factors are what transformers' allocations came to.
+    """
+    state = run.spec.state
+    if state is None:
+        return 0
+    tokens, blocks = run.step_tokens, -(-run.step_tokens // _RECURRENT_BLOCK)
+    keys, joined = (6, 3) if run.spec.model_type == "qwen3_next" else (5, 0.75)
+    width = keys * state.key_dim + 5 * state.value_dim + 3.5 * _RECURRENT_BLOCK
+    outside = tokens * 4 * run.spec.hidden_size + tokens * int(state.channels + joined * state.values)
+    chunk = blocks * _RECURRENT_BLOCK * state.value_heads * int(width) * 4 + outside * run.dtype_bytes
+    chunk += min(run.step_rows, blocks) * state.numel * 4 * _CHUNK_STATES + _inputs_bytes(run, tokens)
+    decode = run.step_rows * int(state.numel * 4 * _DECODE_STATES) + _mlp_bytes(run, run.step_rows)
+    return max(chunk, decode)
 
 
 def _attend_bytes(run: Run, layer: int, rows: int) -> int:
@@ -328,12 +355,12 @@ def _block_bytes(run: Run, sees: int) -> int:
 def _decode_bytes(run: Run) -> int:
     """Count one token per row: eviction in all layers together, or one layer's slots in float32 and its scores."""
     spec = run.spec
-    rows, most = run.step_rows, max(spec.slots(layer, run.kv_budget) for layer in range(spec.num_layers))
+    rows, most = run.step_rows, max(spec.slots(layer, run.kv_budget) for layer in range(spec.num_kv_layers))
     vectors = _mlp_bytes(run, rows) + rows * 3 * spec.num_heads * spec.head_dim * 4
     if run.device == "cuda":
         return vectors + rows * spec.num_heads * spec.head_dim * 4 * 16  # partial sums of a split over slots
     if _decodes_together(run):
-        slots = sum(spec.slots(layer, run.kv_budget) + 1 for layer in range(spec.num_layers))
+        slots = sum(spec.slots(layer, run.kv_budget) + 1 for layer in range(spec.num_kv_layers))
         return vectors + rows * spec.num_kv_heads * slots * 16
     copies = 3 if run.kv_dtype != "fp32" else 1
     return vectors + rows * most * (copies * spec.num_kv_heads * spec.head_dim * 4 + spec.num_heads * 12)

@@ -73,9 +73,13 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, lis
     """
     _check_output(run)
     source = find_source(engine, weights=True)
-    if FAMILIES[source.spec.model_type].sinks:
-        what = f"gates are not trained for {source.spec.model_type}: its attention has learned sinks"
-        raise UnsupportedModel(what, hint="--gates streaming runs it without trained ones")
+    family = FAMILIES[source.spec.model_type]
+    if family.sinks or family.hybrid:
+        why = "its attention has learned sinks" if family.sinks else "most of its attention is linear"
+        raise UnsupportedModel(
+            f"gates are not trained for {source.spec.model_type}: {why}",
+            hint="--gates streaming runs it without trained ones",
+        )
     if options.positions > source.spec.max_positions:
         raise ContextOverflow(
             f"context and position gap come to {options.positions:,} positions, {source.model_id} has "
