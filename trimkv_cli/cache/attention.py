@@ -94,9 +94,7 @@ class GenerationView(RetentionView):
         seen = self.cache.seen[:batch]
         rows = None if length == 1 and self.tokens_fed else torch.arange(batch, device=positions.device)
         counts = (positions >= 0).sum(dim=1).tolist()
-        self.step = Step(
-            positions=positions, rows=rows, longest=max(seen), shortest=min(seen), lengths=tuple(counts)
-        )
+        self.step = Step(positions=positions, rows=rows, longest=max(seen), shortest=min(seen), lengths=tuple(counts))
         self.cache.seen[:batch] = [before + new for before, new in zip(seen, counts, strict=True)]
         self.tokens_fed += length
         return self.step
