@@ -78,26 +78,26 @@ def is_idle(engine: Engine) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> dict[bool, tuple[dict[str, list[int]], Any, int]]:
+def undisturbed() -> dict[Any, tuple[dict[str, list[int]], Any, int]]:
     return {}
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("family", "deterministic"), [("qwen3", True), ("qwen3", False), ("qwen3_5_text", False)])
 @settings(max_examples=12, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_out_of_memory_at_any_operation_changes_no_token(
-    deterministic: bool, data: st.DataObject, undisturbed: dict[bool, Any], tiny_model: TinyModel
+    family: str, deterministic: bool, data: st.DataObject, undisturbed: dict[Any, Any], tiny_model: TinyModel
 ) -> None:
-    """Catches half-done evictions, sampler steps taken twice, prefixes copied in part, rows that are never freed."""
+    """Catches half-done evictions and states, sampler steps taken twice, prefixes copied in part, rows never freed."""
     shape = Shape(kv_budget=11, rows=3, prefill_chunk=8, gate="random", deterministic=deterministic)
-    model = tiny_model("qwen3")
-    if deterministic not in undisturbed:
+    model = tiny_model(family)
+    if (family, deterministic) not in undisturbed:
         engine = make_engine(model, shape)
         with FailAt() as counting:
             tokens, _ = finish(engine, requests())
-        undisturbed[deterministic] = tokens, engine.kept.positions("4"), counting.count
+        undisturbed[family, deterministic] = tokens, engine.kept.positions("4"), counting.count
         engine.close()
-    tokens, kept, operations = undisturbed[deterministic]
+    tokens, kept, operations = undisturbed[family, deterministic]
     failing = data.draw(st.sets(st.integers(0, operations - 1), min_size=1, max_size=3))
     engine = make_engine(model, shape)
     with FailAt(*failing):
