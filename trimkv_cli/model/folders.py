@@ -67,6 +67,7 @@ def language_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
 
 # Written as `language_model.model.layers…`, since transformers 4.52 as `model.language_model.layers…`.
 _LANGUAGE = re.compile(r"(model\.)?language_model\.(model\.)?|(?=lm_head\.)")
+_UNREAD = re.compile(r"^mtp\.|inv_freq")  # a head that predicts more tokens, frequencies: transformers skips them
 T = TypeVar("T")
 
 
@@ -83,10 +84,11 @@ def read_model_spec(folder: Path) -> ModelSpec:
     tensors = read_safetensors_headers(folder)
     if config.get("text_config") is not None:
         tensors = language_tensors(tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if not _UNREAD.search(name)}
     skipped = ("lm_head.weight",) if spec.tied else ()
     if spec.quantised is not None:
         return replace(spec, quantised=spec.quantised.with_headers(tensors, skipped=skipped)) if tensors else spec
-    stored = sum(prod(shape) for name, (_, shape) in tensors.items() if name not in skipped and "inv_freq" not in name)
+    stored = sum(prod(shape) for name, (_, shape) in tensors.items() if name not in skipped)
     dtypes = {STORED_DTYPES[dtype] for dtype, _ in tensors.values() if dtype in STORED_DTYPES}
     known = config.get("dtype") or config.get("torch_dtype") or len(dtypes) != 1
     return replace(spec, weight_numel=max(spec.weight_numel, stored), dtype=spec.dtype if known else dtypes.pop())
