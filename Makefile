@@ -32,7 +32,7 @@ demo: $(READY)
 	@model=smollm2-135m-instruct; \
 	$(BIN)/trimkv models pull $$model >/dev/null || { model=mini; echo "without it the built-in mini runs" >&2; }; \
 	$(BIN)/trimkv run examples/demo.jsonl -m $$model && \
-	$(BIN)/trimkv ask -m $$model --greedy "What is the capital of France?" && \
+	$(BIN)/trimkv ask -m $$model "What is the capital of France?" && \
 	$(BIN)/trimkv summarize -m $$model -n 120 --kv-budget 512 LICENSE
 
 # Some steps ask for lists that no slots can hold, and have a hundred times the gradient: clipped, most steps count alike.
