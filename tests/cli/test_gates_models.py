@@ -128,6 +128,7 @@ def test_models_show(trimkv: Text, cache: Path) -> None:
     assert facts["kv_bytes_per_token"] == 2 * 3 * 2 * 32 * 4
     assert facts["full_cache_bytes"] == facts["kv_bytes_per_token"] * 4096
     assert facts["weight_bytes"] == 551424
+    assert (facts["quantised"], facts["bits_per_weight"]) == (None, 32.0)
     text = trimkv("models", "show", "some/model").stdout
     assert "1.5 KiB per token, 6.0 MiB when full" in text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP
 from helpers.quantised_models import COMPRESSED, FP8, MXFP4, save_quantised, set_config, unpacked_model
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import BrokenModel, ModelError, UnsupportedModel, UsageError
+from trimkv_cli.loading import sources
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.model import quantised
@@ -25,7 +26,7 @@ PROMPTS = [[70, 81, 92, 103, 114, 125, 6, 17, 28, 39], [5, 4, 3]]
 NEW = 12
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 BITSANDBYTES: dict[str, dict[str, Any]] = {
-    "int8": {"load_in_8bit": True},
+    "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},  # above 0 no batch answers as its rows do alone
     "nf4": NF4,
     "nf4-nested": {**NF4, "bnb_4bit_use_double_quant": True},
 }
@@ -35,13 +36,13 @@ def load(path: Path, **options: Any) -> Engine:
     return load_engine(EngineOptions(model=str(path), gates="none", kv_budget="96", threads=1, device="cpu", **options))
 
 
-def answers(engine: Engine) -> list[list[int]]:
+def answers(engine: Engine, prompts: Sequence[list[int]] = PROMPTS) -> list[list[int]]:
     params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
-    requests = [Request(id=str(n), prompt_token_ids=tuple(p), params=params) for n, p in enumerate(PROMPTS)]
+    requests = [Request(id=str(n), prompt_token_ids=tuple(p), params=params) for n, p in enumerate(prompts)]
     made: dict[str, list[int]] = {}
     for event in engine.generate(requests):
         made.setdefault(event.request_id, []).extend(event.token_ids)
-    return [made[str(n)] for n in range(len(PROMPTS))]
+    return [made[str(n)] for n in range(len(prompts))]
 
 
 def generated(path: Path, **options: Any) -> list[list[int]]:
@@ -72,6 +73,21 @@ def test_bitsandbytes(by_bitsandbytes: Path) -> None:
     planned = engine.facts.plan.run.part_bytes("weights")
     assert abs(planned - engine.facts.weight_bytes) < 0.02 * planned
     assert engine.facts.plan.run.precision.startswith("bitsandbytes")
+
+
+def test_int8_answers_alone_as_in_a_batch(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches columns in 16 bits that the other sequences of a batch choose."""
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model("qwen3")
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            torch.nn.init.uniform_(parameter, 1.0, 5.0)  # activations past the threshold of 6
+    model.save_pretrained(tmp_path / "plain")
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "quantised")
+    engine = load(tmp_path / "quantised")
+    assert answers(engine) == [answers(engine, [prompt])[0] for prompt in PROMPTS]
 
 
 def test_the_config_alone_says_nearly_the_bytes(by_bitsandbytes: Path) -> None:
@@ -124,6 +140,21 @@ def test_torchao(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     assert answers(engine) == generated(tmp_path / "quantised")
     planned = engine.facts.plan.run.part_bytes("weights")
     assert abs(planned - engine.facts.weight_bytes) < 0.02 * planned
+
+
+def test_a_package_is_missed_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gigabytes that are downloaded for a model that cannot run."""
+    path, asked = save_quantised(tmp_path, AWQ), []
+
+    def folder(ref: sources.ModelRef, kind: str, *, offline: bool) -> Path:
+        asked.append(kind)
+        return path
+
+    monkeypatch.setattr(sources.ModelRef, "folder", folder)
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="not installed here"):
+        sources.find_source(EngineOptions(model="someone/tiny-awq"), weights=True)
+    assert asked == ["config"]
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}

@@ -169,10 +169,16 @@ def _empty(module: nn.Linear, config: QuantisationConfig) -> nn.Module:
 
 
 def settle_layers(model: PreTrainedModel, device: torch.device) -> None:
-    """Settle the layers of a checkpoint that bitsandbytes stored."""
+    """Settle the layers of a checkpoint that bitsandbytes stored.
+
+    In int8 no column of activations stays in 16 bits, as in what is quantised here: which ones do would depend on the
+    whole batch, and so would the memory.
+    """
     for module in model.modules():
         if isinstance(module, _quantised_types()):
             _settle(module, model.dtype, device)
+            if isinstance(module, _bitsandbytes().nn.Linear8bitLt):
+                module.state.threshold = 0.0
 
 
 def _settle(module: Any, dtype: torch.dtype, device: torch.device) -> None:
