@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from bench.live_bytes import LiveBytes
 from bench.memory import measure, save_model
@@ -16,6 +17,7 @@ from trimkv_cli.cache.releases import cache_argument
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.row_files import read_row, write_row
 from trimkv_cli.errors import UnsupportedModel
+from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import find_source
 from trimkv_cli.model.spec import ModelSpec, streaming_gate
@@ -170,6 +172,23 @@ def test_another_process_goes_on_as_the_first_would_have(tmp_path: Path, tiny_mo
     assert all(torch.equal(new, old) for made, kept in pairs for new, old in zip(made, kept, strict=True))
     fresh.kept.restore(read, "1")
     assert run(fresh, [greedy("2", question, 9, continues="1")])["2"] == want
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_runs_alone(tmp_path: Path, tiny_model: TinyModel) -> None:
+    """Catches weights that are not found under their other names, and a head for further tokens counted or read."""
+    alone = tiny_model(HYBRID)
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    whole: Any = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=alone.config.to_dict(), vision_config=vision)
+    )
+    whole.model.language_model.load_state_dict(alone.model.state_dict())
+    whole.lm_head.load_state_dict(alone.lm_head.state_dict())
+    whole.save_pretrained(tmp_path, state_dict={**whole.state_dict(), "mtp.fc.weight": torch.zeros(64, 128)})
+    options = EngineOptions(model=str(tmp_path), offline=True, device="cpu", dtype="fp32", gates="none", kv_budget="96")
+    engine = load_engine(options)
+    assert engine.facts.spec.weight_numel == sum(parameter.numel() for parameter in alone.parameters())
+    prompt = tuple(range(3, 60))
+    assert run(engine, [greedy("a", prompt, 12)])["a"] == _generated(alone, prompt, 12)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
