@@ -74,7 +74,7 @@ def verify(
     spec = read_model_spec(base.folder("config", offline=engine.offline))
     for warning in (*warnings, *check_gates(spec, gate, tensors, model_id=base.id)):
         print_warning(warning.message)
-    layers = f"{spec.num_layers} layers of {spec.num_kv_heads} KV heads"
+    layers = f"{spec.num_kv_layers} layers of {spec.num_kv_heads} KV heads"
     print(neutralise(f"ok: {gate.id} ({gate.variant}) fits {base.id}: {layers}, {len(tensors)} tensors"))
 
 
