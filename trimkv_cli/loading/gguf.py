@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -18,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.integrations.gguf import convert_gguf_tokenizer
 
+from trimkv_cli.cache.releases import unknown_form
 from trimkv_cli.errors import BrokenModel, ModelError, UnsupportedModel
 from trimkv_cli.model.gguf import MERGES, TOKENS, GgufHeader, GgufTensor, read_gguf
-from trimkv_cli.model.gguf_config import gguf_config, sampling_of
+from trimkv_cli.model.gguf_config import MODEL_TYPES, gguf_config, sampling_of
 
 _UNPACKED_AT_ONCE = 1 << 22  # values: what is unpacked beside the tensor that they go into
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -162,8 +163,9 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         **{f"{short}_id": said.get(f"tokenizer.ggml.{long}_token_id") for short, long in _SPECIAL.items()},
     }
     try:
-        backend, more = convert_gguf_tokenizer(
-            said["general.architecture"], {key: value for key, value in values.items() if value is not None}
+        backend, more = _convert_tokenizer(
+            said["general.architecture"],
+            {key: value for key, value in values.items() if value is not None or key.endswith("_id")},
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UnsupportedModel(
@@ -176,9 +178,26 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         for name, key in _SPECIAL.items()
         if (token_id := said.get(f"tokenizer.ggml.{key}_token_id")) is not None and token_id < len(tokens)
     }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **flags, **more)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{**more, **special, **flags})
     tokenizer.chat_template = said.get("tokenizer.chat_template")
     return tokenizer
+
+
+def _convert_tokenizer(architecture: str, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Have transformers make a tokenizer of a file's values; where that lies, and by which name, releases differ.
+
+    Raises:
+        UnsupportedModel: it is not where it is known to be.
+    """
+    for place, name in (("gguf", architecture), ("ggml", MODEL_TYPES.get(architecture, architecture))):
+        try:
+            convert = getattr(import_module(f"transformers.integrations.{place}"), "convert_gguf_tokenizer", None)
+        except ImportError:
+            continue
+        if convert is not None:
+            made: tuple[Any, dict[str, Any]] = convert(name, values)
+            return made
+    raise unknown_form("it has no convert_gguf_tokenizer")
 
 
 def _flags(said: Mapping[str, Any]) -> dict[str, Any]:
