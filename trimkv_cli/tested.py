@@ -29,7 +29,7 @@ NEWEST = {
     "zstandard": "0.25.0",
 }
 
-OLDEST_TRANSFORMERS = "5.17.0"
+OLDEST_TRANSFORMERS = "5.18.0"
 
 
 def installed_version(package: str) -> str | None:

@@ -110,8 +110,10 @@ def test_gates_that_are_none(trimkv: Text, cache: Path, name: str) -> None:
     assert "\nhint: " in done.stderr
 
 
-def test_models_list(trimkv: Text, cache: Path) -> None:
+def test_models_list(trimkv: Text, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a list without the built-in model, or one that needs a cache folder."""
+    monkeypatch.setenv("HOME", str(cache))
+    monkeypatch.setenv("XDG_DATA_HOME", str(cache / "data"))
     assert [model["id"] for model in json.loads(trimkv("models", "list", "--json").stdout)["models"]] == ["mini"]
     put(cache, "some/model", MODEL)
     put(cache, "some/gates", GATES)

@@ -46,7 +46,7 @@ def test_unknown_form_names_the_releases_that_work() -> None:
     ):
         with pytest.raises(UnsupportedModel, match="has a form that trimkv does not know") as caught:
             ask()
-        assert "5.17" in str(caught.value.hint)
+        assert "5.18" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

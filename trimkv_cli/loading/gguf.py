@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import (
 from trimkv_cli.cache.releases import unknown_form
 from trimkv_cli.errors import BrokenModel, ModelError, UnsupportedModel
 from trimkv_cli.model.gguf import MERGES, TOKENS, GgufHeader, GgufTensor, read_gguf
-from trimkv_cli.model.gguf_config import MODEL_TYPES, gguf_config, sampling_of
+from trimkv_cli.model.gguf_config import gguf_config, sampling_of
 
 _UNPACKED_AT_ONCE = 1 << 22  # values: what is unpacked beside the tensor that they go into
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -164,8 +163,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     }
     try:
         backend, more = _convert_tokenizer(
-            said["general.architecture"],
-            {key: value for key, value in values.items() if value is not None or key.endswith("_id")},
+            said["general.architecture"], {key: value for key, value in values.items() if value is not None}
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UnsupportedModel(
@@ -184,20 +182,17 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _convert_tokenizer(architecture: str, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Have transformers make a tokenizer of a file's values; where that lies, and by which name, releases differ.
+    """Have transformers make a tokenizer of a file's values.
 
     Raises:
-        UnsupportedModel: it is not where it is known to be.
+        UnsupportedModel: what does so is not where it is known to be.
     """
-    for place, name in (("gguf", architecture), ("ggml", MODEL_TYPES.get(architecture, architecture))):
-        try:
-            convert = getattr(import_module(f"transformers.integrations.{place}"), "convert_gguf_tokenizer", None)
-        except ImportError:
-            continue
-        if convert is not None:
-            made: tuple[Any, dict[str, Any]] = convert(name, values)
-            return made
-    raise unknown_form("it has no convert_gguf_tokenizer")
+    try:
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+    except ImportError:
+        raise unknown_form("it has no convert_gguf_tokenizer") from None
+    made: tuple[Any, dict[str, Any]] = convert_gguf_tokenizer(architecture, values)
+    return made
 
 
 def _flags(said: Mapping[str, Any]) -> dict[str, Any]:
