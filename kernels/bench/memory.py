@@ -56,6 +56,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral, tiny": {"model_type": "mistral", **_TINY, "sliding_window": 24},
     "phi3, tiny": {"model_type": "phi3", **_TINY, "pad_token_id": 0},
     "gemma3, tiny": {"model_type": "gemma3_text", **_TINY, "sliding_window": 24},
+    "mixtral, tiny": {"model_type": "mixtral", **_TINY, "num_local_experts": 4},
+    "qwen3_moe, tiny": {"model_type": "qwen3_moe", **_TINY, "num_experts": 8, "moe_intermediate_size": 96},
+    "gpt_oss, tiny": {
+        "model_type": "gpt_oss",
+        **_TINY,
+        "num_local_experts": 4,
+        "sliding_window": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "qwen3, 88M": {"model_type": "qwen3", **_M88},
     "llama, 155M": {"model_type": "llama", **_M160},
 }

@@ -41,7 +41,7 @@ def read_quantised(
 
 
 def _compute_plainly(model: PreTrainedModel) -> None:
-    """Leave activations as they are: transformers 5.17 rounds them, though the matrices are unpacked."""
+    """Leave activations as they are: releases before 5.24 round them, though the matrices are unpacked."""
     from compressed_tensors.quantization import disable_quantization
 
     model.apply(disable_quantization)

@@ -47,6 +47,15 @@ class GgufForm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How many experts a token goes through, how wide each is, and whether their products have biases."""
+
+    per_token: int
+    width: int
+    biased: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The shape of one decoder; `windows` has one entry per layer with keys and values, None where attention is full.
 
@@ -70,6 +79,7 @@ class ModelSpec:
     quantised: Quantised | None = None  # how the checkpoint itself is stored
     gguf: GgufForm | None = None
     state: StateShape | None = None
+    routing: Routing | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -107,6 +117,7 @@ class ModelSpec:
             max_positions=positive(full, "max_position_embeddings"),
             windows=layer_windows(model_type, full),
             state=state_shape(model_type, full),
+            routing=_routing(model_type, full),
             dtype=dtype,
             tied=tied,
             original_max_positions=original_max_positions(full),
@@ -172,6 +183,14 @@ class ModelSpec:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Count K and V of one token over all layers, as a full cache without windows stores them."""
         return self.num_kv_layers * self.num_kv_heads * self.slot_numel * dtype_bytes
+
+
+def _routing(model_type: str, config: Mapping[str, Any]) -> Routing | None:
+    experts = FAMILIES[model_type].experts
+    if experts is None:
+        return None
+    per_token = positive(config, "num_experts_per_tok", 2)
+    return Routing(per_token=per_token, width=positive(config, experts.width), biased=experts.biased)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -244,7 +244,7 @@ def _inputs_bytes(run: Run, tokens: int) -> int:
 def _mlp_bytes(run: Run, tokens: int) -> int:
     """Embeddings, a layer's input, what attention added, its norm; and the widened vectors: gate, up, product."""
     spec = run.spec
-    wide = _wide_bytes(run)
+    wide = max(_wide_bytes(run), _expert_bytes(run))
     if run.form == "int8":
         inner = spec.intermediate_size
         product = inner * (_INT8_BYTES + run.dtype_bytes) + spec.hidden_size
@@ -256,6 +256,16 @@ def _wide_bytes(run: Run) -> int:
     """Count the widened vectors of one token: gate, up and their product, which in Phi-3 are two of one matrix."""
     spec = run.spec
     return (4 if spec.model_type == "phi3" else 3) * spec.intermediate_size * run.dtype_bytes
+
+
+def _expert_bytes(run: Run) -> int:
+    """Count what one token becomes in its experts: sorted by expert it is there once for each of them."""
+    routing = run.spec.routing
+    if routing is None:
+        return 0
+    hidden, width = run.spec.hidden_size, routing.width
+    gating = hidden + (9 if routing.biased else 4) * width  # gate and up, and what becomes of them; biases gathered
+    return routing.per_token * max(gating, 4 * hidden) * run.dtype_bytes
 
 
 def _gate_bytes(run: Run) -> int:
