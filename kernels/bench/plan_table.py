@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from trimkv_cli.model.families import FAMILIES
 from trimkv_cli.model.machine import Machine
-from trimkv_cli.model.profiles import Profile, profile_folders, read_profile
+from trimkv_cli.model.profiles import Profile, load_profile, profile_folders, read_profile
+from trimkv_cli.model.spec import ModelSpec, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import make_plan
 from trimkv_cli.units import format_size
@@ -21,32 +25,89 @@ context counts with 768 MiB until `trimkv doctor --measure` has measured it. Thi
 """
 
 
+_STORED = """
+## Checkpoints that are stored quantised, and GGUF files
+
+The same with the weights of a repository's quantised variants (bytes estimated from config.json, as `plan` does before
+a download) and of GGUF files, which are unpacked when they are loaded: SmolLM2's, on a CPU.
+"""
+_FAMILIES = """
+## Families
+
+For every row, on tiny random models: greedy tokens equal `model.generate` when M is at least what was seen, alone and
+in ragged batches, with chunks of 512, 7 and 0; with smaller M the kept sets equal a brute force; and the parameters are
+those that transformers allocates. "Bounded" is what a sequence takes, however long it gets.
+"""
+_EVERY = {2: "every second", 4: "every fourth", 6: "every sixth"}
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "AWQ, 4 bits": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "GPTQ, 4 bits": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "bitsandbytes, 4 bits": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+
+
 def table() -> str:
-    """Return the whole page; it depends on the profiles alone, not on the machine."""
+    """Return the whole page; it depends on the profiles and the families alone, not on the machine."""
+    return "\n".join([_profiles(), _STORED, *_stored(), _FAMILIES, *_families(), ""])
+
+
+def _stored() -> Iterator[str]:
+    sizes = (4, 8, 16)
+    yield "| model | stored as | " + " | ".join(f"{size} GiB" for size in sizes) + " |"
+    yield "|" + "---|" * (2 + len(sizes))
+    for name in ("qwen3-4b-instruct-2507", "qwen3-8b-math", "qwen3-14b-math"):
+        profile = load_profile(name)
+        for said, variant in VARIANTS.items():
+            spec = ModelSpec.from_config({**profile.config, "quantization_config": variant})
+            cells = [_cell(spec, profile, size) for size in sizes]
+            yield "| " + " | ".join([f"`{name}`", f"{said}: {format_size(spec.weight_bytes)}", *cells]) + " |"
+    small = load_profile("smollm2-135m-instruct")
+    assert small.spec is not None
+    assert small.wheel is not None
+    cells = [_cell(small.spec, small, size, device="cpu") for size in sizes]
+    yield "| " + " | ".join([f"`{small.name}`", f"GGUF, Q4_1: {format_size(small.wheel.bytes)}", *cells]) + " |"
+
+
+def _families() -> Iterator[str]:
+    yield "| `model_type` | layers | bounded |"
+    yield "|---|---|---|"
+    for name, family in FAMILIES.items():
+        kinds = {"no": "all see everything", "all": "sliding windows", "asked": "windows where the config says so"}
+        seen = (
+            kinds[family.slides]
+            if isinstance(family.slides, str)
+            else f"windows, but {_EVERY[family.slides]} layer sees everything"
+        )
+        layers = [seen if not family.hybrid else "linear attention, but every fourth layer sees everything"]
+        layers += ["routed experts"] if family.experts is not None else []
+        layers += ["learned sinks"] if family.sinks else []
+        bounded = "M slots per KV head" if not family.hybrid else "M slots per KV head, and states of constant size"
+        yield f"| `{name}` | {', '.join(layers)} | {bounded} |"
+
+
+def _profiles() -> str:
     titles = ["profile", "bytes per slot of M", *(f"{size} GiB" for size in BUDGETS_GIB)]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     shipped = [read_profile(path) for path in sorted(profile_folders()[-1].glob("*.toml"))]
     lines += [_line(profile) for profile in shipped if profile.spec is not None and profile.gate is not None]
-    return "\n".join([_HEAD, *lines, ""])
+    return "\n".join([_HEAD, *lines])
 
 
 def _line(profile: Profile) -> str:
     assert profile.spec is not None, "only profiles with a config are shown"
     per_slot = profile.spec.kv_bytes_per_row(1, 2)
-    cells = [_cell(profile, size) for size in BUDGETS_GIB]
+    cells = [_cell(profile.spec, profile, size) for size in BUDGETS_GIB]
     return "| " + " | ".join([f"`{profile.name}`", f"{per_slot:,}", *cells]) + " |"
 
 
-def _cell(profile: Profile, size_gib: int) -> str:
-    assert profile.spec is not None
-    assert profile.gate is not None
+def _cell(spec: ModelSpec, profile: Profile, size_gib: int, *, device: str = "cuda") -> str:
     options = PlanOptions(
-        budget=size_gib * 2**30, default_kv_budget=profile.kv_budget, device="cuda", machine=Machine(), offers=False
+        budget=size_gib * 2**30, default_kv_budget=profile.kv_budget, device=device, machine=Machine(), offers=False
     )
-    plan = make_plan(profile.spec, profile.gate, options)
+    plan = make_plan(spec, profile.gate or streaming_gate(), options)
     if not plan.fits:
         return f"needs {format_size(plan.run.total_bytes)}"
-    precision = plan.run.dtype if plan.run.quantize == "none" else plan.run.quantize
+    precision = plan.run.precision
     chunk = "" if plan.run.prefill_chunk == 512 else f", chunks of {plan.run.prefill_chunk}"
     return f"{precision}, M {plan.run.kv_budget}, {plan.run.rows} row{'s' if plan.run.rows > 1 else ''}{chunk}"
 
