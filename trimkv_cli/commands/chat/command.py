@@ -239,7 +239,7 @@ def _lay_over(chat: Chat, opening: Opening) -> None:
 def _to_store(engine: EngineOptions, llm: Engine) -> dict[str, Any]:
     """Return the options that open the same engine again: as they were said, sizes as the plan solved them."""
     said = {field.name: getattr(engine, field.name) for field in fields(engine) if _differs(engine, field)}
-    if engine.model is not None and Path(engine.model).is_dir():
+    if engine.model is not None and Path(engine.model).exists():
         said["model"] = str(Path(engine.model).absolute())
     plan = llm.facts.plan
     solved = {"kv_budget": str(plan.run.kv_budget), "prefill_chunk": plan.run.prefill_chunk, "dtype": plan.run.dtype}
