@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.programs import Run
+from trimkv_cli.mini import MODEL_FOLDER
 
 SMALL = ("mini", "--samples", "2", "--context", "60", "--tasks", "recall", "--seed", "7", "--threads", "1")
 
@@ -84,3 +85,15 @@ def test_plot_files(here: Run, tmp_path: Path) -> None:
     else:
         assert done.returncode == 0, done.stderr
         assert path.read_text().startswith("<?xml")
+
+
+def test_a_model_without_gates_is_compared_without_them(here: Run, tmp_path: Path) -> None:
+    """Catches default policies that fail because of one that nobody asked for."""
+    for path in MODEL_FOLDER.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = here("eval", tmp_path, *SMALL[1:], "--budgets", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["policy"] for row in json.loads(done.stdout)["rows"]] == ["full", "streaming", "random"]
+    asked = here("eval", tmp_path, *SMALL[1:], "--budgets", "8", "--policies", "full,gates")
+    assert (asked.returncode, b"is no trained gate" in asked.stderr) == (2, True)

@@ -222,7 +222,7 @@ def test_a_gguf_file_is_itself_and_a_folder_of_several_asks_which(
         with pytest.raises(ModelNotFound, match="holds GGUF files") as caught:
             hub.resolve(name)
         assert hint in str(caught.value.hint)
-    with pytest.raises(ModelNotFound, match="there is no folder"):
+    with pytest.raises(ModelNotFound, match="there is no file no/such/file"):
         hub.resolve("no/such/file.gguf")
 
 

@@ -37,7 +37,9 @@ class BenchOptions:
 
 
 def bench(
-    name: Annotated[str | None, typer.Argument(help="Profile name, hub id or folder.", metavar="[MODEL]")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Profile name, hub id, folder or GGUF file.", metavar="[MODEL]")
+    ] = None,
     *,
     chosen: BenchOptions,
     engine: Annotated[EngineOptions, "model", "gates", "offline", "dtype", "device", "threads"],

@@ -69,7 +69,10 @@ def evaluate(
     asked = _eval_options(exam, engine)
     gates = engine.gates if "gates" in asked.policies else "none"
     options = replace(engine, model=name or engine.model, gates=gates)
-    rows = _evaluate(find_source(options, weights=True), options, asked, quiet=quiet)
+    source = find_source(options, weights=True)
+    if source.warnings and exam.policies == ",".join(POLICIES):  # nobody asked for gates, and there are none
+        asked = replace(asked, policies=tuple(policy for policy in asked.policies if policy != "gates"))
+    rows = _evaluate(source, options, asked, quiet=quiet)
     if exam.plot is not None:
         from trimkv_cli.ui.accuracy import draw_accuracy
 

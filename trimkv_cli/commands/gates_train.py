@@ -21,7 +21,7 @@ LOG_EVERY_S = 10.0
 
 
 def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Profile name, hub id or folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Profile name, hub id, folder or GGUF file.")],
     *,
     run: RunFiles,
     options: TrainOptions,

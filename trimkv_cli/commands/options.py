@@ -108,7 +108,7 @@ LIVE = _output(None, "Show progress and memory while running (only on a terminal
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(help="Profile name, hub id or folder.", metavar="MODEL", autocompletion=complete_model),
+    typer.Argument(help="Profile name, hub id, folder or GGUF file.", metavar="MODEL", autocompletion=complete_model),
 ]
 _COMPLETIONS = {
     "model": complete_model,

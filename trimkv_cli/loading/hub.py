@@ -74,7 +74,7 @@ def resolve(
     if colon and repository.count("/") == 1:
         return _gguf_of(repository, file, revision, offline=offline, refresh=refresh)
     if name.count("/") != 1:
-        raise no_such_model(name)
+        raise _no_such_gates(name) if kind == "gates" else no_such_model(name)
     folder = None if refresh else _cached(name, kind, revision)
     return _checked(folder or _download(name, kind, revision, offline=offline), kind, name)
 
@@ -182,7 +182,7 @@ def _gguf_of(name: str, wanted: str, revision: str | None, *, offline: bool, ref
         [wanted] if exact else [f"*{tag}{end}" for tag in {wanted, wanted.upper(), wanted.lower()} for end in _ENDS]
     )
     if not refresh:
-        found = _matching(name, endings, revision, local_files_only=True)
+        found = _matching(name, wanted, endings, revision, local_files_only=True)
         if found is not None:
             return found
     if offline:
@@ -190,7 +190,7 @@ def _gguf_of(name: str, wanted: str, revision: str | None, *, offline: bool, ref
             f"{name}:{wanted} is not in the cache",
             hint=f"{pull_command(f'{name}:{wanted}', revision)}, without --offline",
         )
-    found = _matching(name, endings, revision, local_files_only=False)
+    found = _matching(name, wanted, endings, revision, local_files_only=False)
     if found is None:
         raise ModelNotFound(f"{name} has no GGUF file {wanted}", hint=_files_there(name, revision))
     return found
@@ -199,9 +199,11 @@ def _gguf_of(name: str, wanted: str, revision: str | None, *, offline: bool, ref
 _ENDS = (".gguf", "-00001-of-*.gguf", "-*-of-*.gguf")  # a whole file, or the parts of one
 
 
-def _matching(name: str, endings: list[str], revision: str | None, *, local_files_only: bool) -> Path | None:
+def _matching(
+    name: str, wanted: str, endings: list[str], revision: str | None, *, local_files_only: bool
+) -> Path | None:
     """Return the first file of a repository that matches, with its other parts beside it."""
-    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     parts = [re.sub(r"-00001-of-", "-*-of-", ending) for ending in endings]
     try:
@@ -209,7 +211,9 @@ def _matching(name: str, endings: list[str], revision: str | None, *, local_file
     except (HTTPError, OSError, HFValidationError) as error:
         if local_files_only and isinstance(error, OSError):
             return None
-        raise explain(error, name, revision) from None
+        if isinstance(error, HfHubHTTPError | HFValidationError):
+            raise explain(error, name, revision) from None
+        raise explain(error, f"{name}:{wanted}", revision) from None
     files = sorted(path for path in folder.rglob("*.gguf") if any(path.match(ending) for ending in endings))
     return next((path for path in files if "-of-" not in path.name or "-00001-of-" in path.name), None)
 
@@ -236,7 +240,13 @@ def _checked(folder: Path, kind: Kind, name: str) -> Path:
 def _no_folder(path: Path) -> TrimkvError:
     if path.exists():
         return ModelNotFound(f"{path} is a file, not a folder", hint=f"give its folder: {path.resolve().parent}")
-    return ModelNotFound(f"there is no folder {path}", hint=HUB_IDS)
+    kind = "file" if path.suffix == ".gguf" else "folder"
+    return ModelNotFound(f"there is no {kind} {path}", hint=HUB_IDS)
+
+
+def _no_such_gates(name: str) -> ModelNotFound:
+    hint = "auto, streaming or streaming:SINKS, none, a folder, a hub id or a profile"
+    return ModelNotFound(f"--gates {name}: there is nothing of this name", hint=hint)
 
 
 def _no_gates(name: str) -> TrimkvError:
@@ -310,7 +320,7 @@ def _described(repo: CachedRepoInfo) -> CachedRepository:
     )
 
 
-HUB_IDS = "give a folder, a profile (trimkv profiles list) or a hub id as Qwen/Qwen3-4B"
+HUB_IDS = "give a folder, a GGUF file, a profile (trimkv profiles list) or a hub id as Qwen/Qwen3-4B"
 
 
 def explain(error: Exception, name: str, revision: str | None) -> TrimkvError:

@@ -27,7 +27,10 @@ class EngineOptions:
     """Choose a model, its gates, and the memory that it may use; None leaves the choice to profile and plan."""
 
     model: str | None = _model(
-        None, "Profile name, hub id or folder. Without one, the built-in mini.", "MODEL", short="-m"
+        None,
+        "Profile, hub id (repo:Q4_K_M: its GGUF file), ollama:NAME, folder or GGUF file; default: mini.",
+        "MODEL",
+        short="-m",
     )
     profile: str | None = _model(None, "Take model, gates and defaults from this profile.", "NAME")
     revision: str | None = _model(None, "Branch, tag or commit of a hub model.", "REV")

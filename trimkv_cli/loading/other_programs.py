@@ -37,6 +37,8 @@ def ollama_file(id: str) -> Path:
         BrokenModel: its manifest names no weights.
     """
     name, _, tag = id.removeprefix(OLLAMA).partition(":")
+    if not name:
+        raise ModelNotFound(f"{id} names no model", hint="ollama:llama3.2, or ollama:llama3.2:3b")
     wanted = f"{OLLAMA}{name}:{tag or 'latest'}"
     for manifest in _manifests():
         if _ollama_id(manifest) == wanted:

@@ -11,7 +11,7 @@ from typing import Any
 
 from trimkv_cli.errors import ConfigError, ModelNotFound
 from trimkv_cli.files import check_keys, read_toml
-from trimkv_cli.model.spec import DTYPE_BYTES, TRAINED_VARIANTS, GateSpec, GateVariant, ModelSpec
+from trimkv_cli.model.spec import DTYPE_BYTES, TRAINED_VARIANTS, GateSpec, GateVariant, GgufForm, ModelSpec
 
 BUILT_IN = "builtin:"
 IN_WHEEL = "wheel:"
@@ -65,6 +65,8 @@ class Profile:
         if not self.config:
             return None
         spec = ModelSpec.from_config(self.config)
+        if self.wheel is not None:
+            spec = replace(spec, gguf=GgufForm(bytes=self.wheel.bytes, types=Path(self.wheel.member).name))
         if self.weight_bytes is None:
             return spec
         return replace(spec, weight_numel=self.weight_bytes // DTYPE_BYTES[spec.dtype])
