@@ -91,40 +91,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
             "--json",
         ],
     )
-    yield (
-        "run",
-        [
-            "run",
-            "mixed.jsonl",
-            "-o",
-            "mixed-out.jsonl",
-            "--kv-budget",
-            "48",
-            "--threads",
-            "2",
-            "--order",
-            "input",
-            "-q",
-            "--deterministic",
-        ],
-    )
-    yield (
-        "run-resumed",
-        [
-            "run",
-            "mixed.jsonl",
-            "-o",
-            "cut-out.jsonl",
-            "--kv-budget",
-            "48",
-            "--threads",
-            "2",
-            "--order",
-            "input",
-            "-q",
-            "--deterministic",
-        ],
-    )
+    job = ["--kv-budget", "48", "--threads", "2", "--order", "input", "-q", "--deterministic"]
+    yield "run", ["run", "mixed.jsonl", "-o", "mixed-out.jsonl", *job]
+    yield "run-resumed", ["run", "mixed.jsonl", "-o", "cut-out.jsonl", *job]
     yield "run-validate", ["run", "mixed.jsonl", "--validate", "--strict"]
     yield "models", ["models", "show", "mini", "--json"]
     yield "profiles", ["profiles", "list", "--json"]

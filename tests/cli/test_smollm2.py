@@ -18,6 +18,7 @@ from helpers.terminals import CTRL_D, Terminal
 from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer, gguf_weights
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.model.gguf import read_gguf
 from trimkv_cli.request import Request, SamplingParams
 
 BUDGET = "1500MiB"
@@ -105,9 +106,10 @@ def test_tokens_are_those_of_transformers_and_kept_is_what_streaming_keeps(file:
     """Catches a decode on a CPU that differs from the model's own, and slots that hold other tokens."""
     text = gguf_tokenizer(file)
     prompt = text("The river runs through the old town, past the mill and the market, and " * 4).input_ids
-    config, _ = gguf_model_config(file)
+    header = read_gguf(file)
+    config, _ = gguf_model_config(header)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    weights = gguf_weights(file, kind, config, torch.float32)
+    weights = gguf_weights(header, kind, config, torch.float32)
     plain = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
     made = plain.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
     request = Request(

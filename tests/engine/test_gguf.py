@@ -20,6 +20,7 @@ from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.model.folders import read_model_spec
+from trimkv_cli.model.gguf import read_gguf
 from trimkv_cli.request import Request, SamplingParams
 
 PROMPT = [70, 81, 92, 103, 114, 125, 136, 147, 158, 169, 180, 191]
@@ -98,7 +99,7 @@ def test_llama_3_factors_are_found_again(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config, _ = gguf_model_config(tmp_path / "scaled.gguf")
+    config, _ = gguf_model_config(read_gguf(tmp_path / "scaled.gguf"))
     with torch.device("meta"):
         rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
     assert config.rope_parameters["factor"] == 8.0

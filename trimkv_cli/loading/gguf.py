@@ -75,13 +75,12 @@ def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (int(np.prod(shape[:-1])), shape[-1]) if len(shape) > 1 else (1, shape[0])
 
 
-def gguf_model_config(path: Path) -> tuple[PreTrainedConfig, GenerationConfig]:
+def gguf_model_config(header: GgufHeader) -> tuple[PreTrainedConfig, GenerationConfig]:
     """Return a file's config and what it says of generating.
 
     Raises:
-        ModelError: a file that is broken, or a model that trimkv does not run from GGUF.
+        ModelError: a header that makes no sense, or a model that trimkv does not run from GGUF.
     """
-    header = read_gguf(path)
     values = gguf_config(header)
     ends = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sampling = sampling_of(header)
@@ -89,13 +88,14 @@ def gguf_model_config(path: Path) -> tuple[PreTrainedConfig, GenerationConfig]:
     return AutoConfig.for_model(**values), generation
 
 
-def gguf_weights(path: Path, model: type, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, GgufWeight]:
+def gguf_weights(
+    header: GgufHeader, model: type, config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, GgufWeight]:
     """Return name → weight of a model of transformers, all of them still in the file.
 
     Raises:
-        ModelError: a file that is broken, or the package `gguf` is missing.
+        ModelError: the package `gguf` is missing.
     """
-    header = read_gguf(path)
     names = _names(header, model, config)
     return {
         names[name]: GgufWeight(

@@ -48,28 +48,26 @@ UNWANTED = ["consolidated*", "*/*"]
 def resolve(
     name: str, *, kind: Kind = "model", revision: str | None = None, offline: bool = False, refresh: bool = False
 ) -> Path:
-    """Return the folder that holds what `name`, a folder or a hub id, stands for.
+    """Return the folder, or the GGUF file, of what `name` stands for: a path, a hub id, or `repo:FILE` of one.
 
     A complete copy in the Hugging Face cache is used as it is, without asking the network; `refresh` asks first.
 
     Raises:
         ModelNotFound: no such folder, repository or revision, or nothing of this kind in it.
-        UsageError: a revision of a folder.
-        UnsupportedModel: GGUF files, or weights that are not safetensors.
+        UsageError: a revision of a folder or file.
+        UnsupportedModel: weights that are neither safetensors nor GGUF.
         OfflineError: not in the cache, and the network is off (`offline`) or unreachable.
         ModelError: the repository's licence has to be accepted, or access is denied.
     """
     path = _local_path(name)
-    if path is not None and path.is_file() and kind != "gates" and (is_gguf(path) or path.suffix == ".gguf"):
-        if revision is not None:
-            raise UsageError(f"{name} is a file and has no revisions", hint="leave out --revision")
-        return path
-    if path is not None and not path.is_dir():
-        raise _no_folder(path)
-    if path is not None and revision is not None:
-        raise UsageError(f"{name} is a folder and has no revisions", hint="leave out --revision")
     if path is not None:
-        return _checked(path, kind, name)
+        is_file = kind != "gates" and path.is_file() and (is_gguf(path) or path.suffix == ".gguf")
+        if not is_file and not path.is_dir():
+            raise _no_folder(path)
+        if revision is not None:
+            what = "file" if is_file else "folder"
+            raise UsageError(f"{name} is a {what} and has no revisions", hint="leave out --revision")
+        return path if is_file else _checked(path, kind, name)
     repository, colon, file = name.partition(":")
     if colon and repository.count("/") == 1:
         return _gguf_of(repository, file, revision, offline=offline, refresh=refresh)

@@ -50,6 +50,7 @@ from trimkv_cli.loading.quantise import Interrupted, lazy_tensors, misshapen, qu
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.loading.stored import read_quantised
 from trimkv_cli.model.folders import language_tensors
+from trimkv_cli.model.gguf import read_gguf
 from trimkv_cli.model.spec import KvDtype, Pins, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
@@ -350,9 +351,10 @@ def _language_model_config(config: Any, *, tied: bool) -> Any:
 
 
 def _read_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    config, generation = gguf_model_config(path)
+    header = read_gguf(path)
+    config, generation = gguf_model_config(header)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    weights = gguf_weights(path, known, config, options["dtype"])
+    weights = gguf_weights(header, known, config, options["dtype"])
     model, report = known.from_pretrained(None, config=config, state_dict=weights, **options, **_REPORTED)
     model.generation_config = generation
     return model, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
@@ -121,6 +122,15 @@ class Choices:
 
     def fits(self, run: Run) -> bool:
         return self.budget_bytes is None or run.total_bytes <= self.budget_bytes
+
+
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest size up to `most` that fits, where all smaller ones do; 0 = none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def halvings(first: int, smallest: int) -> tuple[int, ...]:
@@ -278,15 +288,11 @@ def _kv_flag(gate: GateSpec, options: PlanOptions) -> str | None:
 
 def _slots_of(spec: ModelSpec, sequence_bytes: int, dtype_bytes: int) -> int:
     """Divide the bytes of a sequence by those of a slot; windows make the last slots cheaper."""
-    low, high = 0, spec.max_positions
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = spec.kv_bytes_per_row(middle, dtype_bytes) <= sequence_bytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if low == 0:
+    slots = largest(spec.max_positions, lambda n: spec.kv_bytes_per_row(n, dtype_bytes) <= sequence_bytes)
+    if slots == 0:
         least = format_size(spec.kv_bytes_per_row(1, dtype_bytes))
         raise UsageError(
             f"{format_size(sequence_bytes)} hold no slot: one of every head is {least}",
             hint="--kv-budget 512 is slots per head; with a unit it is bytes per sequence: --kv-budget 256MiB",
         )
-    return low
+    return slots

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.model.spec import GateSpec, KvDtype, ModelSpec, Quantisation, full_gate
-from trimkv_cli.plan.choices import QUANTISES, PlanOptions
+from trimkv_cli.plan.choices import QUANTISES, PlanOptions, largest
 from trimkv_cli.plan.plan import Plan, make_plan
 
 Unknown = Literal["kv-budget", "rows", "context"]
@@ -64,7 +64,7 @@ def solve_for(unknown: str, spec: ModelSpec, gate: GateSpec, options: PlanOption
         kv_budget=first.kv_budget,
     )
     most = _MOST_ROWS if known == "rows" else spec.max_positions
-    value = _most(most, lambda n: _fits(spec, gate, _changed(fixed, known, n)))
+    value = largest(most, lambda n: _fits(spec, gate, _changed(fixed, known, n)))
     return Solved(unknown=known, value=value, plan=make_plan(spec, gate, _changed(fixed, known, max(1, value))))
 
 
@@ -101,9 +101,9 @@ def _alternative(spec: ModelSpec, gate: GateSpec, asked: PlanOptions, dtype: str
         quantize=run.quantize,
         kv_dtype=run.kv_dtype,
         bytes=run.total_bytes,
-        rows=_most(_MOST_ROWS, lambda n: _fits(spec, gate, replace(asked, max_inflight=n, kv_budget=slots))),
-        kv_budget=_most(spec.max_positions, lambda n: _fits(spec, gate, replace(one, kv_budget=n))),
-        full_context=_most(spec.max_positions, lambda n: _fits(spec, full_gate(), replace(full, context=n))),
+        rows=largest(_MOST_ROWS, lambda n: _fits(spec, gate, replace(asked, max_inflight=n, kv_budget=slots))),
+        kv_budget=largest(spec.max_positions, lambda n: _fits(spec, gate, replace(one, kv_budget=n))),
+        full_context=largest(spec.max_positions, lambda n: _fits(spec, full_gate(), replace(full, context=n))),
     )
 
 
@@ -122,11 +122,3 @@ def _fits(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> bool:
         return make_plan(spec, gate, replace(options, offers=False)).fits
     except ContextOverflow:
         return False
-
-
-def _most(high: int, fits: Callable[[int], bool]) -> int:
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

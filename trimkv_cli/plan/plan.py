@@ -19,6 +19,7 @@ from trimkv_cli.plan.choices import (
     Precision,
     check_sinks,
     halvings,
+    largest,
     make_choices,
 )
 from trimkv_cli.plan.run import Run
@@ -80,15 +81,13 @@ class Plan:
 
     def slots_within(self, budget_bytes: int, *, limit: int | None) -> int:
         """Return the most slots per head that a budget holds, with what more of them take under `limit`; 0 = none."""
-        low, high = 0, max(self.run.spec.max_positions, self.run.kv_budget)
-        while low < high:
-            middle = (low + high + 1) // 2
-            run = self.with_slots(middle).run
-            fits = run.total_bytes <= budget_bytes
-            if middle > self.run.kv_budget and limit is not None:
-                fits &= self._moving_bytes(run) <= limit
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+
+        def fits(slots: int) -> bool:
+            run = self.with_slots(slots).run
+            moves = slots <= self.run.kv_budget or limit is None or self._moving_bytes(run) <= limit
+            return moves and run.total_bytes <= budget_bytes
+
+        return largest(max(self.run.spec.max_positions, self.run.kv_budget), fits)
 
     def _moving_bytes(self, new: Run) -> int:
         """Count what is there while slots become those of another run, and more: some of the old beside the new.
