@@ -80,6 +80,13 @@ def test_what_contradicts_itself_is_refused() -> None:
         refused(shape="10m")
     with pytest.raises(UsageError, match="needs a --shape"):
         refused(random_weights=True)
+    with pytest.raises(UsageError, match="not quantised"):
+        bench(
+            chosen=BenchOptions(shape="10m", random_weights=True),
+            engine=EngineOptions(device="cpu", quantize="int8"),
+            json=False,
+            quiet=False,
+        )
     with pytest.raises(UsageError, match="--contexts"):
         refused(shape="10m", random_weights=True, contexts="1k")
     with pytest.raises(ContextOverflow, match="131072"):

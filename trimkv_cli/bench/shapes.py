@@ -16,9 +16,9 @@ from trimkv_cli.engine.devices import take_device
 from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.loader import TORCH_DTYPES, kernel_warnings, load_parts
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.loading.sources import find_source
+from trimkv_cli.loading.sources import Source
 from trimkv_cli.model.profiles import list_profiles
-from trimkv_cli.model.spec import Dtype, GateSpec, ModelSpec
+from trimkv_cli.model.spec import Dtype, GateSpec, ModelSpec, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import make_plan
 
@@ -61,6 +61,7 @@ class Network:
     model: PreTrainedModel
     gates: Sequence[nn.Module]
     dtype: Dtype
+    quantize: Quantisation = "none"
     warnings: tuple[str, ...] = ()
 
     @property
@@ -112,9 +113,9 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
     )
 
 
-def load_network(options: EngineOptions) -> Network:
-    """Load a model and its gates as every command does; raises as `load_parts` does."""
-    parts = load_parts(find_source(options, weights=True), options)
+def load_network(source: Source, options: EngineOptions) -> Network:
+    """Load a model that was found and its gates as every command does; raises as `load_parts` does."""
+    parts = load_parts(source, options)
     facts = parts.facts
     return Network(
         name=facts.model_id,
@@ -123,6 +124,7 @@ def load_network(options: EngineOptions) -> Network:
         model=parts.model,
         gates=parts.gates,
         dtype=facts.plan.run.dtype,
+        quantize=facts.plan.run.quantize,
         warnings=tuple(warning.message for warning in facts.warnings),
     )
 

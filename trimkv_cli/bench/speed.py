@@ -1,4 +1,4 @@
-"""Speed and peak memory, beside transformers' own generate, with all that a record of them needs."""
+"""Speed and peak memory, beside another engine in turns, with all that a record of them needs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import StoppingCriteria
-from transformers.cache_utils import DynamicCache
 
 import trimkv_cli
 from trimkv_cli.bench.shapes import Network
-from trimkv_cli.cache.releases import cache_argument, forward_logits
 from trimkv_cli.engine.devices import reset_peak
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.loading.assemble import assemble
@@ -70,7 +66,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
 _STEPS = 64
 _WARM_UP = 8
 MEASURED_TOKENS = _WARM_UP + _STEPS + 1
-_CHUNK = 512  # prompt tokens per forward, on both sides
+CHUNK = 512  # prompt tokens per forward of torch
+
+EngineName = Literal["trimkv", "hf", "llama.cpp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,33 +79,73 @@ class Case:
     rows: int
     kv_budget: int
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens that a row answers: the first rows already decode while the last are still read."""
+        return self.rows * -(-self.context // CHUNK) + MEASURED_TOKENS
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether there is a slot for every token, so that none is evicted."""
+        return self.kv_budget >= self.context + self.answer_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedRow:
-    """One measurement; `kv_budget` is None where nothing is evicted, `peak_bytes` None where no peak can be read."""
+    """One measurement; `kv_budget` is None where the cache is full, the bytes where none are known of this engine."""
 
-    engine: Literal["trimkv", "hf"]
+    engine: EngineName
     context: int
     rows: int
     kv_budget: int | None
+    keeps_all: bool
     prefill_tps: float
     decode_tps: float
     ms_per_token_p50: float
     ms_per_token_p95: float
     ttft_s: float
     steps: int
-    predicted_bytes: int
+    predicted_bytes: int | None
     peak_bytes: int | None
     eviction: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedOptions:
-    """How to measure; `compare` adds transformers' own generate."""
+    """How to measure; prompts are cut from `text`, token ids of any number, or random where there is none."""
 
-    compare: bool = False
     eviction: bool = True
     repeats: int = 1
+    text: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """The times of one pass; `step_s` are steps in which every row gets a token."""
+
+    prefill_s: float
+    ttft_s: float
+    step_s: list[float]
+    peak_bytes: int | None = None
+
+
+class Peer(Protocol):
+    """Another engine with a full cache, which is given the same prompts."""
+
+    @property
+    def name(self) -> EngineName: ...
+
+    def run(self, prompts: Tensor) -> Timing:
+        """Read `prompts` [rows, context] and answer them greedily."""
+        ...
+
+    def predict(self, run: Run, case: Case) -> int | None:
+        """Count what it is expected to take, given the run of trimkv; None where that cannot be said."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """Say which release it is and how it is set."""
+        ...
 
 
 def predict(network: Network, case: Case) -> Run:
@@ -119,70 +157,93 @@ def _plan(network: Network, case: Case) -> Plan:
     options = PlanOptions(
         kv_budget=case.kv_budget,
         max_inflight=case.rows,
-        prefill_chunk=min(_CHUNK, case.context),
+        prefill_chunk=min(CHUNK, case.context),
         dtype=network.dtype,
+        quantize=network.quantize,
         device=network.model.device.type,
     )
     return make_plan(network.spec, network.gate, options)
 
 
-def measure(network: Network, cases: Sequence[Case], options: SpeedOptions) -> Iterator[SpeedRow]:
-    """Measure each case, and the same contexts and rows with transformers, `repeats` times in turn.
+def about_network(network: Network, case: Case) -> dict[str, Any]:
+    """Say what is measured, and what its weights take in memory."""
+    run = predict(network, case)
+    return {
+        "shape": network.name,
+        "dtype": network.dtype,
+        "quantize": network.quantize,
+        "bits_per_weight": run.bits_per_weight,
+        "device": network.device_name,
+    }
+
+
+def measure(
+    network: Network, cases: Sequence[Case], options: SpeedOptions, peer: Peer | None = None
+) -> Iterator[SpeedRow]:
+    """Measure each case, and the same contexts and rows with the peer, `repeats` times in turn.
 
     The medians are taken over all steps of all repetitions.
     """
     for case in cases:
-        plain = options.compare and case == next(c for c in cases if (c.context, c.rows) == (case.context, case.rows))
-        own: list[_Run] = []
-        full: list[_Run] = []
+        first = next(c for c in cases if (c.context, c.rows) == (case.context, case.rows))
+        beside = peer if case == first else None
+        prompts = make_prompts(network, case, options.text)
+        own: list[Timing] = []
+        other: list[Timing] = []
         for _ in range(options.repeats):
-            own.append(_run_own(network, case, options))
-            full += [_run_plain(network, case)] if plain else []
+            own.append(_run_own(network, case, options, prompts))
+            other += [] if beside is None else [beside.run(prompts)]
         run = predict(network, case)
-        yield _row("trimkv", case, own, run.total_bytes, options)
-        if full:
+        yield _row(
+            "trimkv",
+            case,
+            own,
+            kv_budget=case.kv_budget,
+            keeps_all=case.keeps_all,
+            predicted_bytes=run.total_bytes,
+            eviction=options.eviction,
+        )
+        if beside is not None:
             yield _row(
-                "hf",
+                beside.name,
                 case,
-                full,
-                run.part_bytes("weights") + case.rows * run.full_cache_bytes(case.context),
-                options,
+                other,
+                kv_budget=None,
+                keeps_all=True,
+                predicted_bytes=beside.predict(run, case),
+                eviction=False,
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    prefill_s: float
-    ttft_s: float
-    step_s: list[float]
-    peak_bytes: int | None
-
-
-def _row(
-    engine: Literal["trimkv", "hf"], case: Case, runs: list[_Run], predicted: int, options: SpeedOptions
-) -> SpeedRow:
-    steps = sorted(seconds for run in runs for seconds in run.step_s)
+def _row(engine: EngineName, case: Case, timings: Sequence[Timing], **known: Any) -> SpeedRow:
+    steps = sorted(seconds for timing in timings for seconds in timing.step_s)
     p50 = median(steps)
-    own = engine == "trimkv"
-    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    peaks = [timing.peak_bytes for timing in timings if timing.peak_bytes is not None]
     return SpeedRow(
         engine=engine,
         context=case.context,
         rows=case.rows,
-        kv_budget=case.kv_budget if own else None,
-        prefill_tps=case.rows * case.context / median(run.prefill_s for run in runs),
+        prefill_tps=case.rows * case.context / median(timing.prefill_s for timing in timings),
         decode_tps=case.rows / p50,
         ms_per_token_p50=p50 * 1e3,
         ms_per_token_p95=steps[int(len(steps) * 0.95)] * 1e3,
-        ttft_s=median(run.ttft_s for run in runs),
+        ttft_s=median(timing.ttft_s for timing in timings),
         steps=len(steps),
-        predicted_bytes=predicted,
         peak_bytes=max(peaks, default=None),
-        eviction=own and options.eviction,
+        **known,
     )
 
 
-def _prompts(network: Network, case: Case) -> Tensor:
+def measured_steps(seconds: Sequence[float]) -> list[float]:
+    """Leave out the steps that warm up, and those beyond what is measured."""
+    return list(seconds[_WARM_UP : _WARM_UP + _STEPS])
+
+
+def make_prompts(network: Network, case: Case, text: Sequence[int] = ()) -> Tensor:
+    """Return token ids [rows, context], the same on every call: random ones, or `text` cut and repeated."""
+    if text:
+        repeats = -(-case.rows * case.context // len(text))
+        return torch.tensor(list(text) * repeats)[: case.rows * case.context].view(case.rows, case.context)
     generator = torch.Generator().manual_seed(case.context)
     return torch.randint(network.spec.vocab_size, (case.rows, case.context), generator=generator)
 
@@ -200,12 +261,11 @@ def make_engine(network: Network, case: Case, options: SpeedOptions) -> Engine:
     )
 
 
-def _run_own(network: Network, case: Case, options: SpeedOptions) -> _Run:
+def _run_own(network: Network, case: Case, options: SpeedOptions, prompts: Tensor) -> Timing:
     reset_peak(network.model.device)
     engine = make_engine(network, case, options)
-    ahead = case.rows * -(-case.context // _CHUNK)  # steps in which the first rows decode and the last still read
-    params = SamplingParams(max_tokens=ahead + MEASURED_TOKENS, temperature=0.0, ignore_eos=True)
-    for row, ids in enumerate(_prompts(network, case).tolist()):
+    params = SamplingParams(max_tokens=case.answer_tokens, temperature=0.0, ignore_eos=True)
+    for row, ids in enumerate(prompts.tolist()):
         engine.add(Request(id=str(row), prompt_token_ids=tuple(ids), params=params))
     started = time.perf_counter()
     first: float | None = None
@@ -214,11 +274,11 @@ def _run_own(network: Network, case: Case, options: SpeedOptions) -> _Run:
         begun |= {event.request_id for event in engine.step()}
         first = first or (time.perf_counter() - started if begun else None)
     prefill_s = engine.stats.prefill_s
-    seconds = [_timed(engine.step) for _ in range(_WARM_UP + _STEPS)][_WARM_UP:]
+    seconds = measured_steps([_timed(engine.step) for _ in range(_WARM_UP + _STEPS)])
     for row in range(case.rows):
         engine.abort(str(row))
     engine.close()
-    return _Run(
+    return Timing(
         prefill_s=prefill_s, ttft_s=first or 0.0, step_s=seconds, peak_bytes=row_peak_bytes(network.model.device)
     )
 
@@ -227,46 +287,6 @@ def _timed(step: Callable[[], Any]) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
-
-
-class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Note when each token of `generate` is there; never stops it."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        if input_ids.device.type == "cuda":
-            torch.cuda.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@torch.inference_mode()
-def _run_plain(network: Network, case: Case) -> _Run:
-    """Read the prompt in chunks into a DynamicCache, and let transformers' generate go on from there."""
-    model: Any = network.model
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    reset_peak(model.device)
-    ids = _prompts(network, case).to(model.device)
-    cache, clock = DynamicCache(config=model.config), _Clock()
-    started = time.perf_counter()
-    for chunk in torch.split(ids[:, :-1], _CHUNK, dim=1):
-        forward_logits(model, chunk, cache)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=MEASURED_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        stopping_criteria=[clock],
-        **{cache_argument(model): cache},
-    )
-    times = clock.times
-    seconds = [later - earlier for earlier, later in pairwise(times)][_WARM_UP:]
-    first = times[0] - started
-    return _Run(prefill_s=first, ttft_s=first, step_s=seconds, peak_bytes=row_peak_bytes(model.device))
 
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -1,10 +1,10 @@
-"""`trimkv bench`: speed and peak memory, beside transformers' own generate where asked."""
+"""`trimkv bench`: speed and peak memory, beside another engine where asked."""
 
 from __future__ import annotations
 
 import json as json_module
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,10 +16,11 @@ from trimkv_cli.ui.plain import print_note, print_warning
 from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from trimkv_cli.bench.shapes import Network
-    from trimkv_cli.bench.speed import Case, SpeedRow
+    from trimkv_cli.bench.speed import Case, Peer, SpeedRow
+    from trimkv_cli.loading.sources import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,9 @@ class BenchOptions:
     contexts: str = option("1024", "Prompt tokens before decoding is measured.", "LIST")
     rows: str = option("1", "Sequences at a time.", "LIST")
     kv_budget: str | None = option(None, "Slots per KV head; default: as trained, or 256.", "LIST", setting=True)
-    compare: Literal["hf"] | None = option(None, "hf: transformers' own generate with its full cache, in the same run.")
+    compare: Literal["hf", "llama.cpp"] | None = option(
+        None, "In turns with it: hf, transformers' own generate, or llama.cpp with the same GGUF file; full caches."
+    )
     repeats: int = option(1, "Measure everything N times in turn; medians over all.", "N", least=1)
     evict: bool = option(True, "Leave scoring and eviction out, to see what they cost.")
 
@@ -42,7 +45,7 @@ def bench(
     ] = None,
     *,
     chosen: BenchOptions,
-    engine: Annotated[EngineOptions, "model", "gates", "offline", "dtype", "device", "threads"],
+    engine: Annotated[EngineOptions, "model", "gates", "offline", "dtype", "quantize", "device", "threads"],
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
@@ -50,32 +53,64 @@ def bench(
 
     trimkv bench --shape 10m --random-weights --kv-budget 256 --contexts 1024,8192,32768 --compare hf
 
-    Decode is the median over 64 tokens after the context. Both sides read the prompt in chunks of 512.
+    trimkv bench MODEL.gguf --kv-budget 256 --contexts 512,2048 --compare llama.cpp --threads 1
+
+    Decode is the median over 64 tokens after the context. trimkv and hf read the prompt in chunks of 512.
     """
+    from trimkv_cli.bench.speed import about_network
+
     options = replace(engine, model=name or engine.model)
     budgets = None if chosen.kv_budget is None else _numbers(chosen.kv_budget, "--kv-budget")
     lengths, counts = _numbers(chosen.contexts, "--contexts"), _numbers(chosen.rows, "--rows")
-    network = _network(options, chosen.shape, random_weights=chosen.random_weights)
+    source = _source(options, chosen)
+    llama = _llama(source, options) if chosen.compare == "llama.cpp" else None
+    network = _network(source, options, chosen)
+    peer = _transformers(network) if chosen.compare == "hf" else llama
     cases = _cases(network, budgets or [network.gate.memory_size or 256], lengths, counts)
     for message in network.warnings:
         print_warning(message)
     if not quiet:
         _announce(network, cases)
-    _show(_measure(network, cases, chosen), network, json=json)
+    about = {**about_network(network, cases[0]), "peer": None if peer is None else peer.about()}
+    _show(_measure(network, cases, chosen, peer), about, json=json)
 
 
-def _network(options: EngineOptions, shape: str | None, *, random_weights: bool) -> Network:
-    from trimkv_cli.bench.shapes import find_shape, load_network, random_network
+def _source(options: EngineOptions, chosen: BenchOptions) -> Source | None:
+    """Find the model whose weights are measured; None for a shape of random ones."""
+    from trimkv_cli.loading.sources import find_source
 
-    if shape is None:
-        if random_weights:
+    if chosen.shape is None:
+        if chosen.random_weights:
             raise UsageError("--random-weights needs a --shape", hint="--shape 10m --random-weights")
-        return load_network(options)
-    if not random_weights:
-        raise UsageError(f"--shape {shape} has no weights of its own", hint="add --random-weights")
+        return find_source(options, weights=True)
+    if not chosen.random_weights:
+        raise UsageError(f"--shape {chosen.shape} has no weights of its own", hint="add --random-weights")
     if options.model is not None:
         raise UsageError("a model and a --shape are both given", hint="leave one of them out")
-    return random_network(find_shape(shape), options)
+    if options.quantize not in ("auto", "none"):
+        raise UsageError("random weights are not quantised", hint="--quantize none")
+    return None
+
+
+def _network(source: Source | None, options: EngineOptions, chosen: BenchOptions) -> Network:
+    from trimkv_cli.bench.shapes import find_shape, load_network, random_network
+
+    if source is not None:
+        return load_network(source, options)
+    assert chosen.shape is not None, "there is a source or a shape"
+    return random_network(find_shape(chosen.shape), options)
+
+
+def _llama(source: Source | None, options: EngineOptions) -> Peer:
+    from trimkv_cli.bench.llama_cpp import LlamaCpp
+
+    return LlamaCpp.beside(source, options)
+
+
+def _transformers(network: Network) -> Peer:
+    from trimkv_cli.bench.hf import Transformers
+
+    return Transformers(network=network)
 
 
 def _cases(network: Network, budgets: list[int], contexts: list[int], rows: list[int]) -> list[Case]:
@@ -103,24 +138,22 @@ def _announce(network: Network, cases: Sequence[Case]) -> None:
             f"predicted for M = {case.kv_budget}, {case.rows} rows, context {case.context:,}: "
             f"{format_size(run.total_bytes)} ({parts}); a full cache alone would be "
             f"{format_size(case.rows * run.full_cache_bytes(case.context))}"
+            + (": nothing is evicted" if case.keeps_all else "")
         )
 
 
-def _measure(network: Network, cases: Sequence[Case], chosen: BenchOptions) -> Iterator[SpeedRow]:
+def _measure(network: Network, cases: Sequence[Case], chosen: BenchOptions, peer: Peer | None) -> Iterator[SpeedRow]:
     from trimkv_cli.bench.speed import SpeedOptions, measure
 
-    compare = chosen.compare is not None
-    options = SpeedOptions(compare=compare, eviction=chosen.evict, repeats=chosen.repeats)
-    return measure(network, cases, options)
+    return measure(network, cases, SpeedOptions(eviction=chosen.evict, repeats=chosen.repeats), peer)
 
 
-def _show(rows: Iterator[SpeedRow], network: Network, *, json: bool) -> None:
+def _show(rows: Iterator[SpeedRow], about: Mapping[str, Any], *, json: bool) -> None:
     from trimkv_cli.bench.speed import surroundings
     from trimkv_cli.ui.accuracy import speed_lines
 
     measured = list(rows)
     if json:
-        about = {"shape": network.name, "dtype": network.dtype, "device": network.device_name}
         print(json_module.dumps({"rows": [asdict(row) for row in measured], **about, **surroundings("trimkv_cli")}))
         return
     for line in speed_lines(measured):

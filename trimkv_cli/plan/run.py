@@ -130,6 +130,11 @@ class Run:
         return "int8" if stored.method == "bitsandbytes" and stored.bits == 8 else "nf4"
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of what the model holds."""
+        return round(8 * self.part_bytes("weights") / self.spec.weight_numel, 2)
+
+    @property
     def step_rows(self) -> int:
         """The rows that decode together."""
         return max(self.rows, self.padded_rows)

@@ -91,7 +91,7 @@ def speed_lines(rows: Sequence[SpeedRow]) -> Iterator[str]:
 def _speed_cells(row: SpeedRow) -> tuple[str, ...]:
     return (
         row.engine,
-        "all" if row.kv_budget is None else str(row.kv_budget),
+        "all" if row.kv_budget is None else f"{row.kv_budget} (none evicted)" if row.keeps_all else str(row.kv_budget),
         str(row.rows),
         f"{row.context:,}",
         f"{row.prefill_tps:,.0f}",
