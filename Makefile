@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini bench-mini bench-run bench-memory test test-fast lint format pictures bench-stream bench-speed bench-gpu rehearse-gpu clean
+.PHONY: help demo mini bench-mini bench-run bench-memory test test-fast lint format pictures bench-stream bench-speed bench-llama bench-gpu rehearse-gpu clean
 
 help:
 	@echo "make demo          fetch SmolLM2 (94 MiB) and run a batch, a question and a summary with it; without it mini"
@@ -17,6 +17,7 @@ help:
 	@echo "make format        let ruff rewrite the code"
 	@echo "make pictures      draw the README's pictures anew with the built-in model"
 	@echo "make bench-speed   record decode speed beside transformers, and write it into the README (quiet machine, 15 minutes)"
+	@echo "make bench-llama   record speed beside llama.cpp: GGUF=FILE.gguf NAME=smollm2 (quiet machine, an hour)"
 	@echo "make bench-memory  record what is allocated, and what the process takes, against the plan"
 	@echo "make bench-stream  a long stream through a small cache: bytes, RSS and time per token stay flat"
 	@echo "make rehearse-gpu  the stages of kernels/bench/gpu_run.py on a CPU, small (about a minute)"
@@ -90,11 +91,22 @@ bench-memory: $(READY)
 bench-stream: $(READY)
 	$(BIN)/python -m bench.stream
 
+# Beside llama.cpp, on a quiet machine: GGUF=FILE.gguf NAME=smollm2, about an hour.
+bench-llama: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt '.[compare,plot]'
+	$(BIN)/python -m bench.against_llama $(GGUF) --threads 1 --out $(RESULTS)/against-llama-$(NAME)-1-thread.json
+	$(BIN)/python -m bench.against_llama $(GGUF) --threads 2 --out $(RESULTS)/against-llama-$(NAME)-2-threads.json
+	$(BIN)/trimkv bench $(GGUF) --quantize none --compare hf --contexts 512,2048,7500 --threads 1 --json \
+		> $(RESULTS)/$(NAME)-unpacked-cpu.json
+	$(BIN)/python -m bench.llama_table
+	$(BIN)/python -m bench.readme
+
 TEN = --shape 10m --random-weights --kv-budget 256 --compare hf --device cpu --dtype fp32 --json
 
 bench-speed: $(READY)
 	$(BIN)/trimkv bench $(TEN) --contexts 1024,8192,32768 > $(RESULTS)/speed-10m-cpu.json
 	$(BIN)/trimkv bench $(TEN) --contexts 8192 --rows 8 > $(RESULTS)/speed-10m-cpu-8-rows.json
+	$(BIN)/trimkv bench $(TEN) --contexts 1024,8192,32768 --quantize int4 > $(RESULTS)/speed-10m-cpu-int4.json
 	$(BIN)/python -m bench.overheads --out $(RESULTS)/overheads-10m-cpu.json
 	$(BIN)/python -m bench.readme
 

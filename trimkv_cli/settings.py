@@ -106,6 +106,7 @@ def _no_gpu(device: Any) -> bool:
 
 _FILTERS = ("top_p", "top_k", "min_p", "top_h")
 _CPU, _EXACT = ("auto", "cpu"), ("auto", "fp32", "float32")
+_CPU_FORMS = ("int4", "stored")
 _OF_A_MODEL: Mapping[str, Clash] = {"revision": _always, "gates": _names_one_models_gates}
 # What is said in one place takes these with it that were said in a place below, where the two values clash.
 _RIVALS: Mapping[str, Mapping[str, Clash]] = {
@@ -128,9 +129,11 @@ _RIVALS: Mapping[str, Mapping[str, Clash]] = {
     "device": {
         "deterministic": lambda device, _: device not in _CPU,
         "kv_dtype": lambda device, kv_dtype: kv_dtype == "fp8" and _no_gpu(device),
+        "quantize": lambda device, quantize: quantize in _CPU_FORMS and device not in _CPU,
     },
     "dtype": {"deterministic": lambda dtype, _: dtype not in _EXACT},
     "kv_dtype": {"device": lambda kv_dtype, device: kv_dtype == "fp8" and _no_gpu(device)},
+    "quantize": {"device": lambda quantize, device: quantize in _CPU_FORMS and device not in _CPU},
     "save_cache": {"on_overflow": lambda path, how: isinstance(path, str) and how == "map-reduce"},  # one reading
     "budgets": {"kv_budget": _always},
 }

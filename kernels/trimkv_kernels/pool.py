@@ -13,6 +13,7 @@ import mmap
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ from torch import Tensor
 from trimkv_kernels.slots import Journal, Slots
 
 _NEVER = torch.iinfo(torch.int32).min
+
+
+class _Seen(NamedTuple):
+    """What some rows attend to in one layer, as views."""
+
+    key: Tensor  # [B · Hkv, D, M + 1]
+    value: Tensor  # [B · Hkv, M + 1, D]
+    new_key: Tensor  # [B, Hkv, D], where a token enters
+    new_value: Tensor
 
 
 class SlotPool:
@@ -48,6 +58,8 @@ class SlotPool:
         self.slot = torch.zeros(shape[:3], dtype=torch.int64)
         heads = layers * rows * num_kv_heads
         self._first = torch.arange(heads).view(shape[:3]) * (slots + 1)  # where a head's slots begin
+        self._nothing = torch.zeros(1, 1, 1, dtype=dtype)
+        self._views: dict[tuple[int, int], _Seen] = {}
         self.clear(slice(None))
 
     def clear(self, row: int | slice) -> None:
@@ -94,6 +106,7 @@ class SlotPool:
 
     def _set_size(self, slots: int, first: Tensor) -> None:
         self._first = first
+        self._views.clear()
         self.slot.zero_()
         self.size = slots
 
@@ -130,8 +143,22 @@ class SlotPool:
         Returns:
             `[B, Hq, D]`.
         """
-        added = None if bias is None else bias[layer]
-        return _attend(self.key, self.value, self._first, layer, query, key, value, added, scale)
+        seen = self._seen(layer, len(query))
+        seen.new_key.copy_(key)
+        seen.new_value.copy_(value)
+        added, weight = (self._nothing, 0.0) if bias is None else (bias[layer].view(len(seen.value), 1, -1), 1.0)
+        grouped = query.reshape(len(seen.value), -1, query.shape[-1])
+        logits = torch.baddbmm(added, grouped, seen.key, beta=weight, alpha=scale)
+        return torch.bmm(logits.softmax(-1), seen.value).view(query.shape)
+
+    def _seen(self, layer: int, rows: int) -> _Seen:
+        """Return what the first rows attend to in a layer; made once, as long as the slots lie where they do."""
+        if (layer, rows) not in self._views:
+            own = self.key[layer, :rows], self.value[layer, :rows]
+            key, value = (tensor.flatten(0, 1) for tensor in own)
+            new_key, new_value = (tensor[:, :, self.size] for tensor in own)
+            self._views[layer, rows] = _Seen(key.transpose(1, 2), value, new_key, new_value)
+        return self._views[layer, rows]
 
     def evict(self, log_beta: Tensor, position: Tensor) -> None:
         """Keep the best M of the M + 1 tokens of every head, in place; `log_beta` `[L, B, Hkv]` of the new ones."""
@@ -140,31 +167,6 @@ class SlotPool:
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.key, self.value, self.log_beta, self.position
-
-
-def _attend(
-    keys: Tensor,
-    values: Tensor,
-    first: Tensor,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    rows, heads, head_dim = key.shape
-    here = first[layer, :rows].flatten() + keys.shape[3] - 1
-    _flat(keys).index_copy_(0, here, key.reshape(-1, head_dim))
-    _flat(values).index_copy_(0, here, value.reshape(-1, head_dim))
-    own_keys, own_values = (tensor[layer, :rows].view(rows * heads, -1, head_dim) for tensor in (keys, values))
-    grouped = query.reshape(rows * heads, -1, head_dim)
-    if bias is None:
-        logits = torch.bmm(grouped * scale, own_keys.transpose(1, 2))
-    else:
-        added = bias.view(rows * heads, 1, -1)
-        logits = torch.baddbmm(added, grouped, own_keys.transpose(1, 2), alpha=scale)
-    return torch.bmm(logits.softmax(-1), own_values).view(rows, -1, head_dim)
 
 
 def _evict(

@@ -80,10 +80,10 @@ def test_what_contradicts_itself_is_refused() -> None:
         refused(shape="10m")
     with pytest.raises(UsageError, match="needs a --shape"):
         refused(random_weights=True)
-    with pytest.raises(UsageError, match="not quantised"):
+    with pytest.raises(UsageError, match="not held as nf4"):
         bench(
             chosen=BenchOptions(shape="10m", random_weights=True),
-            engine=EngineOptions(device="cpu", quantize="int8"),
+            engine=EngineOptions(device="cpu", quantize="nf4"),
             json=False,
             quiet=False,
         )

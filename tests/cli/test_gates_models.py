@@ -11,10 +11,12 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 
 from helpers.engines import gate_tensors
 from helpers.programs import Run
 from trimkv_cli.cache.gate_files import write_gates
+from trimkv_cli.loading.packed_cache import Matrix, PackedForm
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 
 Text = Callable[..., subprocess.CompletedProcess[str]]
@@ -114,6 +116,7 @@ def test_models_list(trimkv: Text, cache: Path, monkeypatch: pytest.MonkeyPatch)
     """Catches a list without the built-in model, or one that needs a cache folder."""
     monkeypatch.setenv("HOME", str(cache))
     monkeypatch.setenv("XDG_DATA_HOME", str(cache / "data"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "cache"))
     assert [model["id"] for model in json.loads(trimkv("models", "list", "--json").stdout)["models"]] == ["mini"]
     put(cache, "some/model", MODEL)
     put(cache, "some/gates", GATES)
@@ -121,6 +124,40 @@ def test_models_list(trimkv: Text, cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows[0] == ["NAME", "KIND", "SIZE", "WHERE"]
     assert [row[:2] for row in rows[1:]] == [["mini", "model"], ["some/gates", "gates"], ["some/model", "model"]]
     assert rows[-1][-1] == "cccccccc"
+
+
+def keep_packed(place: Path) -> PackedForm:
+    """Keep a packed form of something."""
+    form = PackedForm(place, slow_s=-1)
+    form.open({"a.weight": "int8"})
+    form.keep({"a.weight": Matrix(torch.zeros(1000, 1000, dtype=torch.int8), torch.zeros(1000), None)})
+    return form
+
+
+def test_models_lists_and_removes_packed_forms(
+    trimkv: Text, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches packed forms that are not counted or that stay, and a model that goes with them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    snapshot = put(cache, "some/model", MODEL)
+    (tmp_path / "alone.gguf").write_bytes(b"GGUF")
+    keep_packed(snapshot)
+    keep_packed(tmp_path / "alone.gguf")
+    rows = [line.split()[:2] for line in trimkv("models", "list").stdout.splitlines()]
+    assert {name for name, kind in rows if kind == "packed"} == {"some/model", str(tmp_path / "alone.gguf")}
+    said = json.loads(trimkv("models", "list", "--json").stdout)["packed"]
+    assert {form["model"] for form in said} == {"some/model", None}
+    assert [form["size_bytes"] for form in said] == [Path(form["file"]).stat().st_size for form in said]
+    assert "removed 1 packed form of some/model, 98" in trimkv("models", "remove", "some/model").stderr
+    assert "no packed form of some/model is kept" in trimkv("models", "remove", "some/model").stderr
+    assert (snapshot / "config.json").exists()
+    assert trimkv("models", "remove").returncode == 2
+    assert trimkv("models", "remove", "--packed", "some/model").returncode == 2
+    (tmp_path / "alone.gguf").unlink()
+    keep_packed(snapshot)
+    assert "removed 1 packed form" in trimkv("models", "remove", str(tmp_path / "alone.gguf")).stderr
+    assert "removed 1 packed form, " in trimkv("models", "remove", "--packed").stderr
+    assert json.loads(trimkv("models", "list", "--json").stdout)["packed"] == []
 
 
 def test_models_show(trimkv: Text, cache: Path) -> None:

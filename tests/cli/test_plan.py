@@ -133,7 +133,8 @@ def test_a_broken_config_is_said_before_missing_weights(tmp_path: Path) -> None:
 
 
 def test_a_whole_prompt_in_one_chunk_can_be_had_with_a_shorter_context() -> None:
-    made = plan("qwen3-4b-math", "--dtype", "bf16", "--prefill-chunk", "0", "--budget", "6GiB")
+    whole = ("--dtype", "bf16", "--quantize", "none", "--prefill-chunk", "0")
+    made = plan("qwen3-4b-math", *whole, "--budget", "10GiB")
     assert not made["fits"]
     assert any("--context" in offer for offer in made["offers"])
     assert all(plan(*shlex.split(offer)[2:])["fits"] for offer in made["offers"])

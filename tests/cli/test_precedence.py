@@ -73,6 +73,8 @@ def test_settings_reach_every_option_of_their_name(name: str) -> None:
         ({"deterministic": True}, ["--device", "cpu"], {"deterministic": True}),
         ({"dtype": "bf16"}, ["--deterministic"], {"deterministic": True, "dtype": "auto"}),
         ({"kv_dtype": "fp8"}, ["--device", "cpu"], {"kv_dtype": "auto"}),
+        ({"quantize": "int4"}, ["--device", "cuda"], {"quantize": "auto"}),
+        ({"device": "cuda"}, ["--quantize", "stored"], {"device": "auto"}),
         ({"offline": True, "quiet": True}, ["--no-offline", "--no-quiet"], {"offline": False, "quiet": False}),
         ({"stream": False}, ["--stream"], {"stream": True}),
         ({"budget": "8GiB", "pin": "system"}, ["--budget", "", "--pin="], {"budget": None, "pin": None}),

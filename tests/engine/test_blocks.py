@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from trimkv_cli.engine.cpu.blocks import WORTH_PACKING, PackedLinear, PackedProjection, Projection, pack, packing_pays
+from trimkv_cli.engine.cpu.blocks import WORTH_PACKING, ReorderedLinear, pack, packing_pays, project
 
 
 @pytest.mark.parametrize("outputs", [(128, 64), (24, 8)], ids=["pieces", "whole"])
@@ -22,9 +22,9 @@ def test_layers_that_lie_together_give_their_products(rows: int, outputs: tuple[
     x = torch.randn(rows, 24)
     expected = torch.cat([linear(x) for linear in linears], dim=-1)
     with torch.inference_mode(), ExitStack() as undo:
-        torch.testing.assert_close(Projection(linears, undo)(x), expected)
+        torch.testing.assert_close(project(linears, undo)(x), expected)
         torch.testing.assert_close(torch.cat([linear(x) for linear in linears], dim=-1), expected)
-        torch.testing.assert_close(PackedProjection([PackedLinear(linear) for linear in linears])(x), expected)
+        torch.testing.assert_close(project([ReorderedLinear(linear) for linear in linears], undo)(x), expected)
 
 
 def test_a_packed_model_is_the_same_and_gets_its_layers_back(tiny_model: Callable[..., Any]) -> None:
@@ -35,7 +35,7 @@ def test_a_packed_model_is_the_same_and_gets_its_layers_back(tiny_model: Callabl
     with torch.inference_mode():
         want = model(ids).logits
         pack(model, undo)
-        assert sum(type(module) is PackedLinear for module in model.modules()) == 7 * model.config.num_hidden_layers
+        assert sum(type(module) is ReorderedLinear for module in model.modules()) == 7 * model.config.num_hidden_layers
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
         undo.close()
     after = model.state_dict()
@@ -48,13 +48,13 @@ def test_one_matrix_at_a_time_is_there_twice(tiny_model: Callable[..., Any], mon
     model = tiny_model("qwen3")
     linears = [module for module in model.get_decoder().layers.modules() if type(module) is nn.Linear]
     plain = [StorageWeakRef(linear.weight.untyped_storage()) for linear in linears]
-    alive, make = [], PackedLinear.__init__
+    alive, make = [], ReorderedLinear.__init__
 
-    def watch(packed: PackedLinear, linear: nn.Linear) -> None:
+    def watch(packed: ReorderedLinear, linear: nn.Linear) -> None:
         alive.append(sum(not storage.expired() for storage in plain))
         make(packed, linear)
 
-    monkeypatch.setattr(PackedLinear, "__init__", watch)
+    monkeypatch.setattr(ReorderedLinear, "__init__", watch)
     pack(model, ExitStack())
     assert alive == list(range(len(plain), 0, -1))
 

@@ -28,7 +28,9 @@ PROMPT = [70, 81, 92, 103, 114, 125, 136, 147, 158, 169, 180, 191]
 
 def load(path: Path) -> Engine:
     return load_engine(
-        EngineOptions(model=str(path), gates="none", kv_budget="200", dtype="fp32", threads=1, device="cpu")
+        EngineOptions(
+            model=str(path), gates="none", kv_budget="200", dtype="fp32", threads=1, device="cpu", quantize="none"
+        )
     )
 
 

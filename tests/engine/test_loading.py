@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trimkv_cli.errors import DoesNotFit, ModelError, OutOfDeviceMemory
-from trimkv_cli.loading import loader, quantise
+from trimkv_cli.loading import loader, packed, quantise
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.model.machine import memory_bytes, swappable_bytes
@@ -38,12 +38,13 @@ def cannot_allocate(*_: Any, **__: Any) -> Any:
     ("place", "name", "quantize"),
     [
         (quantise.LazyTensor, "__getitem__", "none"),
-        (quantise, "_quantised", "int8"),
+        (quantise, "_quantised", "nf4"),
+        (packed, "pack", "int8"),
         (PreTrainedModel, "to", "none"),
         (loader, "build_gates", "none"),
         (loader, "assemble", "none"),
     ],
-    ids=["read", "quantise", "to the device", "gates", "cache"],
+    ids=["read", "quantise", "pack", "to the device", "gates", "cache"],
 )
 def test_a_lack_of_memory_is_not_told_as_broken_weights(
     place: Any, name: str, quantize: str, folder: Path, monkeypatch: pytest.MonkeyPatch

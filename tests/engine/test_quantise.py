@@ -1,4 +1,4 @@
-"""Weights in int8 and nf4: their bytes, their numbers, and what stays as it is."""
+"""Weights in int8, int4 and nf4: their bytes, their numbers, and what stays as it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers import modeling_utils
 
 from trimkv_cli.errors import ModelError
-from trimkv_cli.loading import quantise
+from trimkv_cli.loading import loader, quantise
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.model.spec import Dtype, ModelSpec, Quantisation
@@ -39,7 +39,7 @@ def options(path: Path, quantize: str, dtype: str = "fp32", **more: Any) -> Engi
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"])
-@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4", "nf4"])
 def test_the_weights_take_what_was_planned(family: str, quantize: Quantisation, folder: Callable[..., Path]) -> None:
     """Catches quantisation state that the plan forgot, a matrix left out, and weights that are held twice."""
     path = folder(family)
@@ -61,6 +61,9 @@ def test_no_more_is_allocated_ahead_than_the_weights_take(
         asked.extend(modeling_utils.get_total_byte_count(model, device_map, quantizer).values())
 
     monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", record)
+    monkeypatch.setattr(
+        loader, "_quantisation_config", lambda form, *rest: quantise.quantisation_config(form, *rest[:2])
+    )
     model = tiny_model("qwen3")
     model.save_pretrained(tmp_path)
     load_engine(options(tmp_path, quantize, "bf16"))
@@ -87,7 +90,7 @@ def test_int8_on_a_gpu_is_made_while_weights_are_read() -> None:
     assert given.device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "nf4"])
 def test_a_quantised_layer_computes_nearly_what_the_whole_one_does(quantize: str, folder: Callable[..., Path]) -> None:
     """Catches scales in the wrong place, and shapes that the layout for CPUs has no room for."""
     path = folder("qwen3", intermediate_size=80, head_dim=24)

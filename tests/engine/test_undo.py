@@ -35,7 +35,7 @@ def test_a_decode_that_failed_at_any_layer_can_be_undone(
 ) -> None:
     """Catches a displaced slot that does not come back, and an undo in layers that the step never reached."""
     model = tiny_model("gemma3")  # seven layers, some with a window
-    engine = make_engine(model, Shape(kv_budget=24, gate="random", deterministic=deterministic))
+    engine = make_engine(model, Shape(kv_budget=24, gate="random", deterministic=deterministic), fast_path=False)
     for index, prompt in enumerate(PROMPTS):
         engine.add(greedy(str(index), prompt, 40))
     for _ in range(9):

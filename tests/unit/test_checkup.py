@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.products import PRODUCTS
 from trimkv_cli import tested
 from trimkv_cli.errors import GateMismatch
-from trimkv_cli.loading import checkup
+from trimkv_cli.loading import checkup, measuring
 from trimkv_cli.loading.checkup import Finding
+from trimkv_cli.model import machine
+from trimkv_cli.model.machine import Machine
 
 
 def test_everything_is_looked_at() -> None:
@@ -72,3 +75,20 @@ def test_gpu_that_torch_cannot_use_is_a_fault(
     assert said in finding.detail
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert checkup._no_accelerator(cuda_build=cuda_build).status == "note"
+
+
+def test_speed_of_packed_weights_is_said_with_what_follows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catch a doctor that measures and does not keep it, or that passes an assumption off as a measurement."""
+    monkeypatch.setattr(machine, "_file", lambda: tmp_path / "machine.json")
+    monkeypatch.setattr(measuring, "measure_products", lambda: {**PRODUCTS, "int8@1": 401.0})
+    monkeypatch.setattr(checkup, "measure_machine", lambda: Machine(cpu_runtime_bytes=5))
+    (before,) = checkup.products()
+    assert (before.status, before.hint) == ("note", "trimkv doctor --measure")
+    assert before.detail.startswith("not measured; assumed: GGUF files stay packed, prompts of 64 tokens")
+    told = {finding.name: finding.detail for finding in checkup.calibrate()}
+    assert told["products"].endswith(f"kept in {tmp_path / 'machine.json'}")
+    (after,) = checkup.products()
+    assert (after.status, after.hint) == ("ok", None)
+    assert "int4@1 70" in after.detail
+    assert "a budget takes int4 before int8, prompts of 64 tokens are multiplied in bf16" in after.detail
+    assert Machine.here().cpu_runtime_bytes == 5

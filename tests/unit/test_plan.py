@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.products import PRODUCTS
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.profiles import load_profile
-from trimkv_cli.model.spec import QUANTISATIONS, GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.model.spec import GateSpec, GgufForm, ModelSpec, full_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.units import SequenceBytes, parse_kv_budget, parse_size
@@ -37,6 +38,7 @@ SPEC = ModelSpec.from_config(CONFIG)
 WINDOWED = ModelSpec.from_config(
     {**CONFIG, "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 3, "dtype": "float32"}
 )
+STORED = replace(SPEC, gguf=GgufForm(bytes=1, types="Q4_0", packing=SPEC.packing("int4")))
 GATE = GateSpec(variant="rg", id="gate", hidden=64, memory_size=512, trained_context=4096)
 GATES = [GATE, streaming_gate(), full_gate(), GateSpec(variant="rg10", id="dynamic", hidden=64, memory_size=64)]
 
@@ -208,7 +210,6 @@ def test_a_profiles_default_gives_way_to_the_budget_and_a_flag_does_not() -> Non
 
 def test_a_tight_budget_costs_rows_then_precision_then_chunk_then_trained_slots_and_says_so() -> None:
     """Catches another order than the documented one, and a loss that is not said."""
-    # Quantised matrices have to save more than what it takes to import what quantises them.
     spec = ModelSpec.from_config({**CONFIG, "num_hidden_layers": 36, "hidden_size": 512, "intermediate_size": 2048})
     gate, seen = replace(GATE, memory_size=4096), []
     for budget in range(1200 * MIB, 440 * MIB, -MIB // 2):
@@ -216,7 +217,7 @@ def test_a_tight_budget_costs_rows_then_precision_then_chunk_then_trained_slots_
         if not plan.fits:
             break
         assert plan.run.total_bytes <= budget
-        precision = (QUANTISATIONS[::-1].index(plan.run.quantize), plan.run.dtype == "fp32")
+        precision = (("int4", "int8", "none").index(plan.run.quantize), plan.run.dtype == "fp32")
         seen.append((plan.run.kv_budget, plan.run.prefill_chunk, precision, plan.run.rows))
         assert ("weights_quantised" in codes(plan)) == (plan.run.quantize != "none")
         assert ("kv_budget_below_trained" in codes(plan)) == (plan.run.kv_budget < 4096)
@@ -247,14 +248,15 @@ OPTIONS = st.builds(
     context=st.none() | st.integers(1, 8192),
     dtype=st.sampled_from(["auto", "fp32", "bf16"]),
     kv_dtype=st.sampled_from(["auto", "fp32", "bf16"]),
-    quantize=st.sampled_from(["auto", "none", "int8", "nf4"]),
+    quantize=st.sampled_from(["auto", "none", "int8", "int4", "nf4", "stored"]),
+    machine=st.sampled_from([Machine(), Machine(products=PRODUCTS), Machine(products={**PRODUCTS, "int4@1": 999.0})]),
     can_quantise=st.booleans(),
     device=st.sampled_from(["cpu", "cuda"]),
 )
 
 
 @settings(max_examples=150)
-@given(options=OPTIONS, gate=st.sampled_from(GATES), spec=st.sampled_from([SPEC, WINDOWED]))
+@given(options=OPTIONS, gate=st.sampled_from(GATES), spec=st.sampled_from([SPEC, WINDOWED, STORED]))
 def test_every_offer_fits_when_it_is_tried(options: PlanOptions, gate: GateSpec, spec: ModelSpec) -> None:
     options = replace(options, budget=(options.budget or 0) * MIB)
     try:
@@ -264,7 +266,8 @@ def test_every_offer_fits_when_it_is_tried(options: PlanOptions, gate: GateSpec,
     assert plan.fits == (plan.run.total_bytes <= (options.budget or 0))
     assert plan.fits or len(set(plan.offers)) >= 2
     for offer in plan.offers:
-        retried = make_plan(spec, gate, replace(read_command(offer, options.device), can_quantise=options.can_quantise))
+        here = {"can_quantise": options.can_quantise, "machine": options.machine}
+        retried = make_plan(spec, gate, replace(read_command(offer, options.device), **here))
         assert retried.fits, offer
         assert retried.run.total_bytes <= (retried.budget_bytes or 0)
 

@@ -162,7 +162,7 @@ def _answer(server: Any, ids: Sequence[int], tokens: int) -> _Answer:
     server.handle_completions(asked, lambda said: arrived.append((time.perf_counter(), said)))
     faults = [said["error"]["message"] for _, said in arrived if "error" in said]
     if faults:
-        raise TrimkvError(f"llama.cpp: {faults[0]}")
+        raise TrimkvError(f"llama.cpp: {faults[0]}", hint="measure without --compare")
     times: list[float] = []
     for at, said in arrived:
         new = said["timings"]["predicted_n"] - len(times)
@@ -171,7 +171,8 @@ def _answer(server: Any, ids: Sequence[int], tokens: int) -> _Answer:
     read = arrived[-1][1]["timings"] if arrived else {"prompt_n": 0}
     if read["prompt_n"] != len(ids) or len(times) != tokens:
         raise TrimkvError(
-            f"llama.cpp read {read['prompt_n']} of {len(ids)} prompt tokens and made {len(times)} of {tokens}"
+            f"llama.cpp read {read['prompt_n']} of {len(ids)} prompt tokens and made {len(times)} of {tokens}",
+            hint="measure without --compare, or with another release of xllamacpp",
         )
     return _Answer(prompt_s=read["prompt_ms"] / 1e3, times=times)
 

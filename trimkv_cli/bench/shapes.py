@@ -16,7 +16,9 @@ from trimkv_cli.engine.devices import take_device
 from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.loader import TORCH_DTYPES, kernel_warnings, load_parts
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.packed import pack_in_place
 from trimkv_cli.loading.sources import Source
+from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.profiles import list_profiles
 from trimkv_cli.model.spec import Dtype, GateSpec, ModelSpec, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
@@ -93,7 +95,9 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
     device = take_device(options.device)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     spec = shape.spec
-    dtype = make_plan(spec, shape.gate, PlanOptions(kv_budget=1, dtype=options.dtype, device=device.type)).run.dtype
+    chosen = PlanOptions(kv_budget=1, dtype=options.dtype, quantize=_form(options), device=device.type)
+    run = make_plan(spec, shape.gate, chosen).run
+    dtype, quantize = run.dtype, run.quantize
     torch.manual_seed(0)
     values = {key: value for key, value in shape.config.items() if key not in ("model_type", "dtype")}
     config = AutoConfig.for_model(shape.config["model_type"], **values)
@@ -102,6 +106,8 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
     tensors = _random_gates(spec, shape.gate)
     gates = build_gates(shape.gate, spec, tensors, dtype=TORCH_DTYPES[dtype], device=device)
     loaded = model.eval().requires_grad_(requires_grad=False)
+    if quantize in ("int4", "int8"):
+        pack_in_place(loaded, quantize, Machine.here())
     return Network(
         name=shape.name,
         spec=spec,
@@ -109,8 +115,24 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
         model=loaded,
         gates=tuple(gates),
         dtype=dtype,
+        quantize=quantize,
         warnings=tuple(warning.message for warning in kernel_warnings(device)),
     )
+
+
+def _form(options: EngineOptions) -> str:
+    """Return how random weights are held: as they are unless a packed form is asked for.
+
+    Raises:
+        UsageError: another form.
+    """
+    if options.quantize in ("auto", "none"):
+        return "none"
+    if options.quantize not in ("int4", "int8") or options.device not in ("auto", "cpu"):
+        raise UsageError(
+            f"random weights are not held as {options.quantize}", hint="--quantize int4 or int8 on a CPU, or none"
+        )
+    return options.quantize
 
 
 def load_network(source: Source, options: EngineOptions) -> Network:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
@@ -23,6 +23,7 @@ from trimkv_cli.bench.shapes import Network
 from trimkv_cli.engine.devices import reset_peak
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.loading.assemble import assemble
+from trimkv_cli.model.machine import Machine
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.plan.run import Run
@@ -161,6 +162,7 @@ def _plan(network: Network, case: Case) -> Plan:
         dtype=network.dtype,
         quantize=network.quantize,
         device=network.model.device.type,
+        machine=replace(Machine.here(), threads=torch.get_num_threads()),
     )
     return make_plan(network.spec, network.gate, options)
 

@@ -106,6 +106,13 @@ def rotary_embedding(model: PreTrainedModel) -> Any:
     return _attribute(_decoder(model), "rotary_emb")
 
 
+def frequencies(rotary: Any, kind: str | None) -> tuple[Tensor, float]:
+    """Return the frequencies `[D / 2]` of a kind of layer, None where all are of one, and what scales cos and sin."""
+    prefix = "" if kind is None else f"{kind}_"
+    scaling: float = _attribute(rotary, f"{prefix}attention_scaling")
+    return _attribute(rotary, f"{prefix}inv_freq"), scaling
+
+
 def unknown_form(what: str) -> UnsupportedModel:
     """Return the error for a release, or a model's own code, whose form is not known here."""
     newest = NEWEST["transformers"]

@@ -87,8 +87,6 @@ def _source(options: EngineOptions, chosen: BenchOptions) -> Source | None:
         raise UsageError(f"--shape {chosen.shape} has no weights of its own", hint="add --random-weights")
     if options.model is not None:
         raise UsageError("a model and a --shape are both given", hint="leave one of them out")
-    if options.quantize not in ("auto", "none"):
-        raise UsageError("random weights are not quantised", hint="--quantize none")
     return None
 
 

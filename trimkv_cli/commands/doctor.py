@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def doctor(
     *,
-    measure: bool = option(False, "Measure what a process takes without a model, for later plans."),
+    measure: bool = option(
+        False, "Measure what a process takes without a model, and how fast packed weights are, for later plans."
+    ),
     json: bool = JSON,
 ) -> None:
     """Check versions, device, number formats, folders, terminal and the built-in model; exit 1 on a fault.

@@ -50,10 +50,12 @@ def budget_report(engine: Engine, requested: str | None) -> dict[str, Any]:
 
 
 def memory_report(engine: Engine) -> dict[str, Any]:
-    """Return `memory` of a record: the parts, the plan's total, and each peak that can be measured here."""
+    """Return `memory` of a record: the parts, what weights are in, the plan's total, each peak measurable here."""
     facts = engine.facts
     return {
         "weights_bytes": facts.weight_bytes,
+        "weights": facts.plan.run.precision,
+        "bits_per_weight": facts.plan.run.bits_per_weight,
         "gate_bytes": facts.gate_bytes,
         "kv_bytes": engine.kv_bytes,
         "workspace_bytes": facts.plan.run.workspace_bytes,
@@ -90,11 +92,19 @@ def memory_line(engine: Engine) -> str:
     """Say in one line what was used at most, beside plan and budget."""
     plan = engine.facts.plan
     said, reached = f"memory   {engine.kv_bytes:,} bytes of cache", engine.peak_bytes
+    if plan.run.form != "none":
+        said += f", {weights_line(engine)}"
     if plan.budget_bytes is None:
         return f"{said}, {format_size(reached)} at the peak"
     held = "held" if reached <= plan.budget_bytes else "NOT held"
     peak, planned, budget = format_sizes(reached, plan.run.total_bytes, plan.budget_bytes)
     return f"{said}, {peak} at the peak, {planned} planned, budget {budget} {held}"
+
+
+def weights_line(engine: Engine) -> str:
+    """Say what the weights are in, and how many bits one takes."""
+    run = engine.facts.plan.run
+    return f"{run.precision} weights of {run.bits_per_weight} bits"
 
 
 @contextmanager

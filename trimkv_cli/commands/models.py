@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimkv_cli.commands.options import JSON, CommandGroup
+from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import columns, neutralise, print_note
 from trimkv_cli.units import format_size
 
 if TYPE_CHECKING:
+    from trimkv_cli.loading.packed_cache import KeptForm
     from trimkv_cli.loading.sources import ModelRef
 
 models_app = CommandGroup(help="Look at models; they live in the Hugging Face cache.", no_args_is_help=True)
@@ -30,12 +33,17 @@ ModelName = Annotated[
 def list_(*, json: bool = JSON) -> None:
     """List the models on this machine: the built-in one, those of wheels, of the Hugging Face cache, and GGUF files.
 
-    GGUF files are those of Ollama, LM Studio and llama.cpp; their names are what --model takes.
+    GGUF files are those of Ollama, LM Studio and llama.cpp; their names are what --model takes. The packed forms that a
+    CPU multiplies are listed where they are kept, as packing took over a second: `trimkv models remove` deletes them.
 
     trimkv models list --json
     """
-    models = [dict(model) for model in _listed()]
-    print(jsonlib.dumps({"models": models}, indent=2) if json else _listing(models))
+    from trimkv_cli.loading.packed_cache import kept_forms
+
+    models, packed = [dict(model) for model in _listed()], [_packed(form) for form in kept_forms()]
+    for form in packed:
+        form["model"] = next((model["id"] for model in models if _lies_in(form["made_of"], model["folder"])), None)
+    print(jsonlib.dumps({"models": models, "packed": packed}, indent=2) if json else _listing(models, packed))
 
 
 def _listed() -> Iterator[Mapping[str, Any]]:
@@ -68,6 +76,15 @@ def _listed() -> Iterator[Mapping[str, Any]]:
 def _file(id: str, where: str, path: Path) -> Mapping[str, Any]:
     size = path.stat().st_size
     return {"id": id, "kind": "model", "where": where, "size_bytes": size, "revisions": [], "folder": str(path)}
+
+
+def _packed(form: KeptForm) -> dict[str, Any]:
+    made_of = str(form.place) if form.place is not None else None
+    return {"made_of": made_of, "size_bytes": form.size_bytes, "file": str(form.path)}
+
+
+def _lies_in(place: str | None, folder: str) -> bool:
+    return place is not None and Path(place).is_relative_to(folder)
 
 
 @models_app.command()
@@ -112,6 +129,48 @@ def pull(
         else:
             print_note(f"pulling {place.id}")
             print(pull_repository(place.id, revision=place.revision))
+
+
+@models_app.command()
+def remove(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Profile, hub id, folder or GGUF file, as it was loaded.")
+    ] = None,
+    *,
+    packed: bool = option(False, "Those of all models."),
+) -> None:
+    """Delete the packed forms of a model that are kept in the cache folder; its own files stay where they are.
+
+    They are made again when the model is loaded on a CPU. What the Hugging Face cache holds, `hf cache rm` deletes.
+
+    trimkv models remove smollm2-135m-instruct
+
+    trimkv models remove --packed
+    """
+    from trimkv_cli.loading.packed_cache import forms_of, kept_forms
+
+    if (model is None) != packed:
+        raise UsageError("a model, or --packed for all of them", hint="trimkv models list shows what is kept")
+    forms = kept_forms() if model is None else [form for place in _places(model) for form in forms_of(place)]
+    for form in forms:
+        form.remove()
+    whose = "" if model is None else f" of {model}"
+    size = format_size(sum(form.size_bytes for form in forms))
+    print_note(
+        f"removed {len(forms)} packed form{'s' * (len(forms) != 1)}{whose}, {size}"
+        if forms
+        else f"no packed form{whose} is kept"
+    )
+
+
+def _places(model: str) -> Iterator[Path]:
+    """Yield where a model lies, or lay."""
+    from trimkv_cli.loading.sources import model_ref
+
+    if Path(model).expanduser().exists() or Path(model).is_absolute():
+        yield Path(model).expanduser()
+    else:
+        yield model_ref(model).folder("model", offline=True)
 
 
 @models_app.command()
@@ -165,7 +224,7 @@ def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[st
         "gguf": None if spec.gguf is None else asdict(spec.gguf),
         "weight_bytes": spec.weight_bytes,
         "quantised": spec.quantised.label if spec.quantised is not None else None,
-        "bits_per_weight": round(8 * spec.weight_bytes / spec.weight_numel, 2),
+        "bits_per_weight": spec.bits_per_weight,
         "kv_bytes_per_token": spec.kv_bytes_per_token(DTYPE_BYTES[spec.dtype]),
         "full_cache_bytes": full_slots * slot_bytes + spec.state_bytes,
         "gates": known,
@@ -192,9 +251,10 @@ def _table(facts: dict[str, Any]) -> str:
 
 def _stored(facts: dict[str, Any]) -> str:
     if facts["gguf"] is not None:
-        bits = round(8 * facts["gguf"]["bytes"] / facts["weight_numel"], 2)
-        size = format_size(facts["gguf"]["bytes"])
-        return f"as {facts['dtype']}; in the file {size} as {facts['gguf']['types']}: {bits} bits each"
+        gguf = facts["gguf"]
+        size, bits = format_size(gguf["bytes"]), facts["bits_per_weight"]
+        packed = f"; packed on a CPU as {account}" if (account := gguf["packing"]["account"]) else ""
+        return f"as {facts['dtype']}; in the file {size} as {gguf['types']}: {bits} bits each{packed}"
     if facts["quantised"] is None:
         return f"as {facts['dtype']}"
     return f"in {facts['quantised']}, {facts['bits_per_weight']} bits each"
@@ -205,10 +265,13 @@ def _layers(facts: Mapping[str, Any]) -> str:
     return f"{layers}" if layers == kept else f"{layers}, {kept} of them with keys and values"
 
 
-def _listing(models: Sequence[Mapping[str, Any]]) -> str:
+def _listing(models: Sequence[Mapping[str, Any]], packed: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (neutralise(model["id"]), model["kind"], format_size(model["size_bytes"]), _where(model)) for model in models
     ]
+    for form in packed:
+        name = form["model"] or form["made_of"] or form["file"]
+        rows.append((neutralise(name), "packed", format_size(form["size_bytes"]), "cache folder"))
     return "\n".join(columns([("NAME", "KIND", "SIZE", "WHERE"), *rows]))
 
 

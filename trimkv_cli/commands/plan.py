@@ -31,8 +31,9 @@ def plan(
 ) -> None:
     """Say whether a budget will do: every part in bytes, and commands that would fit where it does not (exit 4).
 
-    A budget costs rows first, then slots beyond what the gates were trained for, then precision (bf16, int8, nf4), then
-    the prefill chunk, which changes results, and last slots that the gates were trained for; each is said.
+    A budget costs rows first, then slots beyond what the gates were trained for, then precision (bf16, int8, int4 on a
+    CPU, nf4 on a GPU), then the prefill chunk, which changes results, and last slots that the gates were trained for;
+    each is said.
 
     trimkv plan qwen3-4b-math --budget 10GiB
 
@@ -151,6 +152,8 @@ def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, mor
             "dtype": run.dtype,
             "gguf": None if run.spec.gguf is None else asdict(run.spec.gguf),
             "quantize": run.quantize,
+            "bits_per_weight": run.bits_per_weight,
+            "products": _products(run) if run.packs else None,
             "kv_dtype": run.kv_dtype,
             "kv_budget": run.kv_budget,
             "rows": run.rows,
@@ -187,7 +190,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
     run = plan.run
     measured = "measured" if run.machine.calibrated(run.device) else "not measured: trimkv doctor --measure"
     notes = {
-        "weights": run.dtype if run.form == "none" else f"{run.precision}, computing in {run.dtype}",
+        "weights": run.dtype if run.form == "none" else f"{run.precision}{_bits(run)}, computing in {run.dtype}",
         "gates": run.gate.variant,
         "kv": f"{run.rows} × {run.kv_budget} slots per head, {run.kv_dtype}{_beside(run)}",
         "shared_prefix": "one more sequence, to share a system message",
@@ -198,21 +201,38 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "logits": "sampling, beyond the workspace",
         "reordered": "16-bit matrices once more, as this CPU reads them for several rows",
         "dequantised": "the largest matrix, unpacked",
+        "unpacked": f"the largest matrix, unpacked to {run.machine.unpacks_to} for prompts",
         "graphs": "captured steps",
         "loading": "tensors in transit while the model is read",
         "slack": "what an allocator takes beyond what is asked",
         "runtime": f"{'torch and transformers' if run.device == 'cpu' else f'{run.device} context'}, {measured}",
         "quantiser": "bitsandbytes and what it imports",
+        "tokenizer": "built of the vocabulary in the GGUF file",
     }
     if run.spec.gguf is not None:
-        bits = round(8 * run.spec.gguf.bytes / run.spec.weight_numel, 2)
-        yield "file", run.spec.gguf.bytes, f"{run.spec.gguf.types}: {bits} bits per weight, unpacked when loaded"
+        becomes = "" if run.form == "stored" else ", unpacked when loaded" if run.form == "none" else ", packed anew"
+        yield "file", run.spec.gguf.bytes, f"{run.spec.gguf.types}: {run.spec.bits_per_weight} bits per weight{becomes}"
     for part in (part for part in run.parts if part.bytes):
         yield part.name.replace("_", " "), part.bytes, notes.get(part.name, "")
     yield "total", run.total_bytes, "" if plan.budget_bytes is None else "fits" if plan.fits else "does not fit"
     if plan.budget_bytes is not None:
         yield "budget", plan.budget_bytes, ""
     yield "full cache", run.full_cache_bytes(context), f"for comparison: one sequence of {context} tokens"
+
+
+def _bits(run: Run) -> str:
+    return f": {run.bits_per_weight} bits per weight" if run.packs else ""
+
+
+def _products(run: Run) -> dict[str, Any]:
+    """Return what packed products do with a prompt here, and whether that was measured or is assumed."""
+    machine = run.machine
+    return {
+        "measured": bool(machine.products),
+        "unpacks_from": machine.unpacks_from if run.unpacks else None,
+        "unpacks_to": machine.unpacks_to if run.unpacks else None,
+        "forms": run.packing.account,
+    }
 
 
 def _beside(run: Run) -> str:

@@ -79,13 +79,13 @@ def _text(source: Source, options: EngineOptions) -> Text:
 def _plan(
     source: Source, engine: EngineOptions, asked: EvalOptions, positions: int
 ) -> tuple[EngineOptions, list[_Setup]]:
-    """Plan every policy at every budget, with one dtype; return the options to load with, and the plans."""
+    """Plan every policy at every budget, with weights in one form; return the options to load with, and the plans."""
     # Without a limit on all memory, several rows' chunks go through the model together; the plan counts that.
     wide = engine.budget is None and asked.prefill_chunk > 0 and not engine.deterministic
     tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if wide else asked.prefill_chunk
     options = replace(engine, context=None, kv_budget=None, prefill_chunk=tokens)
     largest = max(_setups(source, options, asked, positions), key=_slots).plan.run
-    options = replace(options, dtype=largest.dtype, kv_budget=str(largest.kv_budget))
+    options = replace(options, dtype=largest.dtype, quantize=largest.quantize, kv_budget=str(largest.kv_budget))
     return options, _setups(source, options, asked, positions)
 
 

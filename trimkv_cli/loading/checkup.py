@@ -19,13 +19,16 @@ import psutil
 from trimkv_cli import __version__
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.files import can_write
-from trimkv_cli.model.machine import Machine, memory_bytes, store
+from trimkv_cli.model.machine import NEVER, Machine, memory_bytes, store
 from trimkv_cli.tested import NEWEST, installed_version, untested
 from trimkv_cli.units import format_size
 
 Status = Literal["ok", "note", "fault"]
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
-OPTIONAL = {"triton": "the torch reference runs instead of the kernels", "bitsandbytes": "no int8 or nf4 weights"}
+OPTIONAL = {
+    "triton": "the torch reference runs instead of the kernels",
+    "bitsandbytes": "no int8 or nf4 weights on a GPU",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ class Finding:
 
 def checkup() -> Iterator[Finding]:
     """Look at everything, cheapest first; a check that breaks becomes a fault of its own."""
-    for check in (versions, processor, terminal, folders, device, kernels, dtypes, mini):
+    for check in (versions, processor, products, terminal, folders, device, kernels, dtypes, mini):
         yield from _guarded(check)
 
 
@@ -74,6 +77,27 @@ def processor() -> Iterator[Finding]:
     total, free = memory_bytes()
     detail = f"{format_size(free)} free of {format_size(total)}"
     yield Finding(name="memory", status="ok", detail=detail)
+
+
+def products() -> Iterator[Finding]:
+    """Say how fast this processor multiplies packed matrices, and what plans choose from that."""
+    machine = Machine.here()
+    if machine.products:
+        times = ", ".join(f"{name} {microseconds:,.0f}" for name, microseconds in machine.products.items())
+        detail = f"{times} µs for 1536 × 1536 weights: {_chosen(machine)}"
+        yield Finding(name="packed weights", status="ok", detail=detail)
+    else:
+        detail = f"not measured; assumed: {_chosen(machine)}"
+        yield Finding(name="packed weights", status="note", detail=detail, hint="trimkv doctor --measure")
+
+
+def _chosen(machine: Machine) -> str:
+    """Say what plans choose on a CPU."""
+    kept = "GGUF files stay packed" if machine.packed_pays else "GGUF files are unpacked"
+    passed = "" if machine.int8_pays else ", a budget takes int4 before int8"
+    if machine.unpacks_from == NEVER:
+        return f"{kept}{passed}, prompts are multiplied as they are packed"
+    return f"{kept}{passed}, prompts of {machine.unpacks_from} tokens are multiplied in {machine.unpacks_to}"
 
 
 def terminal() -> Iterator[Finding]:
@@ -253,11 +277,15 @@ def calibrate() -> Iterator[Finding]:
     """Measure this machine, keep the numbers, and report them; of a GPU also that its driver did not tell."""
     import torch
 
-    machine = measure_machine()
+    from trimkv_cli.loading.measuring import measured
+
+    machine = measured(measure_machine())
     kept = store(machine)
     for name, size in {"cpu runtime": machine.cpu_runtime_bytes, "cuda context": machine.cuda_context_bytes}.items():
         if size is not None:
             yield Finding(name=name, status="ok", detail=f"{format_size(size)}, kept in {kept}")
+    if machine.products:
+        yield Finding(name="products", status="ok", detail=f"{_chosen(Machine.here())}; kept in {kept}")
     if machine.cuda_context_bytes is None and torch.cuda.is_available():
         detail = "not measured: nvidia-ml-py is missing, or NVML does not say what a process holds (in containers)"
         yield Finding(name="cuda context", status="note", detail=detail, hint="pip install nvidia-ml-py")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from trimkv_cli.engine.devices import (
     cap_allocator,
     device_bytes,
     free_bytes,
+    give_back,
     swap_bytes,
     take_device,
     tidy_heap,
@@ -45,12 +47,22 @@ from trimkv_cli.errors import (
 from trimkv_cli.events import Notice
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer, gguf_weights
+from trimkv_cli.loading.measuring import with_products
 from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
-from trimkv_cli.loading.quantise import Interrupted, lazy_tensors, misshapen, quantisation_config
+from trimkv_cli.loading.packed import PackingConfig, make_scratch
+from trimkv_cli.loading.packed_cache import PackedForm
+from trimkv_cli.loading.quantise import (
+    Interrupted,
+    QuantisationConfig,
+    lazy_tensors,
+    misshapen,
+    quantisation_config,
+)
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.loading.stored import read_quantised
 from trimkv_cli.model.folders import language_tensors
 from trimkv_cli.model.gguf import read_gguf
+from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.spec import KvDtype, Pins, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
@@ -146,17 +158,23 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
     _check_deterministic(options, device)
     plan = plan_for(source, options, device, snapshots=snapshots)
     text = load_text(source, trust_remote_code=options.trust_remote_code)
+    if source.spec.gguf is not None:
+        gc.collect()
+        give_back(torch.device("cpu"))  # what building it took beside what it is
     if check is not None:
         check(text)
     torch.set_num_threads(options.threads_or(torch.get_num_threads()))
     if plan.budget_bytes is not None:
         cap_allocator(device, plan.budget_bytes - plan.run.part_bytes("runtime"))
+    kept = PackedForm(source.folder) if plan.run.packs else None
     with tidy_heap():
         model = load_model(
             source,
             TORCH_DTYPES[plan.run.dtype],
             device,
             quantize=plan.run.quantize,
+            machine=plan.run.machine,
+            kept=kept,
             trust_remote_code=options.trust_remote_code,
         )
     with _short_of_memory(source):
@@ -169,7 +187,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         max_positions=options.context or source.spec.max_positions,
         eos_token_ids=end_token_ids(model, text),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
-        notes=(*source.notes, *_echo(options, plan)),
+        notes=(*source.notes, *_echo(options, plan), *([kept.note] if kept is not None and kept.note else [])),
         warnings=(*source.warnings, *plan.warnings, *warnings, *kernel_warnings(device)),
         load_s=time.perf_counter() - started,
         pins=Pins.parse(options.pin),
@@ -187,6 +205,7 @@ def load_text(source: Source, *, trust_remote_code: bool) -> Text | None:
 def plan_for(source: Source, options: EngineOptions, device: torch.device, *, snapshots: int = 0) -> Plan:
     """Plan the run; the budget must hold it, and what is free now of the device's memory.
 
+    Where weights are to be packed, how fast this processor multiplies is measured once.
     Rows that nobody asked for and no budget limits are as many as that holds. Snapshots lie in host memory, so that
     they count on a CPU only.
 
@@ -203,6 +222,9 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device, *, sn
         snapshots=snapshots if device.type == "cpu" else 0,
     )
     plan = make_plan(source.spec, source.gate, asked)
+    if plan.run.packs and not asked.machine.products:
+        asked = replace(asked, machine=with_products(asked.machine))
+        plan = make_plan(source.spec, source.gate, asked)
     plan.ensure_fits()
     obtainable = min(total, free + swap_bytes(device))
     if _to_come(plan) > obtainable and asked.budget is None and asked.max_inflight is None:
@@ -264,9 +286,13 @@ def load_model(
     device: torch.device,
     *,
     quantize: Quantisation = "none",
+    machine: Machine | None = None,
+    kept: PackedForm | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a model's weights, frozen, without gates; what is quantised computes in `dtype`.
+    """Load a model's weights, frozen, without gates; what is quantised computes in `dtype`, as suits the `machine`.
+
+    What is packed is read from `kept`, or kept there.
 
     Raises:
         ModelError: weights that cannot be read, that are missing, or a form that trimkv does not run; or no
@@ -274,17 +300,32 @@ def load_model(
         OutOfDeviceMemory: there was not enough memory after all.
     """
     with _short_of_memory(source):
-        return _load_model(source, dtype, device, quantize=quantize, trust_remote_code=trust_remote_code)
+        how = _quantisation_config(quantize, dtype, device, machine or Machine(), kept)
+        return _load_model(source, dtype, device, how, trust_remote_code=trust_remote_code)
+
+
+def _quantisation_config(
+    quantize: Quantisation, dtype: torch.dtype, device: torch.device, machine: Machine, kept: PackedForm | None
+) -> PackingConfig | QuantisationConfig | None:
+    if device.type == "cpu" and quantize in ("int4", "int8", "stored"):
+        scratch = make_scratch(machine)
+        return PackingConfig(None if quantize == "stored" else quantize, scratch, dtype, kept=kept)
+    return quantisation_config(quantize, dtype, device)
 
 
 def _load_model(
-    source: Source, dtype: torch.dtype, device: torch.device, *, quantize: Quantisation, trust_remote_code: bool
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantisation: PackingConfig | QuantisationConfig | None,
+    *,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     disable_progress_bar()  # it would write cursor codes into pipes
     stored = source.spec.quantised
     if stored is not None:
         stored.ensure_runs(device.type)
-    own = {"quantization_config": quantisation_config(quantize, dtype, device)} if stored is None else {}
+    own = {"quantization_config": quantisation} if stored is None else {}
     try:
         model, report = _read_model(source, device, trust_remote_code=trust_remote_code, dtype=dtype, **own)
     except Interrupted as interrupted:
@@ -299,6 +340,8 @@ def _load_model(
             f"{source.model_id}: {len(absent)} weights are missing, {absent[0]} among them", hint="get the folder again"
         )
     _refuse_dynamic_rope(model)
+    if isinstance(quantisation, PackingConfig):
+        quantisation.keep(model)
     placed: Any = model if stored is not None and not stored.unpacks else model.to(device)
     loaded: PreTrainedModel = placed.eval().requires_grad_(False)
     return loaded
@@ -334,7 +377,8 @@ def _read_model(
         model, report = read_quantised(folder, source.spec.quantised, known, config, device=device, **options)
     else:
         tensors = lazy_tensors(folder)
-        weights = tensors if alone is config else language_tensors(tensors)
+        weights: Mapping[str, Any] = tensors if alone is config else language_tensors(tensors)
+        weights = _to_read(weights, known, alone, options.get("quantization_config"))
         model, report = known.from_pretrained(None, config=alone, state_dict=weights, **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
@@ -354,10 +398,16 @@ def _read_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, A
     header = read_gguf(path)
     config, generation = gguf_model_config(header)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    weights = gguf_weights(header, known, config, options["dtype"])
+    stored = gguf_weights(header, known, config, options["dtype"])
+    weights = _to_read(stored, known, config, options["quantization_config"])
     model, report = known.from_pretrained(None, config=config, state_dict=weights, **options, **_REPORTED)
     model.generation_config = generation
     return model, report
+
+
+def _to_read(weights: Mapping[str, Any], known: type, config: Any, quantisation: Any) -> Mapping[str, Any]:
+    """Return what to give to `from_pretrained` for stored weights."""
+    return quantisation.unread(weights, known, config) if isinstance(quantisation, PackingConfig) else weights
 
 
 def _refuse_dynamic_rope(model: Any) -> None:

@@ -42,7 +42,8 @@ class EngineOptions:
     dtype: str = _model("auto", "auto, bf16, fp16 or fp32. auto on a CPU is fp32.", "TYPE")
     quantize: str = _model(
         "auto",
-        "none, int8 or nf4 (bitsandbytes). auto is the highest precision that --budget holds; without one, none.",
+        "none, int8, int4 (CPU), nf4 (bitsandbytes), stored (GGUF). auto is the highest precision that --budget holds"
+        " (without one, none); on a CPU a GGUF file stays packed as stored.",
         "TYPE",
     )
     kv_dtype: str = _memory(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trimkv_cli.cache.releases import decoder_layers
 from trimkv_cli.errors import BrokenModel, ModelError
 from trimkv_cli.model.folders import StoredTensor, stored_tensors
+from trimkv_cli.model.packing import rows_at_once
 from trimkv_cli.model.spec import Quantisation
 from trimkv_cli.plan.run import matrix_bytes, packable, quantisable
 
@@ -225,11 +226,30 @@ class LazyTensor:
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
+    @property
+    def form(self) -> None:
+        """Nothing is said of how it may be held."""
+
     def __getitem__(self, _: EllipsisType) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        return self._rows(0, self.shape)
+
+    def parts(self) -> Iterator[Tensor]:
+        """Read some rows at a time of a matrix."""
+        rows, columns = self.shape
+        at_once = rows_at_once(columns)
+        for start in range(0, rows, at_once):
+            yield self._rows(start, (min(at_once, rows - start), columns))
+
+    def levels(self) -> NoReturn:
+        raise AssertionError("plain numbers have no levels")
+
+    def _rows(self, start: int, shape: Sequence[int]) -> Tensor:
+        """Read what has that shape from a row on."""
+        tensor = torch.empty(tuple(shape), dtype=self.dtype)
+        before = start * tensor.nbytes // max(1, shape[0]) if start else 0
         data: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with self.stored.path.open("rb") as file:
-            file.seek(self.stored.offset)
+            file.seek(self.stored.offset + before)
             read = file.readinto(data)
         if read != len(data):
             raise BrokenModel(f"{self.stored.path} is cut off", hint="get the folder again")

@@ -41,7 +41,7 @@ class Family:
     experts: Experts | None = None
     hybrid: bool = False  # layers of linear attention, a gated delta rule, between those with keys and values
     gated: bool = False  # what attention says passes a gate as wide as the queries
-    sequential: bool = False  # norm, attention, norm, MLP, and no more: a CPU decodes it without transformers' modules
+    sequential: bool = False  # norms around attention and MLP, no more: a CPU decodes it without its modules
 
 
 _UNTIED: Mapping[str, Any] = {"tie_word_embeddings": False}
@@ -113,7 +113,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family(defaults=_LLAMA, sequential=True),
     "mistral": Family(defaults=_MISTRAL, bias="no", slides="all", sequential=True),
     "phi3": Family(defaults=_PHI, bias="no", mlp="fused", fused_qkv=True, slides="all", sequential=True),
-    "gemma3_text": Family(defaults=_GEMMA, qk_norm="head", norms=4, slides=6),
+    "gemma3_text": Family(defaults=_GEMMA, qk_norm="head", norms=4, slides=6, sequential=True),
     "ministral": Family(defaults={**_UNTIED, "sliding_window": 4096}, bias="no", slides="all"),
     "ministral3": Family(defaults=_UNTIED, bias="no", slides="all"),
     "smollm3": Family(defaults=_TIED),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trimkv_cli.errors import BrokenModel, ModelNotFound
-from trimkv_cli.model.gguf import read_gguf
+from trimkv_cli.model.gguf import read_gguf, stored_packing
 from trimkv_cli.model.gguf_config import gguf_config
 from trimkv_cli.model.spec import STORED_DTYPES, GateSpec, GgufForm, ModelSpec
 
@@ -50,7 +50,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        tensors.update(_header(path))
+        tensors.update(read_header(path)[0])
     return tensors
 
 
@@ -99,7 +99,7 @@ def _gguf_spec(path: Path) -> ModelSpec:
     spec = ModelSpec.from_config(gguf_config(header))
     stored = sum(prod(tensor.shape) for name, tensor in header.tensors.items() if not name.startswith("rope_"))
     types = ", ".join(dict.fromkeys(tensor.type.name for tensor in header.tensors.values()))
-    form = GgufForm(bytes=header.stored_bytes, types=types)
+    form = GgufForm(bytes=header.stored_bytes, types=types, packing=stored_packing(header))
     return replace(spec, weight_numel=max(spec.weight_numel, stored), gguf=form)
 
 
@@ -115,10 +115,11 @@ def read_gate_spec(folder: Path, *, id: str) -> GateSpec:
     return GateSpec.from_config(config, id=id)
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Read the tensors' places in a safetensors file, and what it says beside them; raises as `stored_tensors` does."""
     header, data_bytes = _header_bytes(path)
     entries = _json_object(header, path)
-    entries.pop("__metadata__", None)
+    said = entries.pop("__metadata__", None) or {}
     try:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         tensors = {
@@ -131,7 +132,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         raise BrokenModel(f"{path}: the header does not describe tensors", hint=_AGAIN) from None
     if end != data_bytes:
         raise BrokenModel(f"{path} is cut off: {data_bytes:,} of {end:,} bytes of tensors", hint=_AGAIN)
-    return tensors
+    return tensors, said
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:

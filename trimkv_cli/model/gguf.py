@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from trimkv_cli.errors import BrokenModel, UnsupportedModel
+from trimkv_cli.model.packing import Packing, Tensors, form_of
 
 MAGIC = b"GGUF"
+_HEAD = "output.weight"
+VOCABULARY = ("token_embd.weight", _HEAD)
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _AGAIN = "get the file again"
 _VERSIONS = (2, 3)
@@ -105,6 +108,27 @@ class GgufHeader:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
+def stored_packing(header: GgufHeader) -> Packing:
+    """Say what the tensors of a file become where they stay packed."""
+    names = sorted(header.tensors, key=_HEAD.__eq__)
+    kinds = [(header.tensors[name].type.name, header.tensors[name].shape, name) for name in names]
+    return Packing.of(block_tensors(type, shape, is_vocab=name in VOCABULARY) for type, shape, name in kinds)
+
+
+def block_tensors(type: str, shape: tuple[int, ...], *, count: int = 1, is_vocab: bool = False) -> Tensors:
+    """Describe tensors of a block type where they stay packed.
+
+    Raises:
+        UnsupportedModel: a type that nothing here reads.
+    """
+    kind = next((known for known in _TYPES.values() if known.name == type), None)
+    if kind is None:
+        known = ", ".join(kind.name for kind in _TYPES.values())
+        raise UnsupportedModel(f"{type} is no tensor type that trimkv reads", hint=f"known: {known}")
+    form = form_of(type, shape, is_vocab=is_vocab)
+    return Tensors(label=type, shape=shape, form=form, count=count, is_vocab=is_vocab)
+
+
 def is_gguf(path: Path) -> bool:
     """Say whether a file is GGUF: by its magic, as blobs have no ending."""
     try:
@@ -132,6 +156,16 @@ def read_gguf(path: Path, *, strings: Container[str] = ()) -> GgufHeader:
     if not isinstance(metadata.get("general.architecture"), str):
         raise BrokenModel(f"{path}: general.architecture is missing", hint=_AGAIN)
     return GgufHeader(path=path, metadata=metadata, tensors=tensors)
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """Return a file, or all the parts beside one that is named as the first of several."""
+    named = _SPLIT.fullmatch(path.name)
+    if named is None:
+        return [path]
+    parts = range(1, int(named["parts"]) + 1)
+    files = [path.with_name(f"{named['stem']}-{part:05}-of-{named['parts']}.gguf") for part in parts]
+    return [file for file in files if file.is_file()]
 
 
 def _other_parts(path: Path, parts: int) -> list[Path]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from math import ceil
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from trimkv_cli.files import whole_file, writing
 from trimkv_cli.tested import installed_version
@@ -17,6 +20,11 @@ MIB = 1024 * 1024
 # What a process holds before a weight is read: on a CPU torch and transformers, on a GPU its context and workspaces.
 # Guesses until `trimkv doctor --measure` has put this machine's own numbers into the state folder.
 RUNTIME_BYTES: Mapping[str, int] = {"cpu": 480 * MIB, "cuda": 768 * MIB, "mps": 768 * MIB}
+# Microseconds of one product of a 1536 × 1536 matrix with so many rows, and of unpacking it from int4.
+PRODUCTS = ("fp32@1", "bf16@1", "int8@1", "int4@1", "fp32@512", "bf16@512", "int4@512", "unpack")
+NEVER = 1 << 40  # tokens
+_MANY = 512  # rows of the products of a prompt
+_UNPACKS_FROM = 64  # tokens, where nothing was measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +32,8 @@ class Machine:
     """Say what was measured here; None where nothing was.
 
     `cpu_runtime_bytes` is the resident memory of a process with everything imported and no model,
-    `cuda_context_bytes` what a GPU lost to a process beyond what its allocator holds.
+    `cuda_context_bytes` what a GPU lost to a process beyond what its allocator holds, `products` the microseconds of
+    each of `PRODUCTS`, or nothing.
     """
 
     cpu_runtime_bytes: int | None = None
@@ -33,12 +42,15 @@ class Machine:
     reorders_halves: bool = False  # vectors of 512 bits: torch lays 16-bit matrices out anew for several rows
     packs_keys: bool = False  # bf16 matrix tiles: torch lays keys and values out anew for each chunk
     threads: int = 1  # that torch computes with, each on blocks of its own
+    products: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @classmethod
     def here(cls) -> Self:
         """Describe this machine, with what was measured on it before."""
-        measured = {key: size for key, size in _measured().items() if isinstance(size, int) and size > 0}
+        known = _measured()
+        measured = {key: size for key, size in known.items() if isinstance(size, int) and size > 0}
         instructions = _cpu_flags()
+        processor = known.get("processor") == _processor()
         return cls(
             cpu_runtime_bytes=measured.get("cpu_runtime_bytes"),
             cuda_context_bytes=measured.get("cuda_context_bytes"),
@@ -46,6 +58,7 @@ class Machine:
             reorders_halves="avx512bw" in instructions,
             packs_keys="amx_bf16" in instructions,
             threads=_usable_cores(),
+            products=whole_products(known.get("products")) if processor else {},
         )
 
     def runtime_bytes(self, device: str) -> int:
@@ -57,6 +70,32 @@ class Machine:
         """Say whether that number was measured here."""
         return {"cpu": self.cpu_runtime_bytes, "cuda": self.cuda_context_bytes}.get(device) is not None
 
+    @property
+    def packed_pays(self) -> bool:
+        """Whether a product of one row is faster in int4; assumed where nothing was measured."""
+        return not self.products or self.products["int4@1"] < self.products["fp32@1"]
+
+    @property
+    def int8_pays(self) -> bool:
+        """Whether one is no slower in int8; assumed as well."""
+        return not self.products or self.products["int8@1"] <= self.products["fp32@1"]
+
+    @property
+    def unpacks_to(self) -> Literal["bf16", "fp32"]:
+        """What a packed matrix is unpacked to for many rows: the faster one, or by the CPU's instructions."""
+        bf16 = self.packs_nf4 or self.packs_keys
+        if self.products:
+            bf16 = self.products["bf16@512"] < self.products["fp32@512"]
+        return "bf16" if bf16 else "fp32"
+
+    @property
+    def unpacks_from(self) -> int:
+        """The fewest tokens of a forward for which unpacking a matrix costs less than its packed product."""
+        if not self.products:
+            return _UNPACKS_FROM
+        saved = (self.products["int4@512"] - self.products[f"{self.unpacks_to}@512"]) / _MANY  # per token
+        return max(2, ceil(self.products["unpack"] / saved)) if saved > 0 else NEVER
+
 
 def store(machine: Machine) -> Path:
     """Write what was measured for later plans, and return the file.
@@ -65,7 +104,9 @@ def store(machine: Machine) -> Path:
         TrimkvError: it cannot be written.
     """
     path = _file()
-    kept = {key: size for key, size in asdict(machine).items() if key.endswith("_bytes") and size is not None}
+    kept: dict[str, object] = {key: n for key, n in asdict(machine).items() if key.endswith("_bytes") and n is not None}
+    if machine.products:
+        kept |= {"products": dict(machine.products), "processor": _processor()}
     text = json.dumps({**_measured(), **kept, "versions": _versions()}, indent=2) + "\n"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +122,19 @@ def _measured() -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) and kept.get("versions") == _versions() else {}
+
+
+def whole_products(measured: object) -> dict[str, float]:
+    """Return the microseconds of all of `PRODUCTS`, or of none where some are missing."""
+    found = measured if isinstance(measured, Mapping) else {}
+    products = {key: us for key in PRODUCTS if isinstance(us := found.get(key), int | float) and us > 0}
+    return products if len(products) == len(PRODUCTS) else {}
+
+
+def _processor() -> str:
+    """Name a kind of processor by what it can do."""
+    said = [platform.machine(), *(sorted(_cpu_flags()) or [platform.processor()])]
+    return sha256(" ".join(said).encode()).hexdigest()[:16]
 
 
 def _file() -> Path:

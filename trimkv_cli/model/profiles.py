@@ -11,6 +11,8 @@ from typing import Any
 
 from trimkv_cli.errors import ConfigError, ModelNotFound
 from trimkv_cli.files import check_keys, read_toml
+from trimkv_cli.model.gguf import block_tensors
+from trimkv_cli.model.packing import Packing
 from trimkv_cli.model.spec import DTYPE_BYTES, TRAINED_VARIANTS, GateSpec, GateVariant, GgufForm, ModelSpec
 
 BUILT_IN = "builtin:"
@@ -36,6 +38,22 @@ class WheelFile:
     member: str
     sha256: str
     bytes: int
+    layers: str | None = None  # block types of the decoder layers' matrices, and of the vocabulary's: one of each
+    vocabulary: str | None = None
+
+    def form(self, spec: ModelSpec) -> GgufForm:
+        """Say how the file stores a model, as far as this tells."""
+        types = Path(self.member).name
+        if self.layers is None or self.vocabulary is None:
+            return GgufForm(bytes=self.bytes, types=types)
+        return GgufForm(bytes=self.bytes, types=types, packing=_packing(spec, self.layers, self.vocabulary))
+
+
+def _packing(spec: ModelSpec, layers: str, vocabulary: str) -> Packing:
+    vocab = (spec.vocab_size, spec.hidden_size)
+    kinds = [(layers, shape, spec.num_layers, False) for shape in spec.matrices]
+    kinds += [(vocabulary, vocab, 1 if spec.tied else 2, True)]
+    return Packing.of(block_tensors(type, shape, count=n, is_vocab=is_vocab) for type, shape, n, is_vocab in kinds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +84,7 @@ class Profile:
             return None
         spec = ModelSpec.from_config(self.config)
         if self.wheel is not None:
-            spec = replace(spec, gguf=GgufForm(bytes=self.wheel.bytes, types=Path(self.wheel.member).name))
+            spec = replace(spec, gguf=self.wheel.form(spec))
         if self.weight_bytes is None:
             return spec
         return replace(spec, weight_numel=self.weight_bytes // DTYPE_BYTES[spec.dtype])
@@ -94,7 +112,10 @@ _KEYS: Mapping[str, type] = {
     for field in fields(Profile)
     if field.name not in ("name", "path")
 }
-_WHEEL_KEYS: Mapping[str, type] = {field.name: _TYPES[str(field.type)] for field in fields(WheelFile)}
+_WHEEL_KEYS: Mapping[str, type] = {
+    field.name: _TYPES[str(field.type).removesuffix(" | None")] for field in fields(WheelFile)
+}
+_WHEEL_NEEDS = ("requirement", "member", "sha256", "bytes")
 
 
 def profile_folders() -> tuple[Path, ...]:
@@ -172,7 +193,7 @@ def read_profile(path: Path) -> Profile:
 
 def _read_wheel(values: Mapping[str, Any], path: Path) -> WheelFile:
     check_keys(values, _WHEEL_KEYS, path, table="wheel")
-    missing = [key for key in _WHEEL_KEYS if key not in values]
+    missing = [key for key in _WHEEL_NEEDS if key not in values]
     if missing or not _REQUIREMENT.fullmatch(values["requirement"]):
         what = (
             f"key {missing[0]!r} is missing" if missing else f"requirement {values['requirement']!r} names no version"

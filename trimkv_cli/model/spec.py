@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from trimkv_cli.errors import GateMismatch, UsageError
@@ -20,16 +20,18 @@ from trimkv_cli.model.families import (
     supported_type,
     weight_numel,
 )
+from trimkv_cli.model.packing import Form, Packing, Tensors, packs_int4
 from trimkv_cli.model.quantised import Quantised
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
-Quantisation = Literal["none", "int8", "nf4"]
+Quantisation = Literal["none", "int8", "int4", "nf4", "stored"]
 TrainedVariant = Literal["rg", "rg10", "rg2", "rg3"]
 GateVariant = TrainedVariant | Literal["streaming", "none"]
 
 DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
-QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "nf4")
+QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "int4", "nf4", "stored")
+PACKED: tuple[Quantisation, ...] = ("int8", "int4", "stored")  # on a CPU, by torch's own products
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
 _POSITION_BYTES = 4
 TRAINED_VARIANTS: Mapping[str, TrainedVariant] = {"rg": "rg", "rg10": "rg10", "rg2": "rg2", "rg3": "rg3"}
@@ -40,10 +42,11 @@ _DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufForm:
-    """How a GGUF file stores the weights, which are unpacked when they are loaded."""
+    """How a GGUF file stores the weights, and what of them can stay packed on a CPU."""
 
     bytes: int
     types: str
+    packing: Packing = field(default_factory=Packing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +158,11 @@ class ModelSpec:
         return self.weight_numel * DTYPE_BYTES[self.dtype]
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight as the model is stored."""
+        return bits_per_weight(self, self.weight_bytes if self.gguf is None else self.gguf.bytes)
+
+    @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
         """The linear layers (outputs, inputs) of one decoder layer, which quantisation makes smaller."""
         return layer_matrices(
@@ -164,6 +172,19 @@ class ModelSpec:
             q=self.num_heads * self.head_dim,
             kv=self.num_kv_heads * self.head_dim,
         )
+
+    def packing(self, quantize: Quantisation) -> Packing:
+        """Say what is packed on a CPU: the matrices of the decoder layers, and vocabulary matrices as int8."""
+        if quantize not in PACKED:
+            return Packing()
+        if quantize == "stored":
+            return Packing() if self.gguf is None else self.gguf.packing
+        vocab = (self.vocab_size, self.hidden_size)
+        layers = (self._packed(shape, _form(shape, quantize), self.num_layers) for shape in self.matrices)
+        return Packing.of([*layers, self._packed(vocab, "int8", 1 if self.tied else 2, label="vocabulary")])
+
+    def _packed(self, shape: tuple[int, int], form: Form, count: int, *, label: str = "matrices") -> Tensors:
+        return Tensors(label=label, shape=shape, form=form, count=count, is_vocab=label == "vocabulary")
 
     def slots(self, layer: int, kv_budget: int) -> int:
         """Count the slots per KV head of a layer: a window needs no more than itself."""
@@ -183,6 +204,17 @@ class ModelSpec:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Count K and V of one token over all layers, as a full cache without windows stores them."""
         return self.num_kv_layers * self.num_kv_heads * self.slot_numel * dtype_bytes
+
+
+def _form(shape: tuple[int, int], quantize: Quantisation) -> Form:
+    if quantize == "int8":
+        return "int8"
+    return "int4" if packs_int4(*shape) else "plain"
+
+
+def bits_per_weight(spec: ModelSpec, weight_bytes: int) -> float:
+    """Return how many bits one weight comes to, in two decimals."""
+    return round(8 * weight_bytes / spec.weight_numel, 2)
 
 
 def _routing(model_type: str, config: Mapping[str, Any]) -> Routing | None:
@@ -300,7 +332,7 @@ def parse_quantisation(text: str) -> Quantisation | None:
     """Read `--quantize`; "auto" is None, the plan's choice."""
     found = next((known for known in QUANTISATIONS if known == text), None)
     if found is None and text != "auto":
-        raise UsageError(f"{text!r} is not a quantisation", hint="one of auto, none, int8, nf4")
+        raise UsageError(f"{text!r} is not a quantisation", hint=f"one of auto, {', '.join(QUANTISATIONS)}")
     return found
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.spec import (
     DTYPE_BYTES,
-    QUANTISATIONS,
     Dtype,
     GateSpec,
     KvDtype,
@@ -28,7 +27,7 @@ UNTRAINED_KV_BUDGET = 1024
 SMALLEST_KV_BUDGET = 32
 FULL_CACHE_CONTEXT = 4096
 MOST_ROWS = {"cpu": 8, "cuda": 64}
-QUANTISES = ("cpu", "cuda")  # devices that bitsandbytes serves
+SMALLEST: Mapping[str, Quantisation] = {"cpu": "int4", "cuda": "nf4"}  # form of the devices that quantise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +47,7 @@ class PlanOptions:
     quantize: str = "auto"
     kv_dtype: str = "auto"
     device: str = "cpu"  # cpu, cuda or mps
-    can_quantise: bool = True  # bitsandbytes is there
+    can_quantise: bool = True  # bitsandbytes is there, which a CPU needs for nf4 alone
     snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
     machine: Machine = field(default_factory=Machine)
     rebases: bool = False  # sequences may outgrow the model's positions
@@ -191,7 +190,7 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
         kv_flag=_kv_flag(gate, options),
         full_cache=gate.variant == "none",
         dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
-        can_quantise=options.can_quantise and spec.quantised is None and spec.state is None,
+        can_quantise=_can_quantise(spec, options),
     )
 
 
@@ -212,15 +211,62 @@ def _most_rows(options: PlanOptions) -> int:
 def _precisions(spec: ModelSpec, options: PlanOptions) -> tuple[Precision, ...]:
     """List the precisions allowed, the highest first; what a budget does not force is never quantised."""
     asked = parse_quantisation(options.quantize)
+    if asked is not None:
+        _check_form(spec, options, asked)
     if spec.quantised is not None and asked not in (None, "none"):
         raise UsageError(
             f"--quantize {asked}: the checkpoint is quantised already, in {spec.quantised.label}",
             hint="--quantize none, or take the model's original weights",
         )
-    possible = options.can_quantise and options.device in QUANTISES and options.budget is not None
-    possible &= spec.quantised is None and spec.state is None
-    levels = (asked,) if asked is not None else QUANTISATIONS if possible else QUANTISATIONS[:1]
+    levels = (asked,) if asked is not None else _levels(spec, options)
     return tuple((dtype, level) for level in levels for dtype in _dtypes(spec, options))
+
+
+def _check_form(spec: ModelSpec, options: PlanOptions, asked: Quantisation) -> None:
+    """Raise where a form is asked for that the device, or the model, does not have."""
+    if asked in ("int4", "stored") and options.device != "cpu":
+        what = "packs weights on a CPU only" if asked == "int4" else "keeps a GGUF file's weights packed on a CPU only"
+        instead = "nf4" if asked == "int4" and options.device == "cuda" else "none"
+        raise UsageError(f"--quantize {asked} {what}, not on {options.device}", hint=f"--quantize {instead}")
+    if asked == "stored" and spec.gguf is None:
+        raise UsageError("--quantize stored is for GGUF files, and this model is none", hint="--quantize int4")
+
+
+def _can_quantise(spec: ModelSpec, options: PlanOptions) -> bool:
+    """Say whether this model's matrices can be made smaller on this device."""
+    able = options.device == "cpu" or (options.device == "cuda" and options.can_quantise)
+    return able and spec.quantised is None and spec.state is None
+
+
+def forms_of(spec: ModelSpec, options: PlanOptions) -> tuple[Quantisation, ...]:
+    """List the forms that are worth comparing on a device, the highest precision first."""
+    if not _can_quantise(spec, options):
+        return ("none",)
+    if options.device == "cuda":
+        return ("none", "int8", "nf4")
+    return ("none", "int8", "stored", "int4") if _can_stay(spec) else ("none", "int8", "int4")
+
+
+def _can_stay(spec: ModelSpec) -> bool:
+    """Say whether something of a GGUF file can stay packed."""
+    return spec.gguf is not None and spec.gguf.packing.numel > 0
+
+
+def _levels(spec: ModelSpec, options: PlanOptions) -> tuple[Quantisation, ...]:
+    """List what `auto` may take, the highest precision first: on a CPU a GGUF file stays packed where that pays.
+
+    Elsewhere what no budget forces is never quantised, and int8 is left out where it only costs time.
+    """
+    if not _can_quantise(spec, options):
+        return ("none",)
+    forced = options.budget is not None
+    if options.device == "cuda":
+        return ("none", "int8", "nf4") if forced else ("none",)
+    if _can_stay(spec):
+        first: tuple[Quantisation, ...] = ("stored",) if options.machine.packed_pays else ("none", "stored")
+        return (*first, "int4") if forced else first[:1]
+    between: tuple[Quantisation, ...] = ("int8",) if options.machine.int8_pays else ()
+    return ("none", *between, "int4") if forced else ("none",)
 
 
 def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:

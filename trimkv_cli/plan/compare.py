@@ -8,7 +8,7 @@ from typing import Literal
 
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.model.spec import GateSpec, KvDtype, ModelSpec, Quantisation, full_gate
-from trimkv_cli.plan.choices import QUANTISES, PlanOptions, largest
+from trimkv_cli.plan.choices import PlanOptions, forms_of, largest
 from trimkv_cli.plan.plan import Plan, make_plan
 
 Unknown = Literal["kv-budget", "rows", "context"]
@@ -85,7 +85,7 @@ def alternatives(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Itera
     slots = make_plan(spec, gate, options).run.kv_budget
     packed = spec.quantised is not None and not spec.quantised.unpacks
     dtypes = (spec.dtype,) if packed or options.device != "cpu" else ("fp32", spec.dtype)
-    for quantize in _quantisations(options) if spec.quantised is None else ("none",):
+    for quantize in forms_of(spec, options):
         for dtype in dict.fromkeys(dtypes):
             for kv_dtype in _kv_dtypes(options, dtype):
                 asked = replace(options, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, kv_budget=slots)
@@ -105,10 +105,6 @@ def _alternative(spec: ModelSpec, gate: GateSpec, asked: PlanOptions, dtype: str
         kv_budget=largest(spec.max_positions, lambda n: _fits(spec, gate, replace(one, kv_budget=n))),
         full_context=largest(spec.max_positions, lambda n: _fits(spec, full_gate(), replace(full, context=n))),
     )
-
-
-def _quantisations(options: PlanOptions) -> tuple[Quantisation, ...]:
-    return ("none", "int8", "nf4") if options.can_quantise and options.device in QUANTISES else ("none",)
 
 
 def _kv_dtypes(options: PlanOptions, dtype: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from trimkv_cli.events import Notice
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.plan.choices import (
     DEFAULT_CHUNK,
-    QUANTISES,
+    SMALLEST,
     SMALLEST_CHUNK,
     SMALLEST_KV_BUDGET,
     Choices,
@@ -143,13 +143,11 @@ def _reasons(choices: Choices, run: Run, options: PlanOptions) -> Iterator[str]:
         yield f"{run.dtype}: the default on a CPU; the model's own is {run.spec.dtype}"
     dtype, quantize = choices.precisions[0]
     best = dtype if quantize == "none" else quantize
-    if (run.dtype, run.quantize) != (dtype, quantize):
-        own = run.quantize == "none"
-        yield (
-            f"{run.dtype}: the model's own, as {best} does not fit"
-            if own
-            else f"{run.quantize} weights: the highest precision that fits, and {best} does not"
-        )
+    if run.quantize != quantize:
+        yield f"{run.quantize} weights: the highest precision that fits, and {best} does not"
+    elif run.dtype != dtype:
+        yield f"{run.dtype}: the model's own, as {dtype} does not fit"
+    yield from _packed_reasons(run, options)
     if run.kv_budget != choices.kv_budgets[0]:
         yield f"{run.kv_budget} slots per head: the budget holds no {choices.kv_budgets[0]}"
     else:
@@ -159,6 +157,26 @@ def _reasons(choices: Choices, run: Run, options: PlanOptions) -> Iterator[str]:
     if options.max_inflight is None:
         most = "the most for this device" if run.rows == choices.rows[0] else "as many as fit"
         yield f"{run.rows} sequences at a time: {most}"
+
+
+def _packed_reasons(run: Run, options: PlanOptions) -> Iterator[str]:
+    """Say what stays packed and why, and what its products do with a prompt."""
+    machine, packing = run.machine, run.packing
+    known = "measured here" if machine.products else "assumed; trimkv doctor --measure tells"
+    if run.spec.gguf is not None and options.quantize == "auto" and run.device == "cpu":
+        if run.quantize == "none" and run.spec.gguf.packing.numel:
+            yield f"unpacked weights: packed ones are slower on this processor ({known})"
+        elif run.quantize == "stored" and machine.packed_pays:
+            yield f"stored weights: packed ones are faster ({known})"
+    if packing.account:
+        yield f"{run.quantize} weights: {packing.account}"
+    if packing.unpacked and run.quantize == "int4":
+        count = packing.unpacked
+        said = f"{count} matrices stay" if count > 1 else "1 matrix stays"
+        yield f"{said} in {run.dtype}: {run.quantize} takes rows of whole groups of 32 weights, 64 at a time"
+    if run.unpacks:
+        tokens = f"prompts of {machine.unpacks_from} tokens or more at once"
+        yield f"{tokens} are multiplied in {machine.unpacks_to}, each matrix unpacked for it ({known})"
 
 
 def _reason(run: Run, options: PlanOptions) -> str:
@@ -188,8 +206,12 @@ def _warnings(choices: Choices, run: Run, options: PlanOptions) -> Iterator[Noti
     if run.dtype != dtype:
         yield Notice(code="dtype_reduced", message=f"the budget forces {run.dtype} instead of {dtype}")
     if run.quantize != quantize:
-        message = f"the budget forces {run.quantize} weights instead of {dtype}"
+        best = dtype if quantize == "none" else quantize
+        message = f"the budget forces {run.quantize} weights instead of {best}"
         yield Notice(code="weights_quantised", message=message)
+    if run.quantize == "nf4" and run.device == "cpu":
+        message = "nf4 is slow on a CPU: --quantize int4 is several times as fast there"
+        yield Notice(code="slow_nf4", message=message)
     if slots < choices.trained and slots != choices.kv_budgets[0] and gate.trained:
         message = f"{gate.id} was trained for {trained} slots per head, and the budget leaves {slots}"
         yield Notice(code="kv_budget_below_trained", message=message)
@@ -258,8 +280,9 @@ def _sacrifices(choices: Choices) -> Iterator[Iterator[tuple[Choices, dict[str, 
         yield ((replace(choices, chunks=(n,)), {"--prefill-chunk": str(n)}) for n in chunks)
     if dtype == "fp32" and choices.dtype_is_free:
         yield iter([(replace(choices, precisions=(("bf16", quantize),)), {"--dtype": "bf16"})])
-    if quantize != "nf4" and choices.can_quantise and choices.base.device in QUANTISES:
-        yield iter([(replace(choices, precisions=((dtype, "nf4"),)), {"--quantize": "nf4"})])
+    smallest = SMALLEST.get(choices.base.device)
+    if smallest not in (None, quantize) and choices.can_quantise:
+        yield iter([(replace(choices, precisions=((dtype, smallest),)), {"--quantize": smallest})])
     if chunk == 0 and choices.kv_flag != "--context":
         lengths = halvings(choices.base.longest_prompt, SMALLEST_CHUNK)[1:]
         yield ((shorter, {"--context": str(n)}) for n in lengths if (shorter := _with_length(choices, n)) is not None)

@@ -6,11 +6,24 @@ from dataclasses import dataclass, field
 
 from trimkv_cli.model.families import FAMILIES, SEQUENTIAL_FAMILIES
 from trimkv_cli.model.machine import MIB, Machine
-from trimkv_cli.model.spec import DTYPE_BYTES, Dtype, GateSpec, KvDtype, ModelSpec, Quantisation, gate_bytes
+from trimkv_cli.model.packing import INT8_TOKENS, Packed, Packing
+from trimkv_cli.model.spec import (
+    DTYPE_BYTES,
+    PACKED,
+    Dtype,
+    GateSpec,
+    KvDtype,
+    ModelSpec,
+    Quantisation,
+    bits_per_weight,
+    gate_bytes,
+)
 
 _REORDERED_FROM = 3  # rows that decode together
 _RANK_BYTES = 4  # per slot, where positions are given anew
 _QUANTISING_BYTES = 16  # per weight, of the one matrix that is being quantised or repacked
+_TOKEN_BYTES = 450  # of each token in a tokenizer built of a GGUF file, as two of them were seen to take
+_TOKEN_BYTES_BUILT = 1650  # and meanwhile
 _HEAP_BYTES = 40 * MIB  # of small things: tokenizer, objects of a run, ends of blocks, holes that loading leaves
 _CUDA_BLOCKS = 64 * MIB  # blocks of the caching allocator that are cut and not full
 _GRAPH_BYTES = 64 * MIB  # the private pools of captured steps
@@ -18,7 +31,8 @@ _QUANTISER_BYTES = 64 * MIB  # of host memory: bitsandbytes, what it imports, an
 _SAMPLING_BYTES = 44  # per logit, with every filter on: scores, their order, weights in 64 bits, running sums
 _PENALTY_BYTES = 12  # per logit, kept between steps: what was seen, what was made, a bias
 _BLOCK_LOGITS = 1024  # of which sums are taken: a vocabulary is padded to a multiple
-_INT8_BYTES = 16  # per output of a quantised product: sums in 32 bits, scaled twice, and cast
+_INT8_BYTES = 16  # per output of a product of 8 bits: its sums in 32 bits, scaled twice, and cast
+_PLANES_BYTES = 18  # per input of a packed one: what is rounded, twice, joined, and in 8 bits
 _EVICTION_BYTES = 64  # per candidate of a chunk: score, rank, order and their intermediates
 _PACKED_FROM = 64  # queries and keys
 _NF4_BLOCK = 64  # weights that share one scale
@@ -26,6 +40,7 @@ _SCALE_BLOCK = 256  # scales that share one scale of their own
 _SCALE_CODE_BYTES = 1024  # the table of 8-bit scales, one for each matrix
 _NF4_CODE_BYTES = 64  # the 16 values, one table for each matrix
 _OFFSET_BYTES = 4
+_BF16_BYTES = 2
 _RECURRENT_BLOCK = 64  # tokens
 _CHUNK_STATES = 6  # the state of a row before a chunk, after it, and on the way
 _DECODE_STATES = 4.2  # and around one token
@@ -70,7 +85,7 @@ class Run:
         shared = int(self.shares_prefix)
         forward, sampling = _forward_bytes(self), _sampling_bytes(spec, rows)
         parts = [
-            Part("weights", weight_bytes(spec, self.dtype, self.quantize, packs_nf4=self.packs_nf4)),
+            Part("weights", self.weight_bytes),
             Part("reordered", _reordered_bytes(self)),
             Part("gates", gate_bytes(spec, self.gate, self.dtype)),
             Part("kv", rows * self.kv_bytes_per_row),
@@ -81,13 +96,18 @@ class Run:
             Part("workspace", forward),
             Part("logits", max(0, sampling - forward) + rows * spec.vocab_size * _PENALTY_BYTES),
             Part("dequantised", max(0, _dequantising_bytes(self) - forward)),
+            Part("unpacked", _unpacked_bytes(self)),
             Part("graphs", _GRAPH_BYTES if self.device == "cuda" else 0),
         ]
-        parts.append(Part("loading", _loading_bytes(self, later=sum(part.bytes for part in parts[1:]))))
+        weights, *others = (part.bytes for part in parts)
+        loading = _loading_bytes(self, later=sum(others))
+        parts.append(Part("loading", max(loading, _built_bytes(self) - weights - sum(others))))
         if self.counts_runtime:
             parts.append(Part("slack", _slack_bytes(sum(part.bytes for part in parts), self.device)))
             parts.append(Part("runtime", self.machine.runtime_bytes(self.device)))
-            parts.append(Part("quantiser", _QUANTISER_BYTES if self.form != "none" and cpu else 0))
+            by_library = cpu and not self.packs and self.form != "none"
+            parts.append(Part("quantiser", _QUANTISER_BYTES if by_library else 0))
+            parts.append(Part("tokenizer", _tokenizer_bytes(self)))
         return tuple(part for part in parts if not (self.loaded and part.name == "loading"))
 
     @property
@@ -130,9 +150,32 @@ class Run:
         return "int8" if stored.method == "bitsandbytes" and stored.bits == 8 else "nf4"
 
     @property
+    def packs(self) -> bool:
+        """Whether matrices are packed for torch's own products."""
+        return self.device == "cpu" and self.quantize in PACKED
+
+    @property
+    def packing(self) -> Packing:
+        """What is packed for them."""
+        return self.spec.packing(self.quantize) if self.packs else Packing()
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the model holds."""
+        if not self.packs:
+            return weight_bytes(self.spec, self.dtype, self.quantize, packs_nf4=self.packs_nf4)
+        packing = self.packing
+        return packing.bytes + (self.spec.weight_numel - packing.numel) * self.dtype_bytes
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits per weight of what the model holds."""
-        return round(8 * self.part_bytes("weights") / self.spec.weight_numel, 2)
+        return bits_per_weight(self.spec, self.weight_bytes)
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether a chunk of a prompt is long enough for a packed matrix to be unpacked."""
+        return self.packing.largest > 0 and max(self.step_tokens, self.step_rows) >= self.machine.unpacks_from
 
     @property
     def step_rows(self) -> int:
@@ -180,6 +223,16 @@ def _slack_bytes(allocated: int, device: str) -> int:
     return allocated // 32 + (_CUDA_BLOCKS if device == "cuda" else _HEAP_BYTES)
 
 
+def _tokenizer_bytes(run: Run) -> int:
+    """Count a tokenizer that was built of a GGUF file's vocabulary; a small one is among what any process holds."""
+    return 0 if run.spec.gguf is None else run.spec.vocab_size * _TOKEN_BYTES
+
+
+def _built_bytes(run: Run) -> int:
+    """Count what is there while it is built, before a weight is read."""
+    return 0 if run.spec.gguf is None else run.spec.vocab_size * _TOKEN_BYTES_BUILT
+
+
 def _loading_bytes(run: Run, *, later: int) -> int:
     """Count what loading takes beyond what running does: the tensors in transit, as stored and as they become."""
     spec, stored_so = run.spec, run.spec.quantised
@@ -190,7 +243,10 @@ def _loading_bytes(run: Run, *, later: int) -> int:
     embeddings = spec.vocab_size * spec.hidden_size
     stored = DTYPE_BYTES[spec.dtype] if run.dtype != spec.dtype or quantised else 0
     transit = (embeddings + 3 * matrix) * stored  # up to four files' readers at a time
-    if quantised:
+    if run.packs:  # of what stays plain, a GGUF file is read some rows at a time as well
+        whole = spec.gguf is None and run.packing.unpacked > 0
+        transit = max(run.packing.transit_bytes, 3 * matrix * stored if whole else 0)
+    elif quantised:
         transit = max(transit, matrix * (run.dtype_bytes + _QUANTISING_BYTES))
     if stored_so is not None and not stored_so.streams:
         transit += stored_so.stored_bytes  # mapped while it is copied
@@ -214,7 +270,38 @@ def _reordered_bytes(run: Run) -> int:
 def _forward_bytes(run: Run) -> int:
     """Count the larger of a prefill and a decode."""
     steps = (_attention_bytes(run), _mlp_bytes(run, run.step_tokens), _decode_bytes(run))
-    return max(*steps, _gate_bytes(run), _head_bytes(run), _state_bytes(run))
+    products = (_packed_product_bytes(run, *shape) for shape in run.packing.shapes)
+    return max(*steps, _gate_bytes(run), _head_bytes(run), _state_bytes(run), *products)
+
+
+def _packed_product_bytes(run: Run, form: Packed, outputs: int, inputs: int) -> int:
+    """Count one packed product: four vectors of the model, wide ones beside them, and what the product makes."""
+    spec, tokens = run.spec, max(run.step_tokens, run.step_rows)
+    inner, fused = spec.intermediate_size, spec.model_type == "phi3"
+    wide = (3 if fused else 1) * inner if inner in (inputs, outputs) else 0
+    vectors = (4 * spec.hidden_size + wide) * run.dtype_bytes
+    if form == "int8":
+        made = _int8_product_bytes(run, tokens, outputs, inputs)
+    else:
+        each = DTYPE_BYTES[run.machine.unpacks_to] if run.unpacks else _BF16_BYTES
+        cast = 0 if each == run.dtype_bytes else 1
+        product = max(each * (cast * inputs + outputs), (each + run.dtype_bytes) * outputs * cast)
+        codes = outputs * inputs // 2 + tokens * each * cast * inputs if run.unpacks else 0
+        made = max(tokens * product, codes)
+    return tokens * vectors + made + _inputs_bytes(run, tokens)
+
+
+def _int8_product_bytes(run: Run, tokens: int, outputs: int, inputs: int) -> int:
+    """Count a product of 8 bits: some tokens while they are rounded, and then their sums; and all that was made."""
+    some, narrowed = min(tokens, INT8_TOKENS), run.dtype != "fp32"
+    each = max(inputs * (_PLANES_BYTES + 4 * narrowed), inputs * 2 + outputs * _INT8_BYTES)
+    before = tokens * outputs * 4 if tokens > some else 0
+    return max(some * each + before, tokens * outputs * (4 + run.dtype_bytes) * narrowed)
+
+
+def _unpacked_bytes(run: Run) -> int:
+    """Count the scratch that a packed matrix is unpacked into for a prompt."""
+    return run.packing.largest * DTYPE_BYTES[run.machine.unpacks_to] if run.unpacks else 0
 
 
 def _dequantising_bytes(run: Run) -> int:
@@ -250,7 +337,7 @@ def _mlp_bytes(run: Run, tokens: int) -> int:
     """Embeddings, a layer's input, what attention added, its norm; and the widened vectors: gate, up, product."""
     spec = run.spec
     wide = max(_wide_bytes(run), _expert_bytes(run))
-    if run.form == "int8":
+    if run.form == "int8" and not run.packs:
         inner = spec.intermediate_size
         product = inner * (_INT8_BYTES + run.dtype_bytes) + spec.hidden_size
         wide = max(wide, 2 * inner * _INT8_BYTES if spec.model_type == "phi3" else product)
@@ -288,8 +375,13 @@ def _gate_bytes(run: Run) -> int:
 
 
 def _head_bytes(run: Run) -> int:
-    """Count the copy of the output head that a CPU multiplies with in 16 bits, and the logits it makes."""
+    """Count the copy of the output head that a CPU multiplies with in 16 bits, and the logits it makes.
+
+    Or the product of a packed one, which is in 8 bits.
+    """
     spec = run.spec
+    if run.packing.head:
+        return _int8_product_bytes(run, run.step_rows, spec.vocab_size, spec.hidden_size)
     if run.device != "cpu" or run.dtype_bytes != 2:
         return 0
     return (spec.vocab_size * spec.hidden_size + run.step_rows * spec.vocab_size) * run.dtype_bytes
@@ -382,7 +474,7 @@ def _decode_bytes(run: Run) -> int:
 
 
 def _decodes_together(run: Run) -> bool:
-    plain = run.dtype == run.kv_dtype == "fp32" and run.form == "none"
+    plain = run.dtype == run.kv_dtype == "fp32" and (run.form == "none" or run.packs)
     return plain and run.device == "cpu" and run.spec.model_type in SEQUENTIAL_FAMILIES
 
 

@@ -242,7 +242,12 @@ def _to_store(engine: EngineOptions, llm: Engine) -> dict[str, Any]:
     if engine.model is not None and Path(engine.model).exists():
         said["model"] = str(Path(engine.model).absolute())
     plan = llm.facts.plan
-    solved = {"kv_budget": str(plan.run.kv_budget), "prefill_chunk": plan.run.prefill_chunk, "dtype": plan.run.dtype}
+    solved = {
+        "kv_budget": str(plan.run.kv_budget),
+        "prefill_chunk": plan.run.prefill_chunk,
+        "dtype": plan.run.dtype,
+        "quantize": plan.run.quantize,
+    }
     return {name: value for name, value in {**said, **solved}.items() if name not in _NOT_STORED}
 
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.chat.slash_command import Chat, SlashCommand
-from trimkv_cli.commands.memory import memory_use, pieces_of
+from trimkv_cli.commands.memory import memory_use, pieces_of, weights_line
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import Retained
 from trimkv_cli.ui.cache_panel import Span, cache_panel, head_strip, memory_map, turn_map
@@ -35,6 +35,7 @@ def _stats(chat: Chat, _: str) -> None:
     else:
         _stats_of_last(chat, stats)
     run = conversation.llm.stats
+    chat.display.print(f"weights    {weights_line(conversation.llm)}")
     read = f"{run.prefill_tokens:,} tokens read in {run.prefill_s:.1f} s"
     chat.display.print(f"all turns  {read}, {run.decode_tokens:,} generated in {run.decode_s:.1f} s")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from trimkv_cli.cache.releases import decoder_layers, rotary_embedding
+from trimkv_cli.cache.releases import decoder_layers, frequencies, rotary_embedding
+from trimkv_cli.engine.cpu.packed import PackedLinear, lay_together, make_parts, multiply_int4, multiply_int8
 from trimkv_cli.model.families import SEQUENTIAL_FAMILIES
 
 _PIECE = 64  # outputs of a piece of a matrix
@@ -42,46 +43,77 @@ class Projection:
 
 
 class PackedProjection:
-    """Do what `Projection` does, with packed layers."""
+    """Do what `Projection` does, with layers of 4 or 8 bits, of one form; the product of four bits is in bfloat16."""
 
-    def __init__(self, linears: Sequence[PackedLinear]) -> None:
-        self._linears = linears
+    def __init__(self, linears: Sequence[PackedLinear], undo: ExitStack) -> None:
+        self._weight, self._scales = lay_together(linears, undo)
+        self._multiply = multiply_int4 if linears[0].form == "int4" else multiply_int8
+        self._columns = linears[0].columns
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
         self.numel = sum(linear.in_features * linear.out_features for linear in linears)
 
     def __call__(self, x: Tensor) -> Tensor:
-        products = [linear(x) for linear in self._linears]
+        product = self._multiply(x if self._columns is None else x * self._columns, self._weight, self._scales)
+        return product if self._bias is None else product + self._bias
+
+
+class Projections:
+    """Do what `Projection` does, with layers that cannot lie together: of different forms, or laid out anew."""
+
+    def __init__(self, each: Sequence[Callable[[Tensor], Tensor]], numel: int) -> None:
+        self._each = each
+        self.numel = numel
+
+    def __call__(self, x: Tensor) -> Tensor:
+        products = [project(x) for project in self._each]
         return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
 
 
-AnyProjection = Projection | PackedProjection
+AnyProjection = Projection | PackedProjection | Projections
+
+
+def project(linears: Sequence[Any], undo: ExitStack) -> AnyProjection:
+    """Return what multiplies by linear layers that read the same input."""
+    kinds = {(type(linear), getattr(linear, "form", None)) for linear in linears}
+    kind = type(linears[0])
+    if len(kinds) > 1 or kind is ReorderedLinear:
+        each = linears if kind is ReorderedLinear else [project([linear], undo) for linear in linears]
+        return Projections(each, sum(linear.in_features * linear.out_features for linear in linears))
+    return PackedProjection(linears, undo) if kind is PackedLinear else Projection(linears, undo)
 
 
 class Norm:
     """Divide by the root of the mean square over the last dimension, and multiply by `weight` `[D]` or `[heads, D]`."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
-        self.eps = eps
-        self._twice = torch.cat((weight, weight)) if weight.dim() == 1 else None
+        size = weight.shape[-1]
+        # √(Σx² + D · eps) is one operation on a norm, and what is constant of the rest lies in the weight.
+        self._weight = weight.float() * size**0.5
+        self._least = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
-        size = x.shape[-1]
-        # On a CPU this is one operation of torch for layer norm and six for RMS norm; x beside −x has the mean 0.
-        both = torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), self._twice, None, self.eps)[..., :size]
-        return both if self._twice is not None else both * self.weight
+        size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return size.hypot_(self._least).reciprocal_().mul(x).mul_(self._weight)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer; `head_norm` is for query and key heads together, where a family has such a norm."""
+    """One layer; norms that not every family has are None elsewhere, `head_norm` is for query and key heads together.
+
+    `rotation` is the kind of layer by which its rotation is known, None where all rotate alike.
+    """
 
     attention_norm: Norm
     qkv: AnyProjection
     head_norm: Norm | None
+    rotation: str | None
     out: AnyProjection
+    out_norm: Norm | None
     mlp_norm: Norm
     gate_up: AnyProjection
     down: AnyProjection
+    down_norm: Norm | None
     activation: Callable[[Tensor], Tensor]
     scale: float
 
@@ -91,12 +123,13 @@ def make_blocks(model: PreTrainedModel, undo: ExitStack) -> list[Block] | None:
     known = getattr(model.config, "model_type", None) in SEQUENTIAL_FAMILIES
     layers: Any = decoder_layers(model)
     linears = [module for module in layers.modules() if "Linear" in type(module).__name__]
-    plain = all(type(linear) is PackedLinear or _is_plain(linear) for linear in linears)
-    rotary = rotary_embedding(model)
-    if not (known and plain) or 2 * rotary.inv_freq.numel() != _head_dim(layers[0].self_attn):
+    plain = all(type(linear) in (ReorderedLinear, PackedLinear) or _is_plain(linear) for linear in linears)
+    if not (known and plain) or getattr(model.config, "final_logit_softcapping", None) is not None:
         return None
     try:
-        return [_make_block(layer, undo) for layer in layers]
+        kinds = {_rotation(layer.self_attn) for layer in layers}
+        sizes = {2 * frequencies(rotary_embedding(model), kind)[0].numel() for kind in kinds}
+        return [_make_block(layer, undo) for layer in layers] if sizes == {_head_dim(layers[0].self_attn)} else None
     except AttributeError:  # a release with other names: transformers' own forward serves it
         return None
 
@@ -111,39 +144,51 @@ def _make_block(layer: Any, undo: ExitStack) -> Block:
     fused = hasattr(attention, "qkv_proj")  # Phi-3
     qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
     gate_up = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
+    four = hasattr(layer, "pre_feedforward_layernorm")  # Gemma: what is added has norms as well
     return Block(
-        attention_norm=_norm(layer.input_layernorm),
-        qkv=_project(qkv, undo),
+        attention_norm=make_norm(layer.input_layernorm),
+        qkv=project(qkv, undo),
         head_norm=_head_norm(attention),
-        out=_project([attention.o_proj], undo),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=_project(gate_up, undo),
-        down=_project([mlp.down_proj], undo),
+        rotation=_rotation(attention),
+        out=project([attention.o_proj], undo),
+        out_norm=make_norm(layer.post_attention_layernorm) if four else None,
+        mlp_norm=make_norm(layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm),
+        gate_up=project(gate_up, undo),
+        down=project([mlp.down_proj], undo),
+        down_norm=make_norm(layer.post_feedforward_layernorm) if four else None,
         activation=_plain(mlp.activation_fn if fused else mlp.act_fn),
         scale=attention.scaling,
     )
 
 
-def _project(linears: Sequence[Any], undo: ExitStack) -> AnyProjection:
-    return PackedProjection(linears) if type(linears[0]) is PackedLinear else Projection(linears, undo)
-
-
 def _plain(activation: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return what a module of transformers calls."""
-    return functional.silu if type(activation).__name__ in ("SiLU", "SiLUActivation") else activation
+    return torch.ops.aten.silu.default if type(activation).__name__ in ("SiLU", "SiLUActivation") else activation
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), module.variance_epsilon)
+def make_norm(module: Any) -> Norm:
+    """Return the norm of a module of transformers."""
+    return Norm(*_norm_of(module))
+
+
+def _norm_of(module: Any) -> tuple[Tensor, float]:
+    weight: Tensor = module.weight.detach()
+    return (1 + weight, module.eps) if "Gemma" in type(module).__name__ else (weight, module.variance_epsilon)
+
+
+def _rotation(attention: Any) -> str | None:
+    """Return the kind of a layer where each kind rotates in its own way."""
+    kind: str | None = getattr(attention, "layer_type", None)
+    return kind if attention.config.model_type == "gemma3_text" else None
 
 
 def _head_norm(attention: Any) -> Norm | None:
     if not hasattr(attention, "q_norm"):
         return None
     config, dim = attention.config, _head_dim(attention)
-    query = attention.q_norm.weight.detach().expand(config.num_attention_heads, dim)
-    key = attention.k_norm.weight.detach().expand(config.num_key_value_heads, dim)
-    return Norm(torch.cat([query, key]), attention.q_norm.variance_epsilon)
+    (query, eps), (key, _) = _norm_of(attention.q_norm), _norm_of(attention.k_norm)
+    heads = query.expand(config.num_attention_heads, dim), key.expand(config.num_key_value_heads, dim)
+    return Norm(torch.cat(heads), eps)
 
 
 def _head_dim(attention: Any) -> int:
@@ -161,21 +206,10 @@ def _lay_together(linears: Sequence[nn.Linear], undo: ExitStack) -> Tensor:
     return matrix
 
 
-def make_parts(parameters: Iterable[Tensor], parts: Iterable[Tensor], undo: ExitStack) -> None:
-    """Let parameters lie where equal parts of one tensor do, and alone again after `undo`."""
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.data = part
-        undo.callback(_lie_alone, parameter)
-
-
-def _lie_alone(parameter: Tensor) -> None:
-    parameter.data = parameter.data.clone()
-
-
 WORTH_PACKING = 4  # rows
 
 
-class PackedLinear(nn.Module):
+class ReorderedLinear(nn.Module):
     """Do what `nn.Linear` does, float32 on a CPU; `weight` is opaque, and of the same bytes.
 
     The layer itself waits without a weight until `unpacked`.
@@ -207,7 +241,7 @@ def pack(model: PreTrainedModel, undo: ExitStack) -> None:
     layers: Any = decoder_layers(model)
     # One layer after the other, so that only one matrix is there twice.
     for name in [name for name, module in layers.named_modules() if _is_plain(module)]:
-        layers.set_submodule(name, PackedLinear(layers.get_submodule(name)))
+        layers.set_submodule(name, ReorderedLinear(layers.get_submodule(name)))
         undo.callback(_unpack, layers, name)
 
 

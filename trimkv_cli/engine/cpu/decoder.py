@@ -16,17 +16,19 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimkv_cli.cache.gates import FullGate, MlpGate, RetentionGate, StreamingGate
+from trimkv_cli.cache.releases import frequencies
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.cpu.blocks import (
     WORTH_WAKING,
     Block,
     Norm,
-    Projection,
     make_blocks,
-    make_parts,
+    make_norm,
     pack,
     packing_pays,
+    project,
 )
+from trimkv_cli.engine.cpu.packed import make_parts
 from trimkv_cli.engine.devices import on_threads, tidy_heap
 
 
@@ -55,10 +57,11 @@ class Decoder:
         self._layers = [
             [i for i, (pool, _) in enumerate(self._places) if pool == owner] for owner in range(len(self._pools))
         ]
-        self._embed = decoder.embed_tokens.weight.detach()
+        self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._norm = Norm(decoder.norm.weight.detach(), decoder.norm.variance_epsilon)
-        self._head = Projection([model.get_output_embeddings()], undo)
+        self._rotations = {block.rotation for block in blocks}
+        self._norm = make_norm(decoder.norm)
+        self._head = project([model.get_output_embeddings()], undo)
         self._widest = max(block.gate_up.numel for block in blocks)
         self._evicts = evicts
 
@@ -77,27 +80,33 @@ class Decoder:
 
     def _step(self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None) -> tuple[Tensor, Tensor]:
         biases = [pool.begin(position, dense=dense) for pool in self._pools]
-        cos, sin = self._rotation(position if shown is None else shown)
-        x, entering = self._embed[ids], []
+        angles = (position if shown is None else shown).clamp(min=0)[:, None, None].float()
+        rotations = {kind: self._rotation(angles, kind) for kind in self._rotations}
+        x, entering = self._embed(ids), []
         for block, (pool, place) in zip(self._blocks, self._places, strict=True):
             hidden = block.attention_norm(x)
-            query, key, value = _project(block, hidden, cos, sin, self._pools[pool].key.shape[2])
+            query, key, value = _project(block, hidden, *rotations[block.rotation], self._pools[pool].key.shape[2])
             entering.append(torch.cat((key.flatten(1), value.flatten(1)), dim=1) if self._gates.read_kv else hidden)
             attended = self._pools[pool].attend(place, query, key, value, biases[pool], scale=block.scale)
-            x = x + block.out(attended.view(len(ids), -1))
+            x = x.add_(_normed(block.out(attended.view(len(ids), -1)), block.out_norm))
             gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
-            x = x + block.down(block.activation(gate) * up)
+            x = x.add_(_normed(block.down(block.activation(gate).mul_(up)), block.down_norm))
         log_beta = self._gates(torch.stack(entering), position)
         ranked = log_beta.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else log_beta
         for owner, layers in enumerate(self._layers if self._evicts else ()):
             self._pools[owner].evict(ranked if len(self._pools) == 1 else ranked[layers], position)
         return self._head(self._norm(x)), log_beta
 
-    def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, position: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
         """Return cos and signed sin, `[B, 1, D]`: x · cos + roll(x, D / 2) · sin rotates x."""
-        angles = position.clamp(min=0)[:, None, None].float() * self._rotary.inv_freq
-        cos, sin = angles.cos() * self._rotary.attention_scaling, angles.sin() * self._rotary.attention_scaling
+        inv_freq, scaling = frequencies(self._rotary, kind)
+        angles = position * inv_freq
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm(x.float())
 
 
 def make_decoder(
@@ -127,11 +136,11 @@ def _project(
     block: Block, hidden: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return query `[B, Hq, D]` and key, rotated, and value, `[B, Hkv, D]`."""
-    heads = block.qkv(hidden).view(len(hidden), -1, cos.shape[-1])
+    heads = block.qkv(hidden).float().view(len(hidden), -1, cos.shape[-1])
     rotated, value = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
     if block.head_norm is not None:
         rotated = block.head_norm(rotated)
-    rotated = rotated * cos + rotated.roll(cos.shape[-1] // 2, dims=-1) * sin
+    rotated = torch.addcmul(rotated * cos, rotated.roll(cos.shape[-1] // 2, dims=-1), sin)
     return rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:], value
 
 
