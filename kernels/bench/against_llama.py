@@ -2,8 +2,9 @@
 
 python -m bench.against_llama MODEL.gguf --threads 1 --out kernels/bench/results/against-llama-1-thread.json
 
-A pilot tries flash attention and the types of llama.cpp's cache for each context and takes what decodes fastest. Every
-context is then measured with M = 256 and with M ≥ length; each result is kept as it comes. Needs the extra `compare`.
+A pilot tries flash attention and the types of llama.cpp's cache and takes what decodes fastest; 7,500 tokens and 8 rows
+take what 2,048 did. Every context is then measured with M = 256 and with M ≥ length; each result is kept as it comes.
+Needs the extra `compare`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _ENGLISH = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
 _CPU_INFO = Path("/proc/cpuinfo")
 _WIDE = ("avx", "amx", "fma", "f16c", "asimd", "sve", "i8mm")
 _KV_BUDGET = 256
-_CONTEXTS = {"512": (512, 1), "2048": (2048, 1), "7500": (7500, 1), "2048x8": (2048, 8)}
+_CONTEXTS = {"512": (512, 1, 5), "2048": (2048, 1, 5), "7500": (7500, 1, 3), "2048x8": (2048, 8, 2)}  # repeats last
+_PILOTED = ("512", "2048")
 PILOT = (
     LlamaSettings(flash_attention="on"),
     LlamaSettings(flash_attention="off"),
@@ -49,7 +51,6 @@ class Sides:
     network: Network
     llama: LlamaCpp
     text: Sequence[int]
-    repeats: int
 
     def pilot(self, context: int, rows: int) -> Iterator[dict[str, Any]]:
         """Try each of llama.cpp's settings once; those that it refuses have no speed."""
@@ -64,13 +65,13 @@ class Sides:
                 speeds = {"decode_tps": rows / median(timing.step_s), "prefill_tps": rows * context / timing.prefill_s}
                 yield {**about, **speeds}
 
-    def rows(self, context: int, rows: int, settings: LlamaSettings) -> Iterator[dict[str, Any]]:
+    def rows(self, context: int, rows: int, repeats: int, settings: LlamaSettings) -> Iterator[dict[str, Any]]:
         """Measure M = 256 and llama.cpp in turns, then, for one row, M ≥ length."""
         bounded = Case(context=context, rows=rows, kv_budget=_KV_BUDGET)
         cases = [bounded]
         if rows == 1:
             cases.append(replace(bounded, kv_budget=context + bounded.answer_tokens))
-        options = SpeedOptions(repeats=self.repeats, text=self.text)
+        options = SpeedOptions(repeats=repeats, text=self.text)
         for row in measure(self.network, cases, options, replace(self.llama, settings=settings)):
             set_so = asdict(settings) if row.engine == "llama.cpp" else {}
             yield {**asdict(row), **set_so}
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL.gguf")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quantize", default="auto", help="of trimkv's weights, as in trimkv run")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="fewer than 5, 3 and 2", default=5)
     parser.add_argument("--only", default=",".join(_CONTEXTS), help="context or contextxrows; commas join")
     parser.add_argument("--text", type=Path, help="a file of English to cut prompts from")
     parser.add_argument("--quick", action="store_true", help="512 tokens, once, to try it")
@@ -127,10 +128,10 @@ def main() -> None:
     assert text is not None, "a GGUF file has a tokenizer"
     network = load_network(source, options)
     chosen = [_CONTEXTS[name] for name in names]
-    ids = read_text(text, given.text, max(context * rows for context, rows in chosen))
-    sides = Sides(network=network, llama=llama, text=ids, repeats=1 if given.quick else given.repeats)
+    ids = read_text(text, given.text, max(context * rows for context, rows, _ in chosen))
+    sides = Sides(network=network, llama=llama, text=ids)
     case = Case(context=512, rows=1, kv_budget=_KV_BUDGET)
-    record = {**about, **about_network(network, case), "repeats": sides.repeats}
+    record = {**about, **about_network(network, case), "repeats": given.repeats}
     varied = asdict(llama.settings).keys()
     peer = {name: value for name, value in llama.about().items() if name not in varied}
     record |= {"file": Path(given.model).name, "peer": peer, "pilot": [], "rows": []}
@@ -141,13 +142,18 @@ def main() -> None:
             with whole_file(given.out) as partial:
                 write_record("bench.against_llama", record, partial)
 
-    for context, rows in chosen:
-        tried = []
-        for row in sides.pilot(context, rows):
-            keep("pilot", row)
-            tried.append(row)
-        for row in sides.rows(context, rows, best(tried)):
-            keep("rows", row)
+    settings: LlamaSettings | None = None
+    for name in names:
+        context, rows, repeats = _CONTEXTS[name]
+        if settings is None or name in _PILOTED:
+            tried = []
+            for row in sides.pilot(context, rows):
+                keep("pilot", row)
+                tried.append(row)
+            settings = best(tried)
+        repeats = 1 if given.quick else min(repeats, given.repeats)
+        for row in sides.rows(context, rows, repeats, settings):
+            keep("rows", {**row, "repeats": repeats})
     if given.out is None:
         write_record("bench.against_llama", record, None)
 

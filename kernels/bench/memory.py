@@ -26,7 +26,8 @@ from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.request import Request, SamplingParams
 
 PRECISIONS = (("fp32", "none"), ("bf16", "none"), ("bf16", "int8"), ("bf16", "nf4"))
-PLANNED = ("weights", "gates", "kv", "shared_prefix", "journal", "workspace", "logits", "dequantised")
+PACKED = (("fp32", "int8"), ("fp32", "int4"), ("bf16", "int4"))  # on a CPU, where int8 is packed as well
+PLANNED = ("weights", "gates", "kv", "shared_prefix", "journal", "workspace", "logits", "dequantised", "unpacked")
 _TINY = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -109,8 +110,8 @@ def measure(
     )
     engine = load_engine(options)
     with LiveBytes() as live:
-        list(engine.generate(_requests(rows + 1, 2 * chunk + kv_budget)))
-    measured = engine.facts.weight_bytes + engine.facts.gate_bytes + _cache_bytes(engine) + live.peak
+        list(engine.generate(requests(rows + 1, 2 * chunk + kv_budget)))
+    measured = engine.facts.weight_bytes + engine.facts.gate_bytes + cache_bytes(engine) + live.peak
     plan = engine.facts.plan
     planned = sum(plan.run.part_bytes(name) for name in PLANNED)
     engine.close()
@@ -124,7 +125,8 @@ def measure(
     }
 
 
-def _requests(count: int, length: int) -> Iterator[Request]:
+def requests(count: int, length: int) -> Iterator[Request]:
+    """Yield prompts of about one length, sampled with every filter on."""
     for index in range(count):
         ids = tuple(3 + (index + n) % 90 for n in range(length + index))
         sampling = SamplingParams(
@@ -143,7 +145,8 @@ def _requests(count: int, length: int) -> Iterator[Request]:
         yield Request(id=str(index), prompt_token_ids=ids, params=sampling)
 
 
-def _cache_bytes(engine: Engine) -> int:
+def cache_bytes(engine: Engine) -> int:
+    """Return what the cache and its journal hold."""
     cache = engine._runner.cache
     return cache.nbytes + cache.journal_nbytes
 
@@ -163,7 +166,7 @@ def main() -> None:
         sizes = {"rows": 3, "kv_budget": 40, "chunk": 64} if small else {"rows": 2, "kv_budget": 256, "chunk": 256}
         with tempfile.TemporaryDirectory() as folder:
             save_model(config, Path(folder) / "model")
-            for dtype, quantize in PRECISIONS:
+            for dtype, quantize in (*PRECISIONS, *PACKED):
                 made = measure(Path(folder) / "model", dtype=dtype, quantize=quantize, **sizes)
                 results.append({"model": name, **sizes, **made})
     write_record("bench.memory", {"results": results}, arguments.out)

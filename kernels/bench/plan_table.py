@@ -29,7 +29,7 @@ _STORED = """
 ## Checkpoints that are stored quantised, and GGUF files
 
 The same with the weights of a repository's quantised variants (bytes estimated from config.json, as `plan` does before
-a download) and of GGUF files, which are unpacked when they are loaded: SmolLM2's, on a CPU.
+a download) and of GGUF files, which stay packed on a CPU (`stored`): SmolLM2's.
 """
 _FAMILIES = """
 ## Families

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_table import gpu_table
+from bench.llama_table import llama_tables
 from bench.tables import batch_table, headline, mini_plot, mini_tables, speed_table
 
 _ROOT = Path(__file__).parents[2]
@@ -26,7 +27,14 @@ def table() -> str:
 def all_tables() -> str:
     """Return all tables in Markdown."""
     own = [_engine_table(), _display_table()]
-    tables = [mini_tables(_RESULTS), speed_table(_RESULTS), gpu_table(_RESULTS), *own, batch_table(_RESULTS)]
+    tables = [
+        llama_tables(_RESULTS),
+        mini_tables(_RESULTS),
+        speed_table(_RESULTS),
+        gpu_table(_RESULTS),
+        *own,
+        batch_table(_RESULTS),
+    ]
     return "\n\n".join(made for made in tables if made)
 
 

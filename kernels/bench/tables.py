@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.llama_table import llama_rows
 from trimkv_cli.eval.scoring import EvalResult
 from trimkv_cli.ui.accuracy import accuracy_plot
 
@@ -19,6 +20,7 @@ def headline(results: Path) -> str:
         return record
 
     rows = [
+        *llama_rows(results),
         *_recalled(read("recall-mini")["rows"]),
         ("`make mini`: its weights and gates, from nothing", f"{read('make-mini')['real_s'] / 60:.0f} minutes"),
         *_stream(read("stream-cpu")),
@@ -207,7 +209,7 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-SPEED_RECORDS = tuple(f"speed-10m-cpu{rest}.json" for rest in ("", "-8-rows"))
+SPEED_RECORDS = tuple(f"speed-10m-cpu{rest}.json" for rest in ("", "-8-rows", "-int4"))
 OVERHEADS = "overheads-10m-cpu.json"
 
 
@@ -230,6 +232,8 @@ def speed_table(results: Path) -> str:
 
 
 def _lines(record: dict[str, Any]) -> Iterator[str]:
+    held = record.get("quantize", "none")
+    weights = "" if held == "none" else f", {held} weights"
     own = {(row["context"], row["rows"]): row for row in record["rows"] if row["engine"] == "trimkv"}
     full = {(row["context"], row["rows"]): row for row in record["rows"] if row["engine"] == "hf"}
     for case, row in own.items():
@@ -238,4 +242,4 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         ratio = row["decode_tps"] / other["decode_tps"]
         many = "row" if rows == 1 else "rows"
         speeds = f"{row['decode_tps']:,.0f} tok/s | {other['decode_tps']:,.0f} tok/s"
-        yield f"| after {context:,} tokens, {rows} {many} | {speeds} | × {ratio:.1f} |"
+        yield f"| after {context:,} tokens, {rows} {many}{weights} | {speeds} | × {ratio:.1f} |"
