@@ -13,7 +13,6 @@ import mmap
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +20,6 @@ from torch import Tensor
 from trimkv_kernels.slots import Journal, Slots
 
 _NEVER = torch.iinfo(torch.int32).min
-
-
-class _Seen(NamedTuple):
-    """What some rows attend to in one layer, as views."""
-
-    key: Tensor  # [B · Hkv, D, M + 1]
-    value: Tensor  # [B · Hkv, M + 1, D]
-    new_key: Tensor  # [B, Hkv, D], where a token enters
-    new_value: Tensor
 
 
 class SlotPool:
@@ -59,7 +49,6 @@ class SlotPool:
         heads = layers * rows * num_kv_heads
         self._first = torch.arange(heads).view(shape[:3]) * (slots + 1)  # where a head's slots begin
         self._nothing = torch.zeros(1, 1, 1, dtype=dtype)
-        self._views: dict[tuple[int, int], _Seen] = {}
         self.clear(slice(None))
 
     def clear(self, row: int | slice) -> None:
@@ -106,7 +95,6 @@ class SlotPool:
 
     def _set_size(self, slots: int, first: Tensor) -> None:
         self._first = first
-        self._views.clear()
         self.slot.zero_()
         self.size = slots
 
@@ -135,30 +123,36 @@ class SlotPool:
             dead = dead | (held <= (position - self.window)[None, :, None, None])
         return torch.zeros(dead.shape, dtype=self.key.dtype).masked_fill_(dead, -torch.inf)
 
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """What is attended to, `[L, R, Hkv, M + 1, D]` keys and values: a graph of a step is given them as they are."""
+        return self.key, self.value
+
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        *,
+        held: tuple[Tensor, Tensor],
+        scale: float,
     ) -> Tensor:
         """Feed a token per row to one layer, and attend from it: query `[B, Hq, D]`, key and value `[B, Hkv, D]`.
 
         Returns:
             `[B, Hq, D]`.
         """
-        seen = self._seen(layer, len(query))
-        seen.new_key.copy_(key)
-        seen.new_value.copy_(value)
-        added, weight = (self._nothing, 0.0) if bias is None else (bias[layer].view(len(seen.value), 1, -1), 1.0)
-        grouped = query.reshape(len(seen.value), -1, query.shape[-1])
-        logits = torch.baddbmm(added, grouped, seen.key, beta=weight, alpha=scale)
-        return torch.bmm(logits.softmax(-1), seen.value).view(query.shape)
-
-    def _seen(self, layer: int, rows: int) -> _Seen:
-        """Return what the first rows attend to in a layer; made once, as long as the slots lie where they do."""
-        if (layer, rows) not in self._views:
-            own = self.key[layer, :rows], self.value[layer, :rows]
-            key, value = (tensor.flatten(0, 1) for tensor in own)
-            new_key, new_value = (tensor[:, :, self.size] for tensor in own)
-            self._views[layer, rows] = _Seen(key.transpose(1, 2), value, new_key, new_value)
-        return self._views[layer, rows]
+        rows, heads, head_dim = key.shape
+        keys, values = (tensor[layer, :rows] for tensor in held)
+        keys[:, :, -1].copy_(key)
+        values[:, :, -1].copy_(value)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        added, weight = (self._nothing, 0.0) if bias is None else (bias[layer].view(rows * heads, 1, -1), 1.0)
+        grouped = query.reshape(rows * heads, -1, head_dim)
+        logits = torch.baddbmm(added, grouped, keys.transpose(1, 2), beta=weight, alpha=scale)
+        return torch.bmm(logits.softmax(-1), values).view(query.shape)
 
     def evict(self, log_beta: Tensor, position: Tensor) -> None:
         """Keep the best M of the M + 1 tokens of every head, in place; `log_beta` `[L, B, Hkv]` of the new ones."""

@@ -38,7 +38,7 @@ def test_a_pool_decodes_as_the_reference_does(size: int, window: int | None, tie
         dense = window is None and min(n for n, on in zip(seen, fed, strict=True) if on) >= size
         before = [tensor.clone() for layer in range(LAYERS) for tensor in pool.slots(layer)]
         bias = pool.begin(position, dense=dense)
-        outputs = [pool.attend(i, query[i], key[i], value[i], bias, scale=0.3) for i in range(LAYERS)]
+        outputs = [pool.attend(i, query[i], key[i], value[i], bias, held=pool.held, scale=0.3) for i in range(LAYERS)]
         pool.evict(log_beta, position)
         for i in range(LAYERS):
             token = query[i], key[i], value[i], log_beta[i], position
@@ -66,4 +66,4 @@ def test_a_cleared_row_forgets_a_nan() -> None:
     pool.clear(0)
     position = torch.zeros(1, dtype=torch.int32)
     one = torch.ones(1, 1, DIM)
-    assert not pool.attend(0, one, one, one, pool.begin(position, dense=False), scale=1.0).isnan().any()
+    assert not pool.attend(0, one, one, one, pool.begin(position, dense=False), held=pool.held, scale=1.0).isnan().any()

@@ -93,6 +93,8 @@ class ModelRunner:
         """Change the slots per head; return how many tokens of `rows` this evicts, over layers and heads."""
         if self._ahead is not None:
             self._ahead.undo_pending()
+        if self._decoder is not None:
+            self._decoder.forget()
         evicted = self.cache.resize(kv_budget, [row.index for row in rows])
         if self._ahead is not None:
             self.run_ahead(self._ahead.eos_token_ids)  # a graph reads the slots where they were

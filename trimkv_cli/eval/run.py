@@ -114,6 +114,9 @@ def _slots(setup: _Setup) -> int:
 def _remarks(parts: Parts, setups: list[_Setup]) -> Iterator[str]:
     """Yield what a user should know once: of the model, of its gates, and of each budget."""
     yield from parts.facts.notes
+    run = parts.facts.plan.run
+    if run.form != "none":
+        yield f"{run.precision} weights of {run.bits_per_weight} bits"
     loading = {warning.message for warning in parts.facts.plan.warnings}  # of a plan that nothing runs under
     own = [warning.message for warning in parts.facts.warnings if warning.message not in loading]
     planned = [warning.message for setup in setups for warning in setup.plan.warnings]
@@ -157,6 +160,8 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
         context=exam.context,
         prompt_tokens=sum(len(q.request.prompt_token_ids) for q in exam.samples) / count,
         seed=asked.seed,
+        weights=setup.plan.run.precision,
+        bits_per_weight=setup.plan.run.bits_per_weight,
     )
 
 

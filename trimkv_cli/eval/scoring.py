@@ -63,3 +63,5 @@ class EvalResult:
     context: int  # tokens asked for; of a user's own data the longest prompt
     prompt_tokens: float  # mean
     seed: int
+    weights: str | None = None  # what they are in; older results do not say
+    bits_per_weight: float | None = None

@@ -18,7 +18,7 @@ from trimkv_cli.model.families import SEQUENTIAL_FAMILIES
 
 _PIECE = 64  # outputs of a piece of a matrix
 _FEW = 3  # rows for which pieces are faster than the whole
-WORTH_WAKING = 2**24  # multiplications of one product that are worth waking a sleeping thread for
+WORTH_WAKING = 2**20  # multiplications of one product that are worth waking a sleeping thread for
 
 
 class Projection:

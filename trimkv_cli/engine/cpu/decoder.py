@@ -28,8 +28,11 @@ from trimkv_cli.engine.cpu.blocks import (
     packing_pays,
     project,
 )
+from trimkv_cli.engine.cpu.graphs import Graphs
 from trimkv_cli.engine.cpu.packed import make_parts
 from trimkv_cli.engine.devices import on_threads, tidy_heap
+
+_NO_MASK = torch.empty(0)
 
 
 class Decoder:
@@ -59,11 +62,17 @@ class Decoder:
         ]
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._rotations = {block.rotation for block in blocks}
+        self._rotations = sorted({block.rotation for block in blocks}, key=str)
         self._norm = make_norm(decoder.norm)
         self._head = project([model.get_output_embeddings()], undo)
         self._widest = max(block.gate_up.numel for block in blocks)
         self._evicts = evicts
+        self._layers_of_step = Graphs(self._through)
+        undo.callback(self.forget)
+
+    def forget(self) -> None:
+        """Let go of where slots and weights lie, before they move."""
+        self._layers_of_step.forget()
 
     def step(self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
@@ -81,21 +90,37 @@ class Decoder:
     def _step(self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None) -> tuple[Tensor, Tensor]:
         biases = [pool.begin(position, dense=dense) for pool in self._pools]
         angles = (position if shown is None else shown).clamp(min=0)[:, None, None].float()
-        rotations = {kind: self._rotation(angles, kind) for kind in self._rotations}
-        x, entering = self._embed(ids), []
-        for block, (pool, place) in zip(self._blocks, self._places, strict=True):
-            hidden = block.attention_norm(x)
-            query, key, value = _project(block, hidden, *rotations[block.rotation], self._pools[pool].key.shape[2])
-            entering.append(torch.cat((key.flatten(1), value.flatten(1)), dim=1) if self._gates.read_kv else hidden)
-            attended = self._pools[pool].attend(place, query, key, value, biases[pool], scale=block.scale)
-            x = x.add_(_normed(block.out(attended.view(len(ids), -1)), block.out_norm))
-            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
-            x = x.add_(_normed(block.down(block.activation(gate).mul_(up)), block.down_norm))
-        log_beta = self._gates(torch.stack(entering), position)
+        rotations = [each for kind in self._rotations for each in self._rotation(angles, kind)]
+        masks = [_NO_MASK if bias is None else bias for bias in biases]
+        held = [each for pool in self._pools for each in pool.held]
+        x, entering = self._layers_of_step(self._embed(ids), *rotations, *masks, *held)
+        log_beta = self._gates(entering, position)
         ranked = log_beta.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else log_beta
         for owner, layers in enumerate(self._layers if self._evicts else ()):
             self._pools[owner].evict(ranked if len(self._pools) == 1 else ranked[layers], position)
         return self._head(self._norm(x)), log_beta
+
+    def _through(self, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """Send tokens `[B, hidden]` through all layers; rotations, masks and slots are given, for a graph of it.
+
+        Returns:
+            Hidden states, and what gates read, `[L, B, input]`.
+        """
+        kinds, pools = len(self._rotations), len(self._pools)
+        rotations = {kind: (others[2 * i], others[2 * i + 1]) for i, kind in enumerate(self._rotations)}
+        biases = [mask if mask.numel() else None for mask in others[2 * kinds : 2 * kinds + pools]]
+        slots = others[2 * kinds + pools :]
+        x, entering = x.clone(), []
+        for block, (pool, place) in zip(self._blocks, self._places, strict=True):
+            hidden = block.attention_norm(x)
+            query, key, value = _project(block, hidden, *rotations[block.rotation], self._pools[pool].key.shape[2])
+            entering.append(torch.cat((key.flatten(1), value.flatten(1)), dim=1) if self._gates.read_kv else hidden)
+            held = slots[2 * pool], slots[2 * pool + 1]
+            attended = self._pools[pool].attend(place, query, key, value, biases[pool], held=held, scale=block.scale)
+            x = x.add_(_normed(block.out(attended.flatten(1)), block.out_norm))
+            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
+            x = x.add_(_normed(block.down(block.activation(gate).mul_(up)), block.down_norm))
+        return x, torch.stack(entering)
 
     def _rotation(self, position: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
         """Return cos and signed sin, `[B, 1, D]`: x · cos + roll(x, D / 2) · sin rotates x."""
