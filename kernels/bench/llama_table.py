@@ -30,8 +30,10 @@ def llama_rows(results: Path) -> Iterator[tuple[str, str]]:
     (_, first), (_, last) = told[0], told[-1]
     value = f"{_beside(*first, 'prefill_tps')}; {_beside(*last, 'prefill_tps')}"
     yield f"… reading a prompt of {told[0][0]:,} and of {told[-1][0]:,} tokens", value
-    own, other = _pair(rows, 2048, 8)
-    yield "… 8 sequences of 2,048 tokens together", _beside(own, other, "decode_tps")
+    yield "… 8 sequences of 2,048 tokens together", _beside(*_pair(rows, 2048, 8), "decode_tps")
+    if both := _rows(results, _HEADLINE, threads=2):
+        value = "; ".join(_beside(*_pair(both, context, 1), "decode_tps") for context in (512, 2048))
+        yield "… two threads: decode after 512 and 2,048", value
 
 
 def llama_tables(results: Path) -> str:
