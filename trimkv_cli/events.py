@@ -183,12 +183,22 @@ class HeadMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerMemory:
-    """The heads of one layer, each with `slots` slots; in a layer with a window nothing older is held."""
+    """The heads of one layer, each with `slots` slots; in a layer with a window nothing older is held.
+
+    `static` scores do not fade: each is the `log_beta` of its token. What lies in a half-open interval of `protected`
+    positions stays for now.
+    """
 
     slots: int
     window: int | None
     heads: tuple[HeadMemory, ...]
     recent: int = 0  # the newest tokens, which are pinned
+    static: bool = False
+    protected: tuple[tuple[int, int], ...] = ()
+
+    def protects(self, position: int) -> bool:
+        """Say whether a position lies in a protected interval."""
+        return any(first <= position < end for first, end in self.protected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +219,11 @@ class Retained:
         return sum(len(layer.heads) for layer in self.layers)
 
     @property
+    def static(self) -> bool:
+        """Say whether scores do not fade."""
+        return any(layer.static for layer in self.layers)
+
+    @property
     def full(self) -> bool:
         """Say whether some head has no free slot, so that tokens compete."""
         return any(head.threshold is not None for _, head in self.heads)
@@ -222,13 +237,20 @@ class Retained:
         return [count / self.num_heads for count in counts]
 
     def survivals(self) -> list[float]:
-        """Return for how many more tokens the last head is expected to hold each position: 0 = gone, inf = no end."""
+        """Return for how many more tokens the last head is expected to hold each position: 0 = gone, inf = no end.
+
+        A static score says nothing of that: NaN, unless a token is gone, pinned or protected.
+        """
         longest = [0.0] * self.seen
         for layer, head in self.heads:
             for position, log_beta in zip(head.positions, head.log_beta, strict=True):
-                expected = survival(self.seen, position, log_beta, head.threshold, layer.window)
+                worth = math.inf if layer.protects(position) else log_beta
+                expected = survival(self.seen, position, worth, head.threshold, layer.window, static=layer.static)
+                if math.isnan(expected):
+                    longest[position] = longest[position] if math.isinf(longest[position]) else math.nan
+                    continue
                 expected = max(expected, float(position + layer.recent - self.seen))
-                longest[position] = max(longest[position], expected)
+                longest[position] = max(expected, longest[position])
         return longest
 
     def next_out(self) -> list[tuple[int, int]]:
@@ -236,15 +258,22 @@ class Retained:
         counts: Counter[int] = Counter()
         for layer, head in self.heads:
             if head.threshold is not None:
-                counts[_lowest(self.seen, head, layer.recent)] += 1
+                counts[_lowest(self.seen, head, layer)] += 1
         return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
-def survival(seen: int, position: int, log_beta: float, threshold: float | None, window: int | None) -> float:
-    """Estimate for how many more tokens a head holds one; the threshold moves, so this is no promise."""
+def survival(
+    seen: int, position: int, log_beta: float, threshold: float | None, window: int | None, *, static: bool = False
+) -> float:
+    """Estimate for how many more tokens a head holds one; the threshold moves, so this is no promise.
+
+    NaN where scores are `static`, which is no estimate.
+    """
     in_window = math.inf if window is None else position + window - seen
-    if threshold is None or log_beta >= 0.0:
+    if threshold is None or log_beta == math.inf or (log_beta >= 0.0 and not static):
         return max(0.0, in_window)
+    if static:
+        return math.nan
     return max(0.0, min(in_window, position + threshold / log_beta - seen - 1))
 
 
@@ -253,8 +282,12 @@ def median_age(seen: int, head: HeadMemory) -> int:
     return seen - head.positions[len(head.positions) // 2] if head.positions else 0
 
 
-def _lowest(seen: int, head: HeadMemory, recent: int) -> int:
-    """Return the position with the lowest score, the pinned newest ones aside; of equal ones the newest goes."""
-    held = zip(head.positions, head.log_beta, strict=True)
-    scores = ((log_beta * (seen + 1 - p), -p) for p, log_beta in held if p < seen - recent)
+def _lowest(seen: int, head: HeadMemory, layer: LayerMemory) -> int:
+    """Return the position with the lowest score, the pinned newest and protected ones aside; of equal ones the newest.
+
+    Where nothing else is left it is one of those.
+    """
+    held = list(zip(head.positions, head.log_beta, strict=True))
+    free = [(p, log_beta) for p, log_beta in held if p < seen - layer.recent and not layer.protects(p)]
+    scores = ((log_beta if layer.static else log_beta * (seen + 1 - p), -p) for p, log_beta in free or held)
     return -min(scores)[1]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.launch import decode_launch, padded
+from trimkv_kernels.reference import finite
 from trimkv_kernels.slots import Journal, Slots
 
 
@@ -25,6 +26,8 @@ def decode(
     scale: float,
     window: int | None,
     recent: int = 0,
+    static: bool = False,
+    spans: Tensor | None = None,
     sinks: Tensor | None = None,
     evict: bool = True,
 ) -> Tensor:
@@ -40,8 +43,11 @@ def decode(
     part_score = query.new_empty(programs, launch.splits, dtype=torch.float32)
     part_loser = query.new_empty(programs, launch.splits, 2, dtype=torch.int32)
     query, key, value, log_beta, position = (tensor.contiguous() for tensor in (query, key, value, log_beta, position))
+    log_beta = finite(log_beta) if static else log_beta
+    spans = None if spans is None else spans.contiguous()
     output = torch.empty_like(query)
     shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide, "EVICT": evict}
+    ranks = {"RECENT": recent, "STATIC": static}
     _scan[(programs, launch.splits)](
         query,
         *slots,
@@ -50,14 +56,15 @@ def decode(
         part_stats,
         part_score,
         part_loser,
+        spans,
         size,
         span,
         scale,
         SPLIT_SLOTS=launch.split_slots,
         BLOCK=launch.block,
         WINDOW=window or 0,
-        RECENT=recent,
         num_warps=launch.warps,
+        **ranks,
         **shape,
     )
     _merge[(programs,)](
@@ -73,12 +80,13 @@ def decode(
         part_score,
         part_loser,
         None if sinks is None else sinks.contiguous(),
+        spans,
         output,
         size,
         scale,
         SPLITS=launch.splits,
-        RECENT=recent,
         num_warps=launch.warps,
+        **ranks,
         **shape,
     )
     return output
@@ -96,6 +104,7 @@ def _scan(
     part_stats,
     part_score,
     part_loser,
+    spans,
     size,
     span,
     scale,
@@ -109,6 +118,7 @@ def _scan(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     RECENT: tl.constexpr,
+    STATIC: tl.constexpr,
 ):
     """Scan one split of the slots of one (row, KV head): online softmax for its query heads, and who would lose."""
     program, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -143,9 +153,13 @@ def _scan(
         highest = higher
 
         if EVICT:
-            score = tl.load(slot_log_beta + at, mask=there, other=0.0) * (now + 2 - held).to(tl.float32)
+            score = tl.load(slot_log_beta + at, mask=there, other=0.0)
+            if not STATIC:
+                score = score * (now + 2 - held).to(tl.float32)
             if RECENT > 0:
                 score = tl.where((held >= 0) & (held > now - RECENT), float("inf"), score)
+            if spans is not None:
+                score = tl.where(_protected(held, spans + program // HEADS * 4), float("inf"), score)
             if WINDOW > 0:
                 score = tl.where(held > now - WINDOW, score, -float("inf"))
             score = tl.where(there, score, float("inf"))
@@ -163,6 +177,14 @@ def _scan(
     tl.store(part_score + part, lowest)
     tl.store(part_loser + part * 2, loser)
     tl.store(part_loser + part * 2 + 1, loser_position)
+
+
+@triton.jit
+def _protected(held, spans):
+    """Tell which positions lie in one of a row's two intervals."""
+    first = (held >= tl.load(spans)) & (held < tl.load(spans + 1))
+    second = (held >= tl.load(spans + 2)) & (held < tl.load(spans + 3))
+    return (held >= 0) & (first | second)
 
 
 @triton.jit
@@ -186,11 +208,13 @@ def _merge(
     part_score,
     part_loser,
     sinks,
+    spans,
     output,
     size,
     scale,
     SPLITS: tl.constexpr,
     RECENT: tl.constexpr,
+    STATIC: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
@@ -237,7 +261,12 @@ def _merge(
 
     if EVICT:
         new_log_beta = tl.load(log_beta + program)
-        enters = (now >= 0) & (2.0 * new_log_beta > lowest)
+        own = new_log_beta
+        if not STATIC:
+            own = 2.0 * new_log_beta
+        if spans is not None:
+            own = tl.where(_protected(now, spans + program // HEADS * 4), float("inf"), own)
+        enters = (now >= 0) & (own > lowest)
         if RECENT > 0:
             enters = now >= 0
         slot = program * size + loser

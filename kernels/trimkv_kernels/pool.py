@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from trimkv_kernels.reference import finite, protected
 from trimkv_kernels.slots import Journal, Slots
 
 _NEVER = torch.iinfo(torch.int32).min
@@ -35,11 +36,13 @@ class SlotPool:
         head_dim: int,
         window: int | None,
         recent: int = 0,
+        static: bool = False,
         dtype: torch.dtype,
     ) -> None:
         shape = (layers, rows, num_kv_heads, slots + 1)
         self.window = window
         self.recent = recent  # the newest tokens of a row that are pinned
+        self.static = static  # log_beta is the score
         self.size = slots
         self.key = torch.zeros(*shape, head_dim, dtype=dtype)
         self.value = torch.zeros(*shape, head_dim, dtype=dtype)
@@ -154,45 +157,56 @@ class SlotPool:
         logits = torch.baddbmm(added, grouped, keys.transpose(1, 2), beta=weight, alpha=scale)
         return torch.bmm(logits.softmax(-1), values).view(query.shape)
 
-    def evict(self, log_beta: Tensor, position: Tensor) -> None:
-        """Keep the best M of the M + 1 tokens of every head, in place; `log_beta` `[L, B, Hkv]` of the new ones."""
-        _evict(*self._tensors, self.slot, self._first, log_beta, position, self.window, self.recent)
+    def evict(self, log_beta: Tensor, position: Tensor, spans: Tensor | None = None) -> None:
+        """Keep the best M of the M + 1 tokens of every head, in place; `log_beta` `[L, B, Hkv]` of the new ones.
+
+        Those at positions in `spans` `[B, 2, 2]` int32 are protected, as `reference.decode` says.
+        """
+        rows = len(position)
+        held, log_betas = self.position[:, :rows], self.log_beta[:, :rows]
+        idle = (position < 0)[None, :, None]
+        # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
+        log_betas[..., -1] = (finite(log_beta) if self.static else log_beta).masked_fill(idle, -torch.inf)
+        scores = _scores(log_betas, held, position, self.window, self.recent, static=self.static, spans=spans)
+        lowest = scores.amin(dim=-1, keepdim=True)
+        loser = held.masked_fill(scores > lowest, _NEVER).argmax(dim=-1)  # ties: the newest goes
+        _swap(self._tensors, self.slot, self._first, loser)
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.key, self.value, self.log_beta, self.position
 
 
-def _evict(
-    keys: Tensor,
-    values: Tensor,
-    log_betas: Tensor,
-    positions: Tensor,
-    slot: Tensor,
-    first: Tensor,
+def _scores(
     log_beta: Tensor,
+    held: Tensor,
     position: Tensor,
     window: int | None,
     recent: int,
-) -> None:
-    rows, size = len(position), positions.shape[-1] - 1
-    held, scores = positions[:, :rows], log_betas[:, :rows]
-    # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
-    scores[..., -1] = log_beta.masked_fill((position < 0)[None, :, None], -torch.inf)
+    *,
+    static: bool,
+    spans: Tensor | None,
+) -> Tensor:
+    """Return what `reference` ranks by, `[L, B, Hkv, M + 1]`, where rows without a token, too, lose their new one."""
     now = position[None, :, None, None]
-    scores = scores * (now + 2 - held).clamp(min=1)  # of a row without a token a pinned slot stays +inf
+    # Of a row without a token a pinned slot stays +inf.
+    scores = log_beta if static else log_beta * (now + 2 - held).clamp(min=1)
     if recent:
         newest = (position - recent).clamp(min=-1).masked_fill(position < 0, -_NEVER - 1)
-        scores.masked_fill_(held > newest[None, :, None, None], torch.inf)
-    if window is not None:
-        scores.masked_fill_(held <= now - window, -torch.inf)
-    lowest = scores.amin(dim=-1, keepdim=True)
-    loser = held.masked_fill(scores > lowest, _NEVER).argmax(dim=-1)  # ties: the newest goes
+        scores = scores.masked_fill(held > newest[None, :, None, None], torch.inf)
+    if spans is not None:
+        scores = scores.masked_fill(protected(held, spans) & (now >= 0), torch.inf)
+    return scores if window is None else scores.masked_fill(held <= now - window, -torch.inf)
+
+
+def _swap(tensors: tuple[Tensor, ...], slot: Tensor, first: Tensor, loser: Tensor) -> None:
+    """Exchange the places of new tokens with the slots of the losers `[L, B, Hkv]`, in place."""
+    rows, size = loser.shape[1], tensors[0].shape[3] - 1
     # What loses at once stays where it is: no slot then holds its position, and an undo finds nothing to do.
     slot[:, :rows] = loser.clamp(max=size - 1)
     at, here = (first[:, :rows] + loser).flatten(), first[:, :rows].flatten() + size
     # Everything is allocated before anything changes: a swap cannot be left half done.
-    flats = [_flat(tensor) for tensor in (keys, values, log_betas, positions)]
+    flats = [_flat(tensor) for tensor in tensors]
     swaps = [(flat.index_select(0, at), flat.index_select(0, here)) for flat in flats]
     for flat, (lost, entering) in zip(flats, swaps, strict=True):
         flat.index_copy_(0, at, entering)

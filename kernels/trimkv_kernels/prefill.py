@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.launch import padded, prefill_launch
-from trimkv_kernels.reference import survivors
+from trimkv_kernels.reference import finite, survivors
 from trimkv_kernels.slots import Slots
 
 
@@ -25,6 +27,8 @@ def prefill(
     scale: float,
     window: int | None,
     recent: int = 0,
+    static: bool = False,
+    spans: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Do what `reference.prefill` does; the slots are read where they lie, and only survivors are written.
@@ -62,7 +66,9 @@ def prefill(
         WINDOW=window or 0,
         num_warps=launch.warps,
     )
-    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
+    log_beta = finite(log_beta) if static else log_beta
+    ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
+    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, **ranks)
     _move[(length, batch * num_kv_heads)](  # a grid's first axis alone goes beyond 65,535
         key, value, log_beta, positions, *slots, rows, target, size, length, HEADS=num_kv_heads, DIM=head_dim,
         WIDE=padded(head_dim), num_warps=1,

@@ -2,7 +2,9 @@
 
 Positions say everything about visibility: a negative position holds no token, a query sees what is not newer than
 itself, and in a layer with a sliding window nothing older than the window. Scores are retention.md section 2: log_beta
-· age in float32, where the newest token has age 2; of equal scores the older position stays.
+· age in float32, where the newest token has age 2; of equal scores the older position stays. `static` ones are section
+10: log_beta itself is the score, whatever the age, of any sign; one that is no number or −inf counts as the least
+number. What `spans` protect has the score +inf for this call; nothing of that is stored.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ def decode(
     scale: float,
     window: int | None,
     recent: int = 0,
+    static: bool = False,
+    spans: Tensor | None = None,
     sinks: Tensor | None = None,
     evict: bool = True,
 ) -> Tensor:
@@ -48,6 +52,9 @@ def decode(
         dense: every row with a token has all of its first `fill` slots in use.
         window: length of a sliding window, the query itself counted.
         recent: the newest tokens of each row, this one counted, that are pinned.
+        static: log_beta is the score.
+        spans: `[B, 2, 2]` int32, the half-open intervals of positions of each row that are protected; one that ends
+            where it begins, or before, holds nothing.
         sinks: `[Hq]`, one more logit in each head's softmax, which has no value (gpt-oss); any float dtype.
         evict: false leaves the slots as they are, only to measure what scoring and eviction cost.
 
@@ -59,7 +66,8 @@ def decode(
     output = _attend_one(query, key, value, position, rows.head(fill), **how)
     if evict:
         candidates = rows.head(min(fill + 1, rows.position.shape[2]))
-        _evict_one(key, value, log_beta, position, candidates, undo, window=window, recent=recent)
+        ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
+        _evict_one(key, value, finite(log_beta) if static else log_beta, position, candidates, undo, **ranks)
     return output
 
 
@@ -76,6 +84,8 @@ def prefill(
     scale: float,
     window: int | None,
     recent: int = 0,
+    static: bool = False,
+    spans: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend from a chunk per row to the slots and, causally, to the chunk; then keep the best M of both in place.
@@ -90,14 +100,16 @@ def prefill(
         fill: no row has a token beyond its first `fill` slots.
         window: length of a sliding window, the query itself counted.
         recent: the newest tokens of each row that are pinned.
-        sinks: `[Hq]`, as `decode` takes them.
+        static, spans, sinks: as `decode` takes them.
 
     Returns:
         `[B, Hq, T, D]`.
     """
     how: dict[str, Any] = {"rows": rows, "fill": fill, "scale": scale, "window": window, "sinks": sinks}
     output = _attend_chunk(query, key, value, positions, slots, **how)
-    _evict_chunk(key, value, log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
+    ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
+    log_beta = finite(log_beta) if static else log_beta
+    _evict_chunk(key, value, log_beta, positions, slots, rows=rows, fill=fill, **ranks)
     return output
 
 
@@ -139,12 +151,17 @@ def _evict_one(
     *,
     window: int | None,
     recent: int,
+    static: bool,
+    spans: Tensor | None,
 ) -> None:
     now = position[:, None, None]
-    scores = _scores(slots.log_beta, slots.position, now, window, recent)
+    scores = _scores(slots.log_beta, slots.position, now, window, recent, static=static, spans=spans)
     lowest = scores.amin(dim=-1, keepdim=True)
     loser = torch.where(scores == lowest, slots.position, -_NEVER).argmax(dim=-1, keepdim=True)  # ties: the newest goes
-    enters = (now >= 0) & ((2.0 * log_beta[..., None] > lowest) | (recent > 0))
+    own = log_beta[..., None] * (1.0 if static else 2.0)
+    if spans is not None:
+        own = own.masked_fill(protected(now, spans), torch.inf)
+    enters = (now >= 0) & ((own > lowest) | (recent > 0))
     wide = loser[..., None].expand(-1, -1, -1, key.shape[-1])
     new = (key, value, log_beta, position[:, None].expand_as(log_beta))
     # Everything is allocated before anything changes: what fails here has displaced nothing.
@@ -220,10 +237,9 @@ def _evict_chunk(
     *,
     rows: Tensor,
     fill: int,
-    window: int | None,
-    recent: int,
+    **ranks: Any,
 ) -> None:
-    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, window=window, recent=recent)
+    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, **ranks)
     row, head, token = (target >= 0).nonzero(as_tuple=True)
     at = (rows[row], head, target[row, head, token])
     slots.key[at] = key[row, head, token].to(slots.key.dtype)
@@ -232,14 +248,24 @@ def _evict_chunk(
     slots.position[at] = positions[row, token].to(torch.int32)
 
 
-def best(slots: Slots, count: int, *, seen: Tensor, window: int | None, recent: int = 0) -> Tensor:
+def best(
+    slots: Slots,
+    count: int,
+    *,
+    seen: Tensor,
+    window: int | None,
+    recent: int = 0,
+    static: bool = False,
+    spans: Tensor | None = None,
+) -> Tensor:
     """Choose the `count` slots of each head to keep when there shall be no more: `[R, Hkv, count]` int64, ascending.
 
     `seen` `[R]` int32 is how many tokens each row has been fed. Empty slots go first, and those kept stay behind the
     others.
     """
     now = seen[:, None, None] - 1
-    rank = _rank(_scores(slots.log_beta, slots.position, now, window, recent), slots.position)
+    scores = _scores(slots.log_beta, slots.position, now, window, recent, static=static, spans=spans)
+    rank = _rank(scores, slots.position)
     return rank.topk(count, dim=2, largest=False).indices.sort(dim=2).values
 
 
@@ -252,6 +278,8 @@ def survivors(
     fill: int,
     window: int | None,
     recent: int = 0,
+    static: bool = False,
+    spans: Tensor | None = None,
 ) -> Tensor:
     """Choose the best M of slots and chunk: `[B, Hkv, T]` int64, the slot that each token of the chunk takes, or −1.
 
@@ -263,9 +291,10 @@ def survivors(
     now = positions.amax(dim=1)[:, None, None]
     kept_position = slots.position[rows, :, :span]
     new_position = positions[:, None].expand(-1, log_beta.shape[1], -1)
-    kept_scores = _scores(slots.log_beta[rows, :, :span], kept_position, now, window, recent)
+    how: dict[str, Any] = {"static": static, "spans": spans}
+    kept_scores = _scores(slots.log_beta[rows, :, :span], kept_position, now, window, recent, **how)
     kept_rank = _rank(kept_scores, kept_position)
-    new_rank = _rank(_scores(log_beta, new_position, now, window, recent), new_position)
+    new_rank = _rank(_scores(log_beta, new_position, now, window, recent, **how), new_position)
     new_rank = new_rank.masked_fill(new_position < 0, _PADDING)
     losers = torch.cat([kept_rank, new_rank], dim=2).topk(length, dim=2).indices
     lost = torch.zeros(*losers.shape[:2], span + length, dtype=torch.bool, device=losers.device).scatter_(
@@ -283,24 +312,49 @@ def _dead(source: Tensor, now: Tensor, window: int | None) -> Tensor:
     return dead if window is None else dead | (source <= now - window)
 
 
-def _scores(log_beta: Tensor, position: Tensor, now: Tensor, window: int | None, recent: int = 0) -> Tensor:
-    """Return log_beta · age, where the token at `now` has age 2.
+def finite(scores: Tensor) -> Tensor:
+    """Return static scores in which nothing but a pin, +inf, is infinite: every token is worth more than no token."""
+    return scores.nan_to_num(nan=_LEAST, neginf=_LEAST, posinf=torch.inf)
 
-    The `recent` newest have +inf, what lies outside the window and empty slots −inf.
+
+def protected(position: Tensor, spans: Tensor) -> Tensor:
+    """Mark the positions `[…, B, Hkv, N]` of tokens that lie in their row's intervals `[B, 2, 2]`."""
+    first, second = spans.clamp(min=0)[:, None, None].unbind(3)  # [B, 1, 1, 2]
+    inside = [(position >= span[..., 0]) & (position < span[..., 1]) for span in (first, second)]
+    return inside[0] | inside[1]
+
+
+def _scores(
+    log_beta: Tensor,
+    position: Tensor,
+    now: Tensor,
+    window: int | None,
+    recent: int = 0,
+    *,
+    static: bool = False,
+    spans: Tensor | None = None,
+) -> Tensor:
+    """Return log_beta · age, where the token at `now` has age 2, or log_beta as it is.
+
+    The `recent` newest and what is protected have +inf, what lies outside the window and empty slots −inf.
     """
-    scores = log_beta * (now + 2 - position).float()
+    scores = log_beta if static else log_beta * (now + 2 - position).float()
     if recent:
         scores = scores.masked_fill(position > (now - recent).clamp(min=-1), torch.inf)
+    if spans is not None:
+        scores = scores.masked_fill(protected(position, spans), torch.inf)
     return scores if window is None else scores.masked_fill(position <= now - window, -torch.inf)
 
 
+_LEAST = torch.finfo(torch.float32).min
 _PADDING = torch.iinfo(torch.int64).max
 
 
 def _rank(scores: Tensor, position: Tensor) -> Tensor:
     """Return int64 that order by descending score, then ascending position: the smaller, the better; no two are equal.
 
-    Scores are ≤ 0, and the bits of a float ≥ 0 order as integers do; only a pinned token's is above, +inf.
+    The bits of floats ≥ 0 order as integers do, those of negative ones the other way round.
     """
-    bits = scores.abs().view(torch.int32).long().masked_fill(scores > 0, -1)
-    return (bits << 32) + position.long() + 2**31
+    bits = (scores.nan_to_num(nan=_LEAST, posinf=torch.inf, neginf=-torch.inf) + 0.0).view(torch.int32)  # no −0.0
+    descending = ~torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (descending.long() << 32) + position.long() + 2**31

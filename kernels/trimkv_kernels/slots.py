@@ -17,7 +17,7 @@ class Slots(NamedTuple):
 
     key: Tensor  # [R, Hkv, M, D] cache dtype, RoPE applied
     value: Tensor  # [R, Hkv, M, D] cache dtype
-    log_beta: Tensor  # [R, Hkv, M] float32, ≤ 0
+    log_beta: Tensor  # [R, Hkv, M] float32; what fades is ≤ 0, a static score any number
     position: Tensor  # [R, Hkv, M] int32
 
     @classmethod

@@ -108,3 +108,35 @@ def test_the_newest_tokens_stay(family: str, fast_path: bool, tiny_model: TinyMo
     retained = engine.kept.retained("a")
     assert min(retained.survivals()[-4:]) >= 1
     assert all(position < seen - 5 for position, _ in retained.next_out())
+
+
+@pytest.mark.parametrize(
+    ("family", "way"), [("qwen3", "fast"), ("gemma3", "fast"), ("qwen3", "slow"), ("llama", "ahead")]
+)
+def test_protected_intervals_stay_until_they_are_released(family: str, way: str, tiny_model: TinyModel) -> None:
+    """Catches intervals that one way of decoding ignores, that a resize forgets, or that outlast their release."""
+    engine = make_pinned(tiny_model(family), Pins(), replace(SHAPE, rows=2), fast_path=way == "fast")
+    cache = engine._runner.cache
+    cache.spans = torch.zeros(len(cache.seen), 2, 2, dtype=torch.int32)
+    if way == "ahead":
+        engine._runner.run_ahead(frozenset())
+    cache.protect(0, (20, 23), (0, 2))
+    cache.protect(1, (57, 59))
+    wanted = [0, 1, 20, 21, 22]
+    run(engine, [greedy("a", PROMPT, 30, keep=True), greedy("b", PROMPT[1:], 30, keep=True)])
+    whole = [index for index, window in enumerate(engine.facts.spec.windows) if window is None]
+    assert all(set(wanted) <= set(head) for index in whole for head in engine.kept.positions("a")[index])
+    assert all({57, 58} <= set(head) for index in whole for head in engine.kept.positions("b")[index])
+    retained = engine.kept.retained("a")
+    assert retained.survivals()[21] == torch.inf
+    assert not {position for position, _ in retained.next_out()} & set(wanted)
+    with pytest.raises(UsageError, match="5 tokens are pinned: 5 slots"):
+        cache.check_pins(5, [0, 1])
+    with pytest.raises(UsageError, match="11 pinned tokens leave none"):
+        engine.kept.pin("a", [p for p in engine.kept.positions("a")[whole[0]][0] if p not in wanted])
+    engine._runner.resize(6, [])
+    assert all(set(wanted) <= set(head) for index in whole for head in engine.kept.positions("a")[index])
+    cache.protect(0)
+    run(engine, [greedy("c", PROMPT, 30, keep=True, continues="a")])
+    assert any(not set(wanted) <= set(head) for index in whole for head in engine.kept.positions("c")[index])
+    assert all({57, 58} <= set(head) for index in whole for head in engine.kept.positions("b")[index])

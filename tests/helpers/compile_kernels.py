@@ -26,6 +26,7 @@ FIXED = {
     "slot_log_beta": "*fp32", "log_beta": "*fp32", "slot_position": "*i32", "position": "*i32", "positions": "*i32",
     "part_acc": "*fp32", "part_stats": "*fp32", "part_score": "*fp32", "part_loser": "*i32", "rows": "*i64",
     "target": "*i64", "journal_log_beta": "*fp32", "journal_position": "*i32", "journal_slot": "*i64", "sinks": "*fp32",
+    "spans": "*i32",
 }  # fmt: skip
 
 
@@ -43,6 +44,8 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
                     "BLOCK": chosen.block,
                     "WINDOW": window,
                     "RECENT": window,
+                    "STATIC": False,
+                    "spans": None,
                 }
                 yield f"scan {dtype} {dim} {window}", (decode._scan, dtype), scan, chosen.warps
                 wide = prefill_launch(**width)
@@ -51,7 +54,13 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
                     "WIDE": padded(dim), "WINDOW": window,
                 }  # fmt: skip
                 yield f"attend {dtype} {dim} {window}", (prefill._attend, dtype), {**attend, "sinks": None}, wide.warps
-            merge = {**shape, "SPLITS": 8, "RECENT": 0}
+            merge = {**shape, "SPLITS": 8, "RECENT": 0, "STATIC": False, "spans": None}
+            if dim == 256:
+                held = ({name: value for name, value in part.items() if name != "spans"} for part in (scan, merge))
+                static_scan, static_merge = ({**part, "STATIC": True} for part in held)
+                yield f"scan {dtype} {dim} spans", (decode._scan, dtype), static_scan, chosen.warps
+                static_merge["sinks"] = None
+                yield f"merge {dtype} {dim} spans", (decode._merge, dtype), static_merge, chosen.warps
             yield f"merge {dtype} {dim}", (decode._merge, dtype), {**merge, "sinks": None}, chosen.warps
             if dim == 64:  # that of gpt-oss
                 yield f"attend {dtype} {dim} sinks", (prefill._attend, dtype), attend, wide.warps
@@ -64,6 +73,7 @@ def extremes() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     chosen = decode_launch(programs=1, span=16_384, head_dim=128, element_size=2)
     for evict in (True, False):
         shape = {"HEADS": 1, "GROUPS": 16, "TILE": 16, "DIM": 128, "WIDE": 128, "RECENT": 0, "EVICT": evict}
+        shape |= {"STATIC": False, "spans": None}
         scan = {**shape, "SPLIT_SLOTS": chosen.split_slots, "BLOCK": chosen.block, "WINDOW": 0}
         yield f"scan bf16 16384 {evict}", (decode._scan, "bf16"), scan, chosen.warps
         merge = {**shape, "SPLITS": chosen.splits, "sinks": None}

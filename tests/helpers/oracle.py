@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+LEAST = float(np.finfo(np.float32).min)
+
 
 @dataclass
 class Head:
@@ -14,6 +16,8 @@ class Head:
 
     budget: int
     window: int | None = None
+    static: bool = False  # log_beta is the score
+    spans: tuple[tuple[int, int], ...] = ()  # half-open intervals of positions that are protected in the next step
     sinks: tuple[float, ...] = ()  # one more logit of each query head's softmax, which has no value
     keys: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
@@ -23,6 +27,11 @@ class Head:
     def score(self, position: int, seen: int) -> float:
         if self.window is not None and position <= seen - 1 - self.window:
             return -math.inf
+        if any(first <= position < end for first, end in self.spans):
+            return math.inf
+        if self.static:
+            score = float(self.log_betas[position])
+            return max(LEAST, score)  # NaN is not
         return float(np.float32(self.log_betas[position]) * np.float32(seen + 1 - position))
 
     def attend(self, query: np.ndarray, now: int, candidates: list[int], scale: float, sink: float) -> np.ndarray:

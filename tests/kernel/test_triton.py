@@ -139,6 +139,50 @@ def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 16, 70, 70, 9), (2, 2, 1, 24, 37, 20, None), (3, 1, 2, 16, 5, 5, None)])
+def test_static_scores_and_protected_intervals_equal_their_reference(
+    shape: tuple[Any, ...], static: bool, device: str
+) -> None:
+    """Catches a score times an age, a sign in the wrong order, NaN that is stored, another row's intervals."""
+    rows, heads, groups, dim, size, fill, window = shape
+    torch.manual_seed(0)
+    slots = make_slots(
+        rows=rows, heads=heads, size=size, dim=dim, fill=fill, ties=False, dtype=torch.float32, device=device
+    )
+    mine = Slots(*(tensor.clone() for tensor in slots))
+    journals = Journal.beside(slots), Journal.beside(slots)
+    settings: dict[str, Any] = {"fill": fill, "scale": dim**-0.5, "window": window, "static": static}
+    for step in range(4):
+        length = 1 if step % 2 else 6
+        first = fill + 5 + 7 * step
+        positions = torch.arange(first, first + length, dtype=torch.int32, device=device).repeat(rows, 1)
+        positions[-1] = -1 if length == 1 else positions[-1]
+        query, key, value = (torch.randn(rows, n, length, dim).to(device) for n in (heads * groups, heads, heads))
+        log_beta = (
+            torch.randn(rows, heads, length).to(device) if static else -torch.rand(rows, heads, length).to(device)
+        )
+        if static:
+            log_beta[:, :, ::3] = torch.nan if step % 2 else -torch.inf
+            slots.log_beta[:, :, :fill] += 0.4 * (step == 0)
+            mine.log_beta[:, :, :fill] += 0.4 * (step == 0)
+        settings["spans"] = torch.randint(0, first + length, (rows, 2, 2), dtype=torch.int32).to(device)
+        if length == 1:
+            one = *(tensor[:, :, 0] for tensor in (query, key, value, log_beta)), positions[:, 0]
+            want = reference.decode(*one, slots, journals[0], dense=False, **settings)[:-1]
+            got = triton_decode.decode(*one, mine, journals[1], dense=False, **settings)[:-1]
+        else:
+            chunk, at = (query, key, value, log_beta, positions), torch.arange(rows, device=device)
+            want = reference.prefill(*chunk, slots, rows=at, **settings)
+            got = triton_prefill.prefill(*chunk, mine, rows=at, **settings)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+        assert_same(mine, slots)
+        assert not slots.log_beta.isnan().any()
+        settings["fill"] = min(size, settings["fill"] + length)
+    assert_same(*journals)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
 def test_views_are_read_as_what_they_are(device: str) -> None:
     """Catches rows read as if they lay one behind the other: positions that all rows share, one column of a chunk."""
     rows, heads, groups, dim, length = 3, 2, 2, 16, 4

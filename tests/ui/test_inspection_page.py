@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -96,6 +96,28 @@ def test_the_page_needs_nothing_else_and_text_stays_text() -> None:
     assert set(re.findall(r'getElementById\("([\w-]+)"\)', script)) <= set(structure.ids)
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["pieces"][-1] == HOSTILE.replace("\x1b", "␛")
+
+
+def test_scores_that_do_not_fade_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Catches a page and a picture that speak of half-lives where there are none."""
+    case = Case(seen=60)
+    faded = case.retained()
+    retained = replace(faded, layers=tuple(replace(layer, static=True) for layer in faded.layers))
+    log_beta = [[[value + 0.1 for value in head] for head in layer] for layer in case.log_beta()]
+    log_beta[0][0][3] = math.nan
+    pieces = ["x"] * 60
+    page = inspection_page(retained, pieces, MEMORY, log_beta, model="m", gates="g", prompt_tokens=9)
+    assert '"static":true' in page
+    assert "half-life of" not in page.partition("<script")[0]
+    draw_inspection(retained, log_beta, str(tmp_path / "a.png"), model="m")
+    if CHROMIUM is not None:
+        (tmp_path / "page.html").write_text(page, encoding="utf-8")
+        with open_page(tmp_path / "profile") as browser:
+            browser.open(tmp_path / "page.html")
+            browser.hover("#t59")
+            shown = browser.run("document.body.innerText")
+            assert browser.run("score(0, 59)") in shown
+            assert "more tokens" not in shown
 
 
 def test_4000_tokens_of_8_layers_and_4_heads_stay_below_2_mb() -> None:

@@ -79,6 +79,20 @@ def test_a_share_counts_heads_and_a_survival_is_when_the_score_falls_below_the_t
     assert survival(SEEN, 150, 0.0, -1.0, 64) == 150 + 64 - SEEN
 
 
+def test_a_static_score_says_nothing_of_how_long() -> None:
+    """Catches a half-life of a score that has none, the wrong one first to go, and a pinned token that is in doubt."""
+    head = HeadMemory(positions=(0, 1, 2, 3, 4), log_beta=(0.7, -0.2, math.inf, -5.0, 0.1), threshold=-5.0)
+    free = HeadMemory(positions=(5,), log_beta=(1.0,), threshold=None)
+    layer = LayerMemory(slots=5, window=None, static=True, protected=((3, 4),), heads=(head, free))
+    retained = Retained(seen=6, layers=(layer,))
+    assert [str(expected) for expected in retained.survivals()] == ["nan", "nan", "inf", "inf", "nan", "inf"]
+    assert retained.next_out() == [(1, 1)]
+    look = Look(width=80)
+    table = look.paint(survival_table(retained, PIECES, look, start=0, stop=3)).splitlines()
+    assert table[1].split() == ["0", "50%", "<|im_start|>"]
+    assert look.infinity in table[3]
+
+
 def test_the_map_has_64_bins_of_the_mean_share() -> None:
     """Catches bins that lose positions, and a height that is not the share of (layer, head) pairs."""
     shares = [1.0] * 100 + [0.0] * 100

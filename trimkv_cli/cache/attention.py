@@ -29,7 +29,9 @@ ATTENTION_NAME = "trimkv"
 
 
 class Gate(Protocol):
-    """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]` ≤ 0.
+    """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]`.
+
+    It is ≤ 0 where scores fade, any number where they are static.
 
     A `RetentionGate` that `reads_kv` is given those as `kv_states` instead.
     """
@@ -42,7 +44,8 @@ class Step:
     """Say what one forward feeds to which rows of the cache.
 
     `rows` is None in decode: one token for each of the first B rows. `longest` is the largest number of tokens that a
-    fed row has seen before; `shortest` the smallest. Tokens before `pinned` of their row are never evicted.
+    fed row has seen before; `shortest` the smallest. Tokens before `pinned` of their row are never evicted, and those
+    at positions in `spans`, half-open intervals that are empty where they end no later than they begin, not now.
     """
 
     positions: Tensor  # [B, T] int32, −1 = no token
@@ -50,6 +53,7 @@ class Step:
     longest: int
     shortest: int
     pinned: Tensor | None = None  # [B] int32
+    spans: Tensor | None = None  # [B, 2, 2] int32
     lengths: tuple[int, ...] = ()  # in prefill, how many tokens each row is fed, the last of its positions
 
 
@@ -235,7 +239,8 @@ def retention_attention(
     assert log_beta is not None
     slots, window, operations = layer_cache.slots, layer_cache.window, layer_cache.operations
     fill = min(step.longest, layer_cache.size)
-    settings: dict[str, Any] = {"fill": fill, "scale": scaling, "window": window, "recent": layer_cache.recent}
+    settings: dict[str, Any] = {"fill": fill, "scale": scaling, "window": window, **layer_cache.ranks}
+    settings["spans"] = step.spans
     if s_aux is not None:
         settings["sinks"] = s_aux
     if step.rows is None:

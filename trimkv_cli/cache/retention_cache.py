@@ -16,14 +16,14 @@ from trimkv_cli.errors import UsageError
 from trimkv_cli.events import HeadMemory, LayerMemory, Retained
 from trimkv_cli.model.families import StateShape
 from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
-from trimkv_kernels.reference import best
+from trimkv_kernels.reference import best, protected
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """The slots of one layer, what its last decode displaced, what works on them, its window and its pinned newest.
 
-    The query itself counts in the window; None = no window.
+    The query itself counts in the window; None = no window. Where scores are `static`, log_beta is the score.
     """
 
     slots: Slots
@@ -31,7 +31,13 @@ class LayerCache:
     window: int | None
     operations: Operations
     recent: int = 0
+    static: bool = False
     pool: tuple[SlotPool, int] | None = None  # whose layer this is, on a CPU
+
+    @property
+    def ranks(self) -> dict[str, Any]:
+        """How the operations rank its tokens, beside the window."""
+        return {"recent": self.recent, "static": self.static}
 
     @property
     def size(self) -> int:
@@ -53,6 +59,9 @@ class RetentionCache:
 
     `seen[row]` counts the tokens that a row has been fed, on the host: its fill is min(seen, slots), so nothing has to
     be read from the device.
+
+    `spans` `[rows, 2, 2]` int32, where sequences have protected tokens, are the half-open intervals of positions that
+    `protect` named for each row. They follow no copy: whoever gives a row to a sequence names its own.
     """
 
     def __init__(
@@ -66,11 +75,14 @@ class RetentionCache:
         dtype: torch.dtype,
         device: torch.device,
         recent: int = 0,
+        static: bool = False,
+        protects: bool = False,
         evicts: bool = True,
         state: StateShape | None = None,
     ) -> None:
         self.kv_budget = kv_budget
         self.recent = recent
+        self.spans = torch.zeros(rows, 2, 2, dtype=torch.int32, device=device) if protects else None
         self.rebase: Rebase | None = None  # set where sequences may outgrow the model's positions
         self.seen = [0] * rows
         self._missing = [[0] * rows for _ in windows]  # of the tokens seen, those lost while there were fewer slots
@@ -79,15 +91,18 @@ class RetentionCache:
         operations = operations_for(device)
         if not evicts:
             operations = operations._replace(decode=partial(operations.decode, evict=False))
-        self.pools = _make_pools(windows, sizes, recent, shape) if device.type == "cpu" else {}
+        ranks: dict[str, Any] = {"recent": recent, "static": static}
+        self.pools = _make_pools(windows, sizes, ranks, shape) if device.type == "cpu" else {}
         self.layers: list[LayerCache] = []
         for index, (window, size) in enumerate(zip(windows, sizes, strict=True)):
             if window in self.pools:
                 pool, place = self.pools[window], windows[:index].count(window)
-                layer = LayerCache(pool.slots(place), pool.journal(place), window, operations, recent, (pool, place))
+                layer = LayerCache(
+                    pool.slots(place), pool.journal(place), window, operations, **ranks, pool=(pool, place)
+                )
             else:
                 slots = Slots.empty(slots=size, device=device, **shape)
-                layer = LayerCache(slots, Journal.beside(slots), window, operations, recent)
+                layer = LayerCache(slots, Journal.beside(slots), window, operations, **ranks)
             self.layers.append(layer)
         self.states = () if state is None else _make_states(state, rows, device)
 
@@ -114,7 +129,7 @@ class RetentionCache:
             if size > layer.size:
                 self._missing[index] = [seen - n for seen, n in zip(self.seen, used, strict=True)]
             if layer.pool is None and size != layer.size:
-                self.layers[index] = _resized(layer, size, self._seen_tensor())
+                self.layers[index] = _resized(layer, size, self._seen_tensor(), self.spans)
         for pool, resize in pools:
             resize()
             self._show(pool)
@@ -128,7 +143,8 @@ class RetentionCache:
         rows, heads = pool.slots(0).position.shape[:2]
         keep = torch.empty(len(places), rows, heads, count, dtype=torch.int64)
         for chosen, place in zip(keep, places, strict=True):
-            chosen.copy_(best(pool.slots(place), count, seen=seen, window=pool.window, recent=pool.recent))
+            how: dict[str, Any] = {"recent": pool.recent, "static": pool.static, "spans": self.spans}
+            chosen.copy_(best(pool.slots(place), count, seen=seen, window=pool.window, **how))
         return pool.resizing(keep, size)
 
     def _show(self, pool: SlotPool) -> None:
@@ -205,8 +221,9 @@ class RetentionCache:
         """Make `row` what `save_row` copied when it had seen `seen` tokens; of more than there are slots, the best."""
         self.clear(row)
         self.seen[row] = seen
+        spans = None if self.spans is None else self.spans[row : row + 1].cpu()
         for layer, missing, kept in zip(self.layers, self._missing, saved_row.layers, strict=True):
-            saved = _at_most(kept, layer, seen)
+            saved = _at_most(kept, layer, seen, spans)
             count = saved.position.shape[2]
             missing[row] = seen - count if count < layer.size else 0
             target = layer.slots.rows(row, 1).head(count)
@@ -234,8 +251,10 @@ class RetentionCache:
         wanted = torch.tensor(sorted(positions), dtype=torch.int32, device=self.layers[0].slots.position.device)
         chosen = [torch.isin(layer.slots.position[row], wanted) for layer in self.layers]
         for layer, mask in zip(self.layers, chosen, strict=True):
-            most = int((mask | (layer.slots.log_beta[row] == torch.inf)).sum(-1).max())
-            most += self.recent
+            pinned = mask | (layer.slots.log_beta[row] == torch.inf)
+            if self.spans is not None:
+                pinned = pinned | protected(layer.slots.position[row], self.spans[row : row + 1])[0]
+            most = int(pinned.sum(-1).max()) + self.recent
             if most >= layer.size:
                 raise UsageError(
                     f"{most} pinned tokens leave none of {layer.size} slots per head to the others", hint="pin less"
@@ -251,13 +270,21 @@ class RetentionCache:
             UsageError: that size.
         """
         for layer in self.layers:
-            pinned = (layer.slots.log_beta[list(rows)] == torch.inf).sum(-1)
-            most = self.recent + (int(pinned.max()) if rows else 0)
+            pinned = layer.slots.log_beta[list(rows)] == torch.inf
+            if self.spans is not None:
+                pinned = pinned | protected(layer.slots.position[list(rows)], self.spans[list(rows)])
+            most = self.recent + (int(pinned.sum(-1).max()) if rows else 0)
             if most >= _size(kv_budget, layer.window):
                 raise UsageError(
                     f"{most} tokens are pinned: {kv_budget} slots per head leave none to the others",
                     hint=f"{most + 1} slots or more",
                 )
+
+    def protect(self, row: int, *spans: tuple[int, int]) -> None:
+        """Keep what `row` holds, or is fed, at positions in up to two half-open intervals, until others are named."""
+        assert self.spans is not None, "made to protect nothing"
+        named = [*spans, (0, 0), (0, 0)][:2]
+        self.spans[row].copy_(torch.tensor(named, dtype=torch.int32), non_blocking=True)
 
     def ages(self, row: int) -> torch.Tensor:
         """Return the ages in tokens of all that `row` keeps, in ascending order, in host memory."""
@@ -266,7 +293,8 @@ class RetentionCache:
 
     def retained(self, row: int) -> Retained:
         """Return what every layer and head holds of `row`, with the lowest score of each head that is full."""
-        layers = (_remembered(layer, row, self.seen[row]) for layer in self.layers)
+        spans = () if self.spans is None else tuple((a, b) for a, b in self.spans[row].tolist() if a < b)
+        layers = (_remembered(layer, row, self.seen[row], spans) for layer in self.layers)
         return Retained(seen=self.seen[row], layers=tuple(layers))
 
     def kept_per_head(self, row: int) -> int:
@@ -286,12 +314,11 @@ def _size(kv_budget: int, window: int | None) -> int:
     return kv_budget if window is None else min(kv_budget, window)
 
 
-def _resized(layer: LayerCache, size: int, seen: Tensor) -> LayerCache:
+def _resized(layer: LayerCache, size: int, seen: Tensor, spans: Tensor | None) -> LayerCache:
     """Return a layer with another number of slots, which holds the best of the old ones."""
     old, count = layer.slots, min(size, layer.size)
-    taken = (
-        old.taken(best(old, count, seen=seen, window=layer.window, recent=layer.recent)) if count < layer.size else old
-    )
+    how: dict[str, Any] = {"seen": seen, "window": layer.window, "spans": spans, **layer.ranks}
+    taken = old.taken(best(old, count, **how)) if count < layer.size else old
     rows, heads, _, head_dim = old.key.shape
     made = Slots.empty(
         rows=rows, num_kv_heads=heads, slots=size, head_dim=head_dim, dtype=old.key.dtype, device=old.key.device
@@ -301,20 +328,20 @@ def _resized(layer: LayerCache, size: int, seen: Tensor) -> LayerCache:
     return replace(layer, slots=made, journal=Journal.beside(made))
 
 
-def _at_most(saved: Slots, layer: LayerCache, seen: int) -> Slots:
+def _at_most(saved: Slots, layer: LayerCache, seen: int, spans: Tensor | None = None) -> Slots:
     """Return the best of a saved row that a layer has slots for."""
     if saved.position.shape[2] <= layer.size:
         return saved
     fed = torch.tensor([seen], dtype=torch.int32)
-    return saved.taken(best(saved, layer.size, seen=fed, window=layer.window, recent=layer.recent))
+    return saved.taken(best(saved, layer.size, seen=fed, window=layer.window, spans=spans, **layer.ranks))
 
 
 def _make_pools(
-    windows: Sequence[int | None], sizes: Sequence[int], recent: int, shape: Mapping[str, Any]
+    windows: Sequence[int | None], sizes: Sequence[int], ranks: Mapping[str, Any], shape: Mapping[str, Any]
 ) -> dict[int | None, SlotPool]:
     """Allocate the layers of each window together."""
     return {
-        window: SlotPool(layers=windows.count(window), slots=size, window=window, recent=recent, **shape)
+        window: SlotPool(layers=windows.count(window), slots=size, window=window, **ranks, **shape)
         for window, size in dict(zip(windows, sizes, strict=True)).items()
     }
 
@@ -326,15 +353,19 @@ def _make_states(shape: StateShape, rows: int, device: torch.device) -> tuple[Li
     )
 
 
-def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:
+def _remembered(layer: LayerCache, row: int, seen: int, spans: tuple[tuple[int, int], ...]) -> LayerMemory:
     positions, log_betas = layer.slots.position[row].cpu(), layer.slots.log_beta[row].cpu()  # [Hkv, M]
     first = 0 if layer.window is None else max(0, seen - layer.window)
     heads = []
     for position, log_beta in zip(positions, log_betas, strict=True):
         held = (position >= first).nonzero()[:, 0]
         held = held[position[held].argsort()]
-        scores = log_beta[held] * (seen + 1 - position[held]).float()
+        ages = (seen + 1 - position[held]).float()
+        scores = log_beta[held] if layer.static else log_beta[held] * ages
         scores = scores.masked_fill(position[held] >= seen - layer.recent, torch.inf)
+        for first_protected, end in spans:
+            inside = (position[held] >= first_protected) & (position[held] < end)
+            scores = scores.masked_fill(inside, torch.inf)
         heads.append(
             HeadMemory(
                 positions=tuple(position[held].tolist()),
@@ -342,4 +373,11 @@ def _remembered(layer: LayerCache, row: int, seen: int) -> LayerMemory:
                 threshold=float(scores.min()) if len(held) == layer.size else None,
             )
         )
-    return LayerMemory(slots=layer.size, window=layer.window, recent=layer.recent, heads=tuple(heads))
+    return LayerMemory(
+        slots=layer.size,
+        window=layer.window,
+        recent=layer.recent,
+        static=layer.static,
+        protected=spans,
+        heads=tuple(heads),
+    )

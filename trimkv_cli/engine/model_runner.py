@@ -103,6 +103,8 @@ class ModelRunner:
     def move(self, source: int, target: int) -> None:
         """Let the sequence in row `source` go on in row `target`."""
         self.cache.copy(source, target)
+        if self.cache.spans is not None:
+            self.cache.spans[target] = self.cache.spans[source]
         self.sampler.move_row(source, target)
         if self._ahead is not None:
             self._ahead.move(source, target)
@@ -131,6 +133,7 @@ class ModelRunner:
             longest=max(starts),
             shortest=min(starts),
             pinned=self._system_lengths(batch) if self._pins_system else None,
+            spans=self._spans([c.row.index for c in batch.chunks]),
             lengths=tuple(len(chunk.token_ids) for chunk in batch.chunks),
         )
         logits = self._forward(self._tensor(ids, torch.int64), step, long_rope=batch.chunks[0].row.long_rope)
@@ -155,6 +158,13 @@ class ModelRunner:
         rows = (chunk.row for chunk in batch.chunks)
         return self._tensor([row.request.prefix_len if row.base == 0 else 0 for row in rows], torch.int32)
 
+    def _spans(self, rows: slice | Sequence[int]) -> Tensor | None:
+        """Return the protected intervals of some rows, as a view of neighbours."""
+        spans = self.cache.spans
+        if spans is None:
+            return None
+        return spans[rows] if isinstance(rows, slice) else spans[self._tensor(rows, torch.int64)]
+
     def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
         in_step = self.trace is not None or self._is_full(batch.rows)
         ready = None if self._ahead is None else self._ahead.step(batch.rows, in_step=in_step)
@@ -171,18 +181,20 @@ class ModelRunner:
         seen = [row.seen for row in batch.rows]
         held = min(self.cache.held(row.index) for row in batch.rows)
         position = self._tensor(positions, torch.int32)
+        spans = self._spans(slice(count))
         if self._decoder is not None:
             self._rotate(long=batch.rows[0].long_rope)
             dense = held >= self.cache.kv_budget
             shown = (
                 None if self.cache.rebase is None else self.cache.rebase.model_positions(position[:, None], None)[:, 0]
             )
-            logits, log_beta = self._decoder.step(self._tensor(ids, torch.int64), position, dense=dense, shown=shown)
+            fed = self._tensor(ids, torch.int64)
+            logits, log_beta = self._decoder.step(fed, position, dense=dense, shown=shown, spans=spans)
             for layer, traced in enumerate(self.trace or ()):
                 traced.append(log_beta[layer, :, :, None])
         else:
             longest = sys.maxsize if self._decode_rows else max(seen)
-            step = Step(positions=position[:, None], rows=None, longest=longest, shortest=held)
+            step = Step(positions=position[:, None], rows=None, longest=longest, shortest=held, spans=spans)
             logits = self._forward(self._tensor(ids, torch.int64)[:, None], step, long_rope=batch.rows[0].long_rope)
         for row in batch.rows:
             self.cache.seen[row.index] += 1
@@ -202,7 +214,8 @@ class ModelRunner:
 
     def _forward_static(self, ids: Tensor, position: Tensor, count: int) -> Tensor:
         """Decode the first `count` rows over all their slots, whatever is in them, reading nothing on the host."""
-        step = Step(positions=position[:count, None], rows=None, longest=sys.maxsize, shortest=0)
+        spans = self._spans(slice(count))  # a view: a graph reads what they are then
+        step = Step(positions=position[:count, None], rows=None, longest=sys.maxsize, shortest=0, spans=spans)
         return self._forward(ids[:count, None], step, long_rope=False)
 
     def _rotate(self, *, long: bool) -> None:

@@ -57,6 +57,7 @@ def assemble(
         dtype=kv_dtype,
         device=model.device,
         recent=facts.pins.recent,
+        static=facts.gate.static,
         evicts=evicts,
         state=spec.state,
     )

@@ -34,6 +34,7 @@ QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "int4", "nf4", "store
 PACKED: tuple[Quantisation, ...] = ("int8", "int4", "stored")  # on a CPU, by torch's own products
 SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
 _POSITION_BYTES = 4
+_STATIC_VARIANTS: frozenset[str] = frozenset({"kvzap", "fastkvzip", "keydiff"})
 TRAINED_VARIANTS: Mapping[str, TrainedVariant] = {"rg": "rg", "rg10": "rg10", "rg2": "rg2", "rg3": "rg3"}
 _JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
 STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -274,6 +275,11 @@ class GateSpec:
     def kept(self) -> int:
         """The first tokens of a sequence that this gate itself never evicts."""
         return self.sinks if self.variant == "streaming" else 0
+
+    @property
+    def static(self) -> bool:
+        """Whether its score of a token is the same at any age, and of any sign."""
+        return self.variant in _STATIC_VARIANTS
 
     @property
     def reads_kv(self) -> bool:

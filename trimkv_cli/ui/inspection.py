@@ -97,12 +97,26 @@ def inspection_page(
         title=escape(f"What the cache kept: {neutralise(model)}"),
         headline=escape(facts),
         version=__version__,
+        **_NOTES[retained.static],
         style=style,
         style_hash=_source_hash(style),
         script=script,
         script_hash=_source_hash(script),
         data=_as_script(_data(retained, log_beta, pieces, memory, prompt_tokens)),
     )
+
+
+_NOTES = {
+    False: {
+        "each_cell": "Each cell: the half-life of the token's score in tokens; with ✓ the head keeps it, for about as"
+        " long as the second number says (an estimate: it moves with what comes).",
+        "worth": "still worth, β<sup>age</sup>",
+    },
+    True: {
+        "each_cell": "Each cell: the token's score, which does not fade; with ✓ the head keeps it.",
+        "worth": "worth, beside the others of its head",
+    },
+}
 
 
 def _data(
@@ -122,6 +136,7 @@ def _data(
         "log_beta": _base64(values.tobytes()),
         "kept": _base64(_bits(retained)),
         "next_out": retained.next_out(),
+        "static": retained.static,
         "memory": asdict(memory),
         "pieces": [neutralise(piece) for piece in pieces],
     }
@@ -194,7 +209,13 @@ def _draw_head(panel: Any, retained: Retained, head: HeadMemory, log_beta: Any) 
 
     edges = np.unique(np.linspace(0, retained.seen, min(_BINS, retained.seen) + 1).astype(int))
     ages = (edges[1:, None] - 1) - np.arange(retained.seen)[None]
-    worth = np.exp(np.minimum(np.asarray(log_beta)[None], 0.0) * np.maximum(ages, 0))  # a pinned token loses nothing
+    scores = np.asarray(log_beta)[None]
+    if retained.static:
+        known = scores[np.isfinite(scores)]
+        least, most = (known.min(), known.max()) if len(known) else (0.0, 0.0)
+        worth = np.minimum((scores - least) / ((most - least) or 1.0), 1.0) + np.zeros(ages.shape)
+    else:
+        worth = np.exp(np.minimum(scores, 0.0) * np.maximum(ages, 0))  # a pinned token loses nothing
     values = np.nan_to_num(np.where(ages >= 0, worth, 0.0))
     means = np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)
     extent = (0, retained.seen, retained.seen, 0)

@@ -75,6 +75,8 @@ def next_out_line(retained: Retained, pieces: Sequence[str], look: Look, *, most
 
 
 def format_tokens(count: float, look: Look) -> str:
+    if math.isnan(count):
+        return ""
     if math.isinf(count):
         return look.infinity
     rounded = round(count) if count < 100 else int(float(f"{count:.2g}"))

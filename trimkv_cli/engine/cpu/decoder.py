@@ -74,20 +74,31 @@ class Decoder:
         """Let go of where slots and weights lie, before they move."""
         self._layers_of_step.forget()
 
-    def step(self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        ids: Tensor,
+        position: Tensor,
+        *,
+        dense: bool,
+        shown: Tensor | None = None,
+        spans: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Feed `ids` `[B]` at `position` `[B]` int32 to the first B rows, and keep the best M of each head.
 
         A row at −1 has no token: its slots stay as they are. `dense`: every row with a token has all its slots in use.
-        `shown` `[B]` are the positions that the model sees, when they are others.
+        `shown` `[B]` are the positions that the model sees, when they are others; what lies in `spans` `[B, 2, 2]`
+        int32 is protected.
 
         Returns:
             The logits `[B, V]`, and log_beta `[L, B, Hkv]` of the tokens.
         """
         # Threads sleep between steps, and one does small products sooner than others wake.
         with on_threads(None if len(ids) * self._widest >= WORTH_WAKING else 1):
-            return self._step(ids, position, dense=dense, shown=shown)
+            return self._step(ids, position, dense=dense, shown=shown, spans=spans)
 
-    def _step(self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None, spans: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         biases = [pool.begin(position, dense=dense) for pool in self._pools]
         angles = (position if shown is None else shown).clamp(min=0)[:, None, None].float()
         rotations = [each for kind in self._rotations for each in self._rotation(angles, kind)]
@@ -97,7 +108,7 @@ class Decoder:
         log_beta = self._gates(entering, position)
         ranked = log_beta.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else log_beta
         for owner, layers in enumerate(self._layers if self._evicts else ()):
-            self._pools[owner].evict(ranked if len(self._pools) == 1 else ranked[layers], position)
+            self._pools[owner].evict(ranked if len(self._pools) == 1 else ranked[layers], position, spans)
         return self._head(self._norm(x)), log_beta
 
     def _through(self, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

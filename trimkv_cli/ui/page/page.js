@@ -17,10 +17,12 @@ for (let p = 0; p < seen; p++) shares[p] /= size;
 function survival(h, p) {
   const window = windows[Math.floor(h / heads)];
   const inWindow = window === null ? Infinity : p + window - seen;
-  if (threshold(h) === null || at(h, p) >= 0) return Math.max(0, inWindow);
+  if (threshold(h) === null || at(h, p) === Infinity || (at(h, p) >= 0 && !data.static)) return Math.max(0, inWindow);
+  if (data.static) return NaN; // such a score says nothing of that
   return Math.max(0, Math.min(inWindow, p + threshold(h) / at(h, p) - seen - 1));
 }
 const halfLife = (h, p) => (at(h, p) >= 0 ? Infinity : Math.log(0.5) / at(h, p));
+const score = (h, p) => (Number.isFinite(at(h, p)) ? at(h, p).toFixed(2) : count(at(h, p)));
 const tenths = (share) => String(Math.min(9, Math.floor(share * 10)));
 function count(x) {
   if (Number.isNaN(x)) return "?"; // let go before anybody looked
@@ -76,7 +78,7 @@ function choose(p, { scroll = false } = {}) {
 function drawDetail(p) {
   let holders = 0, longest = 0;
   for (let h = 0; h < size; h++) if (kept(h, p)) { holders++; longest = Math.max(longest, survival(h, p)); }
-  const left = holders ? `; the last of them for about ${count(longest)} more tokens` : "";
+  const left = holders && !data.static ? `; the last of them for about ${count(longest)} more tokens` : "";
   document.getElementById("detail-text").textContent =
     `“${shown(p)}” at position ${p} of ${seen}: ${p < data.prompt_tokens ? "prompt" : "answer"}, kept by ${holders} of ${size} heads${left}.`;
   const names = Array.from({ length: heads }, (_, head) => heading(`head ${head}`, "col"));
@@ -84,6 +86,7 @@ function drawDetail(p) {
     heading(`layer ${layer}`, "row"),
     ...Array.from({ length: heads }, (_, head) => {
       const h = layer * heads + head;
+      if (data.static) return kept(h, p) ? cell(`✓ ${score(h, p)}`, "kept") : cell(score(h, p));
       const life = count(halfLife(h, p));
       return kept(h, p) ? cell(`✓ ${life} · ${count(survival(h, p))}`, "kept") : cell(life);
     }),
@@ -110,16 +113,23 @@ function drawMap() {
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+// Where a score lies between the lowest and the highest that a head gave.
+function staticWorth(h) {
+  let least = Infinity, most = -Infinity;
+  for (let p = 0; p < seen; p++) if (Number.isFinite(at(h, p))) { least = Math.min(least, at(h, p)); most = Math.max(most, at(h, p)); }
+  return (p) => (at(h, p) === Infinity ? 1 : (at(h, p) - least) / (most - least || 1));
+}
+
 function drawMatrix(canvas, h) {
   const edge = Math.min(canvas.width, 256), bins = Math.min(edge, seen), context = canvas.getContext("2d");
   const [red, green, blue] = colour("--held").split(" ").map(Number);
-  const image = context.createImageData(bins, bins);
+  const image = context.createImageData(bins, bins), worth = data.static ? staticWorth(h) : (p, age) => (at(h, p) >= 0 ? 1 : Math.exp(at(h, p) * age));
   for (let y = 0; y < bins; y++) {
     const now = Math.floor(((y + 1) * seen) / bins) - 1;
     for (let x = 0; x <= y; x++) {
       const from = Math.floor((x * seen) / bins), to = Math.min(now + 1, Math.floor(((x + 1) * seen) / bins));
       let sum = 0;
-      for (let p = from; p < to; p++) sum += at(h, p) >= 0 ? 1 : Math.exp(at(h, p) * (now - p)) || 0;
+      for (let p = from; p < to; p++) sum += worth(p, now - p) || 0;
       image.data.set([red, green, blue, to > from ? Math.round((255 * sum) / (to - from)) : 0], 4 * (y * bins + x));
     }
   }
