@@ -110,7 +110,8 @@ class Request:
     """One prompt and how to continue it.
 
     `prefix_len` is where the system message ends in `prompt_token_ids` (0 = no such boundary): a chunk ends there, and
-    requests with the same prefix share its prefill. With `keep` the row stays after the last token, for a later request
+    requests with the same prefix share its prefill. `document_len` is a later such boundary: where a text ends that
+    several requests ask about. With `keep` the row stays after the last token, for a later request
     that names this one in `continues`: that one feeds only what is new, beginning with this one's last output token.
     Requests of one `same_prompt` group have the same prompt: those that get their rows in time share its whole prefill.
     `context` is how long the sequence may become over all its turns (0 = this request alone).
@@ -120,10 +121,16 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     prefix_len: int = 0
+    document_len: int = 0
     same_prompt: str | None = None
     keep: bool = False
     continues: str | None = None
     context: int = 0
+
+    @property
+    def shared_len(self) -> int:
+        """How many prompt tokens other requests may share."""
+        return max(self.prefix_len, self.document_len)
 
     def fitted(self, room: int, *, least: int = 1) -> Request:
         """Return a request whose answer takes no more than the `room` that is left, where that is `least` tokens."""

@@ -16,7 +16,7 @@ COMMANDS = (
     "--context 1000 --policies streaming,random --budgets 32,64,128 --samples {few}",
     "--context 2000 --policies full --samples {questions}",
 )
-_EVAL = "eval {model} --tasks recall {command} --seed {seed} --json -q"
+_EVAL = "eval {model} --tasks recall {command} --seed {seed} --logprob --json -q"
 
 
 def main() -> None:

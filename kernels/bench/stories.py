@@ -17,7 +17,7 @@ from bench.record import run_trimkv, write_record
 from examples.mini.texts import ask_about, make_story
 from trimkv_cli.mini.language import TOKENS_PER_WORD
 
-EVAL = "--policies full,gates --budgets 32,64,128 --prefill-chunk 32 --json -q"
+EVAL = "--policies full,gates --budgets 32,64,128 --prefill-chunk 32 --logprob --json -q"
 PLACES = {"before": 1.0, "after": 0.0}
 FACTS = 4
 

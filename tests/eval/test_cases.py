@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli.errors import InputError
-from trimkv_cli.eval.exam import Sample, read_samples
+from trimkv_cli.eval.samples import Sample, read_samples
 
 GOOD = '{"messages": [{"role": "user", "content": "Where?"}], "answer": "Here."}'
 
@@ -22,7 +22,7 @@ def test_messages_and_prompts_are_read(tmp_path: Path) -> None:
     """Catches a shape of line that is lost, and lines beyond the limit."""
     path = _write(tmp_path, GOOD, "", '{"id": 3, "prompt": "2 + 2 =", "answer": "4"}', GOOD)
     first = Sample(answer="Here.", messages=({"role": "user", "content": "Where?"},))
-    assert read_samples(path, limit=2) == [first, Sample(answer="4", prompt="2 + 2 =")]
+    assert read_samples(path, limit=2) == [first, Sample(answer="4", prompt="2 + 2 =", id="3")]
 
 
 @pytest.mark.parametrize(

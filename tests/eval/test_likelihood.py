@@ -38,7 +38,7 @@ def test_log_likelihood_is_that_of_the_expected_answer(tmp_path: Path, answers: 
     lines = [{"messages": [{"role": "user", "content": ASKED}], "answer": answer} for answer in answers]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     engine = EngineOptions(model="mini", threads=1, dtype="fp32")
-    asked = EvalOptions(tasks=(), data=str(data), budgets=("100",), policies=("full", "gates"))
+    asked = EvalOptions(tasks=(), data=str(data), budgets=("100",), policies=("full", "gates"), logprob=True)
     rows = evaluate(find_source(engine, weights=True), engine, asked, say=lambda _: None)
     expected = [value for answer in answers for value in by_transformers(answer)]
     for row in rows:

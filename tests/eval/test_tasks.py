@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trimkv_cli.eval.exam import TASKS, Sample, draw_samples
+from trimkv_cli.eval.mini_tasks import MINI_TASKS, draw_mini
+from trimkv_cli.eval.samples import Sample
 
 
 def _measure(case: Sample) -> int:
@@ -12,10 +13,10 @@ def _measure(case: Sample) -> int:
 
 
 def _cases(task: str, *, count: int = 8, seed: int = 7, tokens: int = 600) -> list[Sample]:
-    return draw_samples(task, count=count, tokens=tokens, seed=seed, measure=_measure)
+    return draw_mini(task, count=count, tokens=tokens, seed=seed, measure=_measure)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", MINI_TASKS)
 def test_a_seed_fixes_the_questions(task: str) -> None:
     """Catches questions that depend on anything but task, seed and number."""
     assert _cases(task) == _cases(task)
@@ -23,7 +24,7 @@ def test_a_seed_fixes_the_questions(task: str) -> None:
     assert not set(map(repr, _cases(task))) & set(map(repr, _cases(task, seed=8)))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", MINI_TASKS)
 def test_the_answer_is_in_the_text(task: str) -> None:
     """Catches a question that nobody could answer."""
     for case in _cases(task):
@@ -36,11 +37,11 @@ def test_the_answer_is_in_the_text(task: str) -> None:
         assert case.messages[-1]["role"] == "user"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", MINI_TASKS)
 def test_conversations_have_the_wanted_length(task: str) -> None:
     """Catches a context that is counted in words, or not at all."""
     lengths = [_measure(case) for case in _cases(task, count=30)]
-    if task == "multi-turn":  # asked all along
+    if task == "mini-multi-turn":  # asked all along
         assert max(lengths) <= 600 * 1.2
         assert min(lengths) < 300
     else:
@@ -49,4 +50,4 @@ def test_conversations_have_the_wanted_length(task: str) -> None:
 
 def test_a_short_context_still_holds_a_question() -> None:
     """Catches an endless search for a conversation that is long enough to hold a question."""
-    assert all(len(_cases(task, tokens=10, count=2)) == 2 for task in TASKS)
+    assert all(len(_cases(task, tokens=10, count=2)) == 2 for task in MINI_TASKS)

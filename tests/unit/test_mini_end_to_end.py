@@ -61,7 +61,13 @@ def test_gates_trained_anew_beat_streaming(tmp_path: Path) -> None:
     gates = train_gates(str(MODEL_FOLDER), tmp_path, SOME_STEPS)
     engine = EngineOptions(model=str(MODEL_FOLDER), gates=gates, threads=1)
     asked = EvalOptions(
-        tasks=("recall",), context=200, samples=20, budgets=("48",), policies=("gates", "streaming"), prefill_chunk=16
+        tasks=("recall",),
+        context=200,
+        samples=20,
+        budgets=("48",),
+        policies=("gates", "streaming"),
+        prefill_chunk=16,
+        logprob=True,
     )
     kept, streamed = evaluate(find_source(engine, weights=True), engine, asked, say=lambda _: None)
     assert kept.accuracy >= streamed.accuracy + 0.2

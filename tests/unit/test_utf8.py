@@ -13,7 +13,7 @@ from trimkv_cli.commands.documents import Reader
 from trimkv_cli.commands.prompts import fill, gather, read_system, read_template
 from trimkv_cli.commands.summarize.texts import SummaryStyle
 from trimkv_cli.errors import InputError, NotUtf8, TrimkvError
-from trimkv_cli.eval.exam import read_samples
+from trimkv_cli.eval.samples import read_samples
 from trimkv_cli.files import as_text
 from trimkv_cli.loading.options import SamplingOptions
 from trimkv_cli.settings import load_settings

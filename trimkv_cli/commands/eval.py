@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from trimkv_cli.eval.scoring import EvalResult
     from trimkv_cli.loading.sources import Source
 
-_BUDGETS = "32,64,128"
+_BUDGETS, _MINI_BUDGETS = "128,256", "32,64,128"
+_MINI_TASKS = "recall,kv-retrieval,mini-multi-turn,procedure"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,17 +29,29 @@ class ExamOptions:
     """What is asked, at which budgets, and how answers are judged; as typed."""
 
     tasks: str | None = option(
-        None, "Of recall, kv-retrieval, multi-turn, procedure; default: all, or none with --data.", "LIST"
+        None,
+        "Of needle; in mini's own language recall, kv-retrieval, mini-multi-turn, procedure. Default: needle (mini: its"
+        " own), or none with --data.",
+        "LIST",
+    )
+    text: list[str] | None = option(
+        None, "Real text to hide facts in, UTF-8; may be given several times. Default: a short sample.", "FILE"
     )
     data: str | None = option(
         None,
         'Your own questions: lines {"messages": [...], "answer": "..."}, or "prompt" for a text to continue.',
         "FILE.jsonl",
     )
-    budgets: str | None = option(None, f"Slots per KV head, as --kv-budget; default {_BUDGETS}.", "LIST")
+    budgets: str | None = option(
+        None, f"Slots per KV head, as --kv-budget; default {_BUDGETS} (mini: {_MINI_BUDGETS}).", "LIST"
+    )
     policies: str = option(",".join(POLICIES), "What to compare, in this order.", "LIST")
     samples: int | None = option(None, "Questions per task; default 100, and all lines of --data.", "N")
-    match: Match = option("exact", "exact: in mini's own wording; contains: in any wording.")
+    match: Match | None = option(
+        None,
+        "exact: the answer and nothing else; contains: in any wording. Default: contains for real text, else exact.",
+    )
+    logprob: bool = option(False, "Find the log probability of the expected answers too, which reads most twice.")
     max_tokens: int | None = option(
         None, "Most tokens of an answer; default: as the expected one.", "N", short="-n", setting=True
     )
@@ -51,13 +64,16 @@ def evaluate(
 ) -> None:
     """Measure accuracy at several budgets, beside a full cache, streaming and random eviction of the same size.
 
+    trimkv eval smollm2-135m-instruct --tasks needle --context 700 --budgets 128,256 --samples 200 --text book.txt
+
     trimkv eval mini --tasks recall --context 1000 --budgets 32,64,128 --samples 100 --seed 7
 
     trimkv eval qwen3-4b-instruct-2507 --data questions.jsonl --match contains --kv-budget 512,1024 --json
 
-    Answers are greedy; log p is the mean log probability of a token of the expected answers. Every question is a
-    prompt of its own: in multi-turn and procedure the earlier questions stand in it with their right answers. --context
-    is the length of the conversations that are made. --prefill-chunk is 32 here unless it is given: a chunk longer than
+    needle hides facts between the sentences of a text and asks for each in other words. Answers are greedy. Every
+    question is a prompt of its own; eight share a document. protected is streaming that never evicts a tenth of M at
+    each end. Intervals draw documents again where several questions share one. --context is the length of what is
+    made. --prefill-chunk is 32 here unless it is given: a chunk longer than
     M sees more than M.
     """
     from trimkv_cli.loading.sources import find_source
@@ -66,7 +82,7 @@ def evaluate(
         _check_plot(exam.plot)
     if exam.budgets is not None and engine.kv_budget is not None:
         raise UsageError("--budgets and --kv-budget are both given", hint="they are the same: give one")
-    asked = _eval_options(exam, engine)
+    asked = _eval_options(exam, engine, mini=_is_mini(name, engine))
     gates = engine.gates if "gates" in asked.policies else "none"
     options = replace(engine, model=name or engine.model, gates=gates)
     source = find_source(options, weights=True)
@@ -80,14 +96,21 @@ def evaluate(
     _show(rows, json=json)
 
 
-def _eval_options(exam: ExamOptions, engine: EngineOptions) -> EvalOptions:
-    from trimkv_cli.eval.exam import TASKS, EvalOptions
+def _is_mini(name: str | None, engine: EngineOptions) -> bool:
+    from trimkv_cli.loading.sources import MINI, model_ref
 
-    budgets = _split(exam.budgets or engine.kv_budget or _BUDGETS)
+    return model_ref(name or engine.profile or engine.model, engine.revision).id == MINI
+
+
+def _eval_options(exam: ExamOptions, engine: EngineOptions, *, mini: bool) -> EvalOptions:
+    from trimkv_cli.eval.exam import EvalOptions
+
+    budgets = _split(exam.budgets or engine.kv_budget or (_MINI_BUDGETS if mini else _BUDGETS))
     for budget in budgets:
         read_flag("--budgets", budget, parse_kv_budget)
     return EvalOptions(
-        tasks=tuple(TASKS) if exam.tasks is None and exam.data is None else _split(exam.tasks or ""),
+        tasks=_tasks(exam, mini=mini),
+        text=tuple(exam.text or ()),
         data=exam.data,
         context=1000 if engine.context is None else engine.context,
         samples=exam.samples,
@@ -97,7 +120,16 @@ def _eval_options(exam: ExamOptions, engine: EngineOptions) -> EvalOptions:
         prefill_chunk=32 if engine.prefill_chunk is None else engine.prefill_chunk,
         match=exam.match,
         max_tokens=exam.max_tokens,
+        logprob=exam.logprob,
     )
+
+
+def _tasks(exam: ExamOptions, *, mini: bool) -> tuple[str, ...]:
+    """Return the tasks by their full names: the built-in mini's chats are in its own language."""
+    if exam.tasks is None:
+        return () if exam.data is not None else _split(_MINI_TASKS if mini else "needle")
+    own = {"multi-turn": "mini-multi-turn"} if mini else {}
+    return tuple(own.get(task, task) for task in _split(exam.tasks))
 
 
 def _evaluate(source: Source, options: EngineOptions, asked: EvalOptions, *, quiet: bool) -> list[EvalResult]:

@@ -67,7 +67,7 @@ class Recovery:
         if len(batch.chunks) > 1:
             self._scheduler.narrow_prefill(len(batch.chunks) // 2)
             return stuck
-        return stuck or self._shrink(rows)
+        return stuck or self._shrink(rows if batch.chunks[0].last else rows[:1])  # others that wait for a prefix
 
     def _shrink(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Give rows that read one prompt smaller chunks; return them when theirs are the smallest already."""

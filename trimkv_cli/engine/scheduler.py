@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,7 +69,7 @@ class Row:
 class Chunk:
     """Feed `token_ids` to a row that is still in its prompt; `last` when the first output token follows.
 
-    `twins` are rows with the same prompt that become copies of `row` then.
+    `twins` are rows that become copies of `row` then: with the same prompt, or the prefix that the chunk completes.
     """
 
     row: Row
@@ -251,7 +251,7 @@ class Scheduler:
     def _prefix(self, request: Request) -> tuple[int, ...]:
         """Return what a request may share with others."""
         shares = self.options.prefix_row is not None and self.options.prefill_chunk > 0
-        return request.prompt_token_ids[: request.prefix_len] if shares else ()
+        return request.prompt_token_ids[: request.shared_len] if shares else ()
 
     def schedule(self) -> Iterator[Prefill | Decode]:
         """Yield the batches of one step; each must have been run before the next is taken."""
@@ -353,19 +353,22 @@ class Scheduler:
         chunks: list[Chunk] = []
         reused: list[tuple[int, int]] = []
         computing: set[tuple[int, ...]] = set()
+        begun = {row.prefix for row in self.running.values() if 0 < row.fed < len(row.prefix)}
         twins = self._twins()
         for row in (r for r in self.running.values() if r.prefilling and r.long_rope is long_rope):
             if any(row is twin for group in twins.values() for twin in group):
                 continue  # the first row of its group reads the prompt for it
             reuse = row.fed == 0 and row.prefix != () and row.prefix == self._stored_prefix
-            if row.prefix in computing and not reuse:
-                continue  # a row ahead computes the prefix: this one will copy it
+            if (row.prefix in computing or (row.fed == 0 and row.prefix in begun)) and not reuse:
+                continue  # another row computes the prefix: this one will copy it
             if row.fed < len(row.prefix) and not reuse:
                 computing.add(row.prefix)
             start = len(row.prefix) if reuse else row.fed
             chunk = self._cut(row, start)
             if chunk.last:
                 chunk = replace(chunk, twins=twins.get(row.index, ()))
+            elif start + len(chunk.token_ids) == len(row.prefix):
+                chunk = replace(chunk, twins=self._heirs(row, twins))
             if not self._has_room(chunks, chunk):
                 continue
             if reuse:
@@ -386,13 +389,19 @@ class Scheduler:
         ordered = (sorted(rows, key=lambda row: row.fed == 0) for rows in groups.values())  # one that has begun leads
         return {rows[0].index: tuple(row for row in rows[1:] if row.fed == 0) for rows in ordered}
 
+    def _heirs(self, row: Row, twins: Mapping[int, tuple[Row, ...]]) -> tuple[Row, ...]:
+        """Find the other rows that wait for the prefix of `row`, but for those that wait for a whole prompt."""
+        waiting = (other for other in self.running.values() if other is not row and other.prefilling and other.fed == 0)
+        heirs = (other for other in waiting if other.prefix == row.prefix and other.long_rope is row.long_rope)
+        return tuple(heir for heir in heirs if not any(heir is twin for group in twins.values() for twin in group))
+
     def _cut(self, row: Row, start: int) -> Chunk:
         """Cut the chunk that begins at prompt token `start`, to the next multiple of C, the prefix's end or the end."""
         prompt, size = row.request.prompt_token_ids, row.chunk or self.options.prefill_chunk
         ends = [len(prompt)]
         if size:
             ends.append((start // size + 1) * size)
-            ends += [row.request.prefix_len] if start < row.request.prefix_len else []
+            ends += [end for end in (row.request.prefix_len, row.request.document_len) if start < end]
         end = min(ends)
         return Chunk(row, prompt[start:end], last=end == len(prompt))
 

@@ -16,13 +16,13 @@ from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.eval.exam import EncodedSample, EvalOptions, Exam, make_exams
-from trimkv_cli.eval.scoring import EvalResult, Policy, is_right, wilson
+from trimkv_cli.eval.scoring import EvalResult, Policy, interval, judge
 from trimkv_cli.events import Answer
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.loader import Parts, load_parts, load_text, plan_for
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source
-from trimkv_cli.model.spec import GateSpec, full_gate, streaming_gate
+from trimkv_cli.model.spec import GateSpec, Pins, full_gate, streaming_gate
 from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request
 from trimkv_cli.streams import Every
@@ -30,6 +30,7 @@ from trimkv_cli.streams import Every
 Say = Callable[[str], None]
 
 _PREFILL_TOKENS = 256  # rows × chunk of one prefill: small chunks of several rows go together
+_ROWS = 32  # several documents, with all that is asked about each
 _SAY_EVERY_S = 10.0
 
 
@@ -39,6 +40,7 @@ class _Setup:
 
     policy: Policy
     plan: Plan
+    pins: Pins
 
 
 def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: Say) -> list[EvalResult]:
@@ -59,6 +61,7 @@ def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: 
     exams = list(make_exams(asked, _text(source, engine)))
     positions = max((exam.positions for exam in exams), default=0)
     options, setups = _plan(source, engine, asked, positions)
+    _check_pins(setups, exams)
     parts = load_parts(source, options)
     for remark in _remarks(parts, setups):
         say(remark)
@@ -83,7 +86,10 @@ def _plan(
     # Without a limit on all memory, several rows' chunks go through the model together; the plan counts that.
     wide = engine.budget is None and asked.prefill_chunk > 0 and not engine.deterministic
     tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if wide else asked.prefill_chunk
-    options = replace(engine, context=None, kv_budget=None, prefill_chunk=tokens)
+    rows = _ROWS if engine.budget is None and engine.max_inflight is None and not engine.deterministic else None
+    options = replace(
+        engine, context=None, kv_budget=None, prefill_chunk=tokens, max_inflight=rows or engine.max_inflight
+    )
     largest = max(_setups(source, options, asked, positions), key=_slots).plan.run
     options = replace(options, dtype=largest.dtype, quantize=largest.quantize, kv_budget=str(largest.kv_budget))
     return options, _setups(source, options, asked, positions)
@@ -99,12 +105,31 @@ def _setups(source: Source, options: EngineOptions, asked: EvalOptions, position
     return [
         _Setup(
             policy=policy,
-            plan=plan_for(
-                replace(source, gate=gate_spec(policy, source.gate)), replace(options, kv_budget=budget), device
+            plan=(
+                plan := plan_for(
+                    replace(source, gate=gate_spec(policy, source.gate)), replace(options, kv_budget=budget), device
+                )
             ),
+            pins=_pins(policy, Pins.parse(options.pin), plan.run.kv_budget),
         )
         for policy, budget in wanted
     ]
+
+
+def _pins(policy: Policy, asked: Pins, slots: int) -> Pins:
+    """Return what is pinned: as asked for under every policy, and a tenth of the slots at each end if protected."""
+    if policy != "protected":
+        return asked
+    return replace(asked, sinks=max(asked.sinks, slots // 10), recent=max(asked.recent, slots // 10))
+
+
+def _check_pins(setups: list[_Setup], exams: list[Exam]) -> None:
+    """Refuse pins that leave no slot before a weight is read."""
+    longest = max((q.request.prefix_len for exam in exams for q in exam.samples), default=0)
+    for setup in setups:
+        run = setup.plan.run
+        slots = min(run.spec.slots(layer, run.kv_budget) for layer in range(run.spec.num_kv_layers))
+        setup.pins.check(longest, slots, sinks=run.gate.kept)
 
 
 def _slots(setup: _Setup) -> int:
@@ -128,7 +153,7 @@ def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOpti
     return assemble(
         parts.model,
         policy_gates(setup.policy, parts, positions=positions, seed=asked.seed),
-        replace(parts.facts, plan=plan),
+        replace(parts.facts, plan=plan, pins=setup.pins),
         text=parts.text,
         kv_dtype=parts.kv_dtype,
         deterministic=options.deterministic,
@@ -140,19 +165,20 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
     before = engine.stats
     name = _name(setup, exam)
     answers = dict(_ask(engine, exam.samples, lambda done: say(f"{name}: {done} of {len(exam.samples)} answered")))
-    right = sum(is_right(answers[q.request.id].text, q.answer, asked.match) for q in exam.samples)
+    right = [judge(answers[q.request.id].text, q.sample, exam.match) for q in exam.samples]
     count, seconds = len(exam.samples), engine.stats.decode_s - before.decode_s
     tokens = engine.stats.decode_tokens - before.decode_tokens
     peak_bytes = engine.peak_bytes
-    say(f"{name}: {right} of {count} right")
+    say(f"{name}: {sum(right):g} of {count} right")
+    documents = [q.sample.document or q.sample.id for q in exam.samples]
     return EvalResult(
         task=exam.task,
         policy=setup.policy,
         kv_budget=None if setup.policy == "full" else setup.plan.run.kv_budget,
-        accuracy=right / count,
+        accuracy=sum(right) / count,
         n=count,
-        ci95=wilson(right, count),
-        answer_logprob=_answer_logprob(engine, exam.samples, answers, say),
+        ci95=interval(right, documents),
+        answer_logprob=_answer_logprob(engine, exam.samples, answers, say) if asked.logprob else None,
         decode_tps=tokens / seconds if seconds else 0.0,
         peak_bytes=peak_bytes,
         kv_bytes=setup.plan.run.kv_bytes_per_row,
@@ -162,6 +188,11 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
         seed=asked.seed,
         weights=setup.plan.run.precision,
         bits_per_weight=setup.plan.run.bits_per_weight,
+        documents=len(set(documents)),
+        answer_tokens=sum(len(answer.token_ids) for answer in answers.values()) / count,
+        match=exam.match,
+        pins=str(setup.pins),
+        text=exam.text,
     )
 
 
@@ -219,7 +250,7 @@ def gate_spec(policy: Policy, trained: GateSpec) -> GateSpec:
             return full_gate()
         case "gates":
             return trained
-        case "streaming":
+        case "streaming" | "protected":
             return streaming_gate()
         case "random":
             return GateSpec(variant="streaming", id="random", sinks=0)  # a constant gate: it has no weights

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
+
+from trimkv_cli.eval.samples import Sample
 
 Match = Literal["exact", "contains"]
 
 _Z95 = 1.959963984540054
+_RESAMPLES = 2000
 
 
 def normalise(text: str) -> str:
@@ -22,6 +27,12 @@ def is_right(output: str, answer: str, match: Match = "exact") -> bool:
     if match == "exact":
         return said == expected
     return f" {_words(expected)} " in f" {_words(said)} "
+
+
+def judge(output: str, sample: Sample, match: Match) -> float:
+    """Return 1 for an output that is right in one of the wordings of the sample's answer, else 0."""
+    answer = sample.value if match == "contains" and sample.value else sample.answer
+    return float(any(is_right(output, wording, match) for wording in (answer, *sample.also)))
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -38,8 +49,30 @@ def _words(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in text).split())
 
 
-Policy = Literal["full", "gates", "streaming", "random"]
-POLICIES: tuple[Policy, ...] = ("full", "gates", "streaming", "random")
+def bootstrap(scores: Sequence[float], documents: Sequence[str], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the mean score when whole documents are drawn again, with what was asked of each."""
+    groups: dict[str, list[float]] = {}
+    for score, document in zip(scores, documents, strict=True):
+        groups.setdefault(document, []).append(score)
+    sums = [(sum(group), len(group)) for group in groups.values()]
+    rng = Random(f"bootstrap {seed}")  # noqa: S311
+    means = []
+    for _ in range(_RESAMPLES):
+        drawn = rng.choices(sums, k=len(sums))
+        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
+    means.sort()
+    return means[round(0.025 * (_RESAMPLES - 1))], means[round(0.975 * (_RESAMPLES - 1))]
+
+
+def interval(scores: Sequence[float], documents: Sequence[str]) -> tuple[float, float]:
+    """Return Wilson's interval of right and wrong answers about a document each, else one by bootstrap."""
+    if len(set(documents)) == len(documents) and set(scores) <= {0.0, 1.0}:
+        return wilson(round(sum(scores)), len(scores))
+    return bootstrap(scores, documents)
+
+
+Policy = Literal["full", "gates", "streaming", "protected", "random"]
+POLICIES: tuple[Policy, ...] = ("full", "gates", "streaming", "protected", "random")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +98,8 @@ class EvalResult:
     seed: int
     weights: str | None = None  # what they are in; older results do not say
     bits_per_weight: float | None = None
+    documents: int | None = None  # that the questions are about
+    answer_tokens: float | None = None  # mean of what was said
+    match: Match | None = None
+    pins: str | None = None  # what is never evicted, as `--pin`; "" = nothing
+    text: str | None = None  # a hash of the real text

@@ -19,7 +19,7 @@ from trimkv_cli.units import format_size
 if TYPE_CHECKING:
     from trimkv_cli.bench.speed import SpeedRow
 
-_MARKS = {"full": "F", "gates": "G", "streaming": "S", "random": "R"}
+_MARKS = {"full": "F", "gates": "G", "streaming": "S", "protected": "P", "random": "R"}
 _LEVELS = 10
 _COLUMN = 8
 _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never cut
@@ -36,7 +36,7 @@ def _table(rows: Sequence[EvalResult]) -> str:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for heading in ("M", "accuracy", "95 %", "n", "log p", "tok/s", "cache", "peak"):
+    for heading in ("M", "accuracy", "95 %", "n", "said", "log p", "tok/s", "cache", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
@@ -54,6 +54,7 @@ def _cells(row: EvalResult) -> tuple[str, ...]:
         f"{row.accuracy:.1%}",
         f"{low * 100:.1f}–{high * 100:.1f}",
         str(row.n),
+        "–" if row.answer_tokens is None else f"{row.answer_tokens:.1f}",
         "–" if row.answer_logprob is None else f"{row.answer_logprob:.3f}",
         f"{row.decode_tps:.0f}",
         format_size(row.kv_bytes),
@@ -77,7 +78,7 @@ def accuracy_plot(task: str, rows: Sequence[EvalResult]) -> str:
 
 def _marks(rows: Sequence[EvalResult], budget: int | None, level: int) -> str:
     here = (row for row in rows if row.kv_budget in (None, budget) and round(row.accuracy * _LEVELS) == level)
-    return "".join(sorted({_MARKS[row.policy] for row in here}, key="FGSR".index))
+    return "".join(sorted({_MARKS[row.policy] for row in here}, key="".join(_MARKS.values()).index))
 
 
 _HEAD = ("engine", "M", "rows", "context", "prefill tok/s", "decode tok/s", "ms/token p50", "p95", "TTFT s", "peak")
@@ -108,6 +109,7 @@ _LINES = {
     "full": ("#666666", "s"),
     "gates": ("#0072b2", "o"),
     "streaming": ("#d55e00", "^"),
+    "protected": ("#cc79a7", "v"),
     "random": ("#009e73", "x"),
 }
 

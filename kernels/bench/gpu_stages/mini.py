@@ -33,6 +33,7 @@ def recall(setting: Setting) -> Iterator[Evidence]:
     )
     for dtype in DTYPES[:1] if setting.tiny else DTYPES:
         asked = f"--tasks recall --context 1000 --policies gates --budgets {BUDGET} --samples {samples} --seed 7"
+        asked += " --logprob"
         (row,) = json.loads(_trimkv(setting, "eval", "mini", *asked.split(), "--json", dtype=dtype))["rows"]
         low, high = row["ci95"]
         ok = low <= recorded["accuracy"] <= high and row["n"] == samples
