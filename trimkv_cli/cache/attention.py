@@ -20,10 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from trimkv_cli.cache.gates import RetentionGate, kv_states
+from trimkv_cli.cache.gates import kv_states
 from trimkv_cli.cache.linear_state import State
 from trimkv_cli.cache.releases import decoder_layers, entering, given_cache, rotary_embedding, with_state
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
+from trimkv_cli.cache.retention_gate import RetentionGate
 
 ATTENTION_NAME = "trimkv"
 

@@ -1,6 +1,7 @@
-"""Gate folders on disk, in two formats.
+"""Gate folders on disk, in four formats.
 
 Released by the paper's authors: `config.json` and `trimkv_weights.pth`. Our own: `gates.json` and `gates.safetensors`.
+Of others: KVzap's `config.json` and `model.safetensors`, and Fast KVzip's `q4_dim16_sink16.pt`.
 """
 
 from __future__ import annotations
@@ -8,36 +9,53 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: TID251 - what torch.load raises when it refuses a file
-from struct import error as StructError
 from typing import Any, NamedTuple
-from warnings import catch_warnings
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trimkv_cli.cache.gates import activation_name, layer_shapes, tensor_key
+from trimkv_cli.cache.static_gates import static_shapes
+from trimkv_cli.cache.tensor_files import (
+    AGAIN,
+    listed,
+    named_tensors,
+    one_line,
+    read_json,
+    read_pickle,
+    read_safetensors,
+)
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
 from trimkv_cli.events import Notice
 from trimkv_cli.files import whole_file, writing
+from trimkv_cli.model.other_gates import (
+    FASTKVZIP_FILES,
+    HINT,
+    KVZAP_CONFIG,
+    KVZAP_WEIGHTS,
+    check_fit,
+    fastkvzip_file,
+    fastkvzip_gate,
+    is_kvzap,
+    kvzap_gate,
+    named_after,
+)
 from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec
 
 FORMAT_VERSION = 1
-FIRST_LAYER, BIAS = r"(linear1|gate_proj)\.weight", r"retention_gate\.bias"
 OWN_CONFIG, OWN_WEIGHTS = "gates.json", "gates.safetensors"
 RELEASED_CONFIG, RELEASED_WEIGHTS = "config.json", "trimkv_weights.pth"
-AGAIN = "get the gate folder again"
-# What torch.load has been seen to raise on damaged files.
-PICKLE_FAULTS = (
-    UnpicklingError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError,
-    RuntimeError, StructError, TypeError, ValueError,
-)  # fmt: skip
+FIRST_LAYER = r"linear1\.weight|gate_proj\.weight|layers\.\d+\.(0\.)?weight|q_proj\.weight"
+BIAS = r"retention_gate\.bias|layers\.\d+(\.2)?\.bias|^\d+\.b"
+_FORMATS = (
+    f"a gate folder has {OWN_CONFIG} and {OWN_WEIGHTS}, {RELEASED_CONFIG} and {RELEASED_WEIGHTS} (or, of KVzap,"
+    f" {KVZAP_WEIGHTS}), or {FASTKVZIP_FILES}"
+)
 
 
 class GateFiles(NamedTuple):
@@ -50,22 +68,28 @@ class GateFiles(NamedTuple):
 
 
 def read_gates(folder: str | Path, *, id: str | None = None) -> GateFiles:
-    """Read a gate folder of either format; `id` is the name to report, else the folder's.
+    """Read a gate folder of any format, or a file of Fast KVzip; `id` is the name to report, else the folder's.
 
     Raises:
         ModelNotFound: the folder holds no gates.
         GateMismatch: a file is damaged, would run code, or describes gates that trimkv does not run.
     """
     folder = Path(folder)
-    config_file, weights_file = gate_files(folder)
-    config = _read_json(config_file)
-    tensors = _read_safetensors(weights_file) if weights_file.name == OWN_WEIGHTS else _read_pickle(weights_file)
+    id = id or folder.resolve().name
+    if is_kvzap(folder) and not (folder / OWN_WEIGHTS).is_file():
+        return _read_kvzap(folder, id=id)
+    fast = fastkvzip_file(folder)
+    if fast is not None:
+        return _read_fastkvzip(fast, id=id)
+    config_file, weights = gate_files(folder)
+    config, is_own = read_json(config_file), weights.name == OWN_WEIGHTS
+    tensors = read_safetensors(weights) if is_own else named_tensors(read_pickle(weights), weights)
     if config_file.name == OWN_CONFIG and config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version")
         raise GateMismatch(
             f"{config_file}: format_version is {found!r}, this trimkv reads {FORMAT_VERSION}", hint="update trimkv"
         )
-    gate = _describe(config, tensors, where=config_file, id=id or folder.resolve().name)
+    gate = _describe(config, tensors, where=config_file, id=id)
     return GateFiles(
         gate=gate,
         tensors=tensors,
@@ -108,12 +132,51 @@ def write_released(
     _write(Path(folder) / RELEASED_CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
+def _read_kvzap(folder: Path, *, id: str) -> GateFiles:
+    path = folder / KVZAP_WEIGHTS
+    if not path.is_file():
+        raise ModelNotFound(f"{folder} lacks {KVZAP_WEIGHTS}", hint=AGAIN)
+    gate = kvzap_gate(read_json(folder / KVZAP_CONFIG), id=id)
+    return GateFiles(gate=gate, tensors=read_safetensors(path), hidden_act="gelu", warnings=())
+
+
+def _read_fastkvzip(path: Path, *, id: str) -> GateFiles:
+    """Read a file that holds, beside the gates, numbers of their training as numpy's arrays."""
+    content = read_pickle(path, allowed=torch.serialization.safe_globals(_numpy_classes()))
+    layers = content.get("module")
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):
+        raise GateMismatch(f"{path} holds no list of gates under 'module'", hint=AGAIN)
+    flat = {f"{index}.{name}": value for index, layer in enumerate(layers) for name, value in layer.items()}
+    tensors = named_tensors(flat, path)
+    return GateFiles(gate=fastkvzip_gate(path, id=id), tensors=tensors, hidden_act="none", warnings=())
+
+
+def _numpy_classes() -> list[Any]:
+    """Return what numpy's arrays and numbers are pickled as, under the names of numpy 1 and 2; none of it runs code."""
+    import numpy as np
+    from numpy._core import multiarray
+
+    places = ("numpy.core.multiarray", "numpy._core.multiarray")
+    made_by = [multiarray._reconstruct, multiarray.scalar]
+    named = [(function, f"{place}.{function.__name__}") for place in places for function in made_by]
+    return [*named, np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefdO")]
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the file of tensors in a gate folder, or the file that is one itself; raises as `read_gates` does."""
+    if is_kvzap(folder) and not (folder / OWN_WEIGHTS).is_file():
+        return folder / KVZAP_WEIGHTS
+    return fastkvzip_file(folder) or gate_files(folder)[1]
+
+
 def gate_files(folder: Path) -> tuple[Path, Path]:
     """Return the config and the weights of a gate folder; our own format wins where both lie.
 
     Raises:
         ModelNotFound: a file of the pair is missing, or both.
     """
+    if not folder.is_dir():
+        raise ModelNotFound(f"{folder} is no gate folder", hint=_FORMATS)
     pairs = [(folder / OWN_CONFIG, folder / OWN_WEIGHTS), (folder / RELEASED_CONFIG, folder / RELEASED_WEIGHTS)]
     for config, weights in pairs:
         if config.is_file() and weights.is_file():
@@ -124,53 +187,8 @@ def gate_files(folder: Path) -> tuple[Path, Path]:
             raise ModelNotFound(f"{folder} lacks {missing.name}", hint=AGAIN)
     raise ModelNotFound(
         f"{folder} holds no gates",
-        hint=f"a gate folder has {OWN_CONFIG} and {OWN_WEIGHTS}, or {RELEASED_CONFIG} and {RELEASED_WEIGHTS}",
+        hint=_FORMATS,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
-        raise GateMismatch(f"cannot read {path}: {error}", hint=AGAIN) from None
-    if not isinstance(config, dict):
-        raise GateMismatch(f"{path} is not a JSON object", hint=AGAIN)
-    return config
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise GateMismatch(f"cannot read {path}: {_one_line(error)}", hint=AGAIN) from None
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        with catch_warnings(action="ignore"):  # torch's remarks on old and damaged files
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except PICKLE_FAULTS as error:
-        raise _pickle_fault(path, error) from None
-    if not isinstance(content, dict):
-        raise GateMismatch(f"{path} holds a {type(content).__name__}, not named tensors", hint=AGAIN)
-    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise GateMismatch(f"{path} holds more than tensors: {listed(others)}", hint=AGAIN)
-    return {str(key): tensor.detach() for key, tensor in content.items()}
-
-
-def _pickle_fault(path: Path, error: Exception) -> GateMismatch:
-    code = re.search(r"GLOBAL (\S+)", str(error))
-    if code:
-        return GateMismatch(
-            f"refuses to run code from {path}: it calls {code[1]}",
-            hint="gates are plain tensors; do not trust this file",
-        )
-    return GateMismatch(f"cannot read {path}: {_one_line(error)}", hint=AGAIN)
 
 
 def _describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: Path, id: str) -> GateSpec:
@@ -245,15 +263,10 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
             write(partial)
     except RuntimeError as error:  # torch's own writer, which does not say what the system said
         hint = "is the disk full?"
-        raise TrimkvError(f"cannot write {path}: {_one_line(error)}", hint=hint) from None
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrimkvError(f"cannot write {path}: {one_line(error)}", hint=hint) from None
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-MOST_NAMED = 8
 
 
 def check_gates(
@@ -262,26 +275,20 @@ def check_gates(
     """Check that the gates fit the model; return what is odd but usable.
 
     Raises:
-        GateMismatch: another `model_type`, or tensors that are missing, extra, misshapen or not finite; all are named.
+        GateMismatch: another `model_type` or shape, or tensors that are missing, extra, misshapen or not finite; all
+            are named.
     """
-    hint = "use the gates made for this model, or --gates streaming"
-    if gate.model_type is not None and gate.model_type != spec.model_type:
-        raise GateMismatch(f"{gate.id} holds gates for {gate.model_type}, the model is {spec.model_type}", hint=hint)
+    check_fit(gate, spec, model_id=model_id or "")
     if not gate.trained:
         return ()
-    faults = list(_shape_faults(_expected(spec, gate), tensors))
+    expected = static_shapes(gate, spec, tensors) if gate.static else _expected(spec, gate)
+    faults = list(_shape_faults(expected, tensors))
     if faults:
-        raise GateMismatch(f"{gate.id} does not fit the model: {listed(faults)}", hint=hint)
+        raise GateMismatch(f"{gate.id} does not fit the model: {listed(faults)}", hint=HINT)
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise GateMismatch(f"{gate.id} holds NaN or infinite values: {listed(broken)}", hint="get the gates again")
     return tuple(_base_warning(gate, model_id))
-
-
-def listed(names: Sequence[str]) -> str:
-    """Join the first names, and count the others."""
-    more = f", +{len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _expected(spec: ModelSpec, gate: GateSpec) -> dict[str, tuple[int, ...]]:
@@ -304,7 +311,9 @@ def _shape_faults(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
 
 
 def _base_warning(gate: GateSpec, model_id: str | None) -> Iterator[Notice]:
-    if model_id and gate.base_model and _model_name(model_id) != _model_name(gate.base_model):
+    if not model_id or not gate.base_model or (gate.static and named_after(model_id, gate.base_model)):
+        return
+    if _model_name(model_id) != _model_name(gate.base_model):
         yield Notice(code="gate_base_model", message=f"{gate.id} was trained for {gate.base_model}, not for {model_id}")
 
 
@@ -342,7 +351,7 @@ class GateFacts:
 def gate_facts(folder: Path, *, id: str) -> GateFacts:
     """Read a gate folder and measure what is in it; raises as `read_gates` does."""
     gate, tensors, hidden_act, warnings = read_gates(folder, id=id)
-    _, file = gate_files(folder)
+    file = weights_file(folder)
     input_size = _width(tensors, FIRST_LAYER, axis=1)
     return GateFacts(
         gate=gate,
@@ -360,14 +369,14 @@ def gate_facts(folder: Path, *, id: str) -> GateFacts:
 
 
 def _biases(tensors: Mapping[str, Tensor]) -> Iterator[LayerBias]:
-    found = [(re.search(r"layers\.(\d+)\..*retention_gate\.bias$", key), tensor) for key, tensor in tensors.items()]
-    biases = [(int(match[1]), tensor) for match, tensor in found if match and tensor.numel()]
+    found = [(re.search(r"\d+", key), tensor) for key, tensor in tensors.items() if re.search(f"(?:{BIAS})$", key)]
+    biases = [(int(match[0]), tensor) for match, tensor in found if match and tensor.numel()]
     for layer, bias in sorted(biases, key=itemgetter(0)):
         yield LayerBias(layer=layer, lowest=bias.float().min().item(), highest=bias.float().max().item())
 
 
 def _width(tensors: Mapping[str, Tensor], name: str, *, axis: int) -> int | None:
-    shapes = (tensor.shape for key, tensor in tensors.items() if re.search(f"{name}$", key))
+    shapes = (tensor.shape for key, tensor in tensors.items() if re.search(f"(?:{name})$", key))
     return next((shape[axis] for shape in shapes if len(shape) > axis), None)
 
 

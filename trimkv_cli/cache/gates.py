@@ -1,8 +1,8 @@
 """Retention gates: from what a layer sees of each token to the log of how well it lasts.
 
 Most read the hidden states that enter attention, rg2 and rg3 a token's keys and values. A gate is one module per
-decoder layer. Trained gates are small MLPs; streaming and full cache are constant ones, so that every cache policy is a
-gate.
+decoder layer. Trained gates are small MLPs, or what others made; streaming and full cache are constant ones, so that
+every cache policy is a gate.
 """
 
 from __future__ import annotations
@@ -14,22 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trimkv_cli.cache.retention_gate import RetentionGate
+from trimkv_cli.cache.static_gates import build_static
 from trimkv_cli.errors import GateMismatch
 from trimkv_cli.model.spec import GateSpec, ModelSpec
-
-
-class RetentionGate(nn.Module):
-    """Score tokens for one layer; subclasses say how."""
-
-    reads_kv = False  # the token's rotated keys and its values are given as hidden states, as `kv_states` joins them
-
-    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
-        """Return `log_beta` `[B, T, Hkv]`, float32, ≤ 0; a static gate any score.
-
-        `hidden_states` `[B, T, hidden]` enter `self_attn` (after its layer norm, before QKV); `positions` `[B, T]`
-        count from 0. Where a position is −1 (padding) the result has no meaning.
-        """
-        raise NotImplementedError
 
 
 class MlpGate(RetentionGate):
@@ -149,6 +137,8 @@ def build_gates(
         return nn.ModuleList(StreamingGate(num_kv_heads=heads, sinks=sinks) for _ in range(spec.num_kv_layers))
     if gate.variant == "none":
         return nn.ModuleList(FullGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_kv_layers))
+    if gate.static:
+        return nn.ModuleList(build_static(gate, spec, tensors, dtype=dtype, device=device))
     return nn.ModuleList(
         _load(_empty_gate(gate, spec, hidden_act), layer, tensors, dtype, device) for layer in spec.kv_layers
     )

@@ -68,20 +68,25 @@ def verify(
     from trimkv_cli.loading.sources import gates_ref, model_ref
     from trimkv_cli.model.folders import read_model_spec
 
-    ref = gates_ref(gates, gates_revision)
+    base = model_ref(engine.model).id if engine.model else None
+    ref = gates_ref(gates, gates_revision, base=base)
     gate, tensors, _, warnings = read_gates(ref.folder("gates", offline=engine.offline), id=ref.id)
-    base = model_ref(engine.model or _base_model(gate))
-    spec = read_model_spec(base.folder("config", offline=engine.offline))
-    for warning in (*warnings, *check_gates(spec, gate, tensors, model_id=base.id)):
+    model = model_ref(engine.model or _base_model(gate, gates))
+    spec = read_model_spec(model.folder("config", offline=engine.offline))
+    for warning in (*warnings, *check_gates(spec, gate, tensors, model_id=model.id)):
         print_warning(warning.message)
-    layers = f"{spec.num_kv_layers} layers of {spec.num_kv_heads} KV heads"
-    print(neutralise(f"ok: {gate.id} ({gate.variant}) fits {base.id}: {layers}, {len(tensors)} tensors"))
+    layers = f"{gate.layers(spec)} layers of {spec.num_kv_heads} KV heads"
+    print(neutralise(f"ok: {gate.id} ({gate.variant}) fits {model.id}: {layers}, {len(tensors)} tensors"))
 
 
-def _base_model(gate: GateSpec) -> str:
-    """Return the model that the gates name as theirs; some name a path on the machine that trained them."""
-    base = gate.base_model
-    if base is None or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
+def _base_model(gate: GateSpec, name: str) -> str:
+    """Return the model of a profile, or what the gates name as theirs; some name a path where they were trained."""
+    from trimkv_cli.model.profiles import find_profile
+
+    profile, base = find_profile(name), gate.base_model
+    if profile is not None and gate.static:
+        return profile.name
+    if base is None or gate.static or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
         raise UsageError(f"{gate.id} does not say which model it is for", hint="name the model with --model")
     return base
 
@@ -97,15 +102,28 @@ def _lines(facts: GateFacts) -> Iterator[tuple[str, str]]:
 
     gate = facts.gate
     yield "gates", gate.id
-    yield "variant", f"{gate.variant}, {facts.input_size} → {gate.hidden} → {facts.num_kv_heads}, {facts.hidden_act}"
+    yield "variant", _variant(facts)
     more = f" (and up to {gate.largest_memory_size:,})" if gate.largest_memory_size else ""
     context = _number(gate.trained_context)
-    yield "trained for", f"{_number(gate.memory_size)} slots per head{more}, contexts up to {context}"
+    if gate.static:
+        yield "scores", "static: a token's value does not fade with its age; made for no number of slots"
+    else:
+        yield "trained for", f"{_number(gate.memory_size)} slots per head{more}, contexts up to {context}"
     yield "base model", f"{gate.base_model or 'not said'} ({gate.model_type or 'family not said'})"
     yield "file", f"{facts.file.name}, {format_size(facts.file_bytes)}, {' and '.join(facts.dtypes)}"
     yield "sha256", facts.sha256
     for bias in facts.layers:
         yield f"layer {bias.layer}", f"bias {bias.lowest:.2f} … {bias.highest:.2f}"
+
+
+def _variant(facts: GateFacts) -> str:
+    gate = facts.gate
+    if gate.variant == "fastkvzip":
+        queries = gate.shape.queries_per_kv_head if gate.shape is not None else None
+        return f"fastkvzip, {facts.input_size} → {queries} queries of {gate.hidden} per head → {facts.num_kv_heads}"
+    if gate.hidden == 0:
+        return f"{gate.variant}, {facts.input_size} → {facts.num_kv_heads}, linear"
+    return f"{gate.variant}, {facts.input_size} → {gate.hidden} → {facts.num_kv_heads}, {facts.hidden_act}"
 
 
 def _number(value: int | None) -> str:

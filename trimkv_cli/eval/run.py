@@ -10,7 +10,8 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from trimkv_cli.cache.gates import RetentionGate, build_gates
+from trimkv_cli.cache.gates import build_gates
+from trimkv_cli.cache.retention_gate import RetentionGate
 from trimkv_cli.engine.devices import pick_device
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.text import Text

@@ -25,6 +25,13 @@ from trimkv_cli.errors import (
 )
 from trimkv_cli.model.folders import read_config
 from trimkv_cli.model.gguf import is_gguf
+from trimkv_cli.model.other_gates import (
+    FASTKVZIP_FILES,
+    FASTKVZIP_REPOSITORY,
+    KVZAP_WEIGHTS,
+    fastkvzip_file,
+    is_kvzap,
+)
 from trimkv_cli.model.profiles import list_profiles
 
 if TYPE_CHECKING:
@@ -48,7 +55,9 @@ UNWANTED = ["consolidated*", "*/*"]
 def resolve(
     name: str, *, kind: Kind = "model", revision: str | None = None, offline: bool = False, refresh: bool = False
 ) -> Path:
-    """Return the folder, or the GGUF file, of what `name` stands for: a path, a hub id, or `repo:FILE` of one.
+    """Return the folder, or the file, of what `name` stands for: a path, a hub id, or `repo:FILE` of one.
+
+    Files are GGUF files, and of gates those of Fast KVzip, where `repo:FOLDER` is the folder of a base model.
 
     A complete copy in the Hugging Face cache is used as it is, without asking the network; `refresh` asks first.
 
@@ -61,7 +70,7 @@ def resolve(
     """
     path = _local_path(name)
     if path is not None:
-        is_file = kind != "gates" and path.is_file() and (is_gguf(path) or path.suffix == ".gguf")
+        is_file = path.is_file() and _is_of_kind(path, kind)
         if not is_file and not path.is_dir():
             raise _no_folder(path)
         if revision is not None:
@@ -69,16 +78,24 @@ def resolve(
             raise UsageError(f"{name} is a {what} and has no revisions", hint="leave out --revision")
         return path if is_file else _checked(path, kind, name)
     repository, colon, file = name.partition(":")
+    if colon and repository.count("/") == 1 and kind == "gates":
+        return _folder_of(repository, file, revision, offline=offline, refresh=refresh)
     if colon and repository.count("/") == 1:
         return _gguf_of(repository, file, revision, offline=offline, refresh=refresh)
     if name.count("/") != 1:
         raise _no_such_gates(name) if kind == "gates" else no_such_model(name)
+    if kind == "gates" and name.lower() == FASTKVZIP_REPOSITORY.lower():
+        raise ModelNotFound(
+            f"{name} holds gates for several models", hint=f"say for which: {name}:qwen3-4b-instruct-2507, or --model"
+        )
     folder = None if refresh else _cached(name, kind, revision)
     return _checked(folder or _download(name, kind, revision, offline=offline), kind, name)
 
 
 def pull(name: str, *, revision: str | None = None) -> Path:
     """Bring the newest files of a repository of gates or of a model into the cache; raises as `resolve` does."""
+    if name.lower().startswith(f"{FASTKVZIP_REPOSITORY.lower()}:"):
+        return resolve(name, kind="gates", revision=revision, refresh=True)
     if _local_path(name) is None and name.count("/") == 1 and ":" not in name:
         folder = _download(name, "gates", revision, offline=False)  # of a model's files only its config
         if holds(folder, "gates"):
@@ -88,8 +105,14 @@ def pull(name: str, *, revision: str | None = None) -> Path:
 
 def holds(folder: Path, kind: Kind) -> bool:
     if kind == "gates":
+        if (is_kvzap(folder) and (folder / KVZAP_WEIGHTS).is_file()) or fastkvzip_file(folder) is not None:
+            return True
         return any((folder / config).is_file() and (folder / weights).is_file() for config, weights in GATE_PAIRS)
     return (folder / "config.json").is_file() and (kind == "config" or _has_weights(folder))
+
+
+def _is_of_kind(file: Path, kind: Kind) -> bool:
+    return fastkvzip_file(file) is not None if kind == "gates" else is_gguf(file) or file.suffix == ".gguf"
 
 
 def _local_path(name: str) -> Path | None:
@@ -123,7 +146,9 @@ def _download(name: str, kind: Kind, revision: str | None, *, offline: bool) -> 
     if offline:
         raise OfflineError(f"{name} is not in the cache", hint=f"{pull_command(name, revision)}, without --offline")
     try:
-        return _fetch(name, revision, WANTED[kind], UNWANTED)
+        folder = _fetch(name, revision, WANTED[kind], UNWANTED)
+        # Models have a file of this name, too: only now is it known that this one is small.
+        return _fetch(name, revision, [KVZAP_WEIGHTS]) if kind == "gates" and is_kvzap(folder) else folder
     except (HTTPError, OSError, HFValidationError) as error:
         raise explain(error, name, revision) from None
 
@@ -173,6 +198,34 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _folder_of(name: str, base: str, revision: str | None, *, offline: bool, refresh: bool) -> Path:
+    """Return the folder of gates for a base model, in a repository that has some for several."""
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+    wanted = [f"{base}/{FASTKVZIP_FILES}"]
+    try:
+        folder = None if refresh else _kept(name, revision, wanted) / base
+    except OSError:
+        folder = None
+    if folder is not None and holds(folder, "gates"):
+        return folder
+    if offline:
+        hint = f"{pull_command(f'{name}:{base}', revision)}, without --offline"
+        raise OfflineError(f"{name}:{base} is not in the cache", hint=hint)
+    try:
+        folder = _fetch(name, revision, wanted) / base
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise explain(error, name, revision) from None
+    if not holds(folder, "gates"):
+        there = _listed_files(name, revision, ".pt")
+        hint = f"it has them for {', '.join(file.rpartition('/')[0] for file in there)}" if there else _NO_GATES
+        raise ModelNotFound(f"{name} has no gates for {base}", hint=hint)
+    return folder
+
+
+_NO_GATES = "without trained ones: --gates streaming"
+
+
 def _gguf_of(name: str, wanted: str, revision: str | None, *, offline: bool, refresh: bool) -> Path:
     """Return a repository's GGUF file: by its name, or by its quantisation as in `unsloth/Qwen3-4B-GGUF:Q4_K_M`."""
     exact = wanted.lower().endswith(".gguf")
@@ -218,14 +271,18 @@ def _matching(
 
 def _files_there(name: str, revision: str | None) -> str:
     """Name the GGUF files of a repository."""
+    files = _listed_files(name, revision, ".gguf")
+    return f"it has {', '.join(files[:20])}" if files else "take a repository with *.gguf files"
+
+
+def _listed_files(name: str, revision: str | None, ending: str) -> list[str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        files = [file for file in HfApi().list_repo_files(name, revision=revision) if file.endswith(".gguf")]
+        return [file for file in HfApi().list_repo_files(name, revision=revision) if file.endswith(ending)]
     except (HfHubHTTPError, OSError):
-        files = []
-    return f"it has {', '.join(files[:20])}" if files else "take a repository with *.gguf files"
+        return []
 
 
 def _checked(folder: Path, kind: Kind, name: str) -> Path:
@@ -248,8 +305,9 @@ def _no_such_gates(name: str) -> ModelNotFound:
 
 
 def _no_gates(name: str) -> TrimkvError:
-    pairs = ", or ".join(f"{config} and {weights}" for config, weights in GATE_PAIRS)
-    return ModelNotFound(f"{name} holds no gates", hint=f"gates are {pairs}; without trained ones: --gates streaming")
+    pairs = ", ".join(f"{config} and {weights}" for config, weights in GATE_PAIRS)
+    others = f"KVzap's config.json and {KVZAP_WEIGHTS}, or Fast KVzip's {FASTKVZIP_FILES}"
+    return ModelNotFound(f"{name} holds no gates", hint=f"gates are {pairs}, {others}; {_NO_GATES}")
 
 
 def _no_model(folder: Path, name: str) -> TrimkvError:
@@ -309,9 +367,10 @@ def _described(repo: CachedRepoInfo) -> CachedRepository:
     revisions = sorted(repo.revisions, key=lambda revision: revision.last_modified, reverse=True)
     folder = revisions[0].snapshot_path if revisions else repo.repo_path
     kinds: tuple[Literal["gates", "model"], ...] = ("gates", "model")
+    found: Literal["model", "gates", "other"] = next((kind for kind in kinds if holds(folder, kind)), "other")
     return CachedRepository(
         id=repo.repo_id,
-        kind=next((kind for kind in kinds if holds(folder, kind)), "other"),
+        kind="gates" if found == "other" and any(folder.glob(f"*/{FASTKVZIP_FILES}")) else found,
         size_bytes=repo.size_on_disk,
         revisions=tuple(revision.commit_hash for revision in revisions),
         folder=folder,

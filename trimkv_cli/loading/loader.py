@@ -166,6 +166,8 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
     torch.set_num_threads(options.threads_or(torch.get_num_threads()))
     if plan.budget_bytes is not None:
         cap_allocator(device, plan.budget_bytes - plan.run.part_bytes("runtime"))
+    with _short_of_memory(source):
+        gates, warnings = _load_gates(source, plan, device, offline=options.offline)  # small: a misfit shows at once
     kept = PackedForm(source.folder) if plan.run.packs else None
     with tidy_heap():
         model = load_model(
@@ -177,8 +179,6 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
             kept=kept,
             trust_remote_code=options.trust_remote_code,
         )
-    with _short_of_memory(source):
-        gates, warnings = _load_gates(source, plan, device, offline=options.offline)
     facts = EngineFacts.of(
         model,
         gates,

@@ -15,6 +15,7 @@ from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
 from trimkv_cli.model.folders import read_gate_spec, read_model_spec
 from trimkv_cli.model.machine import Machine
+from trimkv_cli.model.other_gates import FASTKVZIP_REPOSITORY, check_fit, fastkvzip_name
 from trimkv_cli.model.profiles import (
     BUILT_IN,
     IN_WHEEL,
@@ -132,11 +133,7 @@ def find_source(options: EngineOptions, *, weights: bool) -> Source:
     if weights and spec.quantised is not None:
         spec.quantised.ensure_installed()
     gate, gates = _gates(options, profile, ref)
-    if gate.model_type not in (None, spec.model_type):
-        raise GateMismatch(
-            f"{gate.id} holds gates for {gate.model_type}, the model is {spec.model_type}",
-            hint="use the gates made for this model, or --gates streaming",
-        )
+    check_fit(gate, spec, model_id=ref.id)
     return Source(
         model_id=ref.id,
         spec=spec,
@@ -212,8 +209,8 @@ def _gates(options: EngineOptions, profile: Profile | None, model: ModelRef) -> 
         raise UsageError(f"--gates {options.gates}: not a number of sinks", hint="--gates streaming:4")
     if options.gates == "auto":
         return _own_gates(options, profile, model)
-    known = next((p for p in list_profiles() if options.gates in (p.name, p.gates)), None)
-    ref = gates_ref(options.gates)
+    ref = gates_ref(options.gates, base=model.id)
+    known = next((p for p in list_profiles() if options.gates in (p.name, p.gates) or ref.id == p.gates), None)
     return (_known_gate(known) if known else None) or _read(ref, options), ref
 
 
@@ -281,8 +278,10 @@ def model_ref(name: str | None, revision: str | None = None) -> ModelRef:
     return ModelRef(id=shown_id(profile.model), revision=revision or profile.revision, wheel=profile.wheel)
 
 
-def gates_ref(name: str, revision: str | None = None) -> ModelRef:
+def gates_ref(name: str, revision: str | None = None, *, base: str | None = None) -> ModelRef:
     """Return the gates that a name stands for: a profile's own, or the folder or hub id itself.
+
+    Of the repository that holds gates for many models, `base` says which.
 
     Raises:
         GateMismatch: a profile without trained gates, or a constant gate, which has no files.
@@ -290,6 +289,8 @@ def gates_ref(name: str, revision: str | None = None) -> ModelRef:
     if name in ("streaming", "none", "auto"):
         raise GateMismatch(f"{name!r} is not a gate folder", hint="give a folder, a hub id or a profile")
     profile = find_profile(name)
+    if profile is None and base is not None and name.lower() == FASTKVZIP_REPOSITORY.lower():
+        return ModelRef(id=f"{name}:{fastkvzip_name(base)}", revision=revision)
     if profile is None:
         return ModelRef(id=name, revision=revision)
     if profile.gates is None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from trimkv_cli.errors import BrokenModel, ModelNotFound
 from trimkv_cli.model.gguf import read_gguf, stored_packing
 from trimkv_cli.model.gguf_config import gguf_config
+from trimkv_cli.model.other_gates import fastkvzip_file, fastkvzip_gate, kvzap_gate
 from trimkv_cli.model.spec import STORED_DTYPES, GateSpec, GgufForm, ModelSpec
 
 _AGAIN = "get the folder again"
@@ -104,15 +105,20 @@ def _gguf_spec(path: Path) -> ModelSpec:
 
 
 def read_gate_spec(folder: Path, *, id: str) -> GateSpec:
-    """Read what a gate folder of either format says of itself, without its tensors.
+    """Read what a gate folder of any format, or a file of Fast KVzip, says of itself, without its tensors.
 
     Raises:
-        ModelNotFound: neither gates.json nor config.json.
+        ModelNotFound: neither gates.json nor config.json nor such a file.
         GateMismatch: gates that trimkv does not run.
     """
     own = folder / "gates.json"
-    config = _json_object(own.read_bytes(), own) if own.is_file() else read_config(folder)
-    return GateSpec.from_config(config, id=id)
+    if own.is_file():
+        return GateSpec.from_config(_json_object(own.read_bytes(), own), id=id)
+    fast = fastkvzip_file(folder)
+    if fast is not None:
+        return fastkvzip_gate(fast, id=id)
+    config = read_config(folder)
+    return kvzap_gate(config, id=id) if config.get("model_type") == "kvzap" else GateSpec.from_config(config, id=id)
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -13,7 +13,15 @@ from trimkv_cli.errors import ConfigError, ModelNotFound
 from trimkv_cli.files import check_keys, read_toml
 from trimkv_cli.model.gguf import block_tensors
 from trimkv_cli.model.packing import Packing
-from trimkv_cli.model.spec import DTYPE_BYTES, TRAINED_VARIANTS, GateSpec, GateVariant, GgufForm, ModelSpec
+from trimkv_cli.model.spec import (
+    DTYPE_BYTES,
+    STATIC_VARIANTS,
+    TRAINED_VARIANTS,
+    GateSpec,
+    GateVariant,
+    GgufForm,
+    ModelSpec,
+)
 
 BUILT_IN = "builtin:"
 IN_WHEEL = "wheel:"
@@ -27,7 +35,7 @@ SAMPLING_KEYS: Mapping[str, type] = {
     "repetition_penalty": float,
 }
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+")
-_VARIANTS: Mapping[str, GateVariant] = {**TRAINED_VARIANTS, "streaming": "streaming", "none": "none"}
+_VARIANTS: Mapping[str, GateVariant] = {**TRAINED_VARIANTS, **STATIC_VARIANTS, "streaming": "streaming", "none": "none"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +172,16 @@ def load_profile(name: str) -> Profile:
 def profile_for(model_id: str) -> Profile | None:
     """Return the profile whose gates were made for a hub model; gates that rank per head go first.
 
+    Those that others made are taken by name alone.
+
     Raises:
         ConfigError: a faulty file.
     """
-    made_for = [profile for profile in list_profiles() if profile.model == model_id and profile.gates]
+    made_for = [
+        profile
+        for profile in list_profiles()
+        if profile.model == model_id and profile.gates and profile.variant not in STATIC_VARIANTS
+    ]
     return min(made_for, key=lambda profile: (profile.variant != "rg", profile.name), default=None)
 
 

@@ -27,7 +27,8 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
 Quantisation = Literal["none", "int8", "int4", "nf4", "stored"]
 TrainedVariant = Literal["rg", "rg10", "rg2", "rg3"]
-GateVariant = TrainedVariant | Literal["streaming", "none"]
+StaticVariant = Literal["kvzap", "fastkvzip"]  # that others made; their scores do not age
+GateVariant = TrainedVariant | StaticVariant | Literal["streaming", "none"]
 
 DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "int4", "nf4", "stored")
@@ -36,6 +37,8 @@ SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
 _POSITION_BYTES = 4
 _STATIC_VARIANTS: frozenset[str] = frozenset({"kvzap", "fastkvzip", "keydiff"})
 TRAINED_VARIANTS: Mapping[str, TrainedVariant] = {"rg": "rg", "rg10": "rg10", "rg2": "rg2", "rg3": "rg3"}
+STATIC_VARIANTS: Mapping[str, StaticVariant] = {"kvzap": "kvzap", "fastkvzip": "fastkvzip"}
+FASTKVZIP_DIM = FASTKVZIP_SINKS = 16  # the width of its queries and keys, and how many keys each is weighed against
 _JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
 STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -227,12 +230,22 @@ def _routing(model_type: str, config: Mapping[str, Any]) -> Routing | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GateShape:
+    """What gates say of the model that they were made for, as far as they do."""
+
+    hidden_size: int | None = None
+    num_kv_heads: int | None = None
+    num_layers: int | None = None
+    queries_per_kv_head: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateSpec:
     """What ranks the tokens: a released gate, a constant one ("streaming") or a full cache ("none")."""
 
     variant: GateVariant
     id: str
-    hidden: int = 512  # width of the gate's MLP
+    hidden: int = 512  # width of the gate's MLP; 0 = a linear gate
     memory_size: int | None = None  # the M it was trained for
     largest_memory_size: int | None = None  # the most of them, where it was trained for several
     trained_context: int | None = None
@@ -240,6 +253,7 @@ class GateSpec:
     buffer_size: int | None = None  # reported; trimkv evicts at every step
     model_type: str | None = None
     sinks: int = 4  # tokens that a streaming gate never forgets
+    shape: GateShape | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, id: str) -> Self:
@@ -269,7 +283,12 @@ class GateSpec:
 
     @property
     def trained(self) -> bool:
-        return self.variant in TRAINED_VARIANTS
+        return self.variant in TRAINED_VARIANTS or self.variant in STATIC_VARIANTS
+
+    @property
+    def static(self) -> bool:
+        """Whether a token's score stays as it was when the token was made."""
+        return self.variant in STATIC_VARIANTS
 
     @property
     def kept(self) -> int:
@@ -294,17 +313,42 @@ class GateSpec:
         """Count the parameters of the gates of all layers, each layer with its own copy of a shared tensor."""
         if not self.trained:
             return 0
+        if self.variant == "kvzap":
+            inner = (model.hidden_size + 1) * self.hidden
+            return self.layers(model) * (inner + self.exact_numel(model))
+        if self.variant == "fastkvzip":
+            heads = model.num_heads + model.num_kv_heads
+            projections = FASTKVZIP_DIM * (heads * model.hidden_size + model.num_heads)
+            return self.layers(model) * (projections + self.exact_numel(model))
         first, last = self.input_size(model) * self.hidden, (self.hidden + 1) * model.num_kv_heads
         more = {"rg3": first, "rg10": self.hidden + self.hidden * self.hidden + self.hidden}
         return model.num_kv_layers * (first + more.get(self.variant, self.hidden) + last)
+
+    def exact_numel(self, model: ModelSpec) -> int:
+        """Count the parameters of one layer that stay in float32, whatever the model computes in."""
+        if self.variant == "kvzap":
+            return ((self.hidden or model.hidden_size) + 1) * model.num_kv_heads
+        if self.variant == "fastkvzip":
+            return 2 * FASTKVZIP_DIM + model.num_kv_heads * FASTKVZIP_SINKS * FASTKVZIP_DIM + model.num_heads
+        return model.num_kv_heads
+
+    def layers(self, model: ModelSpec) -> int:
+        """Count the layers with a gate of their own."""
+        return len(scored_layers(model)) if self.variant == "fastkvzip" else model.num_kv_layers
 
 
 def gate_bytes(model: ModelSpec, gate: GateSpec, dtype: Dtype) -> int:
     """Count the bytes of the gates in the compute dtype; the per-head biases stay in float32."""
     if not gate.trained:
         return 0
-    biases = model.num_kv_layers * model.num_kv_heads
-    return (gate.numel(model) - biases) * DTYPE_BYTES[dtype] + biases * 4
+    exact = gate.layers(model) * gate.exact_numel(model)
+    return (gate.numel(model) - exact) * DTYPE_BYTES[dtype] + exact * 4
+
+
+def scored_layers(model: ModelSpec) -> tuple[int, ...]:
+    """Return which layers with keys and values Fast KVzip scores: those without a window, where there are both."""
+    whole = tuple(index for index, window in enumerate(model.windows) if window is None)
+    return whole or tuple(range(model.num_kv_layers))
 
 
 def streaming_gate(sinks: int = 4) -> GateSpec:

@@ -191,7 +191,8 @@ def _reason(run: Run, options: PlanOptions) -> str:
         return "the context, as a full cache evicts nothing" if options.context else "no --context was given"
     if options.default_kv_budget not in (None, gate.memory_size):
         return "the profile's default"
-    return "as trained" if gate.memory_size else "the default without trained gates"
+    unsized = "the default of gates made for no number" if gate.static else "the default without trained gates"
+    return "as trained" if gate.memory_size else unsized
 
 
 def _warnings(choices: Choices, run: Run, options: PlanOptions) -> Iterator[Notice]:
@@ -212,7 +213,7 @@ def _warnings(choices: Choices, run: Run, options: PlanOptions) -> Iterator[Noti
     if run.quantize == "nf4" and run.device == "cpu":
         message = "nf4 is slow on a CPU: --quantize int4 is several times as fast there"
         yield Notice(code="slow_nf4", message=message)
-    if slots < choices.trained and slots != choices.kv_budgets[0] and gate.trained:
+    if trained is not None and slots < choices.trained and slots != choices.kv_budgets[0] and gate.trained:
         message = f"{gate.id} was trained for {trained} slots per head, and the budget leaves {slots}"
         yield Notice(code="kv_budget_below_trained", message=message)
     elif trained is not None and slots * FAR_BELOW < trained and slots != options.default_kv_budget:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trimkv_cli.model.families import FAMILIES, SEQUENTIAL_FAMILIES
 from trimkv_cli.model.packing import INT8_TOKENS, Packed
-from trimkv_cli.model.spec import DTYPE_BYTES, ModelSpec
+from trimkv_cli.model.spec import DTYPE_BYTES, FASTKVZIP_DIM, FASTKVZIP_SINKS, ModelSpec
 
 if TYPE_CHECKING:
     from trimkv_cli.plan.run import Run
@@ -121,6 +121,8 @@ def _gate_bytes(run: Run) -> int:
 
     One that reads keys and values has those joined, the query beside them, and in rg3 a second vector of its width.
     """
+    if run.gate.static:
+        return _static_gate_bytes(run)
     spec = run.spec
     vector = 3 * spec.hidden_size + (3 if run.gate.variant == "rg3" else 2) * run.gate_hidden
     if run.gate.reads_kv:
@@ -128,6 +130,17 @@ def _gate_bytes(run: Run) -> int:
     vectors = run.step_tokens * vector * run.dtype_bytes
     together = 2 * run.step_rows * spec.num_kv_layers * run.gate_hidden * run.dtype_bytes
     return max(vectors + _inputs_bytes(run, run.step_tokens), together)
+
+
+def _static_gate_bytes(run: Run) -> int:
+    """Count the same of gates that others made, whose last steps are in float32: a copy of what enters those."""
+    spec, gate = run.spec, run.gate
+    if gate.variant == "kvzap":
+        own = 2 * gate.hidden * run.dtype_bytes + 4 * (gate.hidden or spec.hidden_size)
+    else:
+        projected = FASTKVZIP_DIM * (spec.num_heads + spec.num_kv_heads)
+        own = projected * run.dtype_bytes + 3 * 4 * projected + 3 * 4 * FASTKVZIP_SINKS * spec.num_heads
+    return run.step_tokens * (3 * spec.hidden_size * run.dtype_bytes + own) + _inputs_bytes(run, run.step_tokens)
 
 
 def _head_bytes(run: Run) -> int:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from trimkv_cli.cache.gates import FullGate, MlpGate, RetentionGate, StreamingGate
+from trimkv_cli.cache.gates import FullGate, MlpGate, StreamingGate
 from trimkv_cli.cache.releases import frequencies
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.cache.retention_gate import RetentionGate
 from trimkv_cli.engine.cpu.blocks import (
     WORTH_WAKING,
     Block,
