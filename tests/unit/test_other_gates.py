@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.other_gates import Layers, fastkvzip_score, kvzap_score, write_fastkvzip, write_kvzap
-from helpers.tiny_models import make_model
 from trimkv_cli.cache.gate_files import check_gates, gate_facts, read_gates
 from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.cache.static_gates import NewestGate
@@ -93,13 +92,13 @@ def test_16_bits_leave_the_scores_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("of_all", [False, True], ids=["one per scored layer", "one per layer"])
 def test_windows_keep_their_newest(of_all: bool, tmp_path: Path) -> None:
     """Catches Gemma's gates in the wrong layers: the authors score the layers without a window, in their order."""
-    spec = ModelSpec.from_config(make_model("gemma3").config.to_dict())
+    spec = tiny(model_type="gemma3_text", sliding_window=11, num_hidden_layers=7)
     assert scored_layers(spec) == (5,)
     layers = write_fastkvzip(tmp_path / "tiny", spec, count=spec.num_layers if of_all else 1)
     gate, tensors, _, _ = read_gates(tmp_path / "tiny")
     check_gates(spec, gate, tensors)
     gates = build_gates(gate, spec, tensors, dtype=torch.float32, device="cpu")
-    hidden = torch.randn(1, 3, 64)
+    hidden = torch.randn(1, 3, 48)
     expected = torch.tensor([fastkvzip_score(layers[5 if of_all else 0], hidden[0])])
     torch.testing.assert_close(gates[5](hidden, torch.arange(3)[None]), expected, rtol=1e-4, atol=1e-5)
     assert [isinstance(module, NewestGate) for module in gates] == [layer != 5 for layer in range(7)]

@@ -12,7 +12,7 @@ from trimkv_cli.mini import GATES_FOLDER
 from trimkv_cli.model import profiles
 from trimkv_cli.model.folders import read_gate_spec
 from trimkv_cli.model.profiles import find_profile, list_profiles, load_profile, read_profile
-from trimkv_cli.model.spec import ModelSpec
+from trimkv_cli.model.spec import STATIC_VARIANTS, ModelSpec
 
 RELEASED = [profile for profile in list_profiles() if profile.config]
 
@@ -29,7 +29,28 @@ def test_every_released_gate_repository_has_a_profile() -> None:
     names = {f"TrimKV-Qwen3-{size}-Math" for size in ("1.7B", "4B", "8B", "14B")}
     names |= {"TrimKV-Qwen3-4B-Instruct-2507", "TrimKV-Phi-3-mini-128k-instruct"}
     names |= {"DBTrimKV-Qwen3-4B-Math", "DBTrimKV-Qwen3-4B-Instruct-2507"}
-    assert {profile.gates for profile in RELEASED if profile.gates} == {f"ngocbh/{name}" for name in names}
+    ours = [profile for profile in RELEASED if profile.gates and profile.variant not in STATIC_VARIANTS]
+    assert {profile.gates for profile in ours} == {f"ngocbh/{name}" for name in names}
+
+
+def test_gates_of_others_have_profiles_and_are_taken_by_name_alone() -> None:
+    """Catches gates of a licence that nobody read, fetched because a model is named for which there are some."""
+    others = {profile.gates for profile in RELEASED if profile.variant in STATIC_VARIANTS}
+    zap = {f"nvidia/KVzap-mlp-{base}" for base in ("Qwen3-8B", "Qwen3-32B", "Llama-3.1-8B-Instruct")}
+    assert others == zap | {f"Jang-Hyun/Fast-KVzip:{base}" for base in ("gemma-3-12b-it", "qwen3-4b-instruct-2507")}
+    assert profiles.profile_for("Qwen/Qwen3-32B") is None
+    assert load_profile("qwen3-4b-instruct-2507").gates == "ngocbh/TrimKV-Qwen3-4B-Instruct-2507"
+
+
+def test_published_sizes_of_others_gates() -> None:
+    """Catches a wrong width: the paper gives 76 and 210 million parameters of KVzap's MLPs."""
+    found = {}
+    for name in ("qwen3-8b-kvzap", "qwen3-32b-kvzap"):
+        profile = load_profile(name)
+        assert profile.spec is not None
+        assert profile.gate is not None
+        found[name] = round(profile.gate.numel(profile.spec) / 1e6)
+    assert found == {"qwen3-8b-kvzap": 76, "qwen3-32b-kvzap": 210}
 
 
 @pytest.mark.parametrize("profile", RELEASED, ids=lambda profile: profile.name)
@@ -44,6 +65,9 @@ def test_weight_bytes_are_those_of_the_config(profile: profiles.Profile) -> None
         ("qwen3-8b-math", 8_190_735_360),
         ("qwen3-14b-math", 14_768_307_200),
         ("phi-3-mini-128k-instruct", 3_821_079_552),
+        ("qwen3-32b-kvzap", 32_762_123_264),
+        ("llama-3.1-8b-instruct-kvzap", 8_030_261_248),
+        ("gemma-3-12b-it-fastkvzip", 12_187_325_040 - 416_866_032 - 1152 * 3840 - 1152),  # SigLIP and what projects it
     ],
 )
 def test_parameters_are_the_published_ones(name: str, parameters: int) -> None:
