@@ -1,4 +1,4 @@
-"""Gate folders as KVzap's and Fast KVzip's authors write them, with random weights, and their scores in plain Python."""
+"""Gate folders as the authors of KVzap and Fast KVzip write them, with random weights, and plain loops that score."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from helpers.other_gates import Layers, fastkvzip_score, kvzap_score, write_fastkvzip, write_kvzap
 from trimkv_cli.cache.gate_files import check_gates, gate_facts, read_gates
 from trimkv_cli.cache.gates import build_gates
-from trimkv_cli.cache.static_gates import NewestGate
+from trimkv_cli.cache.other_gates import NewestGate
 from trimkv_cli.engine.devices import module_bytes
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
 from trimkv_cli.model.folders import read_gate_spec
@@ -155,6 +155,11 @@ def test_gates_of_another_base(tmp_path: Path) -> None:
     assert check_gates(tiny(), replace(gate, base_model=None), tensors, model_id="some/Other-3B") == ()
 
 
+def read_and_check(folder: Path) -> None:
+    gate, tensors, _, _ = read_gates(folder)
+    check_gates(tiny(), gate, tensors)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -193,8 +198,7 @@ def test_damaged_folders(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write(kind, folder, tiny())
     damage(folder)
     with pytest.raises(TrimkvError, match=words) as caught:
-        gate, tensors, _, _ = read_gates(folder)
-        check_gates(tiny(), gate, tensors)
+        read_and_check(folder)
     assert (caught.value.exit_code, bool(caught.value.hint)) == (6, True)
     assert not (tmp_path / "pwned.txt").exists()
 

@@ -12,7 +12,7 @@ from trimkv_cli.mini import GATES_FOLDER
 from trimkv_cli.model import profiles
 from trimkv_cli.model.folders import read_gate_spec
 from trimkv_cli.model.profiles import find_profile, list_profiles, load_profile, read_profile
-from trimkv_cli.model.spec import STATIC_VARIANTS, ModelSpec
+from trimkv_cli.model.spec import OTHERS_VARIANTS, ModelSpec
 
 RELEASED = [profile for profile in list_profiles() if profile.config]
 
@@ -29,13 +29,13 @@ def test_every_released_gate_repository_has_a_profile() -> None:
     names = {f"TrimKV-Qwen3-{size}-Math" for size in ("1.7B", "4B", "8B", "14B")}
     names |= {"TrimKV-Qwen3-4B-Instruct-2507", "TrimKV-Phi-3-mini-128k-instruct"}
     names |= {"DBTrimKV-Qwen3-4B-Math", "DBTrimKV-Qwen3-4B-Instruct-2507"}
-    ours = [profile for profile in RELEASED if profile.gates and profile.variant not in STATIC_VARIANTS]
+    ours = [profile for profile in RELEASED if profile.gates and profile.variant not in OTHERS_VARIANTS]
     assert {profile.gates for profile in ours} == {f"ngocbh/{name}" for name in names}
 
 
 def test_gates_of_others_have_profiles_and_are_taken_by_name_alone() -> None:
     """Catches gates of a licence that nobody read, fetched because a model is named for which there are some."""
-    others = {profile.gates for profile in RELEASED if profile.variant in STATIC_VARIANTS}
+    others = {profile.gates for profile in RELEASED if profile.variant in OTHERS_VARIANTS}
     zap = {f"nvidia/KVzap-mlp-{base}" for base in ("Qwen3-8B", "Qwen3-32B", "Llama-3.1-8B-Instruct")}
     assert others == zap | {f"Jang-Hyun/Fast-KVzip:{base}" for base in ("gemma-3-12b-it", "qwen3-4b-instruct-2507")}
     assert profiles.profile_for("Qwen/Qwen3-32B") is None

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimkv_cli.cache.gates import activation_name, layer_shapes, tensor_key
-from trimkv_cli.cache.static_gates import static_shapes
+from trimkv_cli.cache.other_gates import shapes_of_others
 from trimkv_cli.cache.tensor_files import (
     AGAIN,
     listed,
@@ -281,7 +281,7 @@ def check_gates(
     check_fit(gate, spec, model_id=model_id or "")
     if not gate.trained:
         return ()
-    expected = static_shapes(gate, spec, tensors) if gate.static else _expected(spec, gate)
+    expected = shapes_of_others(gate, spec, tensors) if gate.by_others else _expected(spec, gate)
     faults = list(_shape_faults(expected, tensors))
     if faults:
         raise GateMismatch(f"{gate.id} does not fit the model: {listed(faults)}", hint=HINT)
@@ -311,7 +311,7 @@ def _shape_faults(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
 
 
 def _base_warning(gate: GateSpec, model_id: str | None) -> Iterator[Notice]:
-    if not model_id or not gate.base_model or (gate.static and named_after(model_id, gate.base_model)):
+    if not model_id or not gate.base_model or (gate.by_others and named_after(model_id, gate.base_model)):
         return
     if _model_name(model_id) != _model_name(gate.base_model):
         yield Notice(code="gate_base_model", message=f"{gate.id} was trained for {gate.base_model}, not for {model_id}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trimkv_cli.cache.other_gates import build_others
 from trimkv_cli.cache.retention_gate import RetentionGate
-from trimkv_cli.cache.static_gates import build_static
 from trimkv_cli.errors import GateMismatch
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 
@@ -137,8 +137,8 @@ def build_gates(
         return nn.ModuleList(StreamingGate(num_kv_heads=heads, sinks=sinks) for _ in range(spec.num_kv_layers))
     if gate.variant == "none":
         return nn.ModuleList(FullGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_kv_layers))
-    if gate.static:
-        return nn.ModuleList(build_static(gate, spec, tensors, dtype=dtype, device=device))
+    if gate.by_others:
+        return nn.ModuleList(build_others(gate, spec, tensors, dtype=dtype, device=device))
     return nn.ModuleList(
         _load(_empty_gate(gate, spec, hidden_act), layer, tensors, dtype, device) for layer in spec.kv_layers
     )

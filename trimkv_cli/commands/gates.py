@@ -84,9 +84,9 @@ def _base_model(gate: GateSpec, name: str) -> str:
     from trimkv_cli.model.profiles import find_profile
 
     profile, base = find_profile(name), gate.base_model
-    if profile is not None and gate.static:
+    if profile is not None and gate.by_others:
         return profile.name
-    if base is None or gate.static or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
+    if base is None or gate.by_others or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
         raise UsageError(f"{gate.id} does not say which model it is for", hint="name the model with --model")
     return base
 
@@ -105,7 +105,7 @@ def _lines(facts: GateFacts) -> Iterator[tuple[str, str]]:
     yield "variant", _variant(facts)
     more = f" (and up to {gate.largest_memory_size:,})" if gate.largest_memory_size else ""
     context = _number(gate.trained_context)
-    if gate.static:
+    if gate.by_others:
         yield "scores", "static: a token's value does not fade with its age; made for no number of slots"
     else:
         yield "trained for", f"{_number(gate.memory_size)} slots per head{more}, contexts up to {context}"

@@ -96,7 +96,7 @@ def check_fit(gate: GateSpec, model: ModelSpec, *, model_id: str) -> None:
     if faults:
         base = f" ({gate.base_model})" if gate.base_model else ""
         raise GateMismatch(f"{gate.id} does not fit the model: it was made for {faults}{base}", hint=HINT)
-    if gate.static and gate.base_model and _is_hub_id(model_id) and not named_after(model_id, gate.base_model):
+    if gate.by_others and gate.base_model and _is_hub_id(model_id) and not named_after(model_id, gate.base_model):
         raise GateMismatch(
             f"{gate.id} was made for {gate.base_model}, not for {model_id}",
             hint=f"{HINT}; a model trained on from it is taken as a folder",

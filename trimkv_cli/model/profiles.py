@@ -15,7 +15,7 @@ from trimkv_cli.model.gguf import block_tensors
 from trimkv_cli.model.packing import Packing
 from trimkv_cli.model.spec import (
     DTYPE_BYTES,
-    STATIC_VARIANTS,
+    OTHERS_VARIANTS,
     TRAINED_VARIANTS,
     GateSpec,
     GateVariant,
@@ -35,7 +35,7 @@ SAMPLING_KEYS: Mapping[str, type] = {
     "repetition_penalty": float,
 }
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+")
-_VARIANTS: Mapping[str, GateVariant] = {**TRAINED_VARIANTS, **STATIC_VARIANTS, "streaming": "streaming", "none": "none"}
+_VARIANTS: Mapping[str, GateVariant] = {**TRAINED_VARIANTS, **OTHERS_VARIANTS, "streaming": "streaming", "none": "none"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +180,7 @@ def profile_for(model_id: str) -> Profile | None:
     made_for = [
         profile
         for profile in list_profiles()
-        if profile.model == model_id and profile.gates and profile.variant not in STATIC_VARIANTS
+        if profile.model == model_id and profile.gates and profile.variant not in OTHERS_VARIANTS
     ]
     return min(made_for, key=lambda profile: (profile.variant != "rg", profile.name), default=None)
 

@@ -27,8 +27,8 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
 Quantisation = Literal["none", "int8", "int4", "nf4", "stored"]
 TrainedVariant = Literal["rg", "rg10", "rg2", "rg3"]
-StaticVariant = Literal["kvzap", "fastkvzip"]  # that others made; their scores do not age
-GateVariant = TrainedVariant | StaticVariant | Literal["streaming", "none"]
+OthersVariant = Literal["kvzap", "fastkvzip"]
+GateVariant = TrainedVariant | OthersVariant | Literal["streaming", "none"]
 
 DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "int4", "nf4", "stored")
@@ -37,7 +37,7 @@ SLOT_STATE_BYTES = 8  # log_beta float32 and position int32 of one slot
 _POSITION_BYTES = 4
 _STATIC_VARIANTS: frozenset[str] = frozenset({"kvzap", "fastkvzip", "keydiff"})
 TRAINED_VARIANTS: Mapping[str, TrainedVariant] = {"rg": "rg", "rg10": "rg10", "rg2": "rg2", "rg3": "rg3"}
-STATIC_VARIANTS: Mapping[str, StaticVariant] = {"kvzap": "kvzap", "fastkvzip": "fastkvzip"}
+OTHERS_VARIANTS: Mapping[str, OthersVariant] = {"kvzap": "kvzap", "fastkvzip": "fastkvzip"}
 FASTKVZIP_DIM = FASTKVZIP_SINKS = 16  # the width of its queries and keys, and how many keys each is weighed against
 _JOURNAL_STATE_BYTES = 16  # the same and the slot's index, int64
 STORED_DTYPES: Mapping[str, Dtype] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -283,12 +283,12 @@ class GateSpec:
 
     @property
     def trained(self) -> bool:
-        return self.variant in TRAINED_VARIANTS or self.variant in STATIC_VARIANTS
+        return self.variant in TRAINED_VARIANTS or self.by_others
 
     @property
-    def static(self) -> bool:
-        """Whether a token's score stays as it was when the token was made."""
-        return self.variant in STATIC_VARIANTS
+    def by_others(self) -> bool:
+        """Whether it is trained, but by none of the authors of this method."""
+        return self.variant in OTHERS_VARIANTS
 
     @property
     def kept(self) -> int:

@@ -191,7 +191,7 @@ def _reason(run: Run, options: PlanOptions) -> str:
         return "the context, as a full cache evicts nothing" if options.context else "no --context was given"
     if options.default_kv_budget not in (None, gate.memory_size):
         return "the profile's default"
-    unsized = "the default of gates made for no number" if gate.static else "the default without trained gates"
+    unsized = "the default of gates made for no number" if gate.by_others else "the default without trained gates"
     return "as trained" if gate.memory_size else unsized
 
 

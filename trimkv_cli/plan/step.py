@@ -121,8 +121,8 @@ def _gate_bytes(run: Run) -> int:
 
     One that reads keys and values has those joined, the query beside them, and in rg3 a second vector of its width.
     """
-    if run.gate.static:
-        return _static_gate_bytes(run)
+    if run.gate.by_others:
+        return _others_gate_bytes(run)
     spec = run.spec
     vector = 3 * spec.hidden_size + (3 if run.gate.variant == "rg3" else 2) * run.gate_hidden
     if run.gate.reads_kv:
@@ -132,7 +132,7 @@ def _gate_bytes(run: Run) -> int:
     return max(vectors + _inputs_bytes(run, run.step_tokens), together)
 
 
-def _static_gate_bytes(run: Run) -> int:
+def _others_gate_bytes(run: Run) -> int:
     """Count the same of gates that others made, whose last steps are in float32: a copy of what enters those."""
     spec, gate = run.spec, run.gate
     if gate.variant == "kvzap":

@@ -82,7 +82,7 @@ def _normed(states: Tensor, weight: Tensor) -> Tensor:
     return functional.rms_norm(states, weight.shape, weight, _EPSILON)
 
 
-def static_shapes(gate: GateSpec, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of_others(gate: GateSpec, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shape that each tensor of a file must have.
 
     Files of Fast KVzip have gates either for all layers or for those that it scores, one after the other.
@@ -125,10 +125,10 @@ _NAMES: Mapping[str, str] = {
 _IN_COMPUTE_DTYPE = ("inner.", "q_proj.", "k_proj.")
 
 
-def build_static(
+def build_others(
     gate: GateSpec, spec: ModelSpec, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[RetentionGate]:
-    """Yield a gate per layer with keys and values, of tensors as `static_shapes` wants them."""
+    """Yield a gate per layer with keys and values, of tensors as `shapes_of_others` wants them."""
     if gate.variant == "kvzap":
         for layer in spec.kv_layers:
             yield _loaded(gate, spec, tensors, _place(gate, layer), dtype=dtype, device=device)
