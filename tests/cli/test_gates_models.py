@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from helpers.engines import gate_tensors
+from helpers.other_gates import write_fastkvzip, write_kvzap
 from helpers.programs import Run
 from trimkv_cli.cache.gate_files import write_gates
 from trimkv_cli.loading.packed_cache import Matrix, PackedForm
+from trimkv_cli.mini import MODEL_FOLDER
+from trimkv_cli.model.folders import read_model_spec
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 
 Text = Callable[..., subprocess.CompletedProcess[str]]
@@ -84,6 +87,45 @@ def test_gates_that_read_keys_and_values(trimkv: Text, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"ok: {tmp_path} (rg3) fits {MODEL}: ")
 
 
+def test_gates_of_others(trimkv: Text, tmp_path: Path) -> None:
+    """Catches gates of others that are shown as ours, checked against nothing, or taken for a model they do not fit."""
+    model = ModelSpec.from_config(json.loads(Path(MODEL, "config.json").read_text()))
+    zap, fast = tmp_path / "KVzap-linear-qwen3_base", tmp_path / "qwen3_base/q2_dim16_sink16.pt"
+    write_kvzap(zap, model, hidden=None)
+    write_fastkvzip(fast.parent, model)
+    shown = {str(path): trimkv("gates", "show", str(path)).stdout for path in (zap, fast)}
+    assert "kvzap, 64 → 2, linear" in shown[str(zap)]
+    assert "fastkvzip, 64 → 2 queries of 16 per head → 2" in shown[str(fast)]
+    assert all("static" in text and "layer 2" in text for text in shown.values())
+    assert json.loads(trimkv("gates", "show", str(zap), "--json").stdout)["shape"]["num_layers"] == 3
+    for path, tensors in ((zap, 6), (fast, 21)):
+        done = trimkv("gates", "verify", str(path), "--model", MODEL)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith(f" fits {MODEL}: 3 layers of 2 KV heads, {tensors} tensors\n")
+        alone = trimkv("gates", "verify", str(path))
+        assert (alone.returncode, "name the model with --model" in alone.stderr) == (2, True)
+        other = trimkv("gates", "verify", str(path), "--model", "mini")
+        assert (other.returncode, "does not fit the model" in other.stderr) == (6, True)
+
+
+@pytest.mark.parametrize("kind", ["kvzap", "fastkvzip"])
+def test_a_model_runs_with_gates_of_others(kind: str, trimkv: Text, tmp_path: Path) -> None:
+    """Catches gates that a command does not take, or that fit a plan and not the engine."""
+    model = read_model_spec(MODEL_FOLDER)
+    (write_kvzap if kind == "kvzap" else write_fastkvzip)(tmp_path / "gates", model)
+    asked = ["-m", "mini", "--gates", str(tmp_path / "gates"), "--kv-budget", "32", "--greedy", "-n", "4"]
+    answered = trimkv("ask", *asked, "My cat is called Zubo. " * 20)
+    assert answered.returncode == 0, answered.stderr
+    (tmp_path / "in.jsonl").write_text('{"prompt": "My cat is called Zubo."}\n')
+    ran = trimkv("run", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *asked)
+    assert ran.returncode == 0, ran.stderr
+    assert '"status_code":200' in (tmp_path / "out.jsonl").read_text()
+    planned = trimkv("plan", *asked[:6])
+    assert (planned.returncode, "gates" in planned.stdout) == (0, True), planned.stderr
+    wrong = trimkv("plan", "-m", "qwen3-4b-math", *asked[2:6])  # 4 query heads per KV head
+    assert (wrong.returncode, "does not fit the model" in wrong.stderr) == (6, True)
+
+
 def test_gates_verify_without_a_model_takes_the_base(trimkv: Text, cache: Path) -> None:
     """Catches gates that are checked against the default model instead of their own."""
     assert trimkv("gates", "verify", "mini").stdout.startswith("ok: mini (rg) fits mini: ")
@@ -103,7 +145,7 @@ def test_gates_verify_of_another_model(trimkv: Text, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[1].startswith("hint: ")
 
 
-@pytest.mark.parametrize("name", ["streaming", "./nowhere", MODEL, "some/gates"])
+@pytest.mark.parametrize("name", ["streaming", "./nowhere", MODEL, "some/gates", "Jang-Hyun/Fast-KVzip"])
 def test_gates_that_are_none(trimkv: Text, cache: Path, name: str) -> None:
     """Catches a traceback for a constant gate, a missing folder, a model folder, an uncached id."""
     done = trimkv("gates", "show", name)

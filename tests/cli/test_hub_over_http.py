@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from helpers.gguf_files import write_gguf
+from helpers.other_gates import write_fastkvzip, write_kvzap
 from helpers.programs import ENVIRONMENT
 from helpers.stub_hub import COMMIT, Hub, serve
 from trimkv_cli.mini import MODEL_FOLDER
+from trimkv_cli.model.folders import read_model_spec
 
 
 @pytest.fixture
@@ -111,3 +113,32 @@ def test_what_the_hub_refuses_is_told_with_what_to_do(hub: Hub, tmp_path: Path) 
     assert (revision.returncode, "no revision nope" in revision.stderr) == (6, True), revision.stderr
     offline = trimkv(hub, tmp_path, "ask", "-m", "some/mini", "--offline", "hi")
     assert (offline.returncode, "not in the cache" in offline.stderr) == (6, True)
+
+
+def test_gates_of_others_come_alone(hub: Hub, tmp_path: Path) -> None:
+    """Catches gates of all models fetched for one, a model's weights fetched as gates, and gates told as a model."""
+    spec = read_model_spec(MODEL_FOLDER)
+    write_fastkvzip(tmp_path / "fast/mini", spec)
+    write_fastkvzip(tmp_path / "fast/other-3b", spec)
+    write_kvzap(tmp_path / "zap", spec)
+    hub.add("Jang-Hyun/Fast-KVzip", tmp_path / "fast")
+    hub.add("nvidia/KVzap-mlp-mini", tmp_path / "zap")
+    hub.add("some/mini", MODEL_FOLDER)
+    fits = trimkv(hub, tmp_path, "gates", "verify", "Jang-Hyun/Fast-KVzip", "-m", "mini")
+    assert fits.returncode == 0, fits.stderr
+    assert fits.stdout.startswith("ok: Jang-Hyun/Fast-KVzip:mini (fastkvzip) fits mini: ")
+    assert not any("other-3b" in path for method, path, _ in hub.asked if method == "GET" and "resolve" in path)
+    shown = trimkv(hub, tmp_path, "gates", "show", "nvidia/KVzap-mlp-mini")
+    assert (shown.returncode, "kvzap, " in shown.stdout) == (0, True), shown.stderr
+    for name, words in {
+        "Jang-Hyun/Fast-KVzip:tiny-9b": ("no gates for tiny-9b", "other-3b"),
+        "some/mini": ("holds no gates",),
+    }.items():
+        ended = trimkv(hub, tmp_path, "gates", "show", name)
+        assert (ended.returncode, all(word in ended.stderr for word in words)) == (6, True), ended.stderr
+    assert not any(path.endswith("model.safetensors") and "some/mini" in path for _, path, _ in hub.asked)
+    rows = [line.split()[:2] for line in trimkv(hub, tmp_path, "models", "list").stdout.splitlines()]
+    assert [row for row in rows if row[1] == "gates"] == [
+        ["Jang-Hyun/Fast-KVzip", "gates"],
+        ["nvidia/KVzap-mlp-mini", "gates"],
+    ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.live_bytes import LiveBytes
 from helpers.other_gates import Layers, fastkvzip_score, kvzap_score, write_fastkvzip, write_kvzap
 from trimkv_cli.cache.gate_files import check_gates, gate_facts, read_gates
 from trimkv_cli.cache.gates import build_gates
@@ -20,8 +21,12 @@ from trimkv_cli.engine.devices import module_bytes
 from trimkv_cli.errors import GateMismatch, ModelNotFound, TrimkvError
 from trimkv_cli.model.folders import read_gate_spec
 from trimkv_cli.model.other_gates import check_fit, fastkvzip_name
-from trimkv_cli.model.spec import ModelSpec, gate_bytes, scored_layers
+from trimkv_cli.model.spec import DTYPE_BYTES, Dtype, ModelSpec, gate_bytes, scored_layers
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import make_plan
+from trimkv_cli.plan.step import _inputs_bytes, _others_gate_bytes
 
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Score = Callable[[dict[str, torch.Tensor], torch.Tensor], list[list[float]]]
 
 
@@ -74,7 +79,7 @@ def test_the_plan_counts_the_bytes(kind: str, tmp_path: Path) -> None:
     write(kind, tmp_path, spec)
     gate, tensors, _, _ = read_gates(tmp_path)
     assert gate.numel(spec) == sum(tensor.numel() for tensor in tensors.values())
-    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+    for name, dtype in TORCH_DTYPES.items():
         gates = build_gates(gate, spec, tensors, dtype=dtype, device="cpu")
         assert module_bytes(gates) == gate_bytes(spec, gate, name)  # type: ignore[arg-type]
 
@@ -217,3 +222,19 @@ def test_a_file_of_another_name_is_no_gates(tmp_path: Path) -> None:
     (tmp_path / FAST).rename(tmp_path / "q3_dim8_sink16.pt")
     with pytest.raises(ModelNotFound, match="holds no gates"):
         read_gates(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scoring_allocates_what_the_plan_counts(kind: str, dtype: Dtype, tmp_path: Path) -> None:
+    """Catches a chunk whose scores take more than a budget leaves to them."""
+    spec = tiny(num_attention_heads=32, hidden_size=96, intermediate_size=1, vocab_size=2)
+    write(kind, tmp_path, spec)
+    gate, tensors, _, _ = read_gates(tmp_path)
+    module = build_gates(gate, spec, tensors, dtype=TORCH_DTYPES[dtype], device="cpu")[0]
+    hidden, positions = torch.randn(1, 512, 96, dtype=TORCH_DTYPES[dtype]), torch.arange(512)[None]
+    with torch.inference_mode(), LiveBytes() as live:
+        module(hidden, positions)
+    run = make_plan(spec, gate, PlanOptions(kv_budget=8, prefill_chunk=512, max_inflight=1, dtype=dtype)).run
+    planned = _others_gate_bytes(run) - 512 * 3 * 96 * DTYPE_BYTES[dtype] - _inputs_bytes(run, run.step_tokens)
+    assert planned * 0.99 <= live.peak <= planned

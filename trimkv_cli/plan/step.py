@@ -134,12 +134,13 @@ def _gate_bytes(run: Run) -> int:
 
 def _others_gate_bytes(run: Run) -> int:
     """Count the same of gates that others made, whose last steps are in float32: a copy of what enters those."""
-    spec, gate = run.spec, run.gate
-    if gate.variant == "kvzap":
-        own = 2 * gate.hidden * run.dtype_bytes + 4 * (gate.hidden or spec.hidden_size)
+    spec, wide = run.spec, run.gate.hidden
+    if run.gate.variant == "kvzap":
+        cast = 0 if run.dtype_bytes == 4 else 4 * (wide or spec.hidden_size)
+        own = max(2 * wide * run.dtype_bytes, wide * run.dtype_bytes + cast + 4 * spec.num_kv_heads)
     else:
-        projected = FASTKVZIP_DIM * (spec.num_heads + spec.num_kv_heads)
-        own = projected * run.dtype_bytes + 3 * 4 * projected + 3 * 4 * FASTKVZIP_SINKS * spec.num_heads
+        products = 2 * FASTKVZIP_SINKS * spec.num_heads + 3 * spec.num_heads
+        own = 4 * (FASTKVZIP_DIM * (spec.num_heads + spec.num_kv_heads) + products)
     return run.step_tokens * (3 * spec.hidden_size * run.dtype_bytes + own) + _inputs_bytes(run, run.step_tokens)
 
 
