@@ -30,6 +30,7 @@ class CacheStats:
     seen_tokens: int
     kept_per_head: int  # slots in use per KV head of a full-attention layer
     evicted: int  # (layer, head) slots lost so far: sum over layers and heads of seen − kept
+    pinned_per_head: int = 0  # of those kept, by --pin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +218,19 @@ class Retained:
     def num_heads(self) -> int:
         """Count the KV heads of all layers."""
         return sum(len(layer.heads) for layer in self.layers)
+
+    def stays_for_prompt(self, position: int) -> bool:
+        """Say whether a position lies at an end of the newest prompt, which is pinned until the next one begins."""
+        return self.layers[0].protects(position)
+
+    def pinned(self) -> dict[int, bool]:
+        """Return the positions that some head holds and that no score can evict, and whether each stays for good."""
+        found: dict[int, bool] = {}
+        for layer, head in self.heads:
+            for position, log_beta in zip(head.positions, head.log_beta, strict=True):
+                if log_beta == math.inf or layer.protects(position) or position >= self.seen - layer.recent:
+                    found[position] = found.get(position, False) or log_beta == math.inf
+        return dict(sorted(found.items()))
 
     @property
     def static(self) -> bool:

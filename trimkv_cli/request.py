@@ -114,6 +114,7 @@ class Request:
     several requests ask about. With `keep` the row stays after the last token, for a later request
     that names this one in `continues`: that one feeds only what is new, beginning with this one's last output token.
     Requests of one `same_prompt` group have the same prompt: those that get their rows in time share its whole prefill.
+    With `goes_on` it goes on reading or answering that one's prompt, whose ends stay pinned.
     `context` is how long the sequence may become over all its turns (0 = this request alone).
     """
 
@@ -125,6 +126,7 @@ class Request:
     same_prompt: str | None = None
     keep: bool = False
     continues: str | None = None
+    goes_on: bool = False
     context: int = 0
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.talking import begin
+from helpers.talking import begin, load
 from trimkv_cli.chat.autosave import Autosave
 from trimkv_cli.chat.store import SessionStore
 from trimkv_cli.commands.chat.slash_command import Chat
@@ -46,6 +47,12 @@ class Recorder:
 
 @pytest.fixture
 def chat(engine: Any, tmp_path: Path) -> Iterator[Chat]:
+    with chatting(engine, tmp_path) as chat:
+        yield chat
+
+
+@contextmanager
+def chatting(engine: Any, tmp_path: Path) -> Iterator[Chat]:
     conversation = begin(engine)
     autosave = Autosave(SessionStore(tmp_path / "sessions"), options={})
 
@@ -362,6 +369,41 @@ def test_what_is_pinned_stays(chat: Chat) -> None:
     assert shares[first : first + 2] == [1.0] * 2
     enter(chat, "/undo 2", "My cat is called Zubo.")
     assert "nothing is pinned" in enter(chat, "/pin").errors[0]
+
+
+def test_the_ends_of_a_message_stay_until_the_next(tmp_path: Path) -> None:
+    """Catches ends that no view shows, and that the next message, /undo, /regen or a loaded session keep or lose."""
+    engine = load(pin="prompt:10%")
+    with chatting(engine, tmp_path) as chat:
+
+        def pinned() -> dict[int, bool]:
+            return engine.kept.retained(chat.conversation.row).pinned()  # type: ignore[no-any-return]
+
+        enter(chat, "My cat is called Zubo. " * 8)
+        length = chat.conversation.turns[0].prompt_tokens
+        ends = {position: position < 4 for position in (*range(4), *range(length - 4, length))}
+        assert pinned() == ends
+        line = f"0-3 for good · {length - 4}-{length - 1} until the next prompt"
+        assert enter(chat, "/map").shown[-1] == f"pinned: {line}"
+        assert "this prompt" in enter(chat, "/why assistant").shown[-1]
+        assert enter(chat, "/pin").shown[1:] == [
+            line,
+            "at most 8 of 40 slots in a head; /undo of this turn takes it back",
+        ]
+        enter(chat, "My dog is called Rex.")
+        turn = chat.conversation.turns[1]
+        answer = turn.first + turn.prompt_tokens
+        assert list(pinned()) == [*range(4), *range(turn.first, turn.first + 4), *range(answer - 4, answer)]
+        enter(chat, "/regen")
+        assert len(pinned()) == 12
+        enter(chat, "/undo")
+        assert pinned() == ends
+        enter(chat, "/save cat", "/clear", "/load cat")
+        assert not chat.conversation.must_reread
+        assert pinned() == ends
+        enter(chat, "/budget 20")
+        assert list(pinned()) == [0, 1, 2, 3, length - 2, length - 1]
+    engine.close()
 
 
 def test_another_budget(chat: Chat) -> None:

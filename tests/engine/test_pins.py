@@ -12,7 +12,7 @@ import torch
 from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import UsageError
-from trimkv_cli.model.spec import Pins
+from trimkv_cli.model.pins import Pins
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=11, rows=2, prefill_chunk=16, gate="random")
@@ -72,9 +72,21 @@ def test_as_many_pins_as_slots_are_refused(tiny_model: TinyModel) -> None:
     assert Pins.parse("system, sinks:4") == Pins(system=True, sinks=4)
     assert str(Pins.parse("sinks:4,system")) == "system,sinks:4"
     assert Pins.parse(None) == Pins()
-    assert Pins.parse("recent:8,sinks:2").count(5) == 10
+    assert Pins.parse("recent:8,sinks:2").count(5, 11) == 10
     assert str(Pins.parse("recent:8,sinks:2")) == "sinks:2,recent:8"
-    for wrong in ("", "sinks", "sinks:0", "sinks:-1", "tail:3", "system,,"):
+    assert str(Pins.parse("prompt:10%,system")) == "system,prompt:10%"
+    for wrong in (
+        "",
+        "sinks",
+        "sinks:0",
+        "sinks:-1",
+        "sinks:5%",
+        "tail:3",
+        "system,,",
+        "prompt",
+        "prompt:0%",
+        "prompt:%",
+    ):
         with pytest.raises(UsageError, match="cannot be pinned"):
             Pins.parse(wrong)
 
@@ -131,9 +143,9 @@ def test_protected_intervals_stay_until_they_are_released(family: str, way: str,
     assert retained.survivals()[21] == torch.inf
     assert not {position for position, _ in retained.next_out()} & set(wanted)
     with pytest.raises(UsageError, match="5 tokens are pinned: 5 slots"):
-        cache.check_pins(5, [0, 1])
+        cache.check_pins(5, [0, 1], beside=5)
     with pytest.raises(UsageError, match="11 pinned tokens leave none"):
-        engine.kept.pin("a", [p for p in engine.kept.positions("a")[whole[0]][0] if p not in wanted])
+        cache.pin(0, [p for p in engine.kept.positions("a")[whole[0]][0] if p not in wanted], beside=5)
     engine._runner.resize(6, [])
     assert all(set(wanted) <= set(head) for index in whole for head in engine.kept.positions("a")[index])
     cache.protect(0)

@@ -12,7 +12,7 @@ from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.cache.rebase import rotate
 from trimkv_cli.engine.cpu import Decoder
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UnsupportedModel, UsageError
-from trimkv_cli.model.spec import Pins
+from trimkv_cli.model.pins import Pins
 from trimkv_cli.request import Request
 
 TinyModel = Callable[..., Any]

@@ -14,7 +14,8 @@ from trimkv_cli.engine import filters
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.loading.assemble import assemble
-from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec, Pins, full_gate, streaming_gate
+from trimkv_cli.model.pins import Pins
+from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec, full_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.request import Request, SamplingParams
@@ -49,9 +50,13 @@ class Shape:
     rebases: bool = False
 
 
-def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape) -> Plan:
+def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape, pins: Pins = NO_PINS) -> Plan:
     options = PlanOptions(
-        kv_budget=shape.kv_budget, prefill_chunk=shape.prefill_chunk, max_inflight=shape.rows, rebases=shape.rebases
+        kv_budget=shape.kv_budget,
+        prefill_chunk=shape.prefill_chunk,
+        max_inflight=shape.rows,
+        rebases=shape.rebases,
+        pins=pins,
     )
     return make_plan(spec, gate, options)
 
@@ -67,8 +72,8 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
     gates: Sequence[Any] = build_gates(gate, spec, tensors, dtype=torch.float32, device=model.device)
     if shape.gate == "random":
         gates = [RandomGate(spec, layer).to(model.device) for layer in range(spec.num_kv_layers)]
-    plan = make_plan_for(spec, gate, shape)
-    facts = EngineFacts.of(model, gates, plan=plan, model_id="tiny", eos_token_ids=shape.eos, pins=pins)
+    plan = make_plan_for(spec, gate, shape, pins)
+    facts = EngineFacts.of(model, gates, plan=plan, model_id="tiny", eos_token_ids=shape.eos)
     how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "fast_path": fast_path}
     return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, **how)
 

@@ -70,7 +70,7 @@ def test_a_chat_answer_has_the_shape_of_an_openai_batch_result() -> None:
         "seed": 7,
         "kv_budget": 64,
         "prefill_chunk": 512,
-        "cache": {"seen_tokens": 9, "kept_per_head": 4, "evicted": 5},
+        "cache": {"seen_tokens": 9, "kept_per_head": 4, "evicted": 5, "pinned_per_head": 0},
         "warnings": [],
         "timing": timing,
     }

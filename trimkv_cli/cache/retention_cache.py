@@ -16,7 +16,7 @@ from trimkv_cli.errors import UsageError
 from trimkv_cli.events import HeadMemory, LayerMemory, Retained
 from trimkv_cli.model.families import StateShape
 from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
-from trimkv_kernels.reference import best, protected
+from trimkv_kernels.reference import best
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +242,10 @@ class RetentionCache:
             [sorted(p for p in head if p >= 0) for head in layer.slots.position[row].tolist()] for layer in self.layers
         ]
 
-    def pin(self, row: int, positions: Iterable[int]) -> int:
+    def pin(self, row: int, positions: Iterable[int], *, beside: int = 0) -> int:
         """Give the tokens at `positions` that `row` still holds the score +inf; return how many heads' slots that are.
+
+        So many slots of each head are left to others that are pinned for a time: `beside`, and the newest.
 
         Raises:
             UsageError: some head would have no other slot left; nothing is pinned.
@@ -251,10 +253,10 @@ class RetentionCache:
         wanted = torch.tensor(sorted(positions), dtype=torch.int32, device=self.layers[0].slots.position.device)
         chosen = [torch.isin(layer.slots.position[row], wanted) for layer in self.layers]
         for layer, mask in zip(self.layers, chosen, strict=True):
-            pinned = mask | (layer.slots.log_beta[row] == torch.inf)
-            if self.spans is not None:
-                pinned = pinned | protected(layer.slots.position[row], self.spans[row : row + 1])[0]
-            most = int(pinned.sum(-1).max()) + self.recent
+            if _holds_window(layer, self.kv_budget):
+                continue
+            most = int((mask | (layer.slots.log_beta[row] == torch.inf)).sum(-1).max())
+            most += self.recent + beside
             if most >= layer.size:
                 raise UsageError(
                     f"{most} pinned tokens leave none of {layer.size} slots per head to the others", hint="pin less"
@@ -263,18 +265,18 @@ class RetentionCache:
             layer.slots.log_beta[row].masked_fill_(mask, torch.inf)
         return sum(int(mask.sum()) for mask in chosen)
 
-    def check_pins(self, kv_budget: int, rows: Sequence[int]) -> None:
+    def check_pins(self, kv_budget: int, rows: Sequence[int], *, beside: int = 0) -> None:
         """Raise when some head of `rows` has so many pinned tokens that a size leaves no slot for others.
 
         Raises:
             UsageError: that size.
         """
         for layer in self.layers:
-            pinned = layer.slots.log_beta[list(rows)] == torch.inf
-            if self.spans is not None:
-                pinned = pinned | protected(layer.slots.position[list(rows)], self.spans[list(rows)])
-            most = self.recent + (int(pinned.sum(-1).max()) if rows else 0)
-            if most >= _size(kv_budget, layer.window):
+            if _holds_window(layer, kv_budget):
+                continue
+            pinned = (layer.slots.log_beta[list(rows)] == torch.inf).sum(-1)
+            most = self.recent + beside + (int(pinned.max()) if rows else 0)
+            if most >= kv_budget:
                 raise UsageError(
                     f"{most} tokens are pinned: {kv_budget} slots per head leave none to the others",
                     hint=f"{most + 1} slots or more",
@@ -312,6 +314,11 @@ class RetentionCache:
 
 def _size(kv_budget: int, window: int | None) -> int:
     return kv_budget if window is None else min(kv_budget, window)
+
+
+def _holds_window(layer: LayerCache, kv_budget: int) -> bool:
+    """Tell whether a layer has a slot for all that its window shows, so that nothing competes."""
+    return layer.window is not None and layer.window <= kv_budget
 
 
 def _resized(layer: LayerCache, size: int, seen: Tensor, spans: Tensor | None) -> LayerCache:

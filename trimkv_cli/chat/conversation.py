@@ -114,7 +114,7 @@ class Conversation:
             self._put_back(replace(self.llm.kept.save(self._row), unread=()))
         ids = (*unread, *(() if last is None else (last,)))
         seed = seed_of(self.params.seed, len(self.turns), turn.attempt) + len(turn.token_ids)
-        request = self._request(ids, replace(self.params, seed=seed % 2**63))
+        request = self._request(ids, replace(self.params, seed=seed % 2**63), goes_on=True)
         self.llm.check(request)
         begun = _Begun(user=turn.user, attempt=turn.attempt, first=turn.first, fed=self.seen, before=turn)
         self.turns = self.turns[:-1]
@@ -195,7 +195,9 @@ class Conversation:
         )
         return tuple(ids), 0
 
-    def _request(self, ids: tuple[int, ...], params: SamplingParams, *, prefix_len: int = 0) -> Request:
+    def _request(
+        self, ids: tuple[int, ...], params: SamplingParams, *, prefix_len: int = 0, goes_on: bool = False
+    ) -> Request:
         self._ids += 1
         request = Request(
             id=f"turn-{self._ids}",
@@ -204,6 +206,7 @@ class Conversation:
             params=params,
             keep=True,
             continues=self._row,
+            goes_on=goes_on,
             context=self.llm.facts.max_positions,
         )
         return request.fitted(self.llm.room(request)) if self.fits_rest else request

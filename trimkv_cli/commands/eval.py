@@ -71,10 +71,9 @@ def evaluate(
     trimkv eval qwen3-4b-instruct-2507 --data questions.jsonl --match contains --kv-budget 512,1024 --json
 
     needle hides facts between the sentences of a text and asks for each in other words. Answers are greedy. Every
-    question is a prompt of its own; eight share a document. protected is streaming that never evicts a tenth of M at
-    each end. Intervals draw documents again where several questions share one. --context is the length of what is
-    made. --prefill-chunk is 32 here unless it is given: a chunk longer than
-    M sees more than M.
+    question is a prompt of its own; eight share a document. protected is streaming with --pin prompt:10%. Intervals
+    draw documents again where several questions share one. --context is the length of what is made. --prefill-chunk is
+    32 here unless it is given: a chunk longer than M sees more than M.
     """
     from trimkv_cli.loading.sources import find_source
 

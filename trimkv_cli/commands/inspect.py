@@ -128,6 +128,7 @@ class Findings:
         return {
             "seen": self.retained.seen,
             "kept": self.kept,
+            "pinned": list(self.retained.pinned()),
             "log_beta": known,
             "output_token_ids": list(self.output_token_ids),
         }
@@ -174,7 +175,7 @@ def inspect(
     trimkv inspect --cache report.kv --html report.html
 
     The last token of an answer is never fed, so prompt + N − 1 tokens are seen. --json prints
-    {"seen", "kept": [layer][head][positions], "log_beta": [layer][head][seen], "output_token_ids"}.
+    {"seen", "kept": [layer][head][positions], "pinned", "log_beta": [layer][head][seen], "output_token_ids"}.
     The page of --html needs no network and no other file. Of --cache the scores of what was let go are not known.
     """
     given = {"a prompt": prompt or form.file, "--prompt-token-ids": form.prompt_token_ids, "--cache": form.cache}
@@ -190,6 +191,7 @@ def inspect(
 
     reader = Reader(encoding=form.encoding, quiet=form.quiet)
     ids = _read_ids(form.prompt_token_ids, reader) if form.prompt_token_ids is not None else None
+    prefix_len = 0
     system_text = read_system(form.system, form.system_file, reader)
     check_raw(raw=form.raw, system=system_text, special_tokens=form.special_tokens)
     user = gather(prompt, form.file or [], reader) if ids is None and form.cache is None else ""
@@ -200,21 +202,23 @@ def inspect(
     else:
         if ids is None:
             names_tokens(llm.text, user, raw=form.raw, special_tokens=form.special_tokens)
-            ids = render(
-                llm.text, user, system=system_text, raw=form.raw, think=form.think, special_tokens=form.special_tokens
-            ).token_ids
-        findings = _of_answer(llm, ids, sampling, quiet=form.quiet)
+            how: dict[str, Any] = {"raw": form.raw, "think": form.think, "special_tokens": form.special_tokens}
+            rendered = render(llm.text, user, system=system_text, **how)
+            ids, prefix_len = rendered.token_ids, rendered.prefix_len
+        findings = _of_answer(llm, ids, prefix_len, sampling, quiet=form.quiet)
     findings.show(llm, form)
     check_budget(llm)
 
 
-def _of_answer(llm: Engine, ids: tuple[int, ...], sampling: SamplingOptions, *, quiet: bool) -> Findings:
+def _of_answer(
+    llm: Engine, ids: tuple[int, ...], prefix_len: int, sampling: SamplingOptions, *, quiet: bool
+) -> Findings:
     """Answer a prompt and look at what its row holds then."""
     from trimkv_cli.commands.answers import answer, within_room
     from trimkv_cli.request import Request
 
     params = sampling.resolve(llm.facts.sampling_defaults)
-    request = Request(id="inspect", prompt_token_ids=ids, params=params, keep=True)
+    request = Request(id="inspect", prompt_token_ids=ids, prefix_len=prefix_len, params=params, keep=True)
     request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=quiet)
     llm.check(request)
     llm.start_trace()

@@ -32,7 +32,8 @@ from trimkv_cli.events import (
     RunStats,
     TokenEvent,
 )
-from trimkv_cli.model.spec import GateSpec, ModelSpec, Pins
+from trimkv_cli.model.pins import Pins
+from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request, check_token_ids
 from trimkv_cli.units import format_sizes
@@ -52,7 +53,6 @@ class EngineFacts:
     notes: tuple[str, ...] = ()  # what the user did not ask for but may like to know
     warnings: tuple[Notice, ...] = ()
     load_s: float = 0.0
-    pins: Pins = field(default_factory=Pins)
 
     @classmethod
     def of(cls, model: nn.Module, gates: Iterable[nn.Module], *, plan: Plan, **others: Any) -> EngineFacts:
@@ -67,6 +67,10 @@ class EngineFacts:
     @property
     def gate(self) -> GateSpec:
         return self.plan.run.gate
+
+    @property
+    def pins(self) -> Pins:
+        return self.plan.run.pins
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,7 +103,7 @@ class Engine:
         self.facts = facts
         self.text = text
         self.fingerprint = fingerprint
-        self.kept = KeptRows(runner.cache, scheduler)
+        self.kept = KeptRows(runner, scheduler)
         self._runner = runner
         self._scheduler = scheduler
         self._recovery = Recovery(runner, scheduler)
@@ -174,8 +178,7 @@ class Engine:
             raise UsageError("the prompt is empty", hint="give at least one token")
         check_token_ids(ids, facts.spec.vocab_size)
         self._runner.sampler.check(request.params)
-        slots = (facts.spec.slots(layer, facts.plan.run.kv_budget) for layer in range(facts.spec.num_kv_layers))
-        facts.pins.check(request.prefix_len, min(slots), sinks=facts.gate.kept)
+        facts.pins.check(request.prefix_len, facts.plan.run.kv_budget, sinks=facts.gate.kept)
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
         param = "max_tokens" if self.room(request) >= 1 else None  # else the prompt alone is too long
@@ -305,6 +308,8 @@ class Engine:
             self._scheduler.finish(row)
         else:
             self._scheduler.give_up(row)
+            if row.before is not None:
+                self._runner.protect(row.before)
         self._counts["shared_prefix_tokens"] += row.shared
         state, now, cache = self._states.pop(row.request.id), time.perf_counter(), self._runner.cache
         self._evicted += cache.evicted(row.index)
@@ -319,6 +324,7 @@ class Engine:
                 seen_tokens=row.seen,
                 kept_per_head=cache.kept_per_head(row.index),
                 evicted=cache.evicted(row.index),
+                pinned_per_head=self._runner.pinned(row),
             ),
             prefill_chunk=row.chunk,
         )
@@ -450,7 +456,7 @@ class Engine:
         bytes_before, rows = self.kv_bytes, self._scheduler.begun
         plan = before.resized(kv_budget, limit=limit)
         self._check_full_cache(kv_budget, rows)
-        self._runner.cache.check_pins(kv_budget, [row.index for row in rows])
+        self._runner.cache.check_pins(kv_budget, [row.index for row in rows], beside=2 * plan.run.pins.ends(kv_budget))
         evicted, failure = attempt(lambda: self._runner.resize(kv_budget, rows))
         if evicted is None:
             self._runner.resize(before.run.kv_budget, rows)

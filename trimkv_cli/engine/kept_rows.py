@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from trimkv_cli.cache.retention_cache import RetentionCache, SavedRow
+from trimkv_cli.cache.retention_cache import SavedRow
+from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.row_files import RowState
 from trimkv_cli.engine.scheduler import Scheduler
 from trimkv_cli.errors import CacheMismatch
@@ -16,8 +17,9 @@ from trimkv_cli.request import Request
 class KeptRows:
     """Reach the row of a finished request by the request's id, until it is released or continued."""
 
-    def __init__(self, cache: RetentionCache, scheduler: Scheduler) -> None:
-        self._cache = cache
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+        self._runner = runner
+        self._cache = runner.cache
         self._scheduler = scheduler
 
     def positions(self, request_id: str) -> list[list[list[int]]]:
@@ -34,7 +36,7 @@ class KeptRows:
         Raises:
             UsageError: they would leave some head no slot for others; nothing is pinned.
         """
-        return self._cache.pin(self._scheduler.parked[request_id].index, positions)
+        return self._cache.pin(self._scheduler.parked[request_id].index, positions, beside=self._runner.pinned_ends)
 
     def seen(self, request_id: str) -> int:
         """Return how many tokens the row of a finished request with `keep` has been fed."""
@@ -69,6 +71,7 @@ class KeptRows:
             unread=row.unread,
             last_token=row.output[-1] if row.output else None,
             long_rope=row.long_rope,
+            prompt=row.prompt,
         )
 
     def restore(self, state: RowState, request_id: str) -> None:
@@ -83,8 +86,13 @@ class KeptRows:
             raise CacheMismatch("what was saved has outgrown the model's positions", hint="--on-overflow rebase")
         request = Request(id=request_id, prompt_token_ids=state.unread, keep=True)
         row = self._scheduler.park(
-            request, history=state.token_ids, last_token=state.last_token, long_rope=state.long_rope
+            request,
+            history=state.token_ids,
+            prompt=state.prompt,
+            last_token=state.last_token,
+            long_rope=state.long_rope,
         )
+        self._runner.protect(row)
         self._cache.load_row(row.index, SavedRow(state.layers, state.states), seen=row.seen)
         if state.rebased is not None:
             assert self._cache.rebase is not None

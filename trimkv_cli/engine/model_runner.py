@@ -17,6 +17,7 @@ from trimkv_cli.engine.ahead import Ahead, Forward, GraphedForward
 from trimkv_cli.engine.cpu import Decoder
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
+from trimkv_cli.model.pins import Pins
 
 
 class ModelRunner:
@@ -35,7 +36,7 @@ class ModelRunner:
         decode_rows: int | None = None,
         long_rope: LongRope | None = None,
         decoder: Decoder | None = None,
-        pins_system: bool = False,
+        pins: Pins | None = None,
         trace: Sequence[list[Tensor]] | None = None,
     ) -> None:
         self.cache = cache
@@ -45,7 +46,7 @@ class ModelRunner:
         self._decode_rows = decode_rows
         self._long_rope = long_rope
         self._decoder = decoder
-        self._pins_system = pins_system
+        self._pins = pins or Pins()
         self.trace = trace
         self._ahead: Ahead | None = None
 
@@ -63,7 +64,22 @@ class ModelRunner:
             self.cache.clear(row.index)
         elif row.saved is None:
             row.saved = self.cache.save_row(row.index)  # a prefill cannot be undone, only begun again from here
+        self.protect(row)
         self.sampler.set_row(row.index, row.request.params, (*row.history, *row.request.prompt_token_ids))
+
+    def protect(self, row: Row) -> None:
+        """Protect the ends of a row's newest prompt from now on, and no longer those of an earlier one."""
+        if self._pins.prompt is not None:
+            self.cache.protect(row.index, *self._pins.for_now(row.prompt, self.cache.kv_budget))
+
+    @property
+    def pinned_ends(self) -> int:
+        """Count the slots that the ends of a prompt may take in each head, beside what stays for good."""
+        return 2 * self._pins.ends(self.cache.kv_budget)
+
+    def pinned(self, row: Row) -> int:
+        """Count the tokens of a row that `--pin` keeps in each head."""
+        return self._pins.held(row.prompt, row.seen, self.cache.kv_budget)
 
     def restart(self, row: Row) -> None:
         """Make a row what it was before anything of its request was fed."""
@@ -95,6 +111,9 @@ class ModelRunner:
             self._ahead.undo_pending()
         if self._decoder is not None:
             self._decoder.forget()
+        if self._pins.prompt is not None:
+            for row in rows:
+                self.cache.protect(row.index, *self._pins.for_now(row.prompt, kv_budget))
         evicted = self.cache.resize(kv_budget, [row.index for row in rows])
         if self._ahead is not None:
             self.run_ahead(self._ahead.eos_token_ids)  # a graph reads the slots where they were
@@ -132,7 +151,7 @@ class ModelRunner:
             rows=self._tensor([c.row.index for c in batch.chunks], torch.int64),
             longest=max(starts),
             shortest=min(starts),
-            pinned=self._system_lengths(batch) if self._pins_system else None,
+            pinned=self._for_good(batch),
             spans=self._spans([c.row.index for c in batch.chunks]),
             lengths=tuple(len(chunk.token_ids) for chunk in batch.chunks),
         )
@@ -154,9 +173,10 @@ class ModelRunner:
             self.cache.copy(chunk.row.index, twin.index)
             twin.fed = twin.shared = chunk.row.fed
 
-    def _system_lengths(self, batch: Prefill) -> Tensor:
-        rows = (chunk.row for chunk in batch.chunks)
-        return self._tensor([row.request.prefix_len if row.base == 0 else 0 for row in rows], torch.int32)
+    def _for_good(self, batch: Prefill) -> Tensor | None:
+        slots = self.cache.kv_budget
+        counts = [self._pins.for_good(chunk.row.prompt, slots) for chunk in batch.chunks]
+        return self._tensor(counts, torch.int32) if any(counts) else None
 
     def _spans(self, rows: slice | Sequence[int]) -> Tensor | None:
         """Return the protected intervals of some rows, as a view of neighbours."""

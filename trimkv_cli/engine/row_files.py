@@ -20,7 +20,7 @@ from trimkv_cli.cache.rebase import RebasedRow
 from trimkv_cli.engine.devices import stored_parts
 from trimkv_cli.errors import CacheMismatch, InputError
 from trimkv_cli.files import whole_file
-from trimkv_cli.model.spec import Pins
+from trimkv_cli.model.pins import PromptSpan
 from trimkv_cli.plan.plan import Plan
 from trimkv_kernels import Slots
 
@@ -37,6 +37,7 @@ class RowState:
     unread: tuple[int, ...]  # prompt tokens that a stopped request had not read
     last_token: int | None  # generated, not yet fed
     long_rope: bool
+    prompt: PromptSpan = PromptSpan()
     rebased: RebasedRow | None = None
     states: tuple[State, ...] = ()  # [1, …] each
 
@@ -48,7 +49,7 @@ class RowState:
 _SAMPLED = 64  # values of each parameter; whole files would take as long to read as to load
 
 
-def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan, pins: Pins) -> Mapping[str, str]:
+def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan) -> Mapping[str, str]:
     """Name what a row of the cache depends on, as strings: sizes as they are, weights as short hashes."""
     shape = asdict(plan.run.spec)
     del shape["quantised"], shape["gguf"]  # the weights themselves differ
@@ -61,7 +62,7 @@ def make_fingerprint(model: nn.Module, gates: Iterable[nn.Module], plan: Plan, p
         "dtype": plan.run.dtype,
         "quantize": plan.run.quantize,
         "kv_dtype": plan.run.kv_dtype,
-        "pins": str(pins),
+        "pins": str(plan.run.pins),
     }
 
 
@@ -78,7 +79,7 @@ def _hash(config: Mapping[str, Any], modules: Iterable[nn.Module]) -> str:
     return digest.hexdigest()[:16]
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SAYS = {
     "trimkv": "another version of trimkv",
     "weights": "another model",
@@ -112,6 +113,7 @@ def write_row(path: Path, state: RowState, *, model_id: str, fingerprint: Mappin
         "unread": state.unread,
         "last_token": state.last_token,
         "long_rope": state.long_rope,
+        "prompt": asdict(state.prompt),
     }
     if state.rebased is not None:
         tensors |= {f"ranks.{index}": ranks for index, ranks in enumerate(state.rebased.ranks)}
@@ -142,12 +144,13 @@ def read_row(path: Path, *, model_id: str, fingerprint: Mapping[str, str]) -> Ro
                 unread=tuple(header["unread"]),
                 last_token=header["last_token"],
                 long_rope=header["long_rope"],
+                prompt=PromptSpan(**header["prompt"]),
                 rebased=_rebased(file, header, len(layers)),
                 states=tuple(
                     State(*(file.get_tensor(f"states.{index}.{name}") for name in State._fields)) for index in states
                 ),
             )
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {path}: {error}", hint="give a file that --save-cache wrote") from error
     if hash_ids(state.token_ids) != header["token_ids_sha256"]:
         raise InputError(f"{path} is damaged: its token ids are not those that were written", hint="save it again")

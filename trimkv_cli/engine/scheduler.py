@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimkv_cli.events import TokenLogprob
+from trimkv_cli.model.pins import PromptSpan
 from trimkv_cli.request import Request
 
 _WINDOW = 64  # waiting requests among which those with the same prefix are found
@@ -28,6 +29,7 @@ class Row:
     request: Request
     base: int = 0
     history: tuple[int, ...] = ()  # the tokens behind `base`
+    prompt: PromptSpan = PromptSpan()
     prefix: tuple[int, ...] = ()  # what other requests may share
     fed: int = 0
     shared: int = 0
@@ -279,12 +281,28 @@ class Scheduler:
             row.before.index = row.index
             self.parked[row.request.continues] = row.before
 
-    def park(self, request: Request, *, history: tuple[int, ...], last_token: int | None, long_rope: bool) -> Row:
+    def park(
+        self,
+        request: Request,
+        *,
+        history: tuple[int, ...],
+        prompt: PromptSpan,
+        last_token: int | None,
+        long_rope: bool,
+    ) -> Row:
         """Give a request that has ended elsewhere a free row: `history` was fed, its prompt was not."""
         index = self._free_index()
         assert index is not None, "no row is free: release one first"
         output = [] if last_token is None else [last_token]
-        row = Row(index=index, request=request, base=len(history), history=history, output=output, long_rope=long_rope)
+        row = Row(
+            index=index,
+            request=request,
+            base=len(history),
+            history=history,
+            prompt=prompt,
+            output=output,
+            long_rope=long_rope,
+        )
         self.parked[request.id] = row
         return row
 
@@ -321,6 +339,7 @@ class Scheduler:
         return Row(
             index=index,
             request=request,
+            prompt=_prompt_of(request),
             prefix=self._prefix(request),
             long_rope=limit is not None and length > limit,
         )
@@ -335,6 +354,7 @@ class Scheduler:
             request=whole,
             base=before.seen,
             history=before.token_ids,
+            prompt=before.prompt if request.goes_on else _prompt_of(whole, before),
             long_rope=before.long_rope,
             before=before,
         )
@@ -419,3 +439,12 @@ class Scheduler:
                 self._stored_prefix = row.prefix
                 return ((row.index, self.options.prefix_row),)
         return ()
+
+
+def _prompt_of(request: Request, before: Row | None = None) -> PromptSpan:
+    """Return where a request's prompt stands, behind what it continues."""
+    start = 0 if before is None else before.seen
+    stop = start + len(request.prompt_token_ids)
+    if before is None or start == 0:
+        return PromptSpan(start, stop, first=stop, system=request.prefix_len, shared=request.shared_len)
+    return replace(before.prompt, start=start, stop=stop)

@@ -23,7 +23,8 @@ from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.loader import Parts, load_parts, load_text, plan_for
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source
-from trimkv_cli.model.spec import GateSpec, Pins, full_gate, streaming_gate
+from trimkv_cli.model.pins import Ends, Pins
+from trimkv_cli.model.spec import GateSpec, full_gate, streaming_gate
 from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request
 from trimkv_cli.streams import Every
@@ -41,7 +42,6 @@ class _Setup:
 
     policy: Policy
     plan: Plan
-    pins: Pins
 
 
 def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: Say) -> list[EvalResult]:
@@ -106,22 +106,22 @@ def _setups(source: Source, options: EngineOptions, asked: EvalOptions, position
     return [
         _Setup(
             policy=policy,
-            plan=(
-                plan := plan_for(
-                    replace(source, gate=gate_spec(policy, source.gate)), replace(options, kv_budget=budget), device
-                )
+            plan=plan_for(
+                replace(source, gate=gate_spec(policy, source.gate)),
+                replace(options, kv_budget=budget, pin=_pin(policy, options.pin)),
+                device,
             ),
-            pins=_pins(policy, Pins.parse(options.pin), plan.run.kv_budget),
         )
         for policy, budget in wanted
     ]
 
 
-def _pins(policy: Policy, asked: Pins, slots: int) -> Pins:
+def _pin(policy: Policy, asked: str | None) -> str | None:
     """Return what is pinned: as asked for under every policy, and a tenth of the slots at each end if protected."""
-    if policy != "protected":
-        return asked
-    return replace(asked, sinks=max(asked.sinks, slots // 10), recent=max(asked.recent, slots // 10))
+    pins = Pins.parse(asked)
+    if policy == "protected":
+        pins = replace(pins, prompt=pins.prompt or Ends(10, is_share=True))
+    return str(pins) or None
 
 
 def _check_pins(setups: list[_Setup], exams: list[Exam]) -> None:
@@ -129,8 +129,7 @@ def _check_pins(setups: list[_Setup], exams: list[Exam]) -> None:
     longest = max((q.request.prefix_len for exam in exams for q in exam.samples), default=0)
     for setup in setups:
         run = setup.plan.run
-        slots = min(run.spec.slots(layer, run.kv_budget) for layer in range(run.spec.num_kv_layers))
-        setup.pins.check(longest, slots, sinks=run.gate.kept)
+        run.pins.check(longest, run.kv_budget, sinks=run.gate.kept)
 
 
 def _slots(setup: _Setup) -> int:
@@ -154,7 +153,7 @@ def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOpti
     return assemble(
         parts.model,
         policy_gates(setup.policy, parts, positions=positions, seed=asked.seed),
-        replace(parts.facts, plan=plan, pins=setup.pins),
+        replace(parts.facts, plan=plan),
         text=parts.text,
         kv_dtype=parts.kv_dtype,
         deterministic=options.deterministic,
@@ -192,7 +191,7 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
         documents=len(set(documents)),
         answer_tokens=sum(len(answer.token_ids) for answer in answers.values()) / count,
         match=exam.match,
-        pins=str(setup.pins),
+        pins=str(setup.plan.run.pins),
         text=exam.text,
     )
 

@@ -47,7 +47,7 @@ def assemble(
     plan, spec = facts.plan, facts.spec
     rows = DETERMINISTIC_ROWS if deterministic else plan.run.rows
     shares = plan.run.rows > 1 and plan.run.prefill_chunk > 0
-    fingerprint = make_fingerprint(model, gates, plan, facts.pins)
+    fingerprint = make_fingerprint(model, gates, plan)
     cache = RetentionCache(
         rows=rows + shares,
         kv_budget=plan.run.kv_budget,
@@ -58,6 +58,7 @@ def assemble(
         device=model.device,
         recent=facts.pins.recent,
         static=facts.gate.static,
+        protects=facts.pins.prompt is not None,
         evicts=evicts,
         state=spec.state,
     )
@@ -87,7 +88,7 @@ def assemble(
             decoder=make_decoder(model, gates, cache, rows=rows, sinks=facts.pins.sinks, evicts=evicts, undo=undo)
             if fast_path and not deterministic
             else None,
-            pins_system=facts.pins.system,
+            pins=facts.pins,
         )
         if model.device.type == "cuda" and not LongRope.used_by(model.config):
             runner.run_ahead(facts.eos_token_ids)

@@ -63,7 +63,7 @@ from trimkv_cli.loading.stored import read_quantised
 from trimkv_cli.model.folders import language_tensors
 from trimkv_cli.model.gguf import read_gguf
 from trimkv_cli.model.machine import Machine
-from trimkv_cli.model.spec import KvDtype, Pins, Quantisation
+from trimkv_cli.model.spec import KvDtype, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.units import format_size, format_sizes, parse_budget
@@ -190,7 +190,6 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
         notes=(*source.notes, *_echo(options, plan), *([kept.note] if kept is not None and kept.note else [])),
         warnings=(*source.warnings, *plan.warnings, *warnings, *kernel_warnings(device)),
         load_s=time.perf_counter() - started,
-        pins=Pins.parse(options.pin),
     )
     return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=TORCH_DTYPES[plan.run.kv_dtype])
 

@@ -73,7 +73,10 @@ class EngineOptions:
         None, "Sequences that run at the same time; default: from the plan.", "N", flag="--max-inflight --rows"
     )
     pin: str | None = _memory(
-        None, "Never evict system, sinks:N (the first) or recent:N (the newest N tokens); commas join.", "WHAT"
+        None,
+        "Never evict system, sinks:N (the first), recent:N (the newest N tokens) or, until the next prompt, prompt:10%"
+        " (a tenth of the slots for each of a prompt's ends); commas join.",
+        "WHAT",
     )
     deterministic: bool = _memory(False, "The same tokens for a request whatever runs beside it (CPU, fp32; slower).")
     threads: int | None = _memory(None, "CPU threads; default: all cores.", "N")
@@ -86,7 +89,7 @@ class EngineOptions:
                 parse(text)
             except UsageError as error:
                 raise UsageError(f"{flag} {text}: {error.message}", hint=error.hint) from None
-        from trimkv_cli.model.spec import Pins
+        from trimkv_cli.model.pins import Pins
         from trimkv_cli.plan.choices import PlanOptions
 
         Pins.parse(self.pin)

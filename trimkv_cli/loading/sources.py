@@ -16,6 +16,7 @@ from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
 from trimkv_cli.model.folders import read_gate_spec, read_model_spec
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.other_gates import FASTKVZIP_REPOSITORY, check_fit, fastkvzip_name
+from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.profiles import (
     BUILT_IN,
     IN_WHEEL,
@@ -113,6 +114,7 @@ class Source:
             device=device,
             padded_rows=padded_rows,
             rebases=options.on_overflow == "rebase",
+            pins=Pins.parse(options.pin),
             command=f"trimkv plan {self.name or self.model_id}",
         )
 

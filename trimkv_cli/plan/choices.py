@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.model.machine import Machine
+from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.spec import (
     DTYPE_BYTES,
     Dtype,
@@ -51,6 +52,7 @@ class PlanOptions:
     snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
     machine: Machine = field(default_factory=Machine)
     rebases: bool = False  # sequences may outgrow the model's positions
+    pins: Pins = field(default_factory=Pins)
     padded_rows: int = 0  # rows that every decode has, whatever runs
     command: str = "trimkv plan"
     offers: bool = True  # look for commands that would fit where this does not
@@ -78,6 +80,7 @@ class PlanOptions:
             "--dtype": None if self.dtype == "auto" else self.dtype,
             "--quantize": None if self.quantize == "auto" else self.quantize,
             "--kv-dtype": None if self.kv_dtype == "auto" else self.kv_dtype,
+            "--pin": str(self.pins) or None,
         }
         return {flag: str(value) for flag, value in said.items() if value is not None}
 
@@ -106,6 +109,13 @@ class Choices:
     def preferred(self) -> Run:
         """The smallest run that gives up nothing which changes quality much: KV budget and chunk stay."""
         return self.run(self.kv_budgets[0], self.precisions[-1], self.chunks[0], self.rows[-1])
+
+    @property
+    def least_slots(self) -> int:
+        """The fewest slots per head that are worth offering, which sinks and pins do not fill."""
+        gate, pins, fewest = self.base.gate, self.base.pins, self.kv_budgets[-1]
+        sizes = range(min(SMALLEST_KV_BUDGET, fewest), fewest)
+        return next((size for size in sizes if self.full_cache or pins.count(0, size, sinks=gate.kept) < size), fewest)
 
     def run(self, kv_budget: int, precision: Precision, chunk: int, rows: int) -> Run:
         dtype, quantize = precision
@@ -177,6 +187,7 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
             padded_rows=options.padded_rows,
             snapshots=options.snapshots,
             rebases=options.rebases,
+            pins=options.pins,
             counts_runtime=options.budget is not None,
             machine=options.machine,
         ),
@@ -293,17 +304,19 @@ def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_byt
     if gate.variant == "none":
         return _full_budgets(spec, options, asked)
     if asked is not None:
-        check_sinks(gate, asked)
+        check_room(gate, options.pins, asked)
         return (asked,)
     wanted = min(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, spec.max_positions)
     between = [gate.memory_size] if gate.memory_size and gate.memory_size < wanted else []
-    check_sinks(gate, wanted)
+    check_room(gate, options.pins, wanted)
     sizes = {*halvings(wanted, SMALLEST_KV_BUDGET), *between}
-    return tuple(size for size in sorted(sizes, reverse=True) if size > gate.kept)
+    return tuple(size for size in sorted(sizes, reverse=True) if size > options.pins.count(0, size, sinks=gate.kept))
 
 
-def check_sinks(gate: GateSpec, kv_budget: int) -> None:
-    """Raise when the sinks of a streaming gate fill all slots: then no later token would ever be kept.
+def check_room(gate: GateSpec, pins: Pins, kv_budget: int) -> None:
+    """Raise when the sinks of a streaming gate or pinned tokens fill all slots: then no later one would ever be kept.
+
+    How long a system message is shows later.
 
     Raises:
         UsageError: there are as many of them as slots, or more.
@@ -313,6 +326,7 @@ def check_sinks(gate: GateSpec, kv_budget: int) -> None:
             f"{gate.kept} sinks leave none of {kv_budget} slots per head to later tokens",
             hint=f"--kv-budget {2 * gate.kept}, or --gates streaming:{kv_budget // 2}",
         )
+    pins.check(0, kv_budget, sinks=gate.kept)
 
 
 def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:

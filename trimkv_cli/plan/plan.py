@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 from trimkv_cli.errors import DoesNotFit, UsageError
 from trimkv_cli.events import Notice
+from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.plan.choices import (
     DEFAULT_CHUNK,
     SMALLEST,
     SMALLEST_CHUNK,
-    SMALLEST_KV_BUDGET,
     Choices,
     PlanOptions,
     Precision,
-    check_sinks,
+    check_room,
     halvings,
     largest,
     make_choices,
@@ -47,12 +47,12 @@ class Plan:
         """Return this plan with other slots per head, everything else as it is; `limit` holds while they move.
 
         Raises:
-            UsageError: no slot, or none beside those that gates never let go.
+            UsageError: no slot, or none beside those that gates and pins never let go.
             DoesNotFit: the budget does not hold it, or the limit what is there twice while the slots move.
         """
         if kv_budget < 1:
             raise UsageError("a KV budget of 0 keeps no token", hint="give 1 slot per head or more")
-        check_sinks(self.run.gate, kv_budget)
+        check_room(self.run.gate, self.run.pins, kv_budget)
         plan = self.with_slots(kv_budget)
         self._ensure_holds(kv_budget, plan.run.total_bytes, self.budget_bytes, limit=limit)
         self._ensure_holds(kv_budget, self._moving_bytes(plan.run), limit, limit=limit, when=" while they change")
@@ -152,11 +152,29 @@ def _reasons(choices: Choices, run: Run, options: PlanOptions) -> Iterator[str]:
         yield f"{run.kv_budget} slots per head: the budget holds no {choices.kv_budgets[0]}"
     else:
         yield f"{run.kv_budget} slots per head: {_reason(run, options)}"
+    yield from _pinned(run)
     if run.prefill_chunk != choices.chunks[0]:
         yield f"chunks of {run.prefill_chunk} prompt tokens: {choices.chunks[0]} do not fit"
     if options.max_inflight is None:
         most = "the most for this device" if run.rows == choices.rows[0] else "as many as fit"
         yield f"{run.rows} sequences at a time: {most}"
+
+
+def _pinned(run: Run) -> Iterator[str]:
+    """Say what is never evicted, how many tokens that is at most, and how many slots it leaves."""
+    pins, slots = run.pins, run.kv_budget
+    if pins == Pins() or run.gate.variant == "none":
+        return
+    ends, most = pins.ends(slots), pins.count(0, slots, sinks=run.gate.kept)
+    named = {
+        "the system message": pins.system,
+        f"the first {pins.sinks}": pins.sinks,
+        f"the newest {pins.recent}": pins.recent,
+        f"{ends} at each end of a prompt": ends,
+    }
+    beside = " beside a system message" if pins.system else ""
+    left = f"at least {slots - most} of {slots} slots are left{beside}"
+    yield f"pinned tokens: {', '.join(name for name, is_set in named.items() if is_set)}; {left}"
 
 
 def _packed_reasons(run: Run, options: PlanOptions) -> Iterator[str]:
@@ -288,7 +306,7 @@ def _sacrifices(choices: Choices) -> Iterator[Iterator[tuple[Choices, dict[str, 
         lengths = halvings(choices.base.longest_prompt, SMALLEST_CHUNK)[1:]
         yield ((shorter, {"--context": str(n)}) for n in lengths if (shorter := _with_length(choices, n)) is not None)
     if choices.kv_flag is not None:
-        sizes = halvings(choices.kv_budgets[-1], SMALLEST_KV_BUDGET)[1:]
+        sizes = halvings(choices.kv_budgets[-1], choices.least_slots)[1:]
         yield ((_with_slots(choices, n), {str(choices.kv_flag): str(n)}) for n in sizes)
 
 
@@ -314,7 +332,7 @@ def _with_slots(choices: Choices, slots: int) -> Choices:
 def _smallest(choices: Choices, *, below: int) -> dict[str, str] | None:
     """Shrink everything at once, and say which budget that takes; None when it saves nothing."""
     chunk = min(choices.chunks[-1] or SMALLEST_CHUNK, SMALLEST_CHUNK)
-    kv_budget = min(choices.kv_budgets[-1], SMALLEST_KV_BUDGET) if choices.kv_flag else choices.kv_budgets[-1]
+    kv_budget = choices.least_slots if choices.kv_flag else choices.kv_budgets[-1]
     dtype, quantize = choices.precisions[-1]
     if dtype == "fp32" and choices.dtype_is_free:
         dtype = "bf16"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from trimkv_cli.model.machine import MIB, Machine
 from trimkv_cli.model.packing import Packing
+from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.spec import (
     DTYPE_BYTES,
     PACKED,
@@ -64,6 +65,7 @@ class Run:
     padded_rows: int = 0  # rows that every decode has, whatever runs
     snapshots: int = 0  # of whole rows, to undo turns
     rebases: bool = False  # sequences may outgrow the model's positions
+    pins: Pins = field(default_factory=Pins)
     counts_runtime: bool = False  # what the process holds without a model is part of the budget
     loaded: bool = False  # no tensor is in transit any more
     machine: Machine = field(default_factory=Machine)

@@ -25,7 +25,7 @@ from trimkv_cli.files import whole_file
 from trimkv_cli.ui.cache_panel import bin_shares, cache_panel, head_strip, layer_map, memory_map
 from trimkv_cli.ui.look import Look
 from trimkv_cli.ui.plain import neutralise
-from trimkv_cli.ui.tokens import next_out_line, token_view
+from trimkv_cli.ui.tokens import next_out_line, pinned_line, token_view
 
 _SHOWN_AT_EACH_END = 300
 
@@ -57,6 +57,8 @@ def _parts(retained: Retained, pieces: Sequence[str], memory: MemoryUse, look: L
     yield Text("digits: tenths of the heads that keep a token; . = none", "dim")
     yield from _text(retained, pieces, look)
     yield Text(next_out_line(retained, pieces, look))
+    if pinned := pinned_line(retained, look):
+        yield Text(pinned)
     yield cache_panel(memory, look)
 
 

@@ -13,6 +13,8 @@ from trimkv_cli.events import Retained
 from trimkv_cli.ui.look import Look
 from trimkv_cli.ui.plain import neutralise
 
+_MOST_RANGES = 6
+
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
@@ -48,14 +50,17 @@ def token_view(
 def survival_table(retained: Retained, pieces: Sequence[str], look: Look, *, start: int, stop: int) -> Text:
     """List the tokens from `start` to `stop`: the share of heads that keep each, and how much longer any of them does.
 
-    The share is exact, the survival an estimate: what a head's weakest token scores moves with what comes.
+    The share is exact, the survival an estimate: what a head's weakest token scores moves with what comes. What is
+    pinned for "this prompt" stays until the next one begins.
     """
-    shares, survivals = retained.shares(), retained.survivals()
+    shares, survivals, pinned = retained.shares(), retained.survivals(), retained.pinned()
     picture = Text(f"{'position':>8}  {'kept by':>7}  {'for about':>12}  token", "dim")
     for position in range(start, stop):
         share = shares[position]
         held = f"{share:7.0%}" if share else f"{'none':>7}"
-        time_left = "gone" if not share else format_tokens(survivals[position], look)
+        time_left = format_tokens(survivals[position], look) if share else "gone"
+        if retained.stays_for_prompt(position) and not pinned.get(position):
+            time_left = "this prompt"
         piece = _shown(pieces[position], look)
         picture.append(f"\n{position:>8}  {held}  {time_left:>12}  {piece}", look.style(share))
     return picture
@@ -72,6 +77,28 @@ def next_out_line(retained: Retained, pieces: Sequence[str], look: Look, *, most
     ]
     more = len(candidates) - most
     return look.join(["next to go: " + named[0], *named[1:], *([f"{more} others"] if more > 0 else [])])
+
+
+def pinned_line(retained: Retained, look: Look) -> str | None:
+    """Say which positions no score can evict, and until when; None where there are none."""
+    pinned, newest = retained.pinned(), max(layer.recent for layer in retained.layers)
+    if not pinned:
+        return None
+    for_good = _ranges([position for position, stays in pinned.items() if stays])
+    for_now = [position for position, stays in pinned.items() if not stays and retained.stays_for_prompt(position)]
+    parts = [f"{for_good} for good" if for_good else "", f"{_ranges(for_now)} until the next prompt" if for_now else ""]
+    parts.append(f"the newest {newest:,}" if newest else "")
+    first, *others = filter(None, parts)
+    return look.join([f"pinned: {first}", *others])
+
+
+def _ranges(positions: Sequence[int]) -> str:
+    """Write ascending positions as ranges, the first few of them."""
+    there = set(positions)
+    starts = [position for position in positions if position - 1 not in there]
+    ends = [position for position in positions if position + 1 not in there]
+    named = [str(first) if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True)]
+    return ", ".join([*named[:_MOST_RANGES], *([f"{len(named) - _MOST_RANGES} more"] if named[_MOST_RANGES:] else [])])
 
 
 def format_tokens(count: float, look: Look) -> str:

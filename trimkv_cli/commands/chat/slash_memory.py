@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -17,7 +15,7 @@ from trimkv_cli.events import Retained
 from trimkv_cli.ui.cache_panel import Span, cache_panel, head_strip, memory_map, turn_map
 from trimkv_cli.ui.inspection import headline
 from trimkv_cli.ui.plain import neutralise
-from trimkv_cli.ui.tokens import next_out_line, survival_table, token_view
+from trimkv_cli.ui.tokens import next_out_line, pinned_line, survival_table, token_view
 
 if TYPE_CHECKING:
     from trimkv_cli.events import RequestStats
@@ -80,6 +78,8 @@ def _map(chat: Chat, _: str) -> None:
     chat.display.print(look.paint(memory_map(retained, look)))
     chat.display.print(look.paint(turn_map(retained, list(_spans(chat)), look)))
     chat.display.print(next_out_line(retained, _pieces(chat), look))
+    if pinned := pinned_line(retained, look):
+        chat.display.print(pinned)
 
 
 def _why(chat: Chat, argument: str) -> None:
@@ -116,18 +116,14 @@ def _pin(chat: Chat, argument: str) -> None:
         chat.conversation.pin(range(*find_text(pieces, argument, command="pin")[-1]))
         chat.autosave.save(chat.conversation)
         retained = _retained(chat)
-    held = Counter(
-        position
-        for _, head in retained.heads
-        for position, log_beta in zip(head.positions, head.log_beta, strict=True)
-        if log_beta == math.inf
-    )
-    most = max(sum(value == math.inf for value in head.log_beta) for _, head in retained.heads)
-    slots = max(layer.slots for layer in retained.layers)
-    if not held:
+    held, line = retained.pinned(), pinned_line(retained, chat.display.look)
+    if line is None:
         raise UsageError("nothing is pinned", hint="/pin with words of a message keeps them for good")
-    words = "".join(pieces[position] for position in sorted(held))
+    most = max(sum(position in held for position in head.positions) for _, head in retained.heads)
+    slots = max(layer.slots for layer in retained.layers)
+    words = "".join(pieces[position] for position in held)
     chat.display.print(neutralise(f"pinned: {' '.join(words.split())}"))
+    chat.display.print(line.removeprefix("pinned: "))
     chat.display.print(f"at most {most} of {slots} slots in a head; /undo of this turn takes it back")
 
 

@@ -1,0 +1,126 @@
+"""Tokens that are never evicted: the system message, sinks, the newest, and the two ends of each prompt."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from trimkv_cli.errors import UsageError
+
+_EXAMPLE = "system,sinks:4,recent:64,prompt:10%"
+Span = tuple[int, int]  # positions, from first to behind the last
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """How many tokens at each end of a prompt are pinned: a number, or a share of the slots in percent."""
+
+    amount: int
+    is_share: bool = False
+
+    def count(self, slots: int) -> int:
+        """Count the tokens of one end where each head has `slots` slots, at least 1."""
+        return max(1, slots * self.amount // 100) if self.is_share else self.amount
+
+    def __str__(self) -> str:
+        return f"{self.amount}%" if self.is_share else str(self.amount)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpan:
+    """Where a sequence's newest prompt stands and its first one ends.
+
+    In the first one a `system` message may end, and what is `shared`, of which others get a copy (0 = there is none).
+    """
+
+    start: int = 0
+    stop: int = 0
+    first: int = 0
+    system: int = 0
+    shared: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """Pin the system message, the first `sinks`, the newest `recent` tokens, the ends of prompts: their score is +inf.
+
+    The ends of a `prompt` are released when the sequence's next one begins, but for the beginning of the first.
+    """
+
+    system: bool = False
+    sinks: int = 0
+    recent: int = 0
+    prompt: Ends | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> Pins:
+        """Read `system,sinks:4,recent:64,prompt:10%`; None pins nothing.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        system, counts, prompt = False, {"sinks": 0, "recent": 0}, None
+        for part in (text or "").split(",") if text is not None else ():
+            found = re.fullmatch(r"(sinks|recent|prompt):([1-9]\d{0,8})(%?)", part.strip())
+            if part.strip() == "system":
+                system = True
+            elif found and found[1] == "prompt":
+                prompt = Ends(int(found[2]), is_share=found[3] == "%")
+            elif found and not found[3]:
+                counts[found[1]] = int(found[2])
+            else:
+                wrong = part.strip() or "nothing"
+                raise UsageError(f"--pin {text}: {wrong!r} cannot be pinned", hint=f"--pin {_EXAMPLE}")
+        return cls(system=system, prompt=prompt, **counts)
+
+    def __str__(self) -> str:
+        counts = {"sinks": self.sinks, "recent": self.recent, "prompt": self.prompt}
+        parts = ["system"] if self.system else []
+        return ",".join([*parts, *(f"{name}:{count}" for name, count in counts.items() if count)])
+
+    def ends(self, slots: int) -> int:
+        """Count the tokens that are pinned at each end of a prompt, of which `slots` say how many a share is."""
+        return 0 if self.prompt is None else self.prompt.count(slots)
+
+    def for_good(self, prompt: PromptSpan, slots: int) -> int:
+        """Count the first tokens of a sequence that stay whatever comes, sinks aside."""
+        return max(prompt.system if self.system else 0, min(self.ends(slots), prompt.first))
+
+    def for_now(self, prompt: PromptSpan, slots: int) -> tuple[Span, Span]:
+        """Return what stays while the newest prompt is read and answered: its beginning and its end.
+
+        The end does not reach into what others may get a copy of, whose ends are their own.
+        """
+        count, start, stop = self.ends(slots), prompt.start, prompt.stop
+        return (start, min(start + count, stop)), (max(stop - count, start, prompt.shared), stop)
+
+    def held(self, prompt: PromptSpan, seen: int, slots: int) -> int:
+        """Count what is pinned in each head of a sequence of `seen` tokens."""
+        first = max(self.sinks, self.for_good(prompt, slots))
+        spans = ((0, first), *self.for_now(prompt, slots), (seen - self.recent, seen))
+        return len({position for start, stop in spans for position in range(max(0, start), min(stop, seen))})
+
+    def count(self, prefix_len: int, slots: int, *, sinks: int = 0) -> int:
+        """Count the tokens kept at most at once in a sequence whose system message has `prefix_len` tokens.
+
+        `sinks` are the first ones, which the gate itself keeps.
+        """
+        ends = self.ends(slots)
+        return max(sinks, self.sinks, prefix_len if self.system else 0, ends) + 2 * ends + self.recent
+
+    def check(self, prefix_len: int, slots: int, *, sinks: int = 0) -> None:
+        """Raise when pinned tokens, and the gate's own `sinks`, leave none of `slots` slots per head to the others.
+
+        A layer with a shorter window holds the whole of it: nothing competes there.
+
+        Raises:
+            UsageError: there are as many of them as slots, or more.
+        """
+        count = self.count(prefix_len, slots, sinks=sinks)
+        if count < slots:
+            return
+        enough = self.count(prefix_len, 2 * count, sinks=sinks) < 2 * count
+        raise UsageError(
+            f"{count} pinned tokens leave none of {slots} slots per head to the others",
+            hint=f"--kv-budget {2 * count}, or pin less" if enough else "pin less: --pin prompt:10% takes 30% at most",
+        )
