@@ -116,6 +116,7 @@ def test_a_model_runs_with_gates_of_others(kind: str, trimkv: Text, tmp_path: Pa
     asked = ["-m", "mini", "--gates", str(tmp_path / "gates"), "--kv-budget", "32", "--greedy", "-n", "4"]
     answered = trimkv("ask", *asked, "My cat is called Zubo. " * 20)
     assert answered.returncode == 0, answered.stderr
+    assert ("protect the newest 128 tokens; of 32 slots" in answered.stderr) == (kind == "kvzap")
     (tmp_path / "in.jsonl").write_text('{"prompt": "My cat is called Zubo."}\n')
     ran = trimkv("run", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *asked)
     assert ran.returncode == 0, ran.stderr

@@ -49,7 +49,7 @@ def test_the_first_layer_keeps_the_highest_scores(
     model.save_pretrained(tmp_path / "model")
     layers = write(kind, tmp_path / "model", tmp_path / "gates")
     asked = {"model": str(tmp_path / "model"), "gates": str(tmp_path / "gates"), "kv_budget": str(SLOTS)}
-    engine = load_engine(EngineOptions(**asked, prefill_chunk=chunk, max_inflight=2, threads=1))
+    engine = load_engine(EngineOptions(**asked, prefill_chunk=chunk, max_inflight=2, threads=1, pin="none"))
     output = run(engine, [greedy("a", PROMPT, 20, keep=True), greedy("b", PROMPT[:9], 20)])
     ids = torch.tensor([*PROMPT, *output["a"][:-1]])
     with torch.inference_mode():

@@ -118,10 +118,10 @@ def _setups(source: Source, options: EngineOptions, asked: EvalOptions, position
 
 def _pin(policy: Policy, asked: str | None) -> str | None:
     """Return what is pinned: as asked for under every policy, and a tenth of the slots at each end if protected."""
+    if policy != "protected":
+        return asked
     pins = Pins.parse(asked)
-    if policy == "protected":
-        pins = replace(pins, prompt=pins.prompt or Ends(10, is_share=True))
-    return str(pins) or None
+    return str(replace(pins, prompt=pins.prompt or Ends(10, is_share=True)))
 
 
 def _check_pins(setups: list[_Setup], exams: list[Exam]) -> None:

@@ -114,7 +114,7 @@ class Source:
             device=device,
             padded_rows=padded_rows,
             rebases=options.on_overflow == "rebase",
-            pins=Pins.parse(options.pin),
+            pins=Pins.parse(options.pin) if options.pin is not None else None,
             command=f"trimkv plan {self.name or self.model_id}",
         )
 

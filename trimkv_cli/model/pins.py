@@ -54,13 +54,13 @@ class Pins:
 
     @classmethod
     def parse(cls, text: str | None) -> Pins:
-        """Read `system,sinks:4,recent:64,prompt:10%`; None pins nothing.
+        """Read `system,sinks:4,recent:64,prompt:10%`; None and `none` pin nothing.
 
         Raises:
             UsageError: it is something else.
         """
         system, counts, prompt = False, {"sinks": 0, "recent": 0}, None
-        for part in (text or "").split(",") if text is not None else ():
+        for part in text.split(",") if text not in (None, "none") else ():
             found = re.fullmatch(r"(sinks|recent|prompt):([1-9]\d{0,8})(%?)", part.strip())
             if part.strip() == "system":
                 system = True

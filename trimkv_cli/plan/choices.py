@@ -52,7 +52,7 @@ class PlanOptions:
     snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
     machine: Machine = field(default_factory=Machine)
     rebases: bool = False  # sequences may outgrow the model's positions
-    pins: Pins = field(default_factory=Pins)
+    pins: Pins | None = None  # None = what the scorer protects by itself
     padded_rows: int = 0  # rows that every decode has, whatever runs
     command: str = "trimkv plan"
     offers: bool = True  # look for commands that would fit where this does not
@@ -80,7 +80,7 @@ class PlanOptions:
             "--dtype": None if self.dtype == "auto" else self.dtype,
             "--quantize": None if self.quantize == "auto" else self.quantize,
             "--kv-dtype": None if self.kv_dtype == "auto" else self.kv_dtype,
-            "--pin": str(self.pins) or None,
+            "--pin": None if self.pins is None else str(self.pins) or "none",
         }
         return {flag: str(value) for flag, value in said.items() if value is not None}
 
@@ -187,7 +187,7 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
             padded_rows=options.padded_rows,
             snapshots=options.snapshots,
             rebases=options.rebases,
-            pins=options.pins,
+            pins=options.pins or Pins(),
             counts_runtime=options.budget is not None,
             machine=options.machine,
         ),
@@ -298,19 +298,19 @@ def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:
 
 
 def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_bytes: int) -> tuple[int, ...]:
-    asked = options.kv_budget
+    asked, pins = options.kv_budget, options.pins or Pins()
     if isinstance(asked, SequenceBytes):
         asked = _slots_of(spec, asked.amount, dtype_bytes)
     if gate.variant == "none":
         return _full_budgets(spec, options, asked)
     if asked is not None:
-        check_room(gate, options.pins, asked)
+        check_room(gate, pins, asked)
         return (asked,)
     wanted = min(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, spec.max_positions)
     between = [gate.memory_size] if gate.memory_size and gate.memory_size < wanted else []
-    check_room(gate, options.pins, wanted)
+    check_room(gate, pins, wanted)
     sizes = {*halvings(wanted, SMALLEST_KV_BUDGET), *between}
-    return tuple(size for size in sorted(sizes, reverse=True) if size > options.pins.count(0, size, sinks=gate.kept))
+    return tuple(size for size in sorted(sizes, reverse=True) if size > pins.count(0, size, sinks=gate.kept))
 
 
 def check_room(gate: GateSpec, pins: Pins, kv_budget: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from trimkv_cli.errors import DoesNotFit, UsageError
 from trimkv_cli.events import Notice
+from trimkv_cli.model.default_pins import default_pins
 from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.plan.choices import (
@@ -124,15 +125,23 @@ def make_plan(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Plan:
     """
     choices = make_choices(spec, gate, options)
     found = solve(choices)
-    run = found or choices.preferred
+    run, pinning = _protected(found or choices.preferred, options)
     offered = found is None and options.offers
     return Plan(
         run=run,
         budget_bytes=options.budget,
         offers=counter_offers(choices, command=options.command, flags=options.flags) if offered else (),
         choices=tuple(_reasons(choices, run, options)),
-        warnings=tuple(_warnings(choices, run, options)),
+        warnings=(*_warnings(choices, run, options), *pinning),
     )
+
+
+def _protected(run: Run, options: PlanOptions) -> tuple[Run, tuple[Notice, ...]]:
+    """Pin what the scorer protects by itself, where nobody says."""
+    if options.pins is not None:
+        return run, ()
+    pins, notices = default_pins(run.gate, slots=run.kv_budget, context=options.context or run.spec.max_positions)
+    return replace(run, pins=pins), notices
 
 
 def _reasons(choices: Choices, run: Run, options: PlanOptions) -> Iterator[str]:
