@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from trimkv_kernels.keydiff import key_scores, visible
 from trimkv_kernels.reference import finite, protected
 from trimkv_kernels.slots import Journal, Slots
 
@@ -37,12 +38,14 @@ class SlotPool:
         window: int | None,
         recent: int = 0,
         static: bool = False,
+        compares_keys: bool = False,
         dtype: torch.dtype,
     ) -> None:
         shape = (layers, rows, num_kv_heads, slots + 1)
         self.window = window
         self.recent = recent  # the newest tokens of a row that are pinned
         self.static = static  # log_beta is the score
+        self.compares_keys = compares_keys  # which is found from all keys before each eviction
         self.size = slots
         self.key = torch.zeros(*shape, head_dim, dtype=dtype)
         self.value = torch.zeros(*shape, head_dim, dtype=dtype)
@@ -167,10 +170,21 @@ class SlotPool:
         idle = (position < 0)[None, :, None]
         # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
         log_betas[..., -1] = (finite(log_beta) if self.static else log_beta).masked_fill(idle, -torch.inf)
+        if self.compares_keys:
+            self._compare_keys(position)
         scores = _scores(log_betas, held, position, self.window, self.recent, static=self.static, spans=spans)
         lowest = scores.amin(dim=-1, keepdim=True)
         loser = held.masked_fill(scores > lowest, _NEVER).argmax(dim=-1)  # ties: the newest goes
         _swap(self._tensors, self.slot, self._first, loser)
+
+    def _compare_keys(self, position: Tensor) -> None:
+        """Do what `keydiff.compare_keys` does, for all layers together where the keys need no copy for it."""
+        rows, now = len(position), position[:, None, None]
+        whole = rows == self.key.shape[1]
+        for layer in (slice(None),) if whole else range(len(self.key)):
+            held, log_beta = self.position[layer, ..., :rows, :, :], self.log_beta[layer, ..., :rows, :, :]
+            scores = key_scores(self.key[layer, ..., :rows, :, :, :], visible(held, now, self.window))
+            log_beta.copy_(torch.where(log_beta.isinf() | (now < 0), log_beta, scores))
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

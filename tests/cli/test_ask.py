@@ -51,6 +51,22 @@ def test_a_closed_pipe_ends_at_once_with_141() -> None:
     assert errors == b""
 
 
+def test_keydiff_needs_no_files_of_gates(here: Run, tmp_path: Path) -> None:
+    """Catches a name that is looked up as a folder, a bound that is passed, a batch that differs from one alone."""
+    small = ("--kv-budget", "16", "--gates", "keydiff", "--prefill-chunk", "16", "--json")
+    alone = json.loads(here(*ASK, *small).stdout)
+    assert alone["trimkv"]["cache"]["kept_per_head"] == 16
+    streamed = json.loads(here(*ASK, *small, "--gates", "streaming").stdout)
+    assert streamed["choices"][0]["message"]["content"] != alone["choices"][0]["message"]["content"]
+    batch = tmp_path / "in.jsonl"
+    messages = [{"role": "user", "content": ASK[1]}]
+    batch.write_text(json.dumps({"id": "a", "messages": messages}) + "\n", encoding="utf-8")
+    options = ("--greedy", "-n", "24", "--ignore-eos", "--threads", "1", *small[:-1])
+    assert here("run", batch, "-o", tmp_path / "out.jsonl", *options).returncode == 0
+    body = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["response"]["body"]
+    assert body["choices"][0]["message"]["content"] == alone["choices"][0]["message"]["content"]
+
+
 def test_json_is_one_chat_completion_with_what_it_cost(here: Run) -> None:
     """Catches a record that lacks a promised key or miscounts."""
     done = here(*ASK, "--json", "--kv-budget", "16")

@@ -15,7 +15,7 @@ from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.model.pins import Pins
-from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.request import Request, SamplingParams
@@ -44,7 +44,7 @@ class Shape:
     kv_budget: int = 96
     rows: int = 4
     prefill_chunk: int = 512
-    gate: str = "none"  # none, streaming, random, or a variant of trained ones
+    gate: str = "none"  # none, streaming, keydiff, random, or a variant of trained ones
     deterministic: bool = False
     eos: frozenset[int] = frozenset()
     rebases: bool = False
@@ -64,7 +64,8 @@ def make_plan_for(spec: ModelSpec, gate: GateSpec, shape: Shape, pins: Pins = NO
 def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_PINS, fast_path: bool = True) -> Engine:
     spec = ModelSpec.from_config(model.config.to_dict())
     sinks = 0 if shape.gate == "random" else 4
-    gate = full_gate() if shape.gate == "none" else streaming_gate(sinks)
+    constant = {"none": full_gate(), "keydiff": keydiff_gate()}
+    gate = constant.get(shape.gate, streaming_gate(sinks))
     tensors: dict[str, torch.Tensor] = {}
     if shape.gate in TRAINED_VARIANTS:
         gate = GateSpec(variant=TRAINED_VARIANTS[shape.gate], id="random", hidden=24)

@@ -25,6 +25,7 @@ from trimkv_cli.cache.linear_state import State
 from trimkv_cli.cache.releases import decoder_layers, entering, given_cache, rotary_embedding, with_state
 from trimkv_cli.cache.retention_cache import LayerCache, RetentionCache
 from trimkv_cli.cache.retention_gate import RetentionGate
+from trimkv_kernels.keydiff import compare_keys
 
 ATTENTION_NAME = "trimkv"
 
@@ -242,6 +243,9 @@ def retention_attention(
     fill = min(step.longest, layer_cache.size)
     settings: dict[str, Any] = {"fill": fill, "scale": scaling, "window": window, **layer_cache.ranks}
     settings["spans"] = step.spans
+    if layer_cache.compares_keys:
+        where: dict[str, Any] = {"rows": step.rows, "fill": fill, "window": window}
+        log_beta = compare_keys(key, log_beta, step.positions, slots, **where)
     if s_aux is not None:
         settings["sinks"] = s_aux
     if step.rows is None:

@@ -1,8 +1,8 @@
 """Retention gates: from what a layer sees of each token to the log of how well it lasts.
 
 Most read the hidden states that enter attention, rg2 and rg3 a token's keys and values. A gate is one module per
-decoder layer. Trained gates are small MLPs, or what others made; streaming and full cache are constant ones, so that
-every cache policy is a gate.
+decoder layer. Trained gates are small MLPs, or what others made; streaming, KeyDiff and full cache are constant ones,
+so that every cache policy is a gate.
 """
 
 from __future__ import annotations
@@ -96,6 +96,19 @@ class FullGate(RetentionGate):
         return torch.zeros(*positions.shape, self.num_kv_heads, dtype=torch.float32, device=positions.device)
 
 
+class KeydiffGate(RetentionGate):
+    """Keep the first `sinks` tokens for good; what the others are worth is found from all keys before each eviction."""
+
+    def __init__(self, *, num_kv_heads: int, sinks: int = 4) -> None:
+        super().__init__()
+        self.num_kv_heads = num_kv_heads
+        self.sinks = sinks
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
+        kept = torch.zeros(positions.shape, device=positions.device).masked_fill(positions < self.sinks, torch.inf)
+        return kept[..., None].repeat(1, 1, self.num_kv_heads)
+
+
 def layer_shapes(*, variant: str, input_size: int, hidden: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of one trained gate by its name within the layer."""
     if variant == "rg3":
@@ -135,6 +148,9 @@ def build_gates(
     if gate.variant == "streaming":
         heads, sinks = spec.num_kv_heads, gate.sinks
         return nn.ModuleList(StreamingGate(num_kv_heads=heads, sinks=sinks) for _ in range(spec.num_kv_layers))
+    if gate.variant == "keydiff":
+        heads, sinks = spec.num_kv_heads, gate.sinks
+        return nn.ModuleList(KeydiffGate(num_kv_heads=heads, sinks=sinks) for _ in range(spec.num_kv_layers))
     if gate.variant == "none":
         return nn.ModuleList(FullGate(num_kv_heads=spec.num_kv_heads) for _ in range(spec.num_kv_layers))
     if gate.by_others:

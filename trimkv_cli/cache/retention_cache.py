@@ -32,6 +32,7 @@ class LayerCache:
     operations: Operations
     recent: int = 0
     static: bool = False
+    compares_keys: bool = False  # static scores are found from all keys before each eviction
     pool: tuple[SlotPool, int] | None = None  # whose layer this is, on a CPU
 
     @property
@@ -76,6 +77,7 @@ class RetentionCache:
         device: torch.device,
         recent: int = 0,
         static: bool = False,
+        compares_keys: bool = False,
         protects: bool = False,
         evicts: bool = True,
         state: StateShape | None = None,
@@ -91,7 +93,7 @@ class RetentionCache:
         operations = operations_for(device)
         if not evicts:
             operations = operations._replace(decode=partial(operations.decode, evict=False))
-        ranks: dict[str, Any] = {"recent": recent, "static": static}
+        ranks: dict[str, Any] = {"recent": recent, "static": static, "compares_keys": compares_keys}
         self.pools = _make_pools(windows, sizes, ranks, shape) if device.type == "cpu" else {}
         self.layers: list[LayerCache] = []
         for index, (window, size) in enumerate(zip(windows, sizes, strict=True)):

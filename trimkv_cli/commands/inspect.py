@@ -221,9 +221,12 @@ def _of_answer(
     request = Request(id="inspect", prompt_token_ids=ids, prefix_len=prefix_len, params=params, keep=True)
     request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=quiet)
     llm.check(request)
-    llm.start_trace()
+    if not llm.facts.gate.compares_keys:
+        llm.start_trace()
     finished = answer(llm, request)
-    return Findings.of(llm, request.id, log_beta=llm.traced_log_beta(), output_token_ids=tuple(finished.token_ids))
+    # Scores that move with the keys beside a token are known of what is kept alone.
+    traced = None if llm.facts.gate.compares_keys else llm.traced_log_beta()
+    return Findings.of(llm, request.id, log_beta=traced, output_token_ids=tuple(finished.token_ids))
 
 
 def _of_cache(llm: Engine, path: str) -> Findings:

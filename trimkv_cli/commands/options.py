@@ -42,7 +42,7 @@ def complete_profile(incomplete: str) -> list[str]:
 
 def complete_gates(incomplete: str) -> list[str]:
     """Return the ways to name gates."""
-    return _starting(["auto", "streaming", "none", *_cached(gates=True)], incomplete)
+    return _starting(["auto", "streaming", "keydiff", "none", *_cached(gates=True)], incomplete)
 
 
 def complete_session(incomplete: str) -> list[str]:

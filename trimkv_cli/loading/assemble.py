@@ -59,6 +59,7 @@ def assemble(
         recent=facts.pins.recent,
         static=facts.gate.static,
         protects=facts.pins.prompt is not None,
+        compares_keys=facts.gate.compares_keys,
         evicts=evicts,
         state=spec.state,
     )

@@ -300,7 +300,7 @@ def _no_folder(path: Path) -> TrimkvError:
 
 
 def _no_such_gates(name: str) -> ModelNotFound:
-    hint = "auto, streaming or streaming:SINKS, none, a folder, a hub id or a profile"
+    hint = "auto, streaming or streaming:SINKS, keydiff, none, a folder, a hub id or a profile"
     return ModelNotFound(f"--gates {name}: there is nothing of this name", hint=hint)
 
 

@@ -36,7 +36,8 @@ class EngineOptions:
     revision: str | None = _model(None, "Branch, tag or commit of a hub model.", "REV")
     gates: str = _model(
         "auto",
-        "auto, a hub id or folder of trained gates, streaming[:SINKS] (sinks and recent tokens) or none (full cache).",
+        "auto, a hub id or folder of trained gates, streaming[:SINKS] (sinks and recent tokens), keydiff (keys unlike"
+        " the others; no training) or none (full cache).",
         "GATES",
     )
     dtype: str = _model("auto", "auto, bf16, fp16 or fp32. auto on a CPU is fp32.", "TYPE")

@@ -27,7 +27,7 @@ from trimkv_cli.model.profiles import (
     load_profile,
     profile_for,
 )
-from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.units import format_size, parse_budget, parse_kv_budget
 
@@ -205,6 +205,8 @@ def _gates(options: EngineOptions, profile: Profile | None, model: ModelRef) -> 
     streaming = _STREAMING.fullmatch(options.gates)
     if options.gates == "none":
         return full_gate(), None
+    if options.gates == "keydiff":
+        return keydiff_gate(), None
     if streaming is not None:
         return streaming_gate(int(streaming[1] or 4)), None
     if options.gates.startswith("streaming:"):
@@ -288,7 +290,7 @@ def gates_ref(name: str, revision: str | None = None, *, base: str | None = None
     Raises:
         GateMismatch: a profile without trained gates, or a constant gate, which has no files.
     """
-    if name in ("streaming", "none", "auto"):
+    if name in ("streaming", "keydiff", "none", "auto"):
         raise GateMismatch(f"{name!r} is not a gate folder", hint="give a folder, a hub id or a profile")
     profile = find_profile(name)
     if profile is None and base is not None and name.lower() == FASTKVZIP_REPOSITORY.lower():

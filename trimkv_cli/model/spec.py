@@ -27,7 +27,7 @@ KvDtype = Literal["bf16", "fp16", "fp32", "fp8"]
 Quantisation = Literal["none", "int8", "int4", "nf4", "stored"]
 TrainedVariant = Literal["rg", "rg10", "rg2", "rg3"]
 OthersVariant = Literal["kvzap", "fastkvzip"]
-GateVariant = TrainedVariant | OthersVariant | Literal["streaming", "none"]
+GateVariant = TrainedVariant | OthersVariant | Literal["streaming", "keydiff", "none"]
 
 DTYPE_BYTES: Mapping[KvDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 QUANTISATIONS: tuple[Quantisation, ...] = ("none", "int8", "int4", "nf4", "stored")
@@ -240,7 +240,7 @@ class GateShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateSpec:
-    """What ranks the tokens: a released gate, a constant one ("streaming") or a full cache ("none")."""
+    """What ranks the tokens: a released gate, "streaming", "keydiff" or a full cache ("none")."""
 
     variant: GateVariant
     id: str
@@ -251,7 +251,7 @@ class GateSpec:
     base_model: str | None = None
     buffer_size: int | None = None  # reported; trimkv evicts at every step
     model_type: str | None = None
-    sinks: int = 4  # tokens that a streaming gate never forgets
+    sinks: int = 4  # the first tokens, which streaming and KeyDiff never forget
     shape: GateShape | None = None
 
     @classmethod
@@ -292,12 +292,17 @@ class GateSpec:
     @property
     def kept(self) -> int:
         """The first tokens of a sequence that this gate itself never evicts."""
-        return self.sinks if self.variant == "streaming" else 0
+        return self.sinks if self.variant in ("streaming", "keydiff") else 0
 
     @property
     def static(self) -> bool:
         """Whether its score of a token is the same at any age, and of any sign."""
         return self.variant in _STATIC_VARIANTS
+
+    @property
+    def compares_keys(self) -> bool:
+        """Whether static scores are found from all keys that a head holds, before each eviction."""
+        return self.variant == "keydiff"
 
     @property
     def reads_kv(self) -> bool:
@@ -353,6 +358,11 @@ def scored_layers(model: ModelSpec) -> tuple[int, ...]:
 def streaming_gate(sinks: int = 4) -> GateSpec:
     """Describe the constant gate: the first tokens and the latest ones stay."""
     return GateSpec(variant="streaming", id=f"streaming:{sinks}", sinks=sinks)
+
+
+def keydiff_gate() -> GateSpec:
+    """Describe KeyDiff (arXiv 2504.15364), which needs no training: the keys that differ most from the others stay."""
+    return GateSpec(variant="keydiff", id="keydiff")
 
 
 def full_gate() -> GateSpec:

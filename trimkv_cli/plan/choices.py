@@ -314,7 +314,7 @@ def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_byt
 
 
 def check_room(gate: GateSpec, pins: Pins, kv_budget: int) -> None:
-    """Raise when the sinks of a streaming gate or pinned tokens fill all slots: then no later one would ever be kept.
+    """Raise when sinks of streaming or KeyDiff, or pinned tokens, fill all slots: no later one would ever be kept.
 
     How long a system message is shows later.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from trimkv_cli.cache.gates import FullGate, MlpGate, StreamingGate
+from trimkv_cli.cache.gates import FullGate, KeydiffGate, MlpGate, StreamingGate
 from trimkv_cli.cache.releases import frequencies
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.cache.retention_gate import RetentionGate
@@ -187,7 +187,7 @@ class GatesTogether:
     def __init__(self, gates: Sequence[nn.Module], undo: ExitStack) -> None:
         self._gates: list[Any] = list(gates)
         self.read_kv = any(isinstance(gate, RetentionGate) and gate.reads_kv for gate in gates)
-        self._constant = all(isinstance(gate, StreamingGate | FullGate) for gate in gates)
+        self._constant = all(isinstance(gate, StreamingGate | KeydiffGate | FullGate) for gate in gates)
         # Gates of two linear layers are stacked; the third of rg10 is one tensor for all layers and stays as it is.
         self._stacked = all(isinstance(gate, MlpGate) and gate.linear3 is None for gate in gates)
         if self._stacked:
