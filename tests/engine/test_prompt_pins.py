@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -128,8 +129,13 @@ def test_other_slots_mean_other_ends(tiny_model: TinyModel) -> None:
     """Catches shares of what there was, and pins that fill what there is then."""
     engine = make_engine(tiny_model("qwen3"), SHAPE, pins=PINS)
     run(engine, [greedy("a", PROMPT, 9, keep=True)])
+    saved = engine.kept.save("a")
     engine.resize(14)
     assert list(engine.kept.retained("a").pinned()) == [0, 1, 2, 56, 57]
+    held = engine.kept.positions("a")
+    engine.kept.release("a")
+    engine.kept.restore(engine.kept.fitted(saved), "a")
+    assert engine.kept.positions("a") == held
     run(engine, [greedy("b", PROMPT[:40], 20, keep=True, continues="a")])
     ends = {0, 1, 2, 66, 67, 104, 105}
     assert all(ends <= set(head) for layer in engine.kept.positions("b") for head in layer)
@@ -139,6 +145,20 @@ def test_other_slots_mean_other_ends(tiny_model: TinyModel) -> None:
         engine.resize(5)
     with pytest.raises(UsageError, match="3 pinned tokens leave none of 3 slots"):
         engine.resize(3)
+
+
+def test_a_prompt_that_fails_leaves_the_ends_of_the_one_before(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a conversation that a request without memory robs of its ends."""
+    engine = make_engine(tiny_model("qwen3"), SHAPE, pins=PINS)
+    run(engine, [greedy("a", PROMPT, 9, keep=True)])
+    before = engine.kept.positions("a"), engine.kept.retained("a").pinned()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "_forward", Mock(side_effect=MemoryError))
+        events = list(engine.generate([greedy("b", PROMPT, 9, keep=True, continues="a")]))
+    assert events[-1].error_code == "out_of_memory"
+    assert (engine.kept.positions("a"), engine.kept.retained("a").pinned()) == before
 
 
 def test_no_more_is_held_than_was_counted() -> None:

@@ -234,9 +234,9 @@ class RetentionCache:
         for state, kept_state in zip(self.states, saved_row.states, strict=True):
             state.load(row, kept_state)
 
-    def fitted(self, layers: Sequence[Slots], *, seen: int) -> tuple[Slots, ...]:
-        """Return what of a saved row that has seen `seen` tokens there are slots for."""
-        return tuple(_at_most(kept, layer, seen) for kept, layer in zip(layers, self.layers, strict=True))
+    def fitted(self, layers: Sequence[Slots], *, seen: int, spans: Tensor | None = None) -> tuple[Slots, ...]:
+        """Return what of a saved row that has seen `seen` tokens there are slots for, what `spans` protect first."""
+        return tuple(_at_most(kept, layer, seen, spans) for kept, layer in zip(layers, self.layers, strict=True))
 
     def kept(self, row: int) -> list[list[list[int]]]:
         """Return the kept positions, `[layer][head][ascending]`."""

@@ -100,7 +100,8 @@ class KeptRows:
 
     def fitted(self, state: RowState) -> RowState:
         """Return what of a saved state the slots hold now: of more than there are, the best."""
-        return replace(state, layers=self._cache.fitted(state.layers, seen=len(state.token_ids)))
+        spans = self._runner.protected_by(state.prompt)
+        return replace(state, layers=self._cache.fitted(state.layers, seen=len(state.token_ids), spans=spans))
 
     def release(self, request_id: str) -> None:
         """Free the row of a finished request with `keep`."""

@@ -17,7 +17,7 @@ from trimkv_cli.engine.ahead import Ahead, Forward, GraphedForward
 from trimkv_cli.engine.cpu import Decoder
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
-from trimkv_cli.model.pins import Pins
+from trimkv_cli.model.pins import Pins, PromptSpan
 
 
 class ModelRunner:
@@ -71,6 +71,12 @@ class ModelRunner:
         """Protect the ends of a row's newest prompt from now on, and no longer those of an earlier one."""
         if self._pins.prompt is not None:
             self.cache.protect(row.index, *self._pins.for_now(row.prompt, self.cache.kv_budget))
+
+    def protected_by(self, prompt: PromptSpan) -> Tensor | None:
+        """Return the protected intervals of a prompt, `[1, 2, 2]` in host memory."""
+        if self._pins.prompt is None:
+            return None
+        return torch.tensor([self._pins.for_now(prompt, self.cache.kv_budget)], dtype=torch.int32)
 
     @property
     def pinned_ends(self) -> int:

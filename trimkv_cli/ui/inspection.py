@@ -92,8 +92,10 @@ def inspection_page(
     """
     folder = files("trimkv_cli.ui") / "page"
     style, script = (folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    facts = Look(width=10**6).join(
-        [neutralise(model), f"gates {neutralise(gates)}", headline(retained, Look(width=10**6))]
+    look = Look(width=10**6)
+    pinned = pinned_line(retained, look)
+    facts = look.join(
+        [neutralise(model), f"gates {neutralise(gates)}", headline(retained, look), *([pinned] if pinned else [])]
     )
     return Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"What the cache kept: {neutralise(model)}"),
