@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,15 +24,19 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
-def trimkv(hub: Hub, tmp_path: Path, *arguments: str, timeout: int = 180) -> subprocess.CompletedProcess[str]:
-    environment = {
+def asking(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which the hub is asked, with a cache of its own."""
+    return {
         **ENVIRONMENT,
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, "-m", "trimkv_cli", *arguments]
+
+
+def trimkv(hub: Hub, tmp_path: Path, *arguments: str, timeout: int = 180) -> subprocess.CompletedProcess[str]:
+    command, environment = [sys.executable, "-m", "trimkv_cli", *arguments], asking(hub, tmp_path)
     return subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=timeout
     )
@@ -115,6 +120,30 @@ def test_what_the_hub_refuses_is_told_with_what_to_do(hub: Hub, tmp_path: Path) 
     assert (offline.returncode, "not in the cache" in offline.stderr) == (6, True)
 
 
+_TOGETHER = """
+import contextlib, io, json, sys
+from trimkv_cli.app import _exit_code
+for command in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = _exit_code(command)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+def together(hub: Hub, tmp_path: Path, *commands: str) -> list[tuple[int, str, str]]:
+    """Run commands one after the other in one process; return what each ended with, said and told."""
+    words = json.dumps([command.split() for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", _TOGETHER, words],
+        cwd=tmp_path,
+        env=asking(hub, tmp_path),
+        capture_output=True,
+        check=True,
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
 def test_gates_of_others_come_alone(hub: Hub, tmp_path: Path) -> None:
     """Catches gates of all models fetched for one, a model's weights fetched as gates, and gates told as a model."""
     spec = read_model_spec(MODEL_FOLDER)
@@ -124,21 +153,28 @@ def test_gates_of_others_come_alone(hub: Hub, tmp_path: Path) -> None:
     hub.add("Jang-Hyun/Fast-KVzip", tmp_path / "fast")
     hub.add("nvidia/KVzap-mlp-mini", tmp_path / "zap")
     hub.add("some/mini", MODEL_FOLDER)
-    fits = trimkv(hub, tmp_path, "gates", "verify", "Jang-Hyun/Fast-KVzip", "-m", "mini")
-    assert fits.returncode == 0, fits.stderr
-    assert fits.stdout.startswith("ok: Jang-Hyun/Fast-KVzip:mini (fastkvzip) fits mini: ")
-    assert not any("other-3b" in path for method, path, _ in hub.asked if method == "GET" and "resolve" in path)
-    shown = trimkv(hub, tmp_path, "gates", "show", "nvidia/KVzap-mlp-mini")
-    assert (shown.returncode, "kvzap, " in shown.stdout) == (0, True), shown.stderr
-    for name, words in {
-        "Jang-Hyun/Fast-KVzip:tiny-9b": ("no gates for tiny-9b", "other-3b"),
-        "some/mini": ("holds no gates",),
+    pulled, fits, shown, missing, which, model, listed = together(
+        hub,
+        tmp_path,
+        "models pull Jang-Hyun/Fast-KVzip:mini",
+        "gates verify Jang-Hyun/Fast-KVzip -m mini --offline",
+        "gates show nvidia/KVzap-mlp-mini",
+        "gates show Jang-Hyun/Fast-KVzip:tiny-9b",
+        "gates show Jang-Hyun/Fast-KVzip",
+        "gates show some/mini",
+        "models list",
+    )
+    assert [path.suffix for path in Path(pulled[1].strip()).iterdir()] == [".pt"]
+    assert fits[:1] == (0,), fits
+    assert fits[1].startswith("ok: Jang-Hyun/Fast-KVzip:mini (fastkvzip) fits mini: ")
+    fetched = [path for method, path, _ in hub.asked if method == "GET" and "resolve" in path]
+    assert not any("other-3b" in path or ("some/mini" in path and "safetensors" in path) for path in fetched)
+    assert (shown[0], "kvzap, " in shown[1]) == (0, True), shown
+    for (code, _, told), words in {
+        missing: "has no gates for tiny-9b",
+        which: "several",
+        model: "holds no gates",
     }.items():
-        ended = trimkv(hub, tmp_path, "gates", "show", name)
-        assert (ended.returncode, all(word in ended.stderr for word in words)) == (6, True), ended.stderr
-    assert not any(path.endswith("model.safetensors") and "some/mini" in path for _, path, _ in hub.asked)
-    rows = [line.split()[:2] for line in trimkv(hub, tmp_path, "models", "list").stdout.splitlines()]
-    assert [row for row in rows if row[1] == "gates"] == [
-        ["Jang-Hyun/Fast-KVzip", "gates"],
-        ["nvidia/KVzap-mlp-mini", "gates"],
-    ]
+        assert (code, words in told) == (6, True), told
+    rows = [line.split()[:2] for line in listed[1].splitlines()]
+    assert [name for name, kind in rows if kind == "gates"] == ["Jang-Hyun/Fast-KVzip", "nvidia/KVzap-mlp-mini"]

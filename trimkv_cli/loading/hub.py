@@ -86,7 +86,7 @@ def resolve(
         raise _no_such_gates(name) if kind == "gates" else no_such_model(name)
     if kind == "gates" and name.lower() == FASTKVZIP_REPOSITORY.lower():
         raise ModelNotFound(
-            f"{name} holds gates for several models", hint=f"say for which: {name}:qwen3-4b-instruct-2507, or --model"
+            f"{name} holds gates for several models", hint=f"say for which: {name}:qwen3-4b-instruct-2507"
         )
     folder = None if refresh else _cached(name, kind, revision)
     return _checked(folder or _download(name, kind, revision, offline=offline), kind, name)
