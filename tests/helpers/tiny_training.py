@@ -14,7 +14,7 @@ import torch
 from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.train.options import TrainOptions
-from trimkv_cli.train.packing import Batch
+from trimkv_cli.train.packing import Batch, watch
 from trimkv_cli.train.trainer import Trainer, describe_gates, new_gates
 from trimkv_cli.train.training_pass import TrainingPass
 
@@ -41,7 +41,8 @@ def make_batch(rows: int = 2, length: int = 24, *, seed: int = 0) -> Batch:
     positions[:, length // 2 :] += 50
     wanted = torch.from_numpy(rng.random((rows, length)) < 0.5) & (documents >= 0)
     wanted[:, [0, split]] = False
-    return Batch(ids, wanted, positions, documents)
+    watched = np.stack([watch(*row, rng) for row in zip(wanted.numpy(), documents.numpy(), strict=True)])
+    return Batch(ids, wanted, positions, documents, torch.from_numpy(watched))
 
 
 def attend_one_by_one(

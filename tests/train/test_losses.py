@@ -49,7 +49,7 @@ def test_capacity(monkeypatch: pytest.MonkeyPatch, block: int, window: int | Non
 def test_capacity_of_tokens_that_last_for_ever() -> None:
     """Catches NaN from 0 · ∞, and a count that is off by one: t tokens over M = 2 are t − 2."""
     documents = torch.zeros(1, 6, dtype=torch.long)
-    batch = Batch(documents, documents > 0, torch.arange(6)[None], documents)
+    batch = Batch(documents, documents > 0, torch.arange(6)[None], documents, torch.zeros(1, 6))
     weights = place_weights(documents)
     excess = capacity_excess(torch.zeros(1, 1, 6), batch.make_pass(gated=True), weights, memory_size=2)
     assert float(excess) == pytest.approx(1 / 3 + 2 / 4 + 3 / 5 + 4 / 6)

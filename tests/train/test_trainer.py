@@ -48,7 +48,7 @@ def test_recomputed_layers_give_the_same_gradients(tiny_model: TinyModel, family
 def test_accumulation_changes_nothing(tiny_model: TinyModel) -> None:
     """Catches means of means: two forwards of a row must weigh like one of two rows."""
     batch = make_batch()
-    halves = [Batch(*(field[row : row + 1] for field in batch[:4])) for row in range(2)]
+    halves = [Batch(*(field[row : row + 1] for field in batch[:5])) for row in range(2)]
     whole, split = (make_trainer(tiny_model("qwen3"), clip=1e9) for _ in range(2))
     counts = Counts.of(halves)
     first, second = whole.step([whole.teach(batch)]), split.step(split.teach(half, counts) for half in halves)

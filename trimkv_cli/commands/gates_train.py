@@ -105,9 +105,10 @@ class _Progress:
 def _line(report: StepReport, *, done: int) -> str:
     losses = report.losses
     left = report.elapsed_s / done * (report.steps - report.step)
-    capacity = "" if losses.capacity is None else f"  capacity {losses.capacity:.4f}"
+    parts = {name: getattr(losses, name) for name in ("kl", "ntp", "capacity", "attention")}
+    shown = "".join(f"  {name} {value:.4f}" for name, value in parts.items() if value is not None)
     return (
-        f"step {report.step}/{report.steps}  loss {losses.total:.4f}  kl {losses.kl:.4f}  ntp {losses.ntp:.4f}"
-        f"{capacity}  lr {report.lr:.1e}  {report.tokens / report.elapsed_s:,.0f} tok/s  "
+        f"step {report.step}/{report.steps}  loss {losses.total:.4f}{shown}"
+        f"  lr {report.lr:.1e}  {report.tokens / report.elapsed_s:,.0f} tok/s  "
         f"left {int(left) // 60}:{int(left) % 60:02d}"
     )

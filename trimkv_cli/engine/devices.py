@@ -89,10 +89,20 @@ def swap_bytes(device: torch.device) -> int:
 def multiplies_bf16() -> bool:
     """Say whether the CPU multiplies matrices of bf16 faster than of float32: with tiles, or on ARM.
 
-    AVX-512 has instructions for bf16, too, but torch's products take twice as long with these as in float32.
+    With AVX-512 alone products of weights kept in bf16 are faster, too, but not those of a backward pass.
     """
+    return _able_to("amx_bf16", "bf16")
+
+
+@cache
+def reads_bf16() -> bool:
+    """Say whether the CPU multiplies activations by weights kept in bf16 faster than in float32."""
+    return multiplies_bf16() or _able_to("avx512_bf16")
+
+
+def _able_to(*names: str) -> bool:
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(able.get(name) for name in ("amx_bf16", "bf16"))
+    return any(able.get(name) for name in names)
 
 
 @contextmanager

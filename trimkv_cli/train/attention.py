@@ -69,12 +69,18 @@ def _make_hook(layer_index: int, gate: nn.Module, window: int | None) -> Hook:
         hidden = entering(args, kwargs)
         if now.teacher is not None:  # the teacher leaves it there, the student finds it
             hidden = now.teacher.hidden.setdefault(layer_index, hidden)
-        log_beta = gate(hidden, now.positions).transpose(1, 2) if now.gated else None
+        log_beta = log_beta_of(gate, hidden, now) if now.gated else None
         if log_beta is not None:
             now.log_betas.setdefault(layer_index, log_beta)  # a checkpointed layer comes here twice
         return args, {**kwargs, "log_beta": log_beta, "window": window}
 
     return pass_log_beta
+
+
+def log_beta_of(gate: nn.Module, hidden: Tensor, now: TrainingPass) -> Tensor:
+    """Return what a gate says of hidden states `[B, T, hidden]`, in its own dtype: `[B, Hkv, T]`."""
+    log_beta: Tensor = gate(hidden.to(next(gate.parameters()).dtype), now.positions)
+    return log_beta.transpose(1, 2)
 
 
 def attend(
@@ -98,6 +104,9 @@ def attend(
         layer: Any = module.layer_idx
         key = training_pass.teacher.keys.setdefault(layer, key)
         value = training_pass.teacher.values.setdefault(layer, value)
+        if not training_pass.gated and training_pass.teacher.columns is not None:
+            columns = training_pass.teacher.columns[:, None, :, None]
+            training_pass.teacher.queries[layer] = query.take_along_dim(columns, dim=2) * scaling
     inputs = query.float() * scaling, key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
         if log_beta is not None and training_pass.border is not None:

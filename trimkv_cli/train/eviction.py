@@ -26,7 +26,7 @@ from trimkv_cli.train.training_pass import TrainingPass, in_query_blocks
 QUERY_BLOCK = 64  # queries that attend at a time: what is made of them stays in a core's cache
 KEPT_NUMEL = 1 << 24  # pairs of tokens and heads, at most, whose weights (64 MiB) a layer keeps for the backward pass
 _LEAST_FADING = 1e-30  # less has no gradient
-_FAR = 1e4  # the log age of what is not there
+FAR = 1e4  # the log age of what is not there
 
 
 def attend_to_kept(
@@ -40,9 +40,21 @@ def attend_to_kept(
     much it is done twice, so that memory is O(B · Hq · T).
     """
     keep = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= KEPT_NUMEL
-    lasting = -torch.log(-log_beta.clamp(max=-_LEAST_FADING))
+    lasting = lasting_of(log_beta)
     attend_block = partial(_attend_block, now=now, window=window)
     return in_query_blocks(attend_block, query, key, value, lasting, size=QUERY_BLOCK, keep=keep, reach=now.reach)
+
+
+def lasting_of(log_beta: Tensor) -> Tensor:
+    """Return how long tokens last, on a logarithmic scale."""
+    return -torch.log(-log_beta.clamp(max=-_LEAST_FADING))
+
+
+def log_ages_of(now: TrainingPass, queries: slice, keys: slice, window: int | None) -> tuple[Tensor, Tensor]:
+    """Return which keys the queries may see, `[B, Tq, Tk]`, and the logarithm of their ages, `[B, 1, Tq, Tk]`."""
+    distances = now.distances(queries, keys)
+    visible = now.visible(queries, keys, distances, window)
+    return visible, torch.log(distances.clamp(min=0) + 2).masked_fill(~visible, FAR)[:, None]
 
 
 def _attend_block(
@@ -57,8 +69,7 @@ def _attend_block(
 ) -> Tensor:
     assert now.border is not None
     keys = slice(0, key.shape[2])
-    distances = now.distances(queries, keys)
-    visible = now.visible(queries, keys, distances, window)
+    visible, log_ages = log_ages_of(now, queries, keys, window)
     batch, _, length, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, length, width)  # query heads by the KV head that they share
     if key.shape[2] <= now.border.slots:  # all are kept
@@ -66,7 +77,6 @@ def _attend_block(
             grouped, key[:, :, None], value[:, :, None], attn_mask=visible[:, None, None], scale=1.0
         )
     else:
-        log_ages = torch.log(distances.clamp(min=0) + 2).masked_fill(~visible, _FAR)[:, None]
         output = _SoftBorder.apply(grouped, key, value, lasting, log_ages, now.border)  # type: ignore[no-untyped-call]
     return output.flatten(1, 2)
 
@@ -83,12 +93,12 @@ class _SoftBorder(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lasting: Tensor, log_ages: Tensor, border: Border
     ) -> Tensor:
         scores = lasting[:, :, None] - log_ages
-        neighbours = _border_neighbours(scores, border.slots)
-        level = scores.gather(3, neighbours).mean(dim=3, keepdim=True).clamp(min=-_FAR / 2)
+        neighbours = border_neighbours(scores, border.slots)
+        level = scores.gather(3, neighbours).mean(dim=3, keepdim=True).clamp(min=-FAR / 2)
         above = scores.sub_(level).mul_(border.sharpness)
-        logits = _of_each_head(query, key.mT)
+        logits = of_each_head(query, key.mT)
         weights = logits.add_(functional.logsigmoid(above)[:, :, None]).softmax(dim=4)
-        output = _of_each_head(weights, value)
+        output = of_each_head(weights, value)
         ctx.save_for_backward(key, value, weights, output, above.sigmoid_(), neighbours)
         ctx.sharpness = border.sharpness
         return output
@@ -97,20 +107,20 @@ class _SoftBorder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         key, value, weights, output, kept, neighbours = ctx.saved_tensors
         mean = (grads[0] * output).sum(dim=4, keepdim=True)
-        of_logits = _of_each_head(grads[0], value.mT).sub_(mean).mul_(weights)
+        of_logits = of_each_head(grads[0], value.mT).sub_(mean).mul_(weights)
         of_scores = of_logits.sum(dim=2).mul_(1 - kept).mul_(ctx.sharpness)
         of_level = of_scores.sum(dim=3, keepdim=True) / -2  # half of it is each neighbour's
         of_scores.scatter_add_(3, neighbours, of_level.expand_as(neighbours))
-        return _of_each_head(of_logits, key), None, None, of_scores.sum(dim=2), None, None
+        return of_each_head(of_logits, key), None, None, of_scores.sum(dim=2), None, None
 
 
-def _of_each_head(many: Tensor, one: Tensor) -> Tensor:
+def of_each_head(many: Tensor, one: Tensor) -> Tensor:
     """Multiply `[B, Hkv, G, Tq, x]` by what a KV head's query heads share, `[B, Hkv, x, y]`, without copies of it."""
     product = many.flatten(2, 3) @ one
     return product.view(*many.shape[:4], one.shape[3])
 
 
-def _border_neighbours(scores: Tensor, slots: int) -> Tensor:
+def border_neighbours(scores: Tensor, slots: int) -> Tensor:
     """Return where the border's neighbours are, the best that is evicted and the worst that is kept: `[…, 2]`."""
     if scores.device.type != "cpu":
         return scores.topk(slots + 1, dim=3).indices[..., -2:]

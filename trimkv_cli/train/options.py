@@ -17,6 +17,7 @@ Schedule = Literal["constant", "cosine"]
 Student = Literal["fading", "evicting"]
 Export = Literal["own", "released"]
 _gates, _data, _learning, _run = (partial(option, panel=name) for name in ("Gates", "Data", "Learning", "Run"))
+_OF_ATTENTION = ("attention_steps", "attention_weight")
 MOST_DOUBLINGS = 2  # of the slots that an evicting student is made for
 # A token whose log score is 1 below the border is seen with a factor of e⁻³ at first, of e⁻³⁰ in the end: a head that
 # looks for one token finds it through a softer border, and would not learn that a cache has lost it.
@@ -39,6 +40,9 @@ class TrainOptions:
     `position_gap` positions at most together: the model, the retention bias and the capacity all see the distances.
     The student sees all tokens, each as far as it has not faded (the paper's), or its answers see only those that a
     number of slots would hold. A `cap_weight` of None is 1 for the first, 0 for the second.
+
+    An evicting student can begin with `attention_steps` updates in which nothing runs but the model itself: the gates
+    of each layer learn to keep what its queries attend to, which costs half of a step and needs fewer of them.
     """
 
     memory_size: int = _gates(..., "Slots per KV head to train for.", "M")
@@ -56,6 +60,8 @@ class TrainOptions:
     weight_decay: float = _learning(0.01, "Weight decay of AdamW.", "X")
     clip: float = _learning(1.0, "Largest norm of a gradient.", "X")
     student: Student = _learning("fading", "fading: tokens fade, as in the paper; evicting: answers see what is kept.")
+    attention_steps: int = _learning(0, "Updates at first that learn from the model's own attention alone.", "N")
+    attention_weight: float = _learning(0.0, "Weight of that loss afterwards; evicting only.", "X")
     cap_weight: float = _learning(None, "Weight of the capacity loss; default: 1 fading, 0 evicting.", "X")
     seed: int = _learning(0, "Fixes first weights, order and gaps.", "N", setting=True)
 
@@ -65,10 +71,20 @@ class TrainOptions:
         for name in ("memory_size", "steps", "batch", "accumulate", "hidden"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         _check("context", self.context, self.context >= 2, "2 or more")
-        for name in ("weight_decay", "warmup", "cap_weight", "position_gap", "seed"):
+        for name in ("weight_decay", "warmup", "cap_weight", "position_gap", "seed", *_OF_ATTENTION):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "clip"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+        if self.student == "fading" and self.reads_attention:
+            raise UsageError("a fading student does not learn from attention", hint="--student evicting")
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the gates learn, at some time, from how the model attends."""
+        return self.attention_steps > 0 or self.attention_weight > 0
+
+    def attention_weight_at(self, step: int) -> float:
+        return 1.0 if step < self.attention_steps else self.attention_weight
 
     @property
     def largest_memory_size(self) -> int | None:

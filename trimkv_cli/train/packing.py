@@ -18,6 +18,9 @@ from trimkv_cli.train.training_pass import TeacherStates, TrainingPass
 
 PADDING = -1
 MOST_GAPS = 4
+MOST_WATCHED = 256  # answers' queries whose attention is learnt from, of a sequence
+WATCHED_BEFORE, BEFORE = 20, 0.5  # tokens before an answer: what asks for it; and their weight
+WATCHED_ANYWHERE, ANYWHERE = 48, 0.25
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,12 +38,17 @@ class Cursor:
 
 
 class PackedSequence(NamedTuple):
-    """One sequence `[T]`; `wanted` marks the tokens that the loss asks for, never a document's first."""
+    """One sequence `[T]`; `wanted` marks the tokens that the loss asks for, never a document's first.
+
+    `watched` weighs the queries whose attention is learnt from: 1 where the next token is wanted, less just before an
+    answer and at a few random places, 0 elsewhere.
+    """
 
     ids: NDArray[np.int64]
     wanted: NDArray[np.bool_]
     positions: NDArray[np.int64]
     documents: NDArray[np.int64]  # −1 = padding
+    watched: NDArray[np.float32]
 
 
 class _Pieces(NamedTuple):
@@ -55,6 +63,7 @@ class Batch(NamedTuple):
     wanted: Tensor
     positions: Tensor
     documents: Tensor
+    watched: Tensor
     one_document: bool = False
 
     def make_pass(
@@ -77,10 +86,19 @@ class Batch(NamedTuple):
 
     def asked(self) -> tuple[Tensor, Tensor]:
         """Return the columns `[B, N]` of the tokens whose next one is wanted, and which of them are no padding."""
-        wanted = self.wanted[:, 1:]
-        order = wanted.int().sort(dim=1, descending=True, stable=True).indices
-        most = max(1, int(wanted.sum(dim=1).max()))
-        return order[:, :most], wanted.gather(1, order[:, :most])
+        return _columns(self.wanted[:, 1:])
+
+    def watching(self) -> tuple[Tensor, Tensor]:
+        """Return the columns `[B, N]` of the queries whose attention is learnt from, and weights, 0 in padding."""
+        columns, _ = _columns(self.watched > 0)
+        return columns, self.watched.gather(1, columns)
+
+
+def _columns(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns `[B, N]` that are marked in `[B, T]`, in order, and which of them are no padding."""
+    order = marked.int().sort(dim=1, descending=True, stable=True).indices
+    most = max(1, int(marked.sum(dim=1).max()))
+    return order[:, :most], marked.gather(1, order[:, :most])
 
 
 class Packer:
@@ -160,7 +178,21 @@ class Packer:
             wanted[start] = False
             positions[span] = stretched(len(piece.ids), self._gap, rng)
             start = span.stop
-        return PackedSequence(ids, wanted, positions, documents)
+        return PackedSequence(ids, wanted, positions, documents, watch(wanted, documents, rng))
+
+
+def watch(wanted: NDArray[np.bool_], documents: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Choose the queries of a sequence to learn attention from, and weigh them."""
+    weights = np.zeros(len(wanted), dtype=np.float32)
+    asks = np.append(wanted[1:], False)
+    anywhere = np.flatnonzero(documents != PADDING)
+    weights[rng.choice(anywhere, min(WATCHED_ANYWHERE, len(anywhere)), replace=False)] = ANYWHERE
+    for start in np.flatnonzero(asks & ~np.append(False, asks[:-1])):
+        weights[max(0, start - WATCHED_BEFORE) : start] = BEFORE
+    weights[documents == PADDING] = 0
+    weights[asks] = 0
+    weights[rng.permutation(np.flatnonzero(asks))[:MOST_WATCHED]] = 1
+    return weights
 
 
 def stretched(length: int, gap: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -183,6 +215,6 @@ def stack(sequences: Sequence[PackedSequence], device: torch.device) -> Batch:
     """Put sequences into one batch, without the columns that are padding in all of them."""
     longest = max(int((packed.documents != PADDING).sum()) for packed in sequences)
     columns = [torch.from_numpy(np.stack(field)[:, :longest]).to(device) for field in zip(*sequences, strict=True)]
-    ids, wanted, positions, documents = columns
+    ids, wanted, positions, documents, watched = columns
     one_document = all(packed.documents.max() <= 0 for packed in sequences)
-    return Batch(ids, wanted, positions, documents, one_document)
+    return Batch(ids, wanted, positions, documents, watched, one_document)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
@@ -21,7 +22,7 @@ from torch import Tensor
 from trimkv_cli.cache.attention import LongRope
 from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
 from trimkv_cli.cache.gates import activation_name
-from trimkv_cli.engine.devices import multiplies_bf16, prepare_training, take_device
+from trimkv_cli.engine.devices import multiplies_bf16, prepare_training, reads_bf16, take_device
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stopped, UnsupportedModel, UsageError
 from trimkv_cli.files import whole_file, writing
@@ -119,13 +120,23 @@ def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunFiles, s
     device = take_device(engine.device)
     prepare_training(engine.threads)
     autocast = _autocast(engine.dtype, device)
+    fast = engine.dtype == "auto" and device.type == "cpu" and autocast is None and reads_bf16()
     weights = torch.bfloat16 if autocast is not None and device.type == "cuda" else torch.float32
     model = load_model(source, weights, device, trust_remote_code=engine.trust_remote_code)
     if LongRope.used_by(model.config):
         LongRope(model, ExitStack()).use(long=options.positions > (source.spec.original_max_positions or 0))
+    teacher = deepcopy(model).to(torch.bfloat16) if fast else None
     gate = describe_gates(options, source.spec, source.model_id)
     gates = new_gates(gate, source.spec, options, hidden_act=activation_name(model.config.to_dict()), device=device)
-    return Trainer(model, gates, source.spec, options, autocast=autocast, recompute_layers=run.gradient_checkpointing)
+    return Trainer(
+        model,
+        gates,
+        source.spec,
+        options,
+        autocast=autocast,
+        teacher=teacher,
+        recompute_layers=run.gradient_checkpointing,
+    )
 
 
 def _autocast(name: str, device: torch.device) -> torch.dtype | None:
@@ -142,8 +153,14 @@ def _identity(source: Source, data: DataFiles, options: TrainOptions, trainer: T
         "model": source.model_id,
         "model_sha256": _model_hash(source.folder),
         "data_sha256": data.sha256,
-        "dtype": "fp32" if trainer.autocast is None else "bf16",
+        "dtype": _precision(trainer),
     }
+
+
+def _precision(trainer: Trainer) -> str:
+    if trainer.autocast is not None:
+        return "bf16"
+    return "fp32" if trainer.teacher is trainer.model else "fp32, read in bf16"
 
 
 def _model_hash(files: Path) -> str:
@@ -245,7 +262,7 @@ def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Training
         "documents": len(data.places),
         **asdict(trainer.options),
         "steps": trainer.steps_done,
-        "dtype": "fp32" if trainer.autocast is None else "bf16",
+        "dtype": _precision(trainer),
         **{name: value for name, value in asdict(progress.cursor).items() if name not in ("document", "piece")},
         "loss": progress.mean_losses(),
     }
@@ -254,7 +271,7 @@ def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Training
 
 def _described(trainer: Trainer, data: DataFiles) -> str:
     numel = sum(parameter.numel() for parameter in trainer.parameters.values())
-    precision = "fp32" if trainer.autocast is None else "bf16 autocast"
+    precision = _precision(trainer)
     where = trainer.model.device.type
     return f"{len(data.places):,} documents; {numel:,} gate parameters on {where}, {precision}"
 

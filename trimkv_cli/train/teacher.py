@@ -32,12 +32,14 @@ class Counts:
 
     wanted: int
     real: int  # no padding
+    watched: float  # the sum of its queries' weights
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Counts:
         return cls(
             wanted=max(1, sum(int(batch.wanted.sum()) for batch in batches)),
             real=sum(int((batch.documents != PADDING).sum()) for batch in batches),
+            watched=max(1e-6, sum(float(batch.watched.sum()) for batch in batches)),
         )
 
 
@@ -45,7 +47,8 @@ class Counts:
 class TeacherBatch:
     """A micro-batch, its step's counts, what it asks for, and the teacher's states of that: `[B, N, hidden]`.
 
-    They enter the output embedding. An evicting student learns from what the teacher has read, too.
+    They enter the output embedding. An evicting student learns from what the teacher has read, too, and from the
+    attention of the queries that `watched` weighs, where there are any.
     """
 
     batch: Batch
@@ -54,6 +57,7 @@ class TeacherBatch:
     real: Tensor
     states: Tensor
     layers: TeacherStates | None
+    watched: Tensor | None = None  # [B, Nq], of the columns in `layers`
 
 
 def batches_ahead(spec: ModelSpec, options: TrainOptions) -> int:

@@ -14,6 +14,7 @@ from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.train.attention import checkpoint_layers, hidden_states, install
+from trimkv_cli.train.attention_share import lost_attention
 from trimkv_cli.train.losses import capacity_excess, distill, place_weights
 from trimkv_cli.train.options import Border, TrainOptions
 from trimkv_cli.train.packing import Batch
@@ -25,19 +26,22 @@ from trimkv_cli.train.training_pass import TeacherStates, TrainingPass
 class Losses:
     """The parts of the loss, means over a step: KL and NTP per wanted token, capacity per token, layer and head.
 
-    A capacity that has no weight is not computed, and None.
+    Attention is the mean of `−log share` per watched query, layer and head. What has no weight is not computed, and
+    None.
     """
 
-    kl: float
-    ntp: float
+    kl: float | None
+    ntp: float | None
     capacity: float | None
     total: float
+    attention: float | None = None
 
 
 class Trainer:
     """Own the gates of a frozen model and the optimiser's state; see retention-gated distillation, arXiv 2512.03324.
 
-    The gates stay in float32; with `autocast` the matrix products run in that dtype.
+    The gates stay in float32; with `autocast` the matrix products run in that dtype. `teacher` is the same model in
+    another dtype, which reads instead of it.
     """
 
     def __init__(
@@ -48,29 +52,51 @@ class Trainer:
         options: TrainOptions,
         *,
         autocast: torch.dtype | None = None,
+        teacher: PreTrainedModel | None = None,
         recompute_layers: bool = False,
     ) -> None:
         self.model, self.gates, self.spec, self.options = model, gates, spec, options
         self.autocast = autocast
+        self.teacher = teacher or model
         self.parameters = gate_tensors(gates)
         self.optimizer = _optimizer(self.parameters, options)
         self.steps_done = 0
-        model.requires_grad_(False)
-        install(model, list(gates), spec.windows)
+        for each in {id(one): one for one in (model, self.teacher)}.values():
+            each.requires_grad_(False)
+            install(each, list(gates), spec.windows)
         if recompute_layers:
             checkpoint_layers(model)
 
     def step(self, batches: Iterable[TeacherBatch]) -> Losses:
         """Update the gates once, from the batches of one step, each forgotten before the next."""
-        sums = sum(map(self._learn, batches, count()), torch.zeros(3, device=self.model.device))
+        sums = sum(map(self._learn, batches, count()), torch.zeros(4, device=self.model.device))
+        distills, (cap, watch) = self._distills, self._weights
         self._update()
-        kl, ntp, capacity = sums.tolist()
-        weight = self.options.cap_weight
-        return Losses(kl=kl, ntp=ntp, capacity=capacity if weight else None, total=kl + ntp + weight * capacity)
+        kl, ntp, capacity, attention = sums.tolist()
+        return Losses(
+            kl=kl if distills else None,
+            ntp=ntp if distills else None,
+            capacity=capacity if cap else None,
+            attention=attention if watch else None,
+            total=kl + ntp + cap * capacity + watch * attention,
+        )
+
+    @property
+    def _distills(self) -> bool:
+        return self.steps_done >= self.options.attention_steps
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Return what this step's capacity and attention weigh."""
+        cap = self.options.cap_weight if self._distills else 0.0
+        return cap, self.options.attention_weight_at(self.steps_done)
 
     def _learn(self, taught: TeacherBatch, forward: int) -> Tensor:
-        parts = self.losses(taught, border=self.options.border_at(self.steps_done, forward))
-        loss = parts[0] + parts[1] + self.options.cap_weight * parts[2]
+        border, (cap, watch) = self.options.border_at(self.steps_done, forward), self._weights
+        nothing = torch.zeros((), device=self.model.device)
+        parts = self.losses(taught, border=border) if self._distills else [nothing] * 3
+        parts.append(nothing if border is None or not watch else self._lost_attention(taught, border))
+        loss = parts[0] + parts[1] + cap * parts[2] + watch * parts[3]
         if loss.requires_grad:  # a student with a slot for every token has nothing to learn
             loss.backward()  # type: ignore[no-untyped-call]
         return torch.stack(parts).detach()
@@ -81,13 +107,24 @@ class Trainer:
 
         The counts are its step's; without them it is a step of its own.
         """
-        layers = TeacherStates() if self.options.student == "evicting" else None
+        columns, watched = batch.watching() if self.options.reads_attention else (None, None)
+        layers = TeacherStates(columns) if self.options.student == "evicting" else None
         asked, real = batch.asked()
         with self._precision():
-            states = hidden_states(self.model, batch.ids, batch.make_pass(gated=False, teacher=layers))
-        states = states.take_along_dim(asked[:, :, None], dim=1)
+            states = hidden_states(self.teacher, batch.ids, batch.make_pass(gated=False, teacher=layers))
+        states = states.take_along_dim(asked[:, :, None], dim=1).to(self.model.dtype)
         counts = counts or Counts.of([batch])
-        return TeacherBatch(batch=batch, counts=counts, asked=asked, real=real, states=states, layers=layers)
+        return TeacherBatch(
+            batch=batch, counts=counts, asked=asked, real=real, states=states, layers=layers, watched=watched
+        )
+
+    def _lost_attention(self, taught: TeacherBatch, border: Border) -> Tensor:
+        assert taught.layers is not None
+        assert taught.watched is not None
+        now = taught.batch.make_pass(gated=True, border=border, columns=taught.layers.columns)
+        with self._precision():
+            lost = lost_attention(taught.layers, list(self.gates), now, taught.watched, self.spec.windows)
+        return lost / taught.counts.watched
 
     def losses(self, taught: TeacherBatch, *, border: Border | None = None) -> list[Tensor]:
         """Return KL, NTP and capacity of a micro-batch, its shares of a step's means.

@@ -15,8 +15,13 @@ from trimkv_cli.train.options import Border
 
 @dataclass(frozen=True, slots=True)
 class TeacherStates:
-    """What the teacher's forward left of each layer: what entered its attention `[B, T, hidden]`, keys and values."""
+    """What the teacher's forward left of each layer: what entered its attention `[B, T, hidden]`, keys and values.
 
+    Of the queries it keeps those of the `columns` `[B, Nq]`, scaled.
+    """
+
+    columns: Tensor | None = None
+    queries: dict[int, Tensor] = field(default_factory=dict)  # [B, Hq, Nq, D]
     hidden: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)  # [B, Hkv, T, D], as values
     values: dict[int, Tensor] = field(default_factory=dict)
