@@ -74,6 +74,20 @@ def test_a_bad_line_is_named_by_file_and_number(here: Run, tmp_path: Path) -> No
     assert f"{path}:2: answer".encode() in done.stderr
 
 
+def test_questions_go_out_and_answers_come_back(here: Run, tmp_path: Path) -> None:
+    """Catches questions that need weights to be written, and a table that needs a model to be made."""
+    questions, answers = tmp_path / "q.jsonl", tmp_path / "snapkv.jsonl"
+    done = here("eval", "mini", "--tasks", "needle", "--samples", "8", "--context", "200", "--export", questions)
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    assert len(lines) == 8
+    answers.write_text("".join(json.dumps({"id": line["id"], "output": line["answer"]}) + "\n" for line in lines))
+    done = here("eval", "--data", questions, "--answers", answers, "--json")
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["policy"], row["accuracy"], row["n"]) == ("snapkv", 1.0, 8)
+    assert here("eval", "--answers", answers).returncode == 2
+
+
 def test_plot_files(here: Run, tmp_path: Path) -> None:
     """Catches a plot that is not drawn, and a missing matplotlib that is found out at the end."""
     path = tmp_path / "accuracy.svg"

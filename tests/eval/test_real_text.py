@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import InputError
 from trimkv_cli.eval.exam import EvalOptions, Exam, make_exams
 from trimkv_cli.eval.facts import TOPICS, draw_facts
-from trimkv_cli.eval.samples import Sample
+from trimkv_cli.eval.others import score_answers
+from trimkv_cli.eval.rules import Rule
+from trimkv_cli.eval.run import evaluate
+from trimkv_cli.eval.samples import Sample, export_line, read_samples
 from trimkv_cli.eval.scoring import bootstrap, is_right, judge
 from trimkv_cli.eval.text_tasks import draw_documents
 from trimkv_cli.eval.texts import RealText, Sentence, weave
-from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.loader import load_engine, load_text
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
+from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.request import Request
 
 TEXT = RealText.read(())
@@ -28,9 +37,9 @@ def _count(sentence: str) -> int:
     return 2 * len(sentence.split())
 
 
-def _draw(number: int, *, chat: bool = True, **changes: int) -> list[Sample]:
+def _draw(number: int, task: str = "needle", *, chat: bool = True, **changes: int) -> list[Sample]:
     options = {"tokens": 600, "seed": 7} | changes
-    return list(islice(draw_documents("needle", text=TEXT, count=_count, chat=chat, **options), number))
+    return list(islice(draw_documents(task, text=TEXT, count=_count, chat=chat, **options), number))
 
 
 def test_sentences_are_parted_and_joined() -> None:
@@ -80,6 +89,113 @@ def test_the_document_tells_what_is_asked(chat: bool) -> None:
         assert 400 < _count(sample.last) < 700
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_chat_tells_before_it_asks_and_answers_rightly(chat: bool) -> None:
+    """Catches a fact that is asked for but never told, and a history with wrong answers or with the one wanted."""
+    for sample in _draw(12, "multi-turn", chat=chat):
+        told = "".join(m["content"] for m in sample.messages[:-1]) if chat else (sample.prompt or "")[: sample.head]
+        assert told.count(sample.answer) >= 1
+        assert 350 < _count(told) < 700
+        if chat:
+            assert [m["role"] for m in sample.messages] == ["user", "assistant"] * 6 + ["user"]
+            for asked, said in zip(sample.messages[::2], sample.messages[1::2], strict=False):
+                if asked["content"].endswith("few words."):
+                    assert said["content"].removesuffix(".") in told.replace(asked["content"], "")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_instructions_come_first_and_points_are_told(chat: bool) -> None:
+    """Catches rules that the model is not told, and points that a summary cannot know."""
+    for sample in _draw(8, "instructions", chat=chat):
+        whole = sample.messages[0]["content"] if chat else (sample.prompt or "")[:400]
+        assert len(sample.rules) == 4
+        assert all(rule.value in whole for rule in sample.rules)
+    for sample in _draw(3, "summary-recall", chat=chat):
+        assert len(sample.points) == 8
+        assert all(point in sample.last for point in sample.points)
+        assert judge(sample.last, sample, "contains") == 1.0
+        assert judge(sample.points[0], sample, "contains") == 1 / 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "broken"),
+    [
+        (Rule(kind="starts", value="Well"), "well, yes", "Oh well"),
+        (Rule(kind="ends", value="over and out"), "Yes. Over and out.", "over and out, he said"),
+        (Rule(kind="says", value="by the way"), "Yes, by the way.", "by the ways"),
+        (Rule(kind="avoids", value="the"), "A theme", "See The end"),
+        (Rule(kind="lower-case"), "all lower", "Not all"),
+        (Rule(kind="upper-case"), "ALL UP 1", "Not"),
+        (Rule(kind="no-digits"), "one", "1"),
+        (Rule(kind="no-commas"), "one and two", "one, two"),
+        (Rule(kind="no-exclamation"), "no.", "no!"),
+        (Rule(kind="one-line"), "one line ", "one\nline"),
+        (Rule(kind="most-words", value="2"), "two words", "now three words"),
+        (Rule(kind="asks"), "Is it?", "It is."),
+    ],
+)
+def test_rules_are_checked(rule: Rule, kept: str, broken: str) -> None:
+    """Catches a rule that is kept by everything, or by an answer that says nothing."""
+    assert rule.kept(kept)
+    assert not rule.kept(broken)
+    assert not rule.kept("")
+
+
+def test_what_is_exported_is_read_again(tmp_path: Path) -> None:
+    """Catches a question whose rules, wordings or boundary get lost on the way to another program."""
+    samples = [replace(s, id=f"{n}") for n, s in enumerate(_draw(9) + _draw(2, "instructions") + _draw(1, chat=False))]
+    samples += [replace(sample, id=f"p{n}") for n, sample in enumerate(_draw(1, "summary-recall"))]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(export_line(sample, seed=7) + "\n" for sample in samples))
+    assert read_samples(str(path)) == samples
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first["messages"][-1]["content"][first["head"] :] == first["question"]
+
+
+def test_answers_of_others_are_scored_as_ours(tmp_path: Path) -> None:
+    """Catches answers under two policies mixed, and a question without an answer that is left out of the share."""
+    samples = [replace(sample, id=f"{n}") for n, sample in enumerate(_draw(16))]
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "snapkv.jsonl"
+    questions.write_text("".join(export_line(sample) + "\n" for sample in samples))
+    lines = [{"id": s.id, "output": f"It is {s.answer}."} for s in samples]
+    lines += [{"id": s.id, "output": "None.", "policy": "tova", "kv_budget": 64} for s in samples]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = score_answers(str(questions), str(answers), None)
+    assert [(r.policy, r.kv_budget, r.accuracy, r.n, r.documents) for r in rows] == [
+        ("snapkv", None, 1.0, 16, 2), ("tova", 64, 0.0, 16, 2)
+    ]  # fmt: skip
+    for bad, said in (
+        (lines[1:], "1 questions have no answer, 0 among them"),
+        ([*lines, {"id": "x", "output": ""}], "no question x"),
+        ([*lines, lines[0]], "0 is answered twice under snapkv"),
+        ([{"id": 1, "output": ""}], "id and output must be texts"),
+    ):
+        answers.write_text("".join(json.dumps(line) + "\n" for line in bad))
+        with pytest.raises(InputError, match=said):
+            score_answers(str(questions), str(answers), None)
+
+
+def test_perplexity_is_that_of_one_forward() -> None:
+    """Catches a token that is skipped, counted twice or scored at a neighbour's place where chunks meet."""
+    source, engine = find_source(EngineOptions(model="mini"), weights=True), EngineOptions(model="mini", threads=1)
+    asked = EvalOptions(
+        tasks=("ppl",), context=100, budgets=("100", "8"), policies=("full", "streaming"), prefill_chunk=32
+    )
+    full, whole, small = evaluate(source, engine, asked, say=lambda _: None)
+    text = load_text(source, trust_remote_code=False)
+    assert text is not None
+    ids = torch.tensor([text.encode(TEXT.text)[:100]])
+    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
+    with torch.no_grad():
+        expected = float(model(input_ids=ids, labels=ids).loss)
+    assert full.nats == pytest.approx(expected, rel=1e-3)
+    assert whole.nats == pytest.approx(expected, rel=1e-3)
+    assert (full.n, full.accuracy, full.ratio) == (99, None, 1.0)
+    assert small.nats is not None
+    assert small.ratio == pytest.approx(math.exp(small.nats - expected), rel=1e-2)
+    assert small.ratio != pytest.approx(1.0, abs=1e-3)
+
+
 def test_a_text_that_is_too_short_is_refused() -> None:
     """Catches documents shorter than the table says."""
     with pytest.raises(InputError, match="are to be asked about"):
@@ -108,7 +224,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def exam(engine: Engine) -> Exam:
     assert engine.text is not None
-    (exam,) = make_exams(EvalOptions(context=400, samples=16, max_tokens=6), engine.text)
+    (exam,) = make_exams(EvalOptions(context=300, samples=10, max_tokens=4), engine.text)
     return exam
 
 

@@ -25,8 +25,14 @@ def forward_logits(model: PreTrainedModel, ids: Tensor, cache: Cache, **inputs: 
     Raises:
         UnsupportedModel: this release has another form.
     """
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache}, **inputs)
-    logits: Tensor = _attribute(output, "logits")[:, -1]
+    return all_logits(model, ids, cache, logits_to_keep=1, **inputs)[:, -1]
+
+
+def all_logits(model: PreTrainedModel, ids: Tensor, cache: Cache, **inputs: Any) -> Tensor:
+    """Run ids `[B, T]` through a model over a cache; return the logits `[B, T, V]`; raises as `forward_logits` does."""
+    logits: Tensor = _attribute(
+        model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}, **inputs), "logits"
+    )
     return logits
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json as json_module
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.options import JSON, QUIET, ModelName
 from trimkv_cli.errors import UsageError
-from trimkv_cli.eval.scoring import POLICIES, Match, Policy
-from trimkv_cli.files import check_folder
+from trimkv_cli.eval.scoring import EVERY_POLICY, POLICIES, Match, Policy
+from trimkv_cli.files import check_folder, whole_file
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.settings import option
 from trimkv_cli.ui.plain import print_answer, print_note
@@ -30,8 +31,8 @@ class ExamOptions:
 
     tasks: str | None = option(
         None,
-        "Of needle; in mini's own language recall, kv-retrieval, mini-multi-turn, procedure. Default: needle (mini: its"
-        " own), or none with --data.",
+        "Of needle, multi-turn, instructions, summary-recall, ppl; in mini's own language recall, kv-retrieval,"
+        " mini-multi-turn, procedure. Default: needle (mini: its own), or none with --data.",
         "LIST",
     )
     text: list[str] | None = option(
@@ -45,7 +46,9 @@ class ExamOptions:
     budgets: str | None = option(
         None, f"Slots per KV head, as --kv-budget; default {_BUDGETS} (mini: {_MINI_BUDGETS}).", "LIST"
     )
-    policies: str = option(",".join(POLICIES), "What to compare, in this order.", "LIST")
+    policies: str = option(
+        ",".join(POLICIES), "What to compare, in this order; static: gates of others, given by --gates.", "LIST"
+    )
     samples: int | None = option(None, "Questions per task; default 100, and all lines of --data.", "N")
     match: Match | None = option(
         None,
@@ -56,6 +59,12 @@ class ExamOptions:
         None, "Most tokens of an answer; default: as the expected one.", "N", short="-n", setting=True
     )
     seed: int = option(0, "Same seed, same questions.", "N", setting=True)
+    export: str | None = option(
+        None, "Write the questions, for another program to answer, and ask nothing.", "FILE.jsonl"
+    )
+    answers: str | None = option(
+        None, 'Score what another program said to --data: lines {"id": "...", "output": "..."}.', "FILE.jsonl"
+    )
     plot: str | None = option(None, "Draw accuracy against budget (needs trimkv-cli[plot]).", "FILE.png|svg")
 
 
@@ -70,29 +79,56 @@ def evaluate(
 
     trimkv eval qwen3-4b-instruct-2507 --data questions.jsonl --match contains --kv-budget 512,1024 --json
 
-    needle hides facts between the sentences of a text and asks for each in other words. Answers are greedy. Every
-    question is a prompt of its own; eight share a document. protected is streaming with --pin prompt:10%. Intervals
-    draw documents again where several questions share one. --context is the length of what is made. --prefill-chunk is
-    32 here unless it is given: a chunk longer than M sees more than M.
+    On real text, needle hides facts between its sentences and asks for each in other words, multi-turn does so over a
+    chat, instructions counts the rules of the system message that answers keep behind a long text, summary-recall the
+    facts that a summary says, and ppl is the perplexity of --context tokens. Answers are greedy, and every question is
+    a prompt of its own. protected is streaming with --pin prompt:10%. Intervals draw documents again where several
+    questions share one. --context is the length of what is made. --prefill-chunk is 32 here unless it is given: a chunk
+    longer than M sees more than M.
     """
     from trimkv_cli.loading.sources import find_source
 
     if exam.plot is not None:
         _check_plot(exam.plot)
+    if exam.export is not None:
+        check_folder(exam.export, "--export")
+    if exam.answers is not None:
+        _show(_score(exam), exam, json=json)
+        return
     if exam.budgets is not None and engine.kv_budget is not None:
         raise UsageError("--budgets and --kv-budget are both given", hint="they are the same: give one")
     asked = _eval_options(exam, engine, mini=_is_mini(name, engine))
-    gates = engine.gates if "gates" in asked.policies else "none"
+    gates = engine.gates if {"gates", "static"} & {*asked.policies} else "none"
     options = replace(engine, model=name or engine.model, gates=gates)
     source = find_source(options, weights=True)
     if source.warnings and exam.policies == ",".join(POLICIES):  # nobody asked for gates, and there are none
         asked = replace(asked, policies=tuple(policy for policy in asked.policies if policy != "gates"))
-    rows = _evaluate(source, options, asked, quiet=quiet)
-    if exam.plot is not None:
-        from trimkv_cli.ui.accuracy import draw_accuracy
+    if source.gate.by_others and exam.policies == ",".join(POLICIES):
+        own: tuple[Policy, ...] = tuple("static" if policy == "gates" else policy for policy in asked.policies)
+        asked = replace(asked, policies=own)
+    if exam.export is not None:
+        _write(source, options, asked, exam.export, quiet=quiet)
+        return
+    _show(_evaluate(source, options, asked, quiet=quiet), exam, json=json)
 
-        draw_accuracy(rows, exam.plot)
-    _show(rows, json=json)
+
+def _score(exam: ExamOptions) -> list[EvalResult]:
+    """Score another program's answers; no model is needed."""
+    from trimkv_cli.eval.others import score_answers
+
+    if exam.data is None or exam.answers is None or exam.export is not None:
+        raise UsageError("--answers needs the questions", hint="--data EXPORTED.jsonl --answers FILE.jsonl")
+    return score_answers(exam.data, exam.answers, exam.match)
+
+
+def _write(source: Source, options: EngineOptions, asked: EvalOptions, path: str, *, quiet: bool) -> None:
+    from trimkv_cli.eval.run import export
+
+    lines = export(source, options, asked)
+    with whole_file(Path(path), hint="check the path given to --export") as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if not quiet:
+        print_note(f"{len(lines)} questions in {path}")
 
 
 def _is_mini(name: str | None, engine: EngineOptions) -> bool:
@@ -137,7 +173,11 @@ def _evaluate(source: Source, options: EngineOptions, asked: EvalOptions, *, qui
     return evaluate(source, options, asked, say=(lambda _: None) if quiet else print_note)
 
 
-def _show(rows: list[EvalResult], *, json: bool) -> None:
+def _show(rows: list[EvalResult], exam: ExamOptions, *, json: bool) -> None:
+    if exam.plot is not None:
+        from trimkv_cli.ui.accuracy import draw_accuracy
+
+        draw_accuracy(rows, exam.plot)
     if json:
         print(json_module.dumps({"rows": [asdict(row) for row in rows]}))
         return
@@ -149,7 +189,6 @@ def _show(rows: list[EvalResult], *, json: bool) -> None:
 def _check_plot(path: str) -> None:
     """Refuse what could not be drawn before hours are spent on it."""
     from importlib.util import find_spec
-    from pathlib import Path
 
     if Path(path).suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {path} is neither PNG nor SVG", hint="--plot accuracy.svg")
@@ -163,7 +202,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _policy(word: str) -> Policy:
-    for policy in POLICIES:
+    for policy in EVERY_POLICY:
         if word == policy:
             return policy
-    raise UsageError(f"there is no policy {word!r}", hint=f"--policies {','.join(POLICIES)}")
+    raise UsageError(f"there is no policy {word!r}", hint=f"--policies {','.join(EVERY_POLICY)}")

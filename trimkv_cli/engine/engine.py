@@ -145,6 +145,29 @@ class Engine:
                 return
             yield from self.step()
 
+    def log_likelihoods(self, request: Request) -> list[float]:
+        """Read a prompt, chunk by chunk as ever, and return the log probability of each of its tokens but the first.
+
+        Nothing else may be running. Raises as `check` does.
+        """
+        self.check(request)
+        assert not self.has_work, "a text is read alone"
+        self._scheduler.add(request)
+        (row,) = self._scheduler.admit()
+        self._runner.start(row)
+        found: list[float] = []
+        before: torch.Tensor | None = None  # the logits behind the last token of the chunk before
+        while row.prefilling:
+            chunk = self._scheduler.cut(row, row.fed)
+            logits = self._runner.read(chunk).float()
+            ids = torch.tensor(chunk.token_ids, device=logits.device)
+            first = logits[:0] if before is None else before[None]
+            ids, before = ids[1 - len(first) :], logits[-1]
+            scores = torch.cat([first, logits[:-1]]).log_softmax(-1)
+            found += scores.gather(1, ids[:, None])[:, 0].tolist()
+        self._scheduler.drop(request.id)
+        return found
+
     def stop(self, request_id: str) -> TokenEvent | None:
         """End a running request now, as if it had reached its length; None when it is not running."""
         row = self._scheduler.find(request_id)

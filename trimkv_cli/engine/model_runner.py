@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimkv_cli.cache.attention import LongRope, RetentionView, Step
-from trimkv_cli.cache.releases import forward_logits
+from trimkv_cli.cache.releases import all_logits, forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.ahead import Ahead, Forward, GraphedForward
 from trimkv_cli.engine.cpu import Decoder
@@ -139,7 +139,20 @@ class ModelRunner:
         """Run one batch; return the next token of each row that has one, `NO_TOKEN` where it cannot be told."""
         return self._prefill(batch) if isinstance(batch, Prefill) else self._decode(batch)
 
+    @torch.inference_mode()
+    def read(self, chunk: Chunk) -> Tensor:
+        """Feed one chunk alone, and return the logits `[T, V]` behind each of its tokens."""
+        return self._feed(Prefill(chunks=(chunk,)), forward=all_logits)[0]
+
     def _prefill(self, batch: Prefill) -> list[tuple[Row, int]]:
+        logits = self._feed(batch)
+        return self._sample(
+            logits,
+            [(i, row) for i, chunk in enumerate(batch.chunks) if chunk.last for row in (chunk.row, *chunk.twins)],
+        )
+
+    def _feed(self, batch: Prefill, *, forward: Callable[..., Tensor] = forward_logits) -> Tensor:
+        """Feed the chunks, and return what `forward` makes of them; count them and copy what others share."""
         for source, target in batch.copy_before:
             self.cache.copy(source, target)
         self._make_room((chunk.row, len(chunk.token_ids)) for chunk in batch.chunks)
@@ -161,7 +174,8 @@ class ModelRunner:
             spans=self._spans([c.row.index for c in batch.chunks]),
             lengths=tuple(len(chunk.token_ids) for chunk in batch.chunks),
         )
-        logits = self._forward(self._tensor(ids, torch.int64), step, long_rope=batch.chunks[0].row.long_rope)
+        fed = self._tensor(ids, torch.int64)
+        logits = self._forward(fed, step, long_rope=batch.chunks[0].row.long_rope, forward=forward)
         for chunk in batch.chunks:
             self.cache.seen[chunk.row.index] += len(chunk.token_ids)
             chunk.row.fed += len(chunk.token_ids)
@@ -169,10 +183,7 @@ class ModelRunner:
             self.cache.copy(source, target)
         for chunk in batch.chunks:
             self._copy_to_twins(chunk)
-        return self._sample(
-            logits,
-            [(i, row) for i, chunk in enumerate(batch.chunks) if chunk.last for row in (chunk.row, *chunk.twins)],
-        )
+        return logits
 
     def _copy_to_twins(self, chunk: Chunk) -> None:
         for twin in chunk.twins:
@@ -226,11 +237,13 @@ class ModelRunner:
             self.cache.seen[row.index] += 1
         return self._sample(logits, [(row.index, row) for row in batch.rows])
 
-    def _forward(self, ids: Tensor, step: Step, *, long_rope: bool) -> Tensor:
-        """Return the logits `[B, V]` of the last column."""
+    def _forward(
+        self, ids: Tensor, step: Step, *, long_rope: bool, forward: Callable[..., Tensor] = forward_logits
+    ) -> Tensor:
+        """Return the logits, `[B, V]` of the last column unless `forward` returns others."""
         self._rotate(long=long_rope)
         positions = step.positions
-        return forward_logits(
+        return forward(
             self._model,
             ids,
             RetentionView(self.cache, step, self.trace),

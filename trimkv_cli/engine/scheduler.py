@@ -384,7 +384,7 @@ class Scheduler:
             if row.fed < len(row.prefix) and not reuse:
                 computing.add(row.prefix)
             start = len(row.prefix) if reuse else row.fed
-            chunk = self._cut(row, start)
+            chunk = self.cut(row, start)
             if chunk.last:
                 chunk = replace(chunk, twins=twins.get(row.index, ()))
             elif start + len(chunk.token_ids) == len(row.prefix):
@@ -415,7 +415,7 @@ class Scheduler:
         heirs = (other for other in waiting if other.prefix == row.prefix and other.long_rope is row.long_rope)
         return tuple(heir for heir in heirs if not any(heir is twin for group in twins.values() for twin in group))
 
-    def _cut(self, row: Row, start: int) -> Chunk:
+    def cut(self, row: Row, start: int) -> Chunk:
         """Cut the chunk that begins at prompt token `start`, to the next multiple of C, the prefix's end or the end."""
         prompt, size = row.request.prompt_token_ids, row.chunk or self.options.prefill_chunk
         ends = [len(prompt)]

@@ -16,7 +16,8 @@ from trimkv_cli.eval.text_tasks import TEXT_TASKS, draw_documents
 from trimkv_cli.eval.texts import RealText
 from trimkv_cli.request import Request, SamplingParams
 
-TASKS = (*TEXT_TASKS, *MINI_TASKS)
+PPL = "ppl"
+TASKS = (*TEXT_TASKS, PPL, *MINI_TASKS)
 _SAMPLES = 100
 _PROBES = ("What is it?", "1")  # two questions that share no token
 _SPARE_TOKENS = {"exact": 8, "contains": 24}  # what an answer may have beyond the expected one
@@ -90,6 +91,8 @@ def make_exams(options: EvalOptions, text: Text) -> Iterator[Exam]:
     """
     real = RealText.read(options.text) if any(task in TEXT_TASKS for task in options.tasks) else None
     for task in options.tasks:
+        if task == PPL:
+            continue
         if task in TEXT_TASKS:
             assert real is not None
             samples = _draw_real(task, real, text, options)
@@ -141,10 +144,10 @@ def _encode_sample(id: str, sample: Sample, text: Text, options: EvalOptions, ma
     prompt = _encode(sample, text)
     answer_ids = tuple(text.tokenizer.encode(sample.answer, add_special_tokens=False))
     params = SamplingParams(
-        max_tokens=options.max_tokens or len(answer_ids) + _SPARE_TOKENS[match],
+        max_tokens=options.max_tokens or sample.max_tokens or len(answer_ids) + _SPARE_TOKENS[match],
         temperature=0.0,
         logprobs=0 if options.logprob else None,
-        stop=("\n",) if sample.prompt is not None and "\n" not in sample.answer else (),
+        stop=("\n",) if sample.prompt is not None and "\n" not in sample.answer and not sample.points else (),
     )
     request = Request(
         id=id,
@@ -158,7 +161,7 @@ def _encode_sample(id: str, sample: Sample, text: Text, options: EvalOptions, ma
 
 def _document_len(sample: Sample, prompt: Prompt, text: Text) -> int:
     """Return how many tokens are the same whatever is asked after the sample's head, 0 where it has none."""
-    if not sample.head:
+    if sample.head is None:
         return 0
     asked = sample.last[sample.head :]
     gap = asked[: len(asked) - len(asked.lstrip())]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,11 @@ from trimkv_cli.engine.devices import pick_device
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
-from trimkv_cli.eval.exam import EncodedSample, EvalOptions, Exam, make_exams
+from trimkv_cli.eval.exam import PPL, EncodedSample, EvalOptions, Exam, make_exams
+from trimkv_cli.eval.perplexity import draw_text, interval_of_mean, nats
+from trimkv_cli.eval.samples import export_line
 from trimkv_cli.eval.scoring import EvalResult, Policy, interval, judge
+from trimkv_cli.eval.texts import RealText
 from trimkv_cli.events import Answer
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.loader import Parts, load_parts, load_text, plan_for
@@ -33,6 +37,7 @@ Say = Callable[[str], None]
 
 _PREFILL_TOKENS = 256  # rows × chunk of one prefill: small chunks of several rows go together
 _ROWS = 32  # several documents, with all that is asked about each
+_ROW_SLOTS = 32 * 1024  # of all rows of a full cache
 _SAY_EVERY_S = 10.0
 
 
@@ -54,13 +59,17 @@ def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: 
     """
     if "gates" in asked.policies and not source.gate.trained:
         raise UsageError(f"{source.gate.id} is no trained gate", hint="--policies full,streaming,random")
+    if "static" in asked.policies and not source.gate.by_others:
+        raise UsageError(f"{source.gate.id} holds no gates of others", hint="--gates with a KVzap or Fast KVzip folder")
     if asked.tasks and asked.context > source.spec.max_positions:
         raise ContextOverflow(
             f"a context of {asked.context:,} is past the model's {source.spec.max_positions:,} positions",
             hint=f"--context {source.spec.max_positions // 2}",
         )
-    exams = list(make_exams(asked, _text(source, engine)))
-    positions = max((exam.positions for exam in exams), default=0)
+    text = _text(source, engine)
+    exams = list(make_exams(asked, text))
+    reading = _Reading.of(asked, text) if PPL in asked.tasks else None
+    positions = max([exam.positions for exam in exams] + ([asked.context] if reading is not None else []))
     options, setups = _plan(source, engine, asked, positions)
     _check_pins(setups, exams)
     parts = load_parts(source, options)
@@ -70,7 +79,79 @@ def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: 
     for number, setup in sorted(enumerate(setups), key=lambda pair: _slots(pair[1])):
         with closing(_engine(parts, setup, asked, options, positions)) as llm:
             rows |= {(exam.task, number): _measure(llm, setup, exam, asked, say) for exam in exams}
-    return [rows[exam.task, number] for exam in exams for number in range(len(setups))]
+            if reading is not None:
+                rows[PPL, number] = _read(llm, setup, reading, asked, say)
+    tasks = [exam.task for exam in exams] + ([PPL] if reading is not None else [])
+    return _with_ratios([rows[task, number] for task in tasks for number in range(len(setups))])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """A long text to read, and the hash of what it is from."""
+
+    request: Request
+    digest: str
+
+    @classmethod
+    def of(cls, asked: EvalOptions, text: Text) -> _Reading:
+        real = RealText.read(asked.text)
+        request = draw_text(real, text, tokens=asked.context, seed=asked.seed)
+        return cls(request=request, digest=real.digest)
+
+
+def _read(engine: Engine, setup: _Setup, reading: _Reading, asked: EvalOptions, say: Say) -> EvalResult:
+    values = nats(engine, reading.request)
+    mean = sum(values) / len(values)
+    name = PPL if setup.policy == "full" else f"{PPL} {setup.policy} M={setup.plan.run.kv_budget}"
+    say(f"{name}: {math.exp(mean):.2f} ({mean:.3f} nats a token)")
+    return EvalResult(
+        task=PPL,
+        accuracy=None,
+        n=len(values),
+        ci95=interval_of_mean(values),
+        answer_logprob=None,
+        decode_tps=0.0,
+        peak_bytes=engine.peak_bytes,
+        context=asked.context,
+        prompt_tokens=len(reading.request.prompt_token_ids),
+        documents=1,
+        text=reading.digest,
+        nats=mean,
+        **_of_setup(setup, asked),
+    )
+
+
+def _of_setup(setup: _Setup, asked: EvalOptions) -> dict[str, Any]:
+    run = setup.plan.run
+    return {
+        "policy": setup.policy,
+        "kv_budget": None if setup.policy == "full" else run.kv_budget,
+        "kv_bytes": run.kv_bytes_per_row,
+        "prefill_chunk": asked.prefill_chunk,
+        "seed": asked.seed,
+        "weights": run.precision,
+        "bits_per_weight": run.bits_per_weight,
+        "pins": str(run.pins),
+    }
+
+
+def _with_ratios(rows: list[EvalResult]) -> list[EvalResult]:
+    """Compare each perplexity with that of the full cache, where there is one."""
+    full = next((row.nats for row in rows if row.policy == "full" and row.nats is not None), None)
+    if full is None:
+        return rows
+    return [row if row.nats is None else replace(row, ratio=math.exp(row.nats - full)) for row in rows]
+
+
+def export(source: Source, engine: EngineOptions, asked: EvalOptions) -> list[str]:
+    """Return the questions as JSON lines, as another program may ask them; raises as `evaluate` does."""
+    if PPL in asked.tasks:
+        raise UsageError("ppl asks no questions to write", hint=f"leave {PPL} out of --tasks")
+    return [
+        export_line(q.sample, task=exam.task, context=exam.context, seed=asked.seed, match=exam.match)
+        for exam in make_exams(asked, _text(source, engine))
+        for q in exam.samples
+    ]
 
 
 def _text(source: Source, options: EngineOptions) -> Text:
@@ -87,7 +168,8 @@ def _plan(
     # Without a limit on all memory, several rows' chunks go through the model together; the plan counts that.
     wide = engine.budget is None and asked.prefill_chunk > 0 and not engine.deterministic
     tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if wide else asked.prefill_chunk
-    rows = _ROWS if engine.budget is None and engine.max_inflight is None and not engine.deterministic else None
+    most = max(1, min(_ROWS, _ROW_SLOTS // positions))
+    rows = most if engine.budget is None and engine.max_inflight is None and not engine.deterministic else None
     options = replace(
         engine, context=None, kv_budget=None, prefill_chunk=tokens, max_inflight=rows or engine.max_inflight
     )
@@ -173,26 +255,19 @@ def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say:
     documents = [q.sample.document or q.sample.id for q in exam.samples]
     return EvalResult(
         task=exam.task,
-        policy=setup.policy,
-        kv_budget=None if setup.policy == "full" else setup.plan.run.kv_budget,
         accuracy=sum(right) / count,
         n=count,
         ci95=interval(right, documents),
         answer_logprob=_answer_logprob(engine, exam.samples, answers, say) if asked.logprob else None,
         decode_tps=tokens / seconds if seconds else 0.0,
         peak_bytes=peak_bytes,
-        kv_bytes=setup.plan.run.kv_bytes_per_row,
-        prefill_chunk=asked.prefill_chunk,
         context=exam.context,
         prompt_tokens=sum(len(q.request.prompt_token_ids) for q in exam.samples) / count,
-        seed=asked.seed,
-        weights=setup.plan.run.precision,
-        bits_per_weight=setup.plan.run.bits_per_weight,
         documents=len(set(documents)),
         answer_tokens=sum(len(answer.token_ids) for answer in answers.values()) / count,
         match=exam.match,
-        pins=str(setup.plan.run.pins),
         text=exam.text,
+        **_of_setup(setup, asked),
     )
 
 
@@ -248,7 +323,7 @@ def gate_spec(policy: Policy, trained: GateSpec) -> GateSpec:
     match policy:
         case "full":
             return full_gate()
-        case "gates":
+        case "gates" | "static":
             return trained
         case "streaming" | "protected":
             return streaming_gate()
@@ -261,7 +336,7 @@ def gate_spec(policy: Policy, trained: GateSpec) -> GateSpec:
 def policy_gates(policy: Policy, parts: Parts, *, positions: int, seed: int) -> Sequence[nn.Module]:
     """Return one gate per layer, for sequences of at most `positions` tokens."""
     spec, device = parts.facts.spec, parts.model.device
-    if policy == "gates":
+    if policy in ("gates", "static"):
         return parts.gates
     if policy == "random":
         return [
@@ -273,8 +348,8 @@ def policy_gates(policy: Policy, parts: Parts, *, positions: int, seed: int) -> 
     return list(build_gates(gate_spec(policy, parts.facts.gate), spec, {}, dtype=torch.float32, device=device))
 
 
-def mean_logprob(engine: Engine, samples: Sequence[EncodedSample], said: Mapping[str, Answer]) -> float:
-    """Return the mean log probability of a token of the expected answers, in nats.
+def mean_logprob(engine: Engine, samples: Sequence[EncodedSample], said: Mapping[str, Answer]) -> float | None:
+    """Return the mean log probability of a token of the expected answers, in nats; None without any.
 
     Where the model said the expected tokens by itself, they need no second reading; the other questions are read again
     with the answer put into the model's mouth.
@@ -282,6 +357,9 @@ def mean_logprob(engine: Engine, samples: Sequence[EncodedSample], said: Mapping
     Raises:
         UsageError: the tokenizer cannot be held to a text.
     """
+    samples = [q for q in samples if q.answer_ids]
+    if not samples:
+        return None
     own = {q.request.id: said[q.request.id].logprobs[: len(q.answer_ids)] for q in samples if _is_own(q, said)}
     forced = {q.request.id: Answer(_with_answer(q)) for q in samples if q.request.id not in own}
     for event in engine.generate(answer.request for answer in forced.values()):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trimkv_cli.errors import InputError
+from trimkv_cli.eval.rules import KINDS, Rule
 from trimkv_cli.files import as_text
 
 _ROLES = ("system", "user", "assistant")
+_ANSWER = 'a line is {"id": "needle-0", "output": "..."}'
 _EXAMPLE = 'a line is {"messages": [...], "answer": "..."}'
 
 
@@ -20,17 +22,22 @@ class Sample:
     """What is asked, as messages or as a text to continue, and the one answer that counts as right.
 
     `value` is the part of a generated answer that `--match contains` looks for; "" = all of it; `also` are other ways
-    to write it. Questions of one `document` ("" = its own) share the first `head` characters of the prompt, or of the
-    last message. `id` is empty until the question is part of an exam, or where a file gives none.
+    to write it. Where `rules` or `points` are given, what counts is how many of them an answer keeps or says. Questions
+    of one `document` ("" = its own) share all before the last message and `head` characters of that, or of the prompt;
+    None = nothing. `max_tokens` is the most that is answered, 0 = by the expected answer. `id` is empty until the
+    question is part of an exam, or where a file gives none.
     """
 
-    answer: str
+    answer: str = ""
     value: str = ""
     also: tuple[str, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
     prompt: str | None = None
     document: str = ""
-    head: int = 0
+    head: int | None = None
+    rules: tuple[Rule, ...] = ()
+    points: tuple[str, ...] = ()
+    max_tokens: int = 0
     id: str = ""
 
     @property
@@ -52,17 +59,21 @@ def read_samples(path: str, *, limit: int | None = None) -> list[Sample]:
     Raises:
         InputError: a file that cannot be read or holds no line, or a bad line, by its number.
     """
+    filled = _filled_lines(path)
+    samples = [_read_line(line, f"{path}:{number}") for number, line in filled[:limit]]
+    if not samples:
+        raise InputError(f"{path} holds no questions", hint=_EXAMPLE)
+    return samples
+
+
+def _filled_lines(path: str) -> list[tuple[int, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}", hint="check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}", hint=f"iconv -t UTF-8 {path}") from error
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    samples = [_read_line(line, f"{path}:{number}") for number, line in filled[:limit]]
-    if not samples:
-        raise InputError(f"{path} holds no questions", hint=_EXAMPLE)
-    return samples
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _read_line(line: str, where: str) -> Sample:
@@ -73,7 +84,10 @@ def _read_line(line: str, where: str) -> Sample:
     if not isinstance(data, dict):
         raise _bad(where, "not a JSON object")
     answer, messages, prompt = data.get("answer"), data.get("messages"), data.get("prompt")
-    if not isinstance(answer, str) or not answer.strip():
+    judged = any(data.get(name) for name in ("rules", "points"))
+    if judged and answer is None:
+        answer = ""
+    if not isinstance(answer, str) or (not answer.strip() and not judged):
         raise _bad(where, "answer must be a text that is not empty")
     if (messages is None) == (prompt is None):
         raise _bad(where, "give either messages or prompt")
@@ -92,12 +106,79 @@ def _read_more(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(data.get(name, ""), str):
             raise _bad(where, f"{name} must be a text")
         more[name] = as_text(data.get(name, ""), where)
-    also, head = data.get("also", []), data.get("head", 0)
-    if not isinstance(also, list) or not all(isinstance(one, str) and one.strip() for one in also):
-        raise _bad(where, "also must be a list of texts")
-    if not isinstance(head, int) or isinstance(head, bool) or head < 0:
-        raise _bad(where, "head must be a number of characters")
-    return {**more, "also": tuple(also), "head": head}
+    for name in ("also", "points"):
+        if not isinstance(data.get(name, []), list) or not all(_is_said(one) for one in data.get(name, [])):
+            raise _bad(where, f"{name} must be a list of texts")
+        more[name] = tuple(data.get(name, []))
+    for name, least in (("head", 0), ("max_tokens", 1)):
+        number = data.get(name)
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
+            raise _bad(where, f"{name} must be a whole number, {least} or more")
+    return {**more, "head": data.get("head"), "max_tokens": data.get("max_tokens") or 0, "rules": _rules(data, where)}
+
+
+def _is_said(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip())
+
+
+def _rules(data: Mapping[str, Any], where: str) -> tuple[Rule, ...]:
+    rules = data.get("rules", [])
+    if not isinstance(rules, list):
+        raise _bad(where, "rules must be a list")
+    for rule in rules:
+        if not isinstance(rule, dict) or rule.get("kind") not in KINDS or not isinstance(rule.get("value", ""), str):
+            raise _bad(where, f"a rule has a kind ({', '.join(KINDS)}) and a text as its value")
+        if rule["kind"] == "most-words" and not rule.get("value", "").isdecimal():
+            raise _bad(where, "the value of most-words is a number")
+    return tuple(Rule(kind=rule["kind"], value=rule.get("value", "")) for rule in rules)
+
+
+def export_line(sample: Sample, **more: object) -> str:
+    """Return a sample as the line that `read_samples` reads; what is empty is left out."""
+    data = {name: value for name, value in asdict(sample).items() if value not in ("", (), 0, None)}
+    if sample.head is not None:
+        data |= {"head": sample.head, "question": sample.last[sample.head :].strip()}
+    return json.dumps(data | more, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherAnswers:
+    """What another program, `policy` with `kv_budget` slots (None = all), answered, by the questions' ids."""
+
+    policy: str
+    kv_budget: int | None
+    said: Mapping[str, str]
+
+
+def read_answers(path: str) -> list[OtherAnswers]:
+    """Read JSON lines with `id` and `output`, and where there are several tables in one file `policy` and `kv_budget`.
+
+    Raises:
+        InputError: a file that cannot be read, a bad line, or a question that is answered twice.
+    """
+    tables: dict[tuple[str, int | None], dict[str, str]] = {}
+    for number, line in _filled_lines(path):
+        where = f"{path}:{number}"
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise _bad_answer(where, f"invalid JSON: {error}") from None
+        if not isinstance(data, dict) or not all(isinstance(data.get(name), str) for name in ("id", "output")):
+            raise _bad_answer(where, "id and output must be texts")
+        policy, slots = data.get("policy", Path(path).stem), data.get("kv_budget")
+        if not isinstance(policy, str) or not (slots is None or (isinstance(slots, int) and slots > 0)):
+            raise _bad_answer(where, "policy must be a text, and kv_budget a number of slots")
+        said = tables.setdefault((policy, slots), {})
+        if data["id"] in said:
+            raise _bad_answer(where, f"{data['id']} is answered twice under {policy}")
+        said[data["id"]] = data["output"]
+    if not tables:
+        raise InputError(f"{path} holds no answers", hint=_ANSWER)
+    return [OtherAnswers(policy=policy, kv_budget=slots, said=said) for (policy, slots), said in tables.items()]
+
+
+def _bad_answer(where: str, what: str) -> InputError:
+    return InputError(f"{where}: {what}", hint=_ANSWER)
 
 
 def _read_messages(messages: Any, where: str) -> tuple[Mapping[str, str], ...]:

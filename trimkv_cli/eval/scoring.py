@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from trimkv_cli.eval.samples import Sample
 
@@ -30,7 +30,11 @@ def is_right(output: str, answer: str, match: Match = "exact") -> bool:
 
 
 def judge(output: str, sample: Sample, match: Match) -> float:
-    """Return 1 for an output that is right in one of the wordings of the sample's answer, else 0."""
+    """Return the share of rules kept or points said, else 1 for an answer in one of the right wordings and 0."""
+    if sample.rules:
+        return sum(rule.kept(output) for rule in sample.rules) / len(sample.rules)
+    if sample.points:
+        return sum(is_right(output, point, "contains") for point in sample.points) / len(sample.points)
     answer = sample.value if match == "contains" and sample.value else sample.answer
     return float(any(is_right(output, wording, match) for wording in (answer, *sample.also)))
 
@@ -71,7 +75,8 @@ def interval(scores: Sequence[float], documents: Sequence[str]) -> tuple[float, 
     return bootstrap(scores, documents)
 
 
-Policy = Literal["full", "gates", "streaming", "protected", "random"]
+Policy = Literal["full", "gates", "static", "streaming", "protected", "random"]  # static: gates of others
+EVERY_POLICY: tuple[Policy, ...] = get_args(Policy)
 POLICIES: tuple[Policy, ...] = ("full", "gates", "streaming", "protected", "random")
 
 
@@ -79,13 +84,15 @@ POLICIES: tuple[Policy, ...] = ("full", "gates", "streaming", "protected", "rand
 class EvalResult:
     """The accuracy of one policy at one budget, and what it took; `kv_budget` is None for the full cache.
 
+    Of `ppl` there are `nats` a token instead, with their interval, and the `ratio` of perplexities to the full cache's.
+
     On a CPU `peak_bytes` is the process's peak so far; small caches run first, so it does not hide their size.
     """
 
     task: str
-    policy: Policy
+    policy: str
     kv_budget: int | None
-    accuracy: float
+    accuracy: float | None
     n: int
     ci95: tuple[float, float]
     answer_logprob: float | None  # mean per token of the expected answers, in nats; None where none can be forced
@@ -103,3 +110,5 @@ class EvalResult:
     match: Match | None = None
     pins: str | None = None  # what is never evicted, as `--pin`; "" = nothing
     text: str | None = None  # a hash of the real text
+    nats: float | None = None
+    ratio: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -11,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trimkv_cli.eval.scoring import POLICIES, EvalResult
+from trimkv_cli.errors import UsageError
+from trimkv_cli.eval.scoring import EVERY_POLICY, EvalResult
 from trimkv_cli.files import whole_file
 from trimkv_cli.ui.plain import columns
 from trimkv_cli.units import format_size
@@ -19,7 +21,7 @@ from trimkv_cli.units import format_size
 if TYPE_CHECKING:
     from trimkv_cli.bench.speed import SpeedRow
 
-_MARKS = {"full": "F", "gates": "G", "streaming": "S", "protected": "P", "random": "R"}
+_MARKS = {"full": "F", "gates": "G", "static": "Z", "streaming": "S", "protected": "P", "random": "R"}
 _LEVELS = 10
 _COLUMN = 8
 _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never cut
@@ -27,7 +29,7 @@ _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never 
 
 def accuracy_report(rows: Sequence[EvalResult]) -> str:
     """Return the table, then one plot per task; plain characters, for a pipe as well as for a terminal."""
-    tasks = dict.fromkeys(row.task for row in rows)
+    tasks = dict.fromkeys(row.task for row in rows if row.accuracy is not None)
     plots = (accuracy_plot(task, [row for row in rows if row.task == task]) for task in tasks)
     return "\n\n".join([_table(rows), *plots])
 
@@ -46,28 +48,38 @@ def _table(rows: Sequence[EvalResult]) -> str:
 
 
 def _cells(row: EvalResult) -> tuple[str, ...]:
-    low, high = row.ci95
     return (
         row.task,
         row.policy,
         "all" if row.kv_budget is None else str(row.kv_budget),
-        f"{row.accuracy:.1%}",
-        f"{low * 100:.1f}–{high * 100:.1f}",
+        *_score(row),
         str(row.n),
         "–" if row.answer_tokens is None else f"{row.answer_tokens:.1f}",
         "–" if row.answer_logprob is None else f"{row.answer_logprob:.3f}",
-        f"{row.decode_tps:.0f}",
-        format_size(row.kv_bytes),
-        format_size(row.peak_bytes),
+        f"{row.decode_tps:.0f}" if row.decode_tps else "–",
+        format_size(row.kv_bytes) if row.kv_bytes else "–",
+        format_size(row.peak_bytes) if row.peak_bytes else "–",
     )
+
+
+def _score(row: EvalResult) -> tuple[str, str]:
+    """Say how good a row is and its interval: a share, or of a text its perplexity, and that of the full cache's."""
+    low, high = row.ci95
+    if row.nats is not None:
+        times = "" if row.ratio is None else f" ×{row.ratio:.3f}"
+        return f"ppl {math.exp(row.nats):.2f}{times}", f"{math.exp(low):.2f}–{math.exp(high):.2f}"
+    if row.accuracy is None:
+        return "–", "–"
+    return f"{row.accuracy:.1%}", f"{low * 100:.1f}–{high * 100:.1f}"
 
 
 def accuracy_plot(task: str, rows: Sequence[EvalResult]) -> str:
     """Draw a grid with one column per budget; where several policies meet, all their letters stand side by side."""
     budgets: list[int | None] = [*sorted({row.kv_budget for row in rows if row.kv_budget is not None})]
     columns = budgets or [None]
-    present = [policy for policy in POLICIES if any(row.policy == policy for row in rows)]
-    lines = [f"{task}: accuracy against M   " + "  ".join(f"{_MARKS[policy]} {policy}" for policy in present)]
+    there = dict.fromkeys(row.policy for row in rows)
+    present = [*(policy for policy in EVERY_POLICY if policy in there), *(p for p in there if p not in EVERY_POLICY)]
+    lines = [f"{task}: accuracy against M   " + "  ".join(f"{_mark(policy)} {policy}" for policy in present)]
     for level in range(_LEVELS, -1, -1):
         cells = (_marks(rows, budget, level).center(_COLUMN) for budget in columns)
         lines.append(f"{level / _LEVELS:5.0%} |{''.join(cells)}".rstrip())
@@ -76,9 +88,15 @@ def accuracy_plot(task: str, rows: Sequence[EvalResult]) -> str:
     return "\n".join(lines)
 
 
+def _mark(policy: str) -> str:
+    """Return a policy's letter; what other programs call theirs has small ones."""
+    return _MARKS.get(policy) or policy[:1].lower()
+
+
 def _marks(rows: Sequence[EvalResult], budget: int | None, level: int) -> str:
-    here = (row for row in rows if row.kv_budget in (None, budget) and round(row.accuracy * _LEVELS) == level)
-    return "".join(sorted({_MARKS[row.policy] for row in here}, key="".join(_MARKS.values()).index))
+    here = (row for row in rows if row.kv_budget in (None, budget) and round((row.accuracy or 0) * _LEVELS) == level)
+    order = "".join(_MARKS.values())
+    return "".join(sorted({_mark(row.policy) for row in here}, key=lambda mark: (order.find(mark) % 99, mark)))
 
 
 _HEAD = ("engine", "M", "rows", "context", "prefill tok/s", "decode tok/s", "ms/token p50", "p95", "TTFT s", "peak")
@@ -108,6 +126,7 @@ def _speed_cells(row: SpeedRow) -> tuple[str, ...]:
 _LINES = {
     "full": ("#666666", "s"),
     "gates": ("#0072b2", "o"),
+    "static": ("#56b4e9", "D"),
     "streaming": ("#d55e00", "^"),
     "protected": ("#cc79a7", "v"),
     "random": ("#009e73", "x"),
@@ -123,7 +142,10 @@ def draw_accuracy(rows: Sequence[EvalResult], path: str) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if row.accuracy is not None]
     tasks = list(dict.fromkeys(row.task for row in rows))
+    if not tasks:
+        raise UsageError("--plot draws accuracies, and there are none", hint="--tasks needle")
     figure = Figure(figsize=(1 + 3.6 * len(tasks), 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for panel, task in zip(panels, tasks, strict=True):
@@ -142,18 +164,18 @@ def draw_accuracy(rows: Sequence[EvalResult], path: str) -> None:
 
 def _draw_task(panel: Any, rows: Sequence[EvalResult]) -> None:
     budgets = sorted({row.kv_budget for row in rows if row.kv_budget is not None})
-    for policy in POLICIES:
+    for policy in dict.fromkeys([*EVERY_POLICY, *(row.policy for row in rows)]):
         own = sorted((row for row in rows if row.policy == policy), key=lambda row: row.kv_budget or 0)
         if not own:
             continue
-        colour, marker = _LINES[policy]
+        colour, marker = _LINES.get(policy, (None, "."))
         if policy == "full":
             panel.axhline(own[0].accuracy, color=colour, linestyle="--", label="full cache")
             continue
         places = [budgets.index(row.kv_budget) for row in own if row.kv_budget is not None]
-        below = [row.accuracy - row.ci95[0] for row in own]
-        above = [row.ci95[1] - row.accuracy for row in own]
-        accuracy = [row.accuracy for row in own]
+        accuracy = [row.accuracy or 0.0 for row in own]
+        below = [share - row.ci95[0] for share, row in zip(accuracy, own, strict=True)]
+        above = [row.ci95[1] - share for share, row in zip(accuracy, own, strict=True)]
         panel.errorbar(
             places, accuracy, yerr=(below, above), color=colour, marker=marker, capsize=3, label=policy, clip_on=False
         )
