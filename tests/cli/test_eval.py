@@ -40,7 +40,7 @@ def test_table_and_plot_go_into_a_pipe(here: Run) -> None:
     assert done.stderr == b""
     assert "\x1b" not in text
     assert "…" not in text
-    assert "recall: accuracy against M   F full  G gates  S streaming  P protected  R random" in text
+    assert "recall: accuracy against M   F full  G gates  K keydiff  S streaming  P protected  R random" in text
     assert "100% |" in text
 
 
@@ -108,6 +108,12 @@ def test_a_model_without_gates_is_compared_without_them(here: Run, tmp_path: Pat
             (tmp_path / path.name).write_bytes(path.read_bytes())
     done = here("eval", tmp_path, *SMALL[1:], "--budgets", "8", "--json")
     assert done.returncode == 0, done.stderr
-    assert [row["policy"] for row in json.loads(done.stdout)["rows"]] == ["full", "streaming", "protected", "random"]
+    assert [row["policy"] for row in json.loads(done.stdout)["rows"]] == [
+        "full",
+        "keydiff",
+        "streaming",
+        "protected",
+        "random",
+    ]
     asked = here("eval", tmp_path, *SMALL[1:], "--budgets", "8", "--policies", "full,gates")
     assert (asked.returncode, b"is no trained gate" in asked.stderr) == (2, True)

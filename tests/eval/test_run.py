@@ -52,7 +52,7 @@ def test_a_cache_that_holds_everything_is_a_full_cache(own: str) -> None:
     """Catches gates of another policy that are left in the model, and eviction where there is room."""
     rows = _run(own, budgets=("300",))
     assert [(row.policy, row.kv_budget) for row in rows] == [
-        ("full", None), ("gates", 300), ("streaming", 300), ("protected", 300), ("random", 300)
+        ("full", None), ("gates", 300), ("keydiff", 300), ("streaming", 300), ("protected", 300), ("random", 300)
     ]  # fmt: skip
     assert all(row.accuracy == 1.0 and row.n >= 3 for row in rows)
 

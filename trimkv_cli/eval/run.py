@@ -28,7 +28,7 @@ from trimkv_cli.loading.loader import Parts, load_parts, load_text, plan_for
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source
 from trimkv_cli.model.pins import Ends, Pins
-from trimkv_cli.model.spec import GateSpec, full_gate, streaming_gate
+from trimkv_cli.model.spec import GateSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request
 from trimkv_cli.streams import Every
@@ -201,7 +201,7 @@ def _setups(source: Source, options: EngineOptions, asked: EvalOptions, position
 def _pin(policy: Policy, asked: str | None) -> str | None:
     """Return what is pinned: as asked for under every policy, and a tenth of the slots at each end if protected."""
     if policy != "protected":
-        return asked
+        return asked or "none"  # what a scorer pins by default would set it apart
     pins = Pins.parse(asked)
     return str(replace(pins, prompt=pins.prompt or Ends(10, is_share=True)))
 
@@ -325,6 +325,8 @@ def gate_spec(policy: Policy, trained: GateSpec) -> GateSpec:
             return full_gate()
         case "gates" | "static":
             return trained
+        case "keydiff":
+            return keydiff_gate()
         case "streaming" | "protected":
             return streaming_gate()
         case "random":

@@ -75,9 +75,9 @@ def interval(scores: Sequence[float], documents: Sequence[str]) -> tuple[float, 
     return bootstrap(scores, documents)
 
 
-Policy = Literal["full", "gates", "static", "streaming", "protected", "random"]  # static: gates of others
+Policy = Literal["full", "gates", "static", "keydiff", "streaming", "protected", "random"]  # static: gates of others
 EVERY_POLICY: tuple[Policy, ...] = get_args(Policy)
-POLICIES: tuple[Policy, ...] = ("full", "gates", "streaming", "protected", "random")
+POLICIES: tuple[Policy, ...] = ("full", "gates", "keydiff", "streaming", "protected", "random")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from trimkv_cli.units import format_size
 if TYPE_CHECKING:
     from trimkv_cli.bench.speed import SpeedRow
 
-_MARKS = {"full": "F", "gates": "G", "static": "Z", "streaming": "S", "protected": "P", "random": "R"}
+_MARKS = {"full": "F", "gates": "G", "static": "Z", "keydiff": "K", "streaming": "S", "protected": "P", "random": "R"}
 _LEVELS = 10
 _COLUMN = 8
 _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never cut
@@ -127,6 +127,7 @@ _LINES = {
     "full": ("#666666", "s"),
     "gates": ("#0072b2", "o"),
     "static": ("#56b4e9", "D"),
+    "keydiff": ("#e69f00", "d"),
     "streaming": ("#d55e00", "^"),
     "protected": ("#cc79a7", "v"),
     "random": ("#009e73", "x"),
