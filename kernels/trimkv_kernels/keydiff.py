@@ -21,9 +21,9 @@ def key_scores(key: Tensor, alive: Tensor) -> Tensor:
     key = key.float()
     weights = torch.linalg.vector_norm(key, dim=-1).clamp_(min=_TINY).reciprocal_().masked_fill_(~alive, 0.0)
     mean = torch.matmul(weights[..., None, :], key)  # [..., 1, D], times their count
-    products = torch.matmul(key, mean.transpose(-1, -2))[..., 0] * weights
-    length: Tensor = torch.linalg.vector_norm(mean, dim=-1).clamp(min=_TINY)
-    return finite(-products / length)
+    products = torch.matmul(key, mean.transpose(-1, -2))[..., 0].mul_(weights)
+    length = torch.linalg.vector_norm(mean, dim=-1).clamp_(min=_TINY)
+    return finite(products.neg_().div_(length))
 
 
 def compare_keys(

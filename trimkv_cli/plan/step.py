@@ -196,7 +196,7 @@ def _attend_bytes(run: Run, layer: int, rows: int) -> int:
     length = max(1, run.step_tokens // rows)
     candidates = rows * slots + run.step_tokens
     if run.device == "cuda":
-        return candidates * spec.num_kv_heads * _EVICTION_BYTES
+        return candidates * spec.num_kv_heads * _EVICTION_BYTES + _compared_bytes(run, candidates)
     sees = slots + length
     masks = spec.num_heads if spec.windows[layer] is not None else 1
     masked = rows * length * sees * (run.dtype_bytes + 2) * masks
@@ -205,7 +205,15 @@ def _attend_bytes(run: Run, layer: int, rows: int) -> int:
         wide = 2 * (candidates + rows) * spec.num_kv_heads + 2 * run.step_tokens * spec.num_heads
         joined += wide * (spec.head_dim + 1) * run.dtype_bytes
     packed = _packed_bytes(run, rows=rows, queries=length, sees=sees)
-    return joined + packed + _block_bytes(run, sees)
+    return max(joined + packed + _block_bytes(run, sees), _compared_bytes(run, candidates))
+
+
+def _compared_bytes(run: Run, candidates: int) -> int:
+    """Count the keys of slots and new tokens where scores are found from them: taken and joined, then in float32."""
+    if not run.gate.compares_keys:
+        return 0
+    each = 2 * run.dtype_bytes if run.dtype == "fp32" else run.dtype_bytes + 4
+    return candidates * run.spec.num_kv_heads * (run.spec.head_dim * each + 16)
 
 
 def _packed_bytes(run: Run, *, rows: int, queries: int, sees: int) -> int:
@@ -235,12 +243,14 @@ def _decode_bytes(run: Run) -> int:
     rows, most = run.step_rows, max(spec.slots(layer, run.kv_budget) for layer in range(spec.num_kv_layers))
     vectors = _mlp_bytes(run, rows) + rows * 3 * spec.num_heads * spec.head_dim * 4
     if run.device == "cuda":
-        return vectors + rows * spec.num_heads * spec.head_dim * 4 * 16  # partial sums of a split over slots
+        partial = rows * spec.num_heads * spec.head_dim * 4 * 16  # sums of a split over slots
+        return vectors + partial + _compared_bytes(run, rows * (most + 1))
     if _decodes_together(run):
         slots = sum(spec.slots(layer, run.kv_budget) + 1 for layer in range(spec.num_kv_layers))
         return vectors + rows * spec.num_kv_heads * slots * 16
     copies = 3 if run.kv_dtype != "fp32" else 1
-    return vectors + rows * most * (copies * spec.num_kv_heads * spec.head_dim * 4 + spec.num_heads * 12)
+    attended = rows * most * (copies * spec.num_kv_heads * spec.head_dim * 4 + spec.num_heads * 12)
+    return vectors + max(attended, _compared_bytes(run, rows * (most + 1)))
 
 
 def _decodes_together(run: Run) -> bool:
