@@ -46,8 +46,8 @@ def _ask(document: str, fact: Fact, chat: bool) -> Sample:
     if not chat:
         head = f"Text: {document}\n\nQuestion:"
         return replace(known, prompt=f"{head} {fact.asked}\nAnswer:", head=len(head))
-    head = f"{document}\n\n"
-    content = f"{head}{fact.asked} {_BRIEFLY}"
+    head = f"Text:\n{document}\n\n"
+    content = f"{head}Question: {fact.asked}"
     return replace(known, messages=({"role": "user", "content": content},), head=len(head))
 
 
