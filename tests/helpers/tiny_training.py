@@ -21,12 +21,12 @@ from trimkv_cli.train.training_pass import TrainingPass
 OPTIONS: dict[str, Any] = {"memory_size": 4, "context": 24, "steps": 4, "hidden": 8, "bias_init": 2.0, "lr": 1e-2}
 
 
-def make_trainer(model: Any, *, recompute_layers: bool = False, **changes: Any) -> Trainer:
+def make_trainer(model: Any, *, teacher: Any = None, recompute_layers: bool = False, **changes: Any) -> Trainer:
     spec = ModelSpec.from_config(model.config.to_dict())
     options = TrainOptions(**{**OPTIONS, **changes})
     gate = describe_gates(options, spec, "tiny")
     gates = new_gates(gate, spec, options, hidden_act="silu", device=torch.device("cpu"))
-    return Trainer(model, gates, spec, options, recompute_layers=recompute_layers)
+    return Trainer(model, gates, spec, options, teacher=teacher, recompute_layers=recompute_layers)
 
 
 def make_batch(rows: int = 2, length: int = 24, *, seed: int = 0) -> Batch:

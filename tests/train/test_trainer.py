@@ -82,6 +82,19 @@ def test_training_lowers_the_loss(tiny_model: TinyModel) -> None:
     assert losses[-1].total < losses[0].total - 0.1
 
 
+@pytest.mark.parametrize("student", ["fading", "evicting"])
+def test_a_teacher_in_bf16_is_near(tiny_model: TinyModel, student: Any) -> None:
+    """Catches states of the teacher's dtype that reach the student's products."""
+    options = {"student": student, "attention_weight": float(student == "evicting")}
+    exact, near = (
+        make_trainer(tiny_model("qwen3"), teacher=teacher, **options)
+        for teacher in (None, tiny_model("qwen3").to(torch.bfloat16))
+    )
+    losses = [trainer.step([trainer.teach(make_batch())]).total for trainer in (exact, near)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
 def test_bf16_autocast_is_near(tiny_model: TinyModel) -> None:
     """Catches gates or capacity in a dtype that loses them."""
     batch = make_batch()

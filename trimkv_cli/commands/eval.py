@@ -132,7 +132,8 @@ def _write(source: Source, options: EngineOptions, asked: EvalOptions, path: str
 
 
 def _is_mini(name: str | None, engine: EngineOptions) -> bool:
-    from trimkv_cli.loading.sources import MINI, model_ref
+    from trimkv_cli.loading.sources import model_ref
+    from trimkv_cli.model.profiles import MINI
 
     return model_ref(name or engine.profile or engine.model, engine.revision).id == MINI
 

@@ -49,10 +49,9 @@ def list_(*, json: bool = JSON) -> None:
 def _listed() -> Iterator[Mapping[str, Any]]:
     from trimkv_cli.loading.hub import cached_repositories
     from trimkv_cli.loading.other_programs import kept_files
-    from trimkv_cli.loading.sources import MINI
     from trimkv_cli.loading.wheels import kept_file
     from trimkv_cli.mini import MODEL_FOLDER
-    from trimkv_cli.model.profiles import list_profiles
+    from trimkv_cli.model.profiles import MINI, list_profiles
 
     size = sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*") if path.is_file())
     yield {
@@ -113,9 +112,9 @@ def pull(
     """
     from trimkv_cli.loading.hub import pull as pull_repository
     from trimkv_cli.loading.other_programs import OLLAMA
-    from trimkv_cli.loading.sources import MINI
     from trimkv_cli.loading.wheels import kept_file
     from trimkv_cli.mini import MODEL_FOLDER
+    from trimkv_cli.model.profiles import MINI
 
     if id == MINI:
         print(MODEL_FOLDER)
@@ -205,9 +204,9 @@ def _parts(id: str, revision: str | None) -> Iterator[ModelRef]:
 
 
 def _facts(model: str | None, revision: str | None, *, offline: bool) -> dict[str, Any]:
-    from trimkv_cli.loading.sources import MINI, model_ref, shown_id
+    from trimkv_cli.loading.sources import model_ref, shown_id
     from trimkv_cli.model.folders import read_model_spec
-    from trimkv_cli.model.profiles import find_profile, list_profiles
+    from trimkv_cli.model.profiles import MINI, find_profile, list_profiles
     from trimkv_cli.model.spec import DTYPE_BYTES
 
     ref = model_ref(model, revision)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trimkv_cli.errors import GateMismatch, ModelError, UsageError
 from trimkv_cli.events import Notice
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.mini import GATES_FOLDER, MODEL_FOLDER
+from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.model.folders import read_gate_spec, read_model_spec
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.other_gates import FASTKVZIP_REPOSITORY, check_fit, fastkvzip_name
@@ -20,8 +20,10 @@ from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.profiles import (
     BUILT_IN,
     IN_WHEEL,
+    MINI,
     Profile,
     WheelFile,
+    built_in_gates,
     find_profile,
     list_profiles,
     load_profile,
@@ -233,18 +235,18 @@ def _own_gates(options: EngineOptions, profile: Profile | None, model: ModelRef)
 
 def _known_gate(profile: Profile | None) -> GateSpec | None:
     """Return what a profile says of its gates; the built-in ones lie here and speak for themselves."""
-    if profile is not None and profile.gates == f"{BUILT_IN}{MINI}":
-        return read_gate_spec(GATES_FOLDER, id=MINI)
-    return profile.gate if profile is not None else None
+    if profile is None or profile.gates is None:
+        return None
+    name = shown_id(profile.gates)
+    folder = built_in_gates(name) if profile.gates.startswith(BUILT_IN) else None
+    return profile.gate if folder is None else read_gate_spec(folder, id=name)
 
 
 def _read(ref: ModelRef, options: EngineOptions) -> GateSpec:
     return read_gate_spec(ref.folder("gates", offline=options.offline), id=ref.id)
 
 
-MINI = "mini"
 _REAL = "smollm2-135m-instruct"
-BUILT_IN_FOLDERS: dict[Kind, Path] = {"model": MODEL_FOLDER, "config": MODEL_FOLDER, "gates": GATES_FOLDER}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,8 +265,10 @@ class ModelRef:
 
         if self.id == MINI and self.revision is not None:
             raise UsageError("the built-in mini has no revisions", hint="leave out --revision")
-        if self.id == MINI:
-            return BUILT_IN_FOLDERS[kind]
+        if self.id == MINI and kind != "gates":
+            return MODEL_FOLDER
+        if kind == "gates" and (built_in := built_in_gates(self.id)) is not None:
+            return built_in
         if self.revision is not None and (self.wheel is not None or self.id.startswith(OLLAMA)):
             raise UsageError(f"{self.id} has no revisions", hint="leave out --revision")
         if self.wheel is not None:

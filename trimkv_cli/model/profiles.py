@@ -11,6 +11,7 @@ from typing import Any
 
 from trimkv_cli.errors import ConfigError, ModelNotFound
 from trimkv_cli.files import check_keys, read_toml
+from trimkv_cli.mini import GATES_FOLDER
 from trimkv_cli.model.gguf import block_tensors
 from trimkv_cli.model.packing import Packing
 from trimkv_cli.model.spec import (
@@ -23,7 +24,7 @@ from trimkv_cli.model.spec import (
     ModelSpec,
 )
 
-BUILT_IN = "builtin:"
+BUILT_IN, MINI = "builtin:", "mini"
 IN_WHEEL = "wheel:"
 SAMPLING_KEYS: Mapping[str, type] = {
     "max_tokens": int,
@@ -72,7 +73,7 @@ class Profile:
     path: Path
     model: str  # hub id, folder, GGUF file, "builtin:mini" or "wheel:NAME"
     revision: str | None = None
-    gates: str | None = None  # hub id or folder
+    gates: str | None = None  # hub id, folder, or "builtin:NAME", which lies in `gates/NAME` beside the profiles
     gates_revision: str | None = None
     variant: str = "rg"
     gate_hidden: int = 512
@@ -133,6 +134,12 @@ def profile_folders() -> tuple[Path, ...]:
     package = Path(__file__).parents[1]
     built_in = package / "_profiles"
     return user_config_path("trimkv") / "profiles", built_in if built_in.is_dir() else package.parent / "profiles"
+
+
+def built_in_gates(name: str) -> Path | None:
+    """Return the folder of gates that come with trimkv under this name, if there are any."""
+    folder = GATES_FOLDER if name == MINI else profile_folders()[1] / "gates" / name
+    return folder if folder.is_dir() else None
 
 
 def list_profiles() -> list[Profile]:

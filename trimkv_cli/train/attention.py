@@ -113,7 +113,7 @@ def attend(
             output = attend_to_kept(*inputs, log_beta.float(), training_pass, window)
         else:
             output = _attend_to_all(*inputs, log_beta, training_pass, window)
-    return output[..., : value.shape[3]].to(value.dtype).transpose(1, 2), None
+    return output[..., : value.shape[3]].to(query.dtype).transpose(1, 2), None
 
 
 def _attend_to_all(
