@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.kvpress_answers import by_document, read_questions
 from helpers.programs import Run
 from trimkv_cli.mini import MODEL_FOLDER
 
@@ -80,7 +81,10 @@ def test_questions_go_out_and_answers_come_back(here: Run, tmp_path: Path) -> No
     done = here("eval", "mini", "--tasks", "needle", "--samples", "8", "--context", "200", "--export", questions)
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
     lines = [json.loads(line) for line in questions.read_text().splitlines()]
-    assert len(lines) == 8
+    (group,) = by_document(read_questions(lines))
+    assert len(group) == 8
+    assert [q.id for q in group] == [line["id"] for line in lines]
+    assert len({q.asked for q in group}) == 8
     answers.write_text("".join(json.dumps({"id": line["id"], "output": line["answer"]}) + "\n" for line in lines))
     done = here("eval", "--data", questions, "--answers", answers, "--json")
     (row,) = json.loads(done.stdout)["rows"]

@@ -148,7 +148,17 @@ def export(source: Source, engine: EngineOptions, asked: EvalOptions) -> list[st
     if PPL in asked.tasks:
         raise UsageError("ppl asks no questions to write", hint=f"leave {PPL} out of --tasks")
     return [
-        export_line(q.sample, task=exam.task, context=exam.context, seed=asked.seed, match=exam.match)
+        export_line(
+            q.sample,
+            task=exam.task,
+            context=exam.context,
+            seed=asked.seed,
+            match=exam.match,
+            max_tokens=q.request.params.max_tokens,
+            stop=q.request.params.stop,
+            document_len=q.request.document_len,
+            prompt_token_ids=q.request.prompt_token_ids,
+        )
         for exam in make_exams(asked, _text(source, engine))
         for q in exam.samples
     ]
