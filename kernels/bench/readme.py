@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.gpu_table import gpu_table
 from bench.llama_table import llama_tables
+from bench.recall_table import recall_tables
 from bench.tables import batch_table, headline, mini_plot, mini_tables, speed_table
 
 _ROOT = Path(__file__).parents[2]
@@ -20,16 +21,18 @@ _BLOCK = re.compile(r"(<!-- measured: [^\n]* -->\n).*?(<!-- /measured -->)", re.
 
 
 def table() -> str:
-    """Return the README's table and plot, in Markdown."""
-    return f"{headline(_RESULTS)}\n\n{mini_plot(_RESULTS)}"
+    """Return the README's table, in Markdown."""
+    return headline(_RESULTS)
 
 
 def all_tables() -> str:
     """Return all tables in Markdown."""
     own = [_engine_table(), _display_table()]
     tables = [
+        recall_tables(_RESULTS),
         llama_tables(_RESULTS),
         mini_tables(_RESULTS),
+        mini_plot(_RESULTS),
         speed_table(_RESULTS),
         gpu_table(_RESULTS),
         *own,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.llama_table import llama_rows
+from bench.recall_table import recall_rows
 from trimkv_cli.eval.scoring import EvalResult
 from trimkv_cli.ui.accuracy import accuracy_plot
 
@@ -21,7 +22,7 @@ def headline(results: Path) -> str:
 
     rows = [
         *llama_rows(results),
-        *_recalled(read("recall-mini")["rows"]),
+        *recall_rows(results),
         ("`make mini`: its weights and gates, from nothing", f"{read('make-mini')['real_s'] / 60:.0f} minutes"),
         *_stream(read("stream-cpu")),
         *_decode_speed(read("speed-10m-cpu")),
@@ -30,16 +31,6 @@ def headline(results: Path) -> str:
     return "\n".join(
         ["| measured, on 2 CPU cores | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     )
-
-
-def _recalled(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    length = rows[0]["context"]
-    told = {(row["policy"], row["kv_budget"]): f"{row['accuracy']:.0%}" for row in rows if row["context"] == length}
-    budgets = sorted({size for policy, size in told if policy == "gates"})
-    yield f"mini answers about facts told in {length:,} tokens: full cache", told["full", None]
-    sizes = ", ".join(map(str, budgets))
-    yield f"… gates, M = {sizes}", ", ".join(told["gates", size] for size in budgets)
-    yield f"… streaming (sinks and recent tokens), M = {sizes}", ", ".join(told["streaming", size] for size in budgets)
 
 
 def _stream(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -48,7 +48,7 @@ RULES = (  # a rule, and the answer that keeps it
 # fmt: on
 
 
-def _insert(rng: Random, passage: Sequence[str], told: Sequence[str]) -> str:
+def insert(rng: Random, passage: Sequence[str], told: Sequence[str]) -> str:
     """Put each of `told` between two sentences somewhere, or on a line of its own."""
     parts = [(sentence, end) for p in passage for *body, last in [sentences(p)] for sentence, end in
              (*((s, " ") for s in body), (last, "\n\n"))]  # fmt: skip
@@ -81,7 +81,7 @@ class Writer:
     def reading(self, rng: Random, size: int) -> list[Message]:
         """A text with facts in it, and questions: in the same message, or in the turns behind it."""
         facts = draw_facts(rng, rng.randint(4, 9))
-        text = _insert(rng, self._passages.draw(rng, size), [fact.tell(rng) for fact in facts])
+        text = insert(rng, self._passages.draw(rng, size), [fact.tell(rng) for fact in facts])
         rng.shuffle(facts)
         return [*_system(rng, 0.3), *_about(rng, text), *_asked(rng, facts)]
 
@@ -95,7 +95,7 @@ class Writer:
             open_facts += new
             told = [fact.tell(rng) for fact in new]
             if rng.random() < 0.7:
-                content = _insert(rng, self._passages.draw(rng, size // turns), told)
+                content = insert(rng, self._passages.draw(rng, size // turns), told)
             else:
                 content = " ".join(told)
                 size_left = self._passages.draw(rng, size // turns)
@@ -161,7 +161,7 @@ class Writer:
         chosen = rng.sample(RULES, rng.randint(1, 2))
         words = [rng.choice((*WORDS["pet"], *WORDS["project"], "Over", "Captain", "Regards")) for _ in chosen]
         system = " ".join(rule.format(w=word) for (rule, _), word in zip(chosen, words, strict=True))
-        text = _insert(rng, self._passages.draw(rng, size), [fact.tell(rng) for fact in facts])
+        text = insert(rng, self._passages.draw(rng, size), [fact.tell(rng) for fact in facts])
         messages = [{"role": "system", "content": system}, *_about(rng, text)]
         for fact in facts:
             answer = fact.answer(rng)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -22,10 +22,10 @@ _SKIPPED = {"script", "style", "head"}
 LEAST_CHARACTERS = 80  # of a paragraph: less is a heading or a menu
 
 
-def fetch(folder: Path) -> list[Path]:
+def fetch(folder: Path, packages: Iterable[str]) -> list[Path]:
     """Download and unpack the packages that are not there yet; return their roots."""
     roots = []
-    for package in PACKAGES:
+    for package in packages:
         root = folder / package
         if not root.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
@@ -38,14 +38,15 @@ def fetch(folder: Path) -> list[Path]:
 
 def read_texts(folder: Path) -> list[list[str]]:
     """Return each file of the packages as its paragraphs."""
-    found = (path for root in fetch(folder) for path in sorted(root.glob(PACKAGES[root.name])))
+    found = (path for root in fetch(folder, PACKAGES) for path in sorted(root.glob(PACKAGES[root.name])))
     files = [path for path in found if path.is_file() and not path.is_symlink()]
-    texts = [[p for p in _paragraphs(path) if len(p) >= LEAST_CHARACTERS] for path in files]
+    texts = [[p for p in paragraphs_of(path) if len(p) >= LEAST_CHARACTERS] for path in files]
     return [text for text in texts if len(text) >= 4]
 
 
-def _paragraphs(path: Path) -> list[str]:
-    if path.suffix == ".dz":
+def paragraphs_of(path: Path) -> list[str]:
+    """Return the paragraphs of a text or an HTML page, compressed or not, without line breaks."""
+    if path.suffix in (".dz", ".gz"):
         data = subprocess.run(["gzip", "-dc"], stdin=path.open("rb"), capture_output=True, check=True).stdout
     else:
         data = path.read_bytes()
