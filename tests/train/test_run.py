@@ -205,3 +205,25 @@ def test_what_teaches_nothing_is_said(tmp_path: Path, arguments: list[str], caps
     assert told[0] == "1 of 1 sequences so far"
     assert re.fullmatch(r"[23] of 3 sequences", told[-1])
     assert "longer than --context" in stderr
+
+
+def test_a_run_begins_with_other_gates(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches gates that are read and not used, a run that goes on with changed ones, and gates of another form."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    evicting = ("--student", "evicting", "--attention-steps", "2", "--steps", "3")
+    code, _, stderr = train_here(capsys, *arguments, *evicting, "-o", str(first))
+    assert code == 0, stderr
+    again = [*arguments, *evicting, "-o", str(second), "--begin-with", str(first)]
+    code, _, stderr = train_here(capsys, *again, "--lr", "1e-9")
+    assert code == 0, stderr
+    made, kept = (load_file(folder / "gates.safetensors") for folder in (first, second))
+    assert all((made[name] - kept[name]).abs().max() < 1e-6 for name in made)
+    assert "attention" in stderr
+    assert "begin_with" in train_here(capsys, *again, "--lr", "1e-9", "--begin-with", str(second))[2]
+    code, _, stderr = train_here(
+        capsys, *arguments, *evicting, "-o", str(tmp_path / "o"), "--begin-with", str(first), "--hidden", "16"
+    )
+    assert code == 6
+    assert "--hidden 8" in stderr

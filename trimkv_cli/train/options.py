@@ -63,6 +63,7 @@ class TrainOptions:
     attention_steps: int = _learning(0, "Updates at first that learn from the model's own attention alone.", "N")
     attention_weight: float = _learning(0.0, "Weight of that loss afterwards; evicting only.", "X")
     cap_weight: float = _learning(None, "Weight of the capacity loss; default: 1 fading, 0 evicting.", "X")
+    begin_with: str | None = _learning(None, "Gate folder to begin with, for more data or other data.", "DIR")
     seed: int = _learning(0, "Fixes first weights, order and gaps.", "N", setting=True)
 
     def __post_init__(self) -> None:

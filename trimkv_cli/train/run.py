@@ -17,25 +17,33 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimkv_cli.cache.attention import LongRope
-from trimkv_cli.cache.gate_files import gate_files, write_gates, write_released
+from trimkv_cli.cache.gate_files import gate_files, read_gates, weights_file, write_gates, write_released
 from trimkv_cli.cache.gates import activation_name
 from trimkv_cli.engine.devices import multiplies_bf16, prepare_training, reads_bf16, take_device
 from trimkv_cli.engine.text import Text
-from trimkv_cli.errors import ContextOverflow, InputError, ModelNotFound, Stopped, UnsupportedModel, UsageError
+from trimkv_cli.errors import (
+    ContextOverflow,
+    GateMismatch,
+    InputError,
+    ModelNotFound,
+    Stopped,
+    UnsupportedModel,
+    UsageError,
+)
 from trimkv_cli.files import whole_file, writing
 from trimkv_cli.loading.loader import load_model, load_text
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.model.families import FAMILIES
-from trimkv_cli.model.spec import parse_dtype
+from trimkv_cli.model.spec import GateSpec, parse_dtype
 from trimkv_cli.train.documents import DataFiles, Tokens, encode_document
 from trimkv_cli.train.options import RunFiles, TrainOptions
 from trimkv_cli.train.packing import Cursor, Packer, stack
 from trimkv_cli.train.teacher import Counts, TeacherBatch, batches_ahead, prefetch
-from trimkv_cli.train.trainer import Losses, Trainer, describe_gates, new_gates
+from trimkv_cli.train.trainer import Losses, Trainer, describe_gates, gate_tensors, new_gates
 
 SAMPLE_BYTES = 1 << 16
 
@@ -128,6 +136,8 @@ def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunFiles, s
     teacher = deepcopy(model).to(torch.bfloat16) if fast else None
     gate = describe_gates(options, source.spec, source.model_id)
     gates = new_gates(gate, source.spec, options, hidden_act=activation_name(model.config.to_dict()), device=device)
+    if options.begin_with is not None:
+        _begin(gates, gate, options.begin_with)
     return Trainer(
         model,
         gates,
@@ -137,6 +147,28 @@ def _make_trainer(engine: EngineOptions, options: TrainOptions, run: RunFiles, s
         teacher=teacher,
         recompute_layers=run.gradient_checkpointing,
     )
+
+
+def _begin(gates: nn.ModuleList, gate: GateSpec, folder: str) -> None:
+    """Give gates the parameters that lie in a folder.
+
+    Raises:
+        ModelNotFound: no gates are there.
+        GateMismatch: damaged ones, or of another form than the run's.
+    """
+    found = read_gates(folder)
+    parameters = gate_tensors(gates)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    if {name: tensor.shape for name, tensor in found.tensors.items()} != shapes:
+        wanted = f"{gate.variant}, {gate.hidden} wide"
+        raise GateMismatch(
+            f"{folder} holds {found.gate.variant} gates, {found.gate.hidden} wide, or for another model: the run trains"
+            f" {wanted}",
+            hint=f"--gate {found.gate.variant} --hidden {found.gate.hidden}",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(found.tensors[name])
 
 
 def _autocast(name: str, device: torch.device) -> torch.dtype | None:
@@ -154,7 +186,12 @@ def _identity(source: Source, data: DataFiles, options: TrainOptions, trainer: T
         "model_sha256": _model_hash(source.folder),
         "data_sha256": data.sha256,
         "dtype": _precision(trainer),
+        **({"begin_with": _gates_hash(Path(options.begin_with))} if options.begin_with is not None else {}),
     }
+
+
+def _gates_hash(folder: Path) -> str:
+    return sha256(weights_file(folder).read_bytes()).hexdigest()
 
 
 def _precision(trainer: Trainer) -> str:
@@ -290,11 +327,9 @@ class TrainingState:
     recent: deque[Losses] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def mean_losses(self) -> dict[str, float]:
-        if not self.recent:
-            return {}
         rows = [asdict(losses) for losses in self.recent]
-        computed = [name for name, value in rows[0].items() if value is not None]
-        return {name: sum(row[name] for row in rows) / len(rows) for name in computed}
+        computed = {name: [row[name] for row in rows if row[name] is not None] for name in (rows[0] if rows else ())}
+        return {name: sum(values) / len(values) for name, values in computed.items() if values}
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, progress: TrainingState, identity: Mapping[str, Any]) -> None:
