@@ -19,10 +19,10 @@ def _write(folder: Path, *lines: str) -> str:
 
 
 def test_messages_and_prompts_are_read(tmp_path: Path) -> None:
-    """Catches a shape of line that is lost, and lines beyond the limit."""
-    path = _write(tmp_path, GOOD, "", '{"id": 3, "prompt": "2 + 2 =", "answer": "4"}', GOOD)
+    """Catches a shape of line that is lost."""
+    path = _write(tmp_path, GOOD, "", '{"id": 3, "prompt": "2 + 2 =", "answer": "4"}')
     first = Sample(answer="Here.", messages=({"role": "user", "content": "Where?"},))
-    assert read_samples(path, limit=2) == [first, Sample(answer="4", prompt="2 + 2 =", id="3")]
+    assert read_samples(path) == [first, Sample(answer="4", prompt="2 + 2 =", id="3")]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,8 @@ def test_messages_and_prompts_are_read(tmp_path: Path) -> None:
         '{"prompt": "", "answer": "x"}',
         '{"prompt": "x", "answer": "x", "head": -1}',
         '{"prompt": "x", "answer": "x", "also": "y"}',
+        '{"prompt": "x", "answer": "x", "task": 7}',
+        '{"prompt": "x", "answer": "x", "match": "maybe"}',
         '{"prompt": "x", "rules": [{"kind": "shouts"}]}',
         '{"prompt": "x", "rules": [{"kind": "most-words", "value": "few"}]}',
         '{"prompt": "x", "messages": [], "answer": "x"}',

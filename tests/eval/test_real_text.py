@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.errors import InputError
+from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.eval.exam import EvalOptions, Exam, make_exams
 from trimkv_cli.eval.facts import TOPICS, draw_facts
 from trimkv_cli.eval.others import score_answers
@@ -153,7 +153,7 @@ def test_what_is_exported_is_read_again(tmp_path: Path) -> None:
 
 
 def test_answers_of_others_are_scored_as_ours(tmp_path: Path) -> None:
-    """Catches answers under two policies mixed, and a question without an answer that is left out of the share."""
+    """Catches answers under two policies, or to two tasks, mixed, and a question without an answer left out."""
     samples = [replace(sample, id=f"{n}") for n, sample in enumerate(_draw(16))]
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "snapkv.jsonl"
     questions.write_text("".join(export_line(sample) + "\n" for sample in samples))
@@ -164,6 +164,14 @@ def test_answers_of_others_are_scored_as_ours(tmp_path: Path) -> None:
     assert [(r.policy, r.kv_budget, r.accuracy, r.n, r.documents) for r in rows] == [
         ("snapkv", None, 1.0, 16, 2), ("tova", 64, 0.0, 16, 2)
     ]  # fmt: skip
+    by_task = [replace(s, task="needle" if n < 8 else "chat", match="exact") for n, s in enumerate(samples)]
+    questions.write_text("".join(export_line(sample) + "\n" for sample in by_task))
+    rows = score_answers(str(questions), str(answers), None)
+    assert [(r.task, r.policy, r.accuracy, r.n, r.documents) for r in rows] == [
+        ("needle", "snapkv", 0.0, 8, 1), ("needle", "tova", 0.0, 8, 1),
+        ("chat", "snapkv", 0.0, 8, 1), ("chat", "tova", 0.0, 8, 1),
+    ]  # fmt: skip
+    assert score_answers(str(questions), str(answers), "contains")[2].accuracy == 1.0
     for bad, said in (
         (lines[1:], "1 questions have no answer, 0 among them"),
         ([*lines, {"id": "x", "output": ""}], "no question x"),
@@ -194,6 +202,20 @@ def test_perplexity_is_that_of_one_forward() -> None:
     assert small.nats is not None
     assert small.ratio == pytest.approx(math.exp(small.nats - expected), rel=1e-2)
     assert small.ratio != pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_file_of_several_tasks_is_asked_task_by_task(engine: Engine, tmp_path: Path) -> None:
+    """Catches one row for all of a file, a limit that leaves tasks out, and answers judged in another way."""
+    assert engine.text is not None
+    options = EvalOptions(tasks=("needle", "recall"), context=200, samples=3, seed=7)
+    exams = list(make_exams(options, engine.text))
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(export_line(q.sample) + "\n" for exam in exams for q in exam.samples))
+    again = list(make_exams(EvalOptions(tasks=(), data=str(path), samples=2), engine.text))
+    assert [(exam.task, exam.match) for exam in again] == [("needle", "contains"), ("recall", "exact")]
+    assert [exam.samples for exam in again] == [exam.samples[:2] for exam in exams]
+    with pytest.raises(UsageError, match="recall is asked by --tasks and by --data"):
+        list(make_exams(replace(options, data=str(path), tasks=("recall",)), engine.text))
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:

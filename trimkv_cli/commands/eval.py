@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.options import JSON, QUIET, ModelName
 from trimkv_cli.errors import UsageError
-from trimkv_cli.eval.scoring import EVERY_POLICY, POLICIES, Match, Policy
+from trimkv_cli.eval.samples import Match
+from trimkv_cli.eval.scoring import EVERY_POLICY, POLICIES, Policy
 from trimkv_cli.files import check_folder, whole_file
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.settings import option
@@ -60,10 +61,13 @@ class ExamOptions:
     )
     seed: int = option(0, "Same seed, same questions.", "N", setting=True)
     export: str | None = option(
-        None, "Write the questions, for another program to answer, and ask nothing.", "FILE.jsonl"
+        None, "Write the questions for another program to answer (see the example), and ask nothing.", "FILE.jsonl"
     )
     answers: str | None = option(
-        None, 'Score what another program said to --data: lines {"id": "...", "output": "..."}.', "FILE.jsonl"
+        None,
+        'Score what another program said to --data, exported before: lines {"id": "...", "output": "..."}, with '
+        '"policy" and "kv_budget" too where there are several.',
+        "FILE.jsonl",
     )
     plot: str | None = option(None, "Draw accuracy against budget (needs trimkv-cli[plot]).", "FILE.png|svg")
 
@@ -79,12 +83,20 @@ def evaluate(
 
     trimkv eval qwen3-4b-instruct-2507 --data questions.jsonl --match contains --kv-budget 512,1024 --json
 
+    trimkv eval smollm2-135m-instruct --tasks needle,multi-turn --samples 200 --export questions.jsonl
+
+    trimkv eval --data questions.jsonl --answers snapkv.jsonl
+
     On real text, needle hides facts between its sentences and asks for each in other words, multi-turn does so over a
     chat, instructions counts the rules of the system message that answers keep behind a long text, summary-recall the
     facts that a summary says, and ppl is the perplexity of --context tokens. Answers are greedy, and every question is
     a prompt of its own. protected is streaming with --pin prompt:10%. Intervals draw documents again where several
     questions share one. --context is the length of what is made. --prefill-chunk is 32 here unless it is given: a chunk
     longer than M sees more than M.
+
+    The last two examples compare with another program: it answers each line of what --export wrote ("messages" or
+    "prompt") with a line of its own, such as {"id": "needle-0", "output": "In Uppsala."}, and --answers scores those as
+    ours are, a row for each task of the file.
     """
     from trimkv_cli.loading.sources import find_source
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from trimkv_cli.engine.text import Prompt, Text
 from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.mini_tasks import MINI_TASKS, draw_mini
-from trimkv_cli.eval.samples import Sample, read_samples
-from trimkv_cli.eval.scoring import POLICIES, Match, Policy
+from trimkv_cli.eval.samples import Match, Sample, by_task, read_samples
+from trimkv_cli.eval.scoring import POLICIES, Policy
 from trimkv_cli.eval.text_tasks import TEXT_TASKS, draw_documents
 from trimkv_cli.eval.texts import RealText
 from trimkv_cli.request import Request, SamplingParams
@@ -83,7 +83,7 @@ class Exam:
 
 
 def make_exams(options: EvalOptions, text: Text) -> Iterator[Exam]:
-    """Make the questions of each task, then those of the user's own file.
+    """Make the questions of each task, then those of the user's own file, by its tasks.
 
     Raises:
         InputError: a file that cannot be read, or a bad line; a text that is too short.
@@ -100,8 +100,10 @@ def make_exams(options: EvalOptions, text: Text) -> Iterator[Exam]:
         else:
             yield _exam(task, _draw_mini(task, text, options), text, options, "exact", context=options.context)
     if options.data is not None:
-        samples = read_samples(options.data, limit=options.samples)
-        yield _exam(Path(options.data).name, samples, text, options, "exact")
+        for task, given in by_task(read_samples(options.data), other=Path(options.data).name).items():
+            if task in options.tasks:
+                raise UsageError(f"{task} is asked by --tasks and by --data", hint=f"leave {task} out of --tasks")
+            yield _exam(task, given[: options.samples], text, options, given[0].match or "exact")
 
 
 def _draw_real(task: str, real: RealText, text: Text, options: EvalOptions) -> list[Sample]:
@@ -133,14 +135,15 @@ def _exam(
     digest: str | None = None,
 ) -> Exam:
     match = options.match or match
-    encoded = tuple(
-        _encode_sample(f"{task}-{number}", sample, text, options, match) for number, sample in enumerate(samples)
-    )
+    encoded = tuple(_encode_sample(task, number, sample, text, options, match) for number, sample in enumerate(samples))
     longest = max(len(q.request.prompt_token_ids) for q in encoded)
     return Exam(task=task, context=longest if context is None else context, match=match, samples=encoded, text=digest)
 
 
-def _encode_sample(id: str, sample: Sample, text: Text, options: EvalOptions, match: Match) -> EncodedSample:
+def _encode_sample(
+    task: str, number: int, sample: Sample, text: Text, options: EvalOptions, match: Match
+) -> EncodedSample:
+    id = f"{task}-{number}"
     prompt = _encode(sample, text)
     answer_ids = tuple(text.tokenizer.encode(sample.answer, add_special_tokens=False))
     params = SamplingParams(
@@ -156,7 +159,8 @@ def _encode_sample(id: str, sample: Sample, text: Text, options: EvalOptions, ma
         document_len=_document_len(sample, prompt, text),
         params=params,
     )
-    return EncodedSample(sample=replace(sample, id=sample.id or id), request=request, answer_ids=answer_ids)
+    sample = replace(sample, id=sample.id or id, task=task, match=match)
+    return EncodedSample(sample=sample, request=request, answer_ids=answer_ids)
 
 
 def _document_len(sample: Sample, prompt: Prompt, text: Text) -> int:

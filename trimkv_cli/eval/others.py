@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trimkv_cli.errors import InputError
-from trimkv_cli.eval.samples import OtherAnswers, Sample, read_answers, read_samples
-from trimkv_cli.eval.scoring import EvalResult, Match, interval, judge
+from trimkv_cli.eval.samples import Match, OtherAnswers, Sample, by_task, read_answers, read_samples
+from trimkv_cli.eval.scoring import EvalResult, interval, judge
 
 
 def score_answers(questions: str, answers: str, match: Match | None) -> list[EvalResult]:
-    """Return a row for each policy and size that answered; answers are looked for in what is said, unless `match` says.
+    """Return a row for each task, policy and size; `match` None is what the questions say, or else `contains`.
 
     Raises:
         InputError: a file that cannot be read, a bad line, or a question without an answer, or the reverse.
@@ -20,10 +20,17 @@ def score_answers(questions: str, answers: str, match: Match | None) -> list[Eva
     known = {sample.id for sample in samples}
     if len(known) < len(samples) or "" in known:
         raise InputError(f"{questions}: questions need ids that differ", hint="trimkv eval --export writes them")
-    return [_row(Path(questions).stem, samples, table, match or "contains", answers) for table in read_answers(answers)]
+    tables = read_answers(answers)
+    for table in tables:
+        _check_all(samples, table, answers)
+    return [
+        _row(task, asked, table, match or asked[0].match or "contains")
+        for task, asked in by_task(samples, other=Path(questions).stem).items()
+        for table in tables
+    ]
 
 
-def _row(task: str, samples: Sequence[Sample], table: OtherAnswers, match: Match, answers: str) -> EvalResult:
+def _check_all(samples: Sequence[Sample], table: OtherAnswers, answers: str) -> None:
     absent = [sample.id for sample in samples if sample.id not in table.said]
     beyond = set(table.said) - {sample.id for sample in samples}
     if absent or beyond:
@@ -33,6 +40,9 @@ def _row(task: str, samples: Sequence[Sample], table: OtherAnswers, match: Match
             else f"no question {min(beyond)}"
         )
         raise InputError(f"{answers}: {table.policy}: {what}", hint="answer every exported question once")
+
+
+def _row(task: str, samples: Sequence[Sample], table: OtherAnswers, match: Match) -> EvalResult:
     scores = [judge(table.said[sample.id], sample, match) for sample in samples]
     documents = [sample.document or sample.id for sample in samples]
     return EvalResult(

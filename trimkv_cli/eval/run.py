@@ -150,10 +150,8 @@ def export(source: Source, engine: EngineOptions, asked: EvalOptions) -> list[st
     return [
         export_line(
             q.sample,
-            task=exam.task,
             context=exam.context,
             seed=asked.seed,
-            match=exam.match,
             max_tokens=q.request.params.max_tokens,
             stop=q.request.params.stop,
             document_len=q.request.document_len,

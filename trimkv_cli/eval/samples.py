@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from trimkv_cli.errors import InputError
 from trimkv_cli.eval.rules import KINDS, Rule
 from trimkv_cli.files import as_text
+
+Match = Literal["exact", "contains"]
 
 _ROLES = ("system", "user", "assistant")
 _ANSWER = 'a line is {"id": "needle-0", "output": "..."}'
@@ -25,7 +27,7 @@ class Sample:
     to write it. Where `rules` or `points` are given, what counts is how many of them an answer keeps or says. Questions
     of one `document` ("" = its own) share all before the last message and `head` characters of that, or of the prompt;
     None = nothing. `max_tokens` is the most that is answered, 0 = by the expected answer. `id` is empty until the
-    question is part of an exam, or where a file gives none.
+    question is part of an exam, or where a file gives none; so are `task`, the row that it counts in, and `match`.
     """
 
     answer: str = ""
@@ -39,6 +41,8 @@ class Sample:
     points: tuple[str, ...] = ()
     max_tokens: int = 0
     id: str = ""
+    task: str = ""
+    match: Match | None = None
 
     @property
     def last(self) -> str:
@@ -53,17 +57,25 @@ class Sample:
         return replace(self, messages=(*self.messages[:-1], {**self.messages[-1], "content": text}))
 
 
-def read_samples(path: str, *, limit: int | None = None) -> list[Sample]:
+def read_samples(path: str) -> list[Sample]:
     """Read JSON lines with `answer` and either `messages` or `prompt`; blank lines are passed over.
 
     Raises:
         InputError: a file that cannot be read or holds no line, or a bad line, by its number.
     """
     filled = _filled_lines(path)
-    samples = [_read_line(line, f"{path}:{number}") for number, line in filled[:limit]]
+    samples = [_read_line(line, f"{path}:{number}") for number, line in filled]
     if not samples:
         raise InputError(f"{path} holds no questions", hint=_EXAMPLE)
     return samples
+
+
+def by_task(samples: Iterable[Sample], *, other: str) -> dict[str, list[Sample]]:
+    """Sort questions by their tasks, in the order of the first of each; `other` is the name for those of none."""
+    tasks: dict[str, list[Sample]] = {}
+    for sample in samples:
+        tasks.setdefault(sample.task or other, []).append(sample)
+    return tasks
 
 
 def _filled_lines(path: str) -> list[tuple[int, str]]:
@@ -102,7 +114,7 @@ def _read_line(line: str, where: str) -> Sample:
 def _read_more(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Read what an exported line says beside question and answer; of a user's own ids any may be a number."""
     more: dict[str, Any] = {"id": as_text(str(data.get("id", "")), where)}
-    for name in ("value", "document"):
+    for name in ("value", "document", "task"):
         if not isinstance(data.get(name, ""), str):
             raise _bad(where, f"{name} must be a text")
         more[name] = as_text(data.get(name, ""), where)
@@ -114,6 +126,9 @@ def _read_more(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         number = data.get(name)
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
             raise _bad(where, f"{name} must be a whole number, {least} or more")
+    if data.get("match") not in (None, *get_args(Match)):
+        raise _bad(where, f"match is {' or '.join(get_args(Match))}")
+    more["match"] = data.get("match")
     return {**more, "head": data.get("head"), "max_tokens": data.get("max_tokens") or 0, "rules": _rules(data, where)}
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, get_args
 
-from trimkv_cli.eval.samples import Sample
-
-Match = Literal["exact", "contains"]
+from trimkv_cli.eval.samples import Match, Sample
 
 _Z95 = 1.959963984540054
 _RESAMPLES = 2000
