@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
+from trimkv_cli.commands.eval import summarize_in_parts
+from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
-from trimkv_cli.eval.exam import EvalOptions
-from trimkv_cli.eval.run import RandomGate, evaluate
+from trimkv_cli.eval.exam import EncodedSample, EvalOptions
+from trimkv_cli.eval.run import evaluate
 from trimkv_cli.eval.scoring import EvalResult
+from trimkv_cli.eval.setups import RandomGate
+from trimkv_cli.events import Answer
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import find_source
@@ -77,6 +82,37 @@ def test_the_same_seed_gives_the_same_table() -> None:
     assert [replace(row, decode_tps=0, peak_bytes=0) for row in first] == [
         replace(row, decode_tps=0, peak_bytes=0) for row in second
     ]
+
+
+def test_map_reduce_summarizes_within_its_slots() -> None:
+    """Catches parts that take more slots than the row says, and a text that fits read in another way."""
+    asked = EvalOptions(
+        tasks=("summary-recall", "needle"), context=300, samples=2, max_tokens=8, prefill_chunk=0,
+        budgets=("90", "200", "600"), policies=("full", "map-reduce"),
+    )  # fmt: skip
+    positions: list[int] = []
+
+    def summarize(llm: Engine, samples: Sequence[EncodedSample]) -> Iterator[tuple[str, Answer]]:
+        for key, answer in summarize_in_parts(llm, samples):
+            positions.append(llm.facts.max_positions)
+            assert answer.stats.prompt_tokens + answer.stats.completion_tokens <= llm.facts.max_positions
+            yield key, answer
+
+    said: list[str] = []
+    rows = evaluate(find_source(ENGINE, weights=True), ENGINE, asked, say=said.append, summarize=summarize)
+    assert [(row.task, row.policy, row.kv_budget, row.n) for row in rows] == [
+        ("summary-recall", "full", None, 2),
+        ("summary-recall", "map-reduce", 200, 2),
+        ("summary-recall", "map-reduce", 600, 2),
+        ("needle", "full", None, 2),
+    ]
+    assert positions == [200, 200, 600, 600]
+    assert rows[2].answer_tokens == rows[0].answer_tokens
+    assert "map-reduce is left out where a part of the text and its summary have no room" in said
+    for changes, hint in (({"tasks": ("needle",)}, "--tasks summary-recall"), ({"budgets": ("90",)}, "--budgets ")):
+        with pytest.raises(UsageError) as caught:
+            evaluate(find_source(ENGINE, weights=True), ENGINE, replace(asked, **changes), say=said.append)
+        assert hint in (caught.value.hint or "")
 
 
 def test_all_caches_are_planned_before_a_weight_is_read(own: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.options import JSON, QUIET, ModelName
-from trimkv_cli.errors import UsageError
+from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.eval.samples import Match
 from trimkv_cli.eval.scoring import EVERY_POLICY, POLICIES, Policy
 from trimkv_cli.files import check_folder, whole_file
@@ -18,8 +18,13 @@ from trimkv_cli.ui.plain import print_answer, print_note
 from trimkv_cli.units import parse_kv_budget, read_flag
 
 if TYPE_CHECKING:
-    from trimkv_cli.eval.exam import EvalOptions
+    from collections.abc import Iterator, Sequence
+
+    from trimkv_cli.commands.summarize.pool import Chain
+    from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.eval.exam import EncodedSample, EvalOptions
     from trimkv_cli.eval.scoring import EvalResult
+    from trimkv_cli.events import Answer
     from trimkv_cli.loading.sources import Source
 
 _BUDGETS, _MINI_BUDGETS = "128,256", "32,64,128"
@@ -48,7 +53,9 @@ class ExamOptions:
         None, f"Slots per KV head, as --kv-budget; default {_BUDGETS} (mini: {_MINI_BUDGETS}).", "LIST"
     )
     policies: str = option(
-        ",".join(POLICIES), "What to compare, in this order; static: gates of others, given by --gates.", "LIST"
+        ",".join(POLICIES),
+        "What to compare, in this order; also static (gates of others, given by --gates) and map-reduce.",
+        "LIST",
     )
     samples: int | None = option(None, "Questions per task; default 100, and all lines of --data.", "N")
     match: Match | None = option(
@@ -90,9 +97,10 @@ def evaluate(
     On real text, needle hides facts between its sentences and asks for each in other words, multi-turn does so over a
     chat, instructions counts the rules of the system message that answers keep behind a long text, summary-recall the
     facts that a summary says, and ppl is the perplexity of --context tokens. Answers are greedy, and every question is
-    a prompt of its own. protected is streaming with --pin prompt:10%. Intervals draw documents again where several
-    questions share one. --context is the length of what is made. --prefill-chunk is 32 here unless it is given: a chunk
-    longer than M sees more than M.
+    a prompt of its own. protected is streaming with --pin prompt:10%; map-reduce does summary-recall as summarize
+    --on-overflow map-reduce would, in parts that fit a full cache of M slots. Intervals draw documents again where
+    several questions share one. --context is the length of what is made. --prefill-chunk is 32 here unless it is given:
+    a chunk longer than M sees more than M.
 
     The last two examples compare with another program: it answers each line of what --export wrote ("messages" or
     "prompt") with a line of its own, such as {"id": "needle-0", "output": "In Uppsala."}, and --answers scores those as
@@ -183,7 +191,30 @@ def _tasks(exam: ExamOptions, *, mini: bool) -> tuple[str, ...]:
 def _evaluate(source: Source, options: EngineOptions, asked: EvalOptions, *, quiet: bool) -> list[EvalResult]:
     from trimkv_cli.eval.run import evaluate
 
-    return evaluate(source, options, asked, say=(lambda _: None) if quiet else print_note)
+    return evaluate(source, options, asked, say=(lambda _: None) if quiet else print_note, summarize=summarize_in_parts)
+
+
+def summarize_in_parts(llm: Engine, samples: Sequence[EncodedSample]) -> Iterator[tuple[str, Answer]]:
+    """Yield summaries as `trimkv summarize --on-overflow map-reduce` makes them, of texts that it can summarize."""
+    from trimkv_cli.commands.summarize.pool import DocumentSummary, Pool, Task, summarize_text
+
+    def chain(asked: EncodedSample) -> Chain:
+        task = Task(
+            instruction=asked.sample.question,
+            raw=asked.sample.prompt is not None,
+            params=asked.request.params,
+            max_tokens_said=True,
+            think=False,
+            map_reduce=True,
+        )
+        return summarize_text(llm, asked.request.id, asked.sample.text_to_summarize, task)
+
+    pool = Pool(llm, on_text=lambda _, __: None, on_answer=lambda _, __: None)
+    for index, outcome in pool.run(map(chain, samples), lambda: None):
+        if isinstance(outcome, DocumentSummary):
+            yield samples[index].request.id, outcome.answer
+        elif not isinstance(outcome, ContextOverflow):
+            raise outcome
 
 
 def _show(rows: list[EvalResult], exam: ExamOptions, *, json: bool) -> None:

@@ -58,11 +58,15 @@ class EvalOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedSample:
-    """A question, its request, and the tokens of the expected text as encoded on its own."""
+    """A question, its request, and the tokens of the expected text as encoded on its own.
+
+    `frame_len` counts the tokens of a prompt for a summary without the text.
+    """
 
     sample: Sample
     request: Request
     answer_ids: tuple[int, ...]
+    frame_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,11 @@ class Exam:
     match: Match
     samples: tuple[EncodedSample, ...]
     text: str | None = None
+
+    @property
+    def summarizes(self) -> bool:
+        """Whether every question is for a summary of a text, which may be read part by part."""
+        return all(q.sample.text_to_summarize for q in self.samples)
 
     @property
     def positions(self) -> int:
@@ -160,7 +169,8 @@ def _encode_sample(
         params=params,
     )
     sample = replace(sample, id=sample.id or id, task=task, match=match)
-    return EncodedSample(sample=sample, request=request, answer_ids=answer_ids)
+    frame_len = len(_encode(sample.about(""), text).token_ids) if sample.text_to_summarize else 0
+    return EncodedSample(sample=sample, request=request, answer_ids=answer_ids, frame_len=frame_len)
 
 
 def _document_len(sample: Sample, prompt: Prompt, text: Text) -> int:

@@ -6,51 +6,37 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, assert_never
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from trimkv_cli.cache.gates import build_gates
-from trimkv_cli.cache.retention_gate import RetentionGate
-from trimkv_cli.engine.devices import pick_device
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import ContextOverflow, UnsupportedModel, UsageError
 from trimkv_cli.eval.exam import PPL, EncodedSample, EvalOptions, Exam, make_exams
 from trimkv_cli.eval.perplexity import draw_text, interval_of_mean, nats
 from trimkv_cli.eval.samples import export_line
-from trimkv_cli.eval.scoring import EvalResult, Policy, interval, judge
+from trimkv_cli.eval.scoring import EvalResult, interval, judge
+from trimkv_cli.eval.setups import Setup, check_pins, plan_setups, policy_gates
 from trimkv_cli.eval.texts import RealText
 from trimkv_cli.events import Answer
 from trimkv_cli.loading.assemble import assemble
-from trimkv_cli.loading.loader import Parts, load_parts, load_text, plan_for
+from trimkv_cli.loading.loader import Parts, load_parts, load_text
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source
-from trimkv_cli.model.pins import Ends, Pins
-from trimkv_cli.model.spec import GateSpec, full_gate, keydiff_gate, streaming_gate
-from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request
 from trimkv_cli.streams import Every
 
 Say = Callable[[str], None]
+Summarize = Callable[[Engine, Sequence[EncodedSample]], Iterator[tuple[str, Answer]]]  # by the requests' ids
 
-_PREFILL_TOKENS = 256  # rows × chunk of one prefill: small chunks of several rows go together
-_ROWS = 32  # several documents, with all that is asked about each
-_ROW_SLOTS = 32 * 1024  # of all rows of a full cache
 _SAY_EVERY_S = 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Setup:
-    """One policy at one budget, planned."""
-
-    policy: Policy
-    plan: Plan
-
-
-def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: Say) -> list[EvalResult]:
+def evaluate(
+    source: Source, engine: EngineOptions, asked: EvalOptions, *, say: Say, summarize: Summarize | None = None
+) -> list[EvalResult]:
     """Return the rows by task, in the order in which policies and budgets were asked for; `say` gets progress.
+
+    `summarize` is how map-reduce answers.
 
     Raises:
         UsageError: gates that are not trained, compared as if they were; a bad line of the user's file.
@@ -70,19 +56,21 @@ def evaluate(source: Source, engine: EngineOptions, asked: EvalOptions, *, say: 
     exams = list(make_exams(asked, text))
     reading = _Reading.of(asked, text) if PPL in asked.tasks else None
     positions = max([exam.positions for exam in exams] + ([asked.context] if reading is not None else []))
-    options, setups = _plan(source, engine, asked, positions)
-    _check_pins(setups, exams)
+    options, setups = plan_setups(source, engine, asked, exams, positions)
+    check_pins(setups, exams)
     parts = load_parts(source, options)
-    for remark in _remarks(parts, setups):
+    for remark in _remarks(parts, setups, asked):
         say(remark)
     rows: dict[tuple[str, int], EvalResult] = {}
-    for number, setup in sorted(enumerate(setups), key=lambda pair: _slots(pair[1])):
+    for number, setup in sorted(enumerate(setups), key=lambda pair: pair[1].slots):
         with closing(_engine(parts, setup, asked, options, positions)) as llm:
-            rows |= {(exam.task, number): _measure(llm, setup, exam, asked, say) for exam in exams}
-            if reading is not None:
+            for exam in filter(setup.asks, exams):
+                rows[exam.task, number] = _measure(llm, setup, exam, asked, say, summarize)
+            if reading is not None and setup.policy != "map-reduce":
                 rows[PPL, number] = _read(llm, setup, reading, asked, say)
     tasks = [exam.task for exam in exams] + ([PPL] if reading is not None else [])
-    return _with_ratios([rows[task, number] for task in tasks for number in range(len(setups))])
+    asked_of = [(task, number) for task in tasks for number in range(len(setups))]
+    return _with_ratios([rows[key] for key in asked_of if key in rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +87,10 @@ class _Reading:
         return cls(request=request, digest=real.digest)
 
 
-def _read(engine: Engine, setup: _Setup, reading: _Reading, asked: EvalOptions, say: Say) -> EvalResult:
+def _read(engine: Engine, setup: Setup, reading: _Reading, asked: EvalOptions, say: Say) -> EvalResult:
     values = nats(engine, reading.request)
     mean = sum(values) / len(values)
-    name = PPL if setup.policy == "full" else f"{PPL} {setup.policy} M={setup.plan.run.kv_budget}"
-    say(f"{name}: {math.exp(mean):.2f} ({mean:.3f} nats a token)")
+    say(f"{PPL} {setup}: {math.exp(mean):.2f} ({mean:.3f} nats a token)")
     return EvalResult(
         task=PPL,
         accuracy=None,
@@ -121,7 +108,7 @@ def _read(engine: Engine, setup: _Setup, reading: _Reading, asked: EvalOptions, 
     )
 
 
-def _of_setup(setup: _Setup, asked: EvalOptions) -> dict[str, Any]:
+def _of_setup(setup: Setup, asked: EvalOptions) -> dict[str, Any]:
     run = setup.plan.run
     return {
         "policy": setup.policy,
@@ -169,66 +156,12 @@ def _text(source: Source, options: EngineOptions) -> Text:
     return text
 
 
-def _plan(
-    source: Source, engine: EngineOptions, asked: EvalOptions, positions: int
-) -> tuple[EngineOptions, list[_Setup]]:
-    """Plan every policy at every budget, with weights in one form; return the options to load with, and the plans."""
-    # Without a limit on all memory, several rows' chunks go through the model together; the plan counts that.
-    wide = engine.budget is None and asked.prefill_chunk > 0 and not engine.deterministic
-    tokens = max(asked.prefill_chunk, _PREFILL_TOKENS) if wide else asked.prefill_chunk
-    most = max(1, min(_ROWS, _ROW_SLOTS // positions))
-    rows = most if engine.budget is None and engine.max_inflight is None and not engine.deterministic else None
-    options = replace(
-        engine, context=None, kv_budget=None, prefill_chunk=tokens, max_inflight=rows or engine.max_inflight
-    )
-    largest = max(_setups(source, options, asked, positions), key=_slots).plan.run
-    options = replace(options, dtype=largest.dtype, quantize=largest.quantize, kv_budget=str(largest.kv_budget))
-    return options, _setups(source, options, asked, positions)
-
-
-def _setups(source: Source, options: EngineOptions, asked: EvalOptions, positions: int) -> list[_Setup]:
-    device = pick_device(options.device)
-    wanted = [
-        (policy, budget)
-        for policy in asked.policies
-        for budget in ((str(positions),) if policy == "full" else asked.budgets)
-    ]
-    return [
-        _Setup(
-            policy=policy,
-            plan=plan_for(
-                replace(source, gate=gate_spec(policy, source.gate)),
-                replace(options, kv_budget=budget, pin=_pin(policy, options.pin)),
-                device,
-            ),
-        )
-        for policy, budget in wanted
-    ]
-
-
-def _pin(policy: Policy, asked: str | None) -> str | None:
-    """Return what is pinned: as asked for under every policy, and a tenth of the slots at each end if protected."""
-    if policy != "protected":
-        return asked or "none"  # what a scorer pins by default would set it apart
-    pins = Pins.parse(asked)
-    return str(replace(pins, prompt=pins.prompt or Ends(10, is_share=True)))
-
-
-def _check_pins(setups: list[_Setup], exams: list[Exam]) -> None:
-    """Refuse pins that leave no slot before a weight is read."""
-    longest = max((q.request.prefix_len for exam in exams for q in exam.samples), default=0)
-    for setup in setups:
-        run = setup.plan.run
-        run.pins.check(longest, run.kv_budget, sinks=run.gate.kept)
-
-
-def _slots(setup: _Setup) -> int:
-    return setup.plan.run.kv_budget
-
-
-def _remarks(parts: Parts, setups: list[_Setup]) -> Iterator[str]:
+def _remarks(parts: Parts, setups: list[Setup], asked: EvalOptions) -> Iterator[str]:
     """Yield what a user should know once: of the model, of its gates, and of each budget."""
     yield from parts.facts.notes
+    parted = sum(setup.policy == "map-reduce" for setup in setups)
+    if "map-reduce" in asked.policies and parted < len(asked.budgets):
+        yield "map-reduce is left out where a part of the text and its summary have no room"
     run = parts.facts.plan.run
     if run.form != "none":
         yield f"{run.precision} weights of {run.bits_per_weight} bits"
@@ -238,12 +171,15 @@ def _remarks(parts: Parts, setups: list[_Setup]) -> Iterator[str]:
     yield from (f"warning: {message}" for message in dict.fromkeys([*own, *planned]))
 
 
-def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOptions, positions: int) -> Engine:
+def _engine(parts: Parts, setup: Setup, asked: EvalOptions, options: EngineOptions, positions: int) -> Engine:
     plan = replace(setup.plan, run=replace(setup.plan.run, prefill_chunk=asked.prefill_chunk))
+    facts = replace(parts.facts, plan=plan)
+    if setup.policy == "map-reduce":
+        facts = replace(facts, max_positions=setup.slots)  # what a part and its summary have to fit
     return assemble(
         parts.model,
         policy_gates(setup.policy, parts, positions=positions, seed=asked.seed),
-        replace(parts.facts, plan=plan),
+        facts,
         text=parts.text,
         kv_dtype=parts.kv_dtype,
         deterministic=options.deterministic,
@@ -251,11 +187,20 @@ def _engine(parts: Parts, setup: _Setup, asked: EvalOptions, options: EngineOpti
     )
 
 
-def _measure(engine: Engine, setup: _Setup, exam: Exam, asked: EvalOptions, say: Say) -> EvalResult:
+def _measure(
+    engine: Engine, setup: Setup, exam: Exam, asked: EvalOptions, say: Say, summarize: Summarize | None
+) -> EvalResult:
     before = engine.stats
-    name = _name(setup, exam)
-    answers = dict(_ask(engine, exam.samples, lambda done: say(f"{name}: {done} of {len(exam.samples)} answered")))
-    right = [judge(answers[q.request.id].text, q.sample, exam.match) for q in exam.samples]
+    name = f"{exam.task} {setup}"
+    if setup.policy == "map-reduce":
+        assert summarize is not None, "map-reduce is asked for with a way to do it"
+        answers = dict(summarize(engine, exam.samples))
+        if len(answers) < len(exam.samples):
+            say(f"{name}: {len(exam.samples) - len(answers)} texts have no summary, as their parts' were no shorter")
+    else:
+        answers = dict(_ask(engine, exam.samples, lambda done: say(f"{name}: {done} of {len(exam.samples)} answered")))
+    said = [answers[q.request.id].text if q.request.id in answers else "" for q in exam.samples]
+    right = [judge(text, q.sample, exam.match) for text, q in zip(said, exam.samples, strict=True)]
     count, seconds = len(exam.samples), engine.stats.decode_s - before.decode_s
     tokens = engine.stats.decode_tokens - before.decode_tokens
     peak_bytes = engine.peak_bytes
@@ -289,11 +234,6 @@ def _answer_logprob(
         return None
 
 
-def _name(setup: _Setup, exam: Exam) -> str:
-    budget = "" if setup.policy == "full" else f" M={setup.plan.run.kv_budget}"
-    return f"{exam.task} {setup.policy}{budget}"
-
-
 def _ask(
     engine: Engine, samples: tuple[EncodedSample, ...], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, Answer]]:
@@ -309,53 +249,6 @@ def _ask(
             yield event.request_id, answers.pop(event.request_id)
         if clock.due():
             progress(done)
-
-
-class RandomGate(RetentionGate):
-    """Value each position by chance, each layer and head in its own way: log_beta uniform in (−1, 0).
-
-    Scores age as they do under every gate: the latest tokens stay for sure, of the older ones a random choice.
-    """
-
-    def __init__(self, *, num_kv_heads: int, positions: int, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Buffer(-torch.rand(positions, num_kv_heads, generator=generator))
-
-    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
-        return self.table[positions.clamp(min=0).long()]
-
-
-def gate_spec(policy: Policy, trained: GateSpec) -> GateSpec:
-    """Describe a policy's gate as the plan wants it."""
-    match policy:
-        case "full":
-            return full_gate()
-        case "gates" | "static":
-            return trained
-        case "keydiff":
-            return keydiff_gate()
-        case "streaming" | "protected":
-            return streaming_gate()
-        case "random":
-            return GateSpec(variant="streaming", id="random", sinks=0)  # a constant gate: it has no weights
-        case _:
-            assert_never(policy)
-
-
-def policy_gates(policy: Policy, parts: Parts, *, positions: int, seed: int) -> Sequence[nn.Module]:
-    """Return one gate per layer, for sequences of at most `positions` tokens."""
-    spec, device = parts.facts.spec, parts.model.device
-    if policy in ("gates", "static"):
-        return parts.gates
-    if policy == "random":
-        return [
-            RandomGate(num_kv_heads=spec.num_kv_heads, positions=positions, seed=seed * spec.num_layers + layer).to(
-                device
-            )
-            for layer in range(spec.num_kv_layers)
-        ]
-    return list(build_gates(gate_spec(policy, parts.facts.gate), spec, {}, dtype=torch.float32, device=device))
 
 
 def mean_logprob(engine: Engine, samples: Sequence[EncodedSample], said: Mapping[str, Answer]) -> float | None:

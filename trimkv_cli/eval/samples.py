@@ -51,7 +51,23 @@ class Sample:
 
     def ending(self, question: str) -> Sample:
         """Return the same with another text after the first `head` characters."""
-        text = self.last[: self.head] + question
+        return self._with_last(self.last[: self.head] + question)
+
+    @property
+    def text_to_summarize(self) -> str:
+        """What the points are to be told of, "" where nothing but a single text is asked about."""
+        alone = bool(self.points and self.head) and len(self.messages) <= 1
+        return self.last[: self.head].strip() if alone else ""
+
+    @property
+    def question(self) -> str:
+        return self.last[self.head or 0 :].strip()
+
+    def about(self, text: str) -> Sample:
+        """Ask the same of another text."""
+        return self._with_last(f"{text}\n\n{self.question}")
+
+    def _with_last(self, text: str) -> Sample:
         if self.prompt is not None:
             return replace(self, prompt=text)
         return replace(self, messages=(*self.messages[:-1], {**self.messages[-1], "content": text}))
@@ -152,7 +168,7 @@ def export_line(sample: Sample, **more: object) -> str:
     """Return a sample as the line that `read_samples` reads; what is empty is left out."""
     data = {name: value for name, value in asdict(sample).items() if value not in ("", (), 0, None)}
     if sample.head is not None:
-        data |= {"head": sample.head, "question": sample.last[sample.head :].strip()}
+        data |= {"head": sample.head, "question": sample.question}
     return json.dumps(data | more, ensure_ascii=False)
 
 

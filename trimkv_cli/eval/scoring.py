@@ -73,7 +73,8 @@ def interval(scores: Sequence[float], documents: Sequence[str]) -> tuple[float, 
     return bootstrap(scores, documents)
 
 
-Policy = Literal["full", "gates", "static", "keydiff", "streaming", "protected", "random"]  # static: gates of others
+# static: gates of others; map-reduce: parts of a text, each in a full cache
+Policy = Literal["full", "gates", "static", "keydiff", "streaming", "protected", "random", "map-reduce"]
 EVERY_POLICY: tuple[Policy, ...] = get_args(Policy)
 POLICIES: tuple[Policy, ...] = ("full", "gates", "keydiff", "streaming", "protected", "random")
 

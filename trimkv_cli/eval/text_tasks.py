@@ -119,8 +119,10 @@ def _summary(rng: Random, text: RealText, tokens: int, count: CountTokens, chat:
     document = weave(text.stretch(rng, max(_LEAST, tokens - rest), count), [fact.told for fact in facts], rng)
     known = Sample(points=tuple(fact.value for fact in facts), max_tokens=_SUMMARY)
     if not chat:
-        return [replace(known, prompt=f"Text: {document}\n\n{_SUMMARIZE}\nSummary:")]
-    return [replace(known, messages=({"role": "user", "content": f"{document}\n\n{_SUMMARIZE}"},))]
+        head = f"Text: {document}\n\n"
+        return [replace(known, prompt=f"{head}{_SUMMARIZE}\nSummary:", head=len(head))]
+    head = f"{document}\n\n"
+    return [replace(known, messages=({"role": "user", "content": head + _SUMMARIZE},), head=len(head))]
 
 
 _SUMMARY = 256

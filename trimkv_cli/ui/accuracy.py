@@ -1,9 +1,10 @@
-"""Tables of accuracy and speed, and accuracy against the budget as a plot of characters, a PNG or an SVG."""
+"""Tables of accuracy and speed; accuracy or perplexity against the budget as a plot of characters, a PNG or an SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trimkv_cli.errors import UsageError
 from trimkv_cli.eval.scoring import EVERY_POLICY, EvalResult
 from trimkv_cli.files import whole_file
 from trimkv_cli.ui.plain import columns
@@ -21,7 +21,16 @@ from trimkv_cli.units import format_size
 if TYPE_CHECKING:
     from trimkv_cli.bench.speed import SpeedRow
 
-_MARKS = {"full": "F", "gates": "G", "static": "Z", "keydiff": "K", "streaming": "S", "protected": "P", "random": "R"}
+_MARKS = {
+    "full": "F",
+    "gates": "G",
+    "static": "Z",
+    "keydiff": "K",
+    "streaming": "S",
+    "protected": "P",
+    "random": "R",
+    "map-reduce": "M",
+}
 _LEVELS = 10
 _COLUMN = 8
 _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never cut
@@ -29,7 +38,7 @@ _WIDTH = 200  # more than the table takes: it goes into pipes too, and is never 
 
 def accuracy_report(rows: Sequence[EvalResult]) -> str:
     """Return the table, then one plot per task; plain characters, for a pipe as well as for a terminal."""
-    tasks = dict.fromkeys(row.task for row in rows if row.accuracy is not None)
+    tasks = dict.fromkeys(row.task for row in rows)
     plots = (accuracy_plot(task, [row for row in rows if row.task == task]) for task in tasks)
     return "\n\n".join([_table(rows), *plots])
 
@@ -73,16 +82,41 @@ def _score(row: EvalResult) -> tuple[str, str]:
     return f"{row.accuracy:.1%}", f"{low * 100:.1f}–{high * 100:.1f}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """What a plot's height stands for: shares of right answers, or nats a token from the best to the worst."""
+
+    name: str
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, rows: Sequence[EvalResult]) -> _Scale:
+        nats = [row.nats for row in rows if row.nats is not None]
+        if not nats:
+            return cls("accuracy", 0.0, 1.0)
+        return cls("perplexity", min(nats), max(*nats, min(nats) + 0.01))
+
+    def level(self, row: EvalResult) -> int:
+        value = row.nats if row.nats is not None else row.accuracy or 0.0
+        return round((value - self.low) / (self.high - self.low) * _LEVELS)
+
+    def label(self, level: int) -> str:
+        value = self.low + (self.high - self.low) * level / _LEVELS
+        return f"{value:5.0%}" if self.name == "accuracy" else f"{math.exp(value):5.1f}"
+
+
 def accuracy_plot(task: str, rows: Sequence[EvalResult]) -> str:
     """Draw a grid with one column per budget; where several policies meet, all their letters stand side by side."""
+    scale = _Scale.of(rows)
     budgets: list[int | None] = [*sorted({row.kv_budget for row in rows if row.kv_budget is not None})]
     columns = budgets or [None]
     there = dict.fromkeys(row.policy for row in rows)
     present = [*(policy for policy in EVERY_POLICY if policy in there), *(p for p in there if p not in EVERY_POLICY)]
-    lines = [f"{task}: accuracy against M   " + "  ".join(f"{_mark(policy)} {policy}" for policy in present)]
+    lines = [f"{task}: {scale.name} against M   " + "  ".join(f"{_mark(policy)} {policy}" for policy in present)]
     for level in range(_LEVELS, -1, -1):
-        cells = (_marks(rows, budget, level).center(_COLUMN) for budget in columns)
-        lines.append(f"{level / _LEVELS:5.0%} |{''.join(cells)}".rstrip())
+        cells = (_marks(rows, budget, level, scale).center(_COLUMN) for budget in columns)
+        lines.append(f"{scale.label(level)} |{''.join(cells)}".rstrip())
     lines.append("      +" + "-" * (_COLUMN * len(columns)))
     lines.append(("       " + "".join(str(budget).center(_COLUMN) for budget in budgets)).rstrip())
     return "\n".join(lines)
@@ -93,8 +127,8 @@ def _mark(policy: str) -> str:
     return _MARKS.get(policy) or policy[:1].lower()
 
 
-def _marks(rows: Sequence[EvalResult], budget: int | None, level: int) -> str:
-    here = (row for row in rows if row.kv_budget in (None, budget) and round((row.accuracy or 0) * _LEVELS) == level)
+def _marks(rows: Sequence[EvalResult], budget: int | None, level: int, scale: _Scale) -> str:
+    here = (row for row in rows if row.kv_budget in (None, budget) and scale.level(row) == level)
     order = "".join(_MARKS.values())
     return "".join(sorted({_mark(row.policy) for row in here}, key=lambda mark: (order.find(mark) % 99, mark)))
 
@@ -131,6 +165,7 @@ _LINES = {
     "streaming": ("#d55e00", "^"),
     "protected": ("#cc79a7", "v"),
     "random": ("#009e73", "x"),
+    "map-reduce": ("#000000", "*"),
 }
 
 
@@ -143,17 +178,17 @@ def draw_accuracy(rows: Sequence[EvalResult], path: str) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.accuracy is not None]
     tasks = list(dict.fromkeys(row.task for row in rows))
-    if not tasks:
-        raise UsageError("--plot draws accuracies, and there are none", hint="--tasks needle")
     figure = Figure(figsize=(1 + 3.6 * len(tasks), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
-        _draw_task(panel, [row for row in rows if row.task == task])
-        panel.set(title=task, xlabel="slots per KV head (M)", ylim=(-0.03, 1.03))
+        own = [row for row in rows if row.task == task]
+        _draw_task(panel, own)
+        scale = _Scale.of(own)
+        panel.set(title=task, xlabel="slots per KV head (M)", ylabel=scale.name)
+        if scale.name == "accuracy":
+            panel.set_ylim(-0.03, 1.03)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy")
     panels[-1].legend(frameon=False)
     form = Path(path).suffix.removeprefix(".").lower() or "png"
     with (
@@ -171,13 +206,19 @@ def _draw_task(panel: Any, rows: Sequence[EvalResult]) -> None:
             continue
         colour, marker = _LINES.get(policy, (None, "."))
         if policy == "full":
-            panel.axhline(own[0].accuracy, color=colour, linestyle="--", label="full cache")
+            panel.axhline(_height(own[0])[0], color=colour, linestyle="--", label="full cache")
             continue
         places = [budgets.index(row.kv_budget) for row in own if row.kv_budget is not None]
-        accuracy = [row.accuracy or 0.0 for row in own]
-        below = [share - row.ci95[0] for share, row in zip(accuracy, own, strict=True)]
-        above = [row.ci95[1] - share for share, row in zip(accuracy, own, strict=True)]
-        panel.errorbar(
-            places, accuracy, yerr=(below, above), color=colour, marker=marker, capsize=3, label=policy, clip_on=False
-        )
+        heights = [_height(row) for row in own]
+        means = [mean for mean, _, _ in heights]
+        errors = ([mean - low for mean, low, _ in heights], [high - mean for mean, _, high in heights])
+        panel.errorbar(places, means, yerr=errors, color=colour, marker=marker, capsize=3, label=policy, clip_on=False)
     panel.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])
+
+
+def _height(row: EvalResult) -> tuple[float, float, float]:
+    """Return how good a row is and its interval: the share of right answers, or the perplexity."""
+    low, high = row.ci95
+    if row.nats is None:
+        return row.accuracy or 0.0, low, high
+    return math.exp(row.nats), math.exp(low), math.exp(high)
