@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo mini smollm2-gates bench-mini bench-run bench-memory test test-fast lint format pictures bench-stream bench-speed bench-llama bench-gpu rehearse-gpu clean
+.PHONY: help demo mini smollm2-gates bench-mini bench-run bench-memory test test-fast lint format pictures bench-stream bench-speed bench-llama bench-kvpress bench-gpu rehearse-gpu clean
 
 help:
 	@echo "make demo          fetch SmolLM2 (94 MiB) and run a batch, a question and a summary with it; without it mini"
@@ -19,6 +19,7 @@ help:
 	@echo "make pictures      draw the README's pictures anew with the built-in model"
 	@echo "make bench-speed   record decode speed beside transformers, and write it into the README (quiet machine, 15 minutes)"
 	@echo "make bench-llama   record speed beside llama.cpp: GGUF=FILE.gguf NAME=smollm2 (quiet machine, an hour)"
+	@echo "make bench-kvpress record answers beside kvpress's presses: GGUF=FILE.gguf GATES=FOLDER NAME=smollm2 (an hour)"
 	@echo "make bench-memory  record what is allocated, and what the process takes, against the plan"
 	@echo "make bench-stream  a long stream through a small cache: bytes, RSS and time per token stay flat"
 	@echo "make rehearse-gpu  the stages of kernels/bench/gpu_run.py on a CPU, small (about a minute)"
@@ -110,6 +111,23 @@ bench-llama: $(READY)
 		> $(RESULTS)/$(NAME)-unpacked-cpu.json
 	$(BIN)/python -m bench.llama_table
 	$(BIN)/python -m bench.readme
+
+# Beside kvpress, in an environment of its own: GGUF=FILE.gguf GATES=FOLDER NAME=smollm2 [TEXT=FILE], about an hour.
+KVPRESS := build/kvpress
+ASKED = build/kvpress-$(NAME)
+
+bench-kvpress: $(READY)
+	$(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/pip install --quiet kvpress==0.5.5 'transformers<5.3' torch==2.13.0
+	$(KVPRESS)/bin/python kernels/bench/kvpress_scores.py write build/scores
+	$(BIN)/python -m bench.kvpress_scores compare build/scores --out $(RESULTS)/kvpress-scores.json
+	$(BIN)/python -m bench.hf_folder $(GGUF) $(ASKED)
+	$(BIN)/trimkv eval $(ASKED) --gates none --tasks needle --context 700 --samples 100 $(addprefix --text ,$(TEXT)) \
+		--export $(ASKED).jsonl
+	$(KVPRESS)/bin/python kernels/bench/kvpress_answers.py $(ASKED).jsonl --model $(ASKED) --out $(ASKED)-said.jsonl
+	$(BIN)/trimkv eval --data $(ASKED).jsonl --answers $(ASKED)-said.jsonl --json > $(RESULTS)/kvpress-$(NAME).json
+	$(BIN)/trimkv eval $(ASKED) --gates $(GATES) --data $(ASKED).jsonl --match contains --prefill-chunk 64 --json \
+		> $(RESULTS)/beside-kvpress-$(NAME).json
 
 TEN = --shape 10m --random-weights --kv-budget 256 --compare hf --device cpu --dtype fp32 --json
 

@@ -1,6 +1,6 @@
 """Answers of kvpress's presses to the questions that `trimkv eval --export` writes, for `trimkv eval --answers`.
 
-It runs in an environment of its own and imports nothing of trimkv. From nothing, in the root of the repository:
+It runs in an environment of its own and imports nothing of trimkv. From nothing (`make bench-kvpress` does all of it):
 
 python3 -m venv build/kvpress && build/kvpress/bin/pip install kvpress==0.5.5 'transformers<5.3' torch==2.13.0
 .venv/bin/python -m bench.hf_folder MODEL.gguf build/model
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import sys
 import time
@@ -180,10 +181,26 @@ def answer(pipe: Any, group: Sequence[Question], case: Case) -> Iterator[dict[st
         }
 
 
-def run(pipe: Any, questions: Sequence[Question], cases: Sequence[Case], out: Path) -> None:
-    """Append what is not in the file yet, as it comes."""
+def surroundings(questions: Sequence[Question], *, model: str, dtype: str) -> dict[str, str]:
+    """Return what all lines of a file have in common: versions, model, and a hash of the questions."""
     used = {name: version(name) for name in ("kvpress", "transformers", "torch")}
-    done = {(x["policy"], x["kv_budget"], x["id"]) for x in read_lines(out)} if out.exists() else set()
+    digest = hashlib.sha256(repr(questions).encode()).hexdigest()[:16]
+    return {**used, "model": model, "dtype": dtype, "questions": digest}
+
+
+def answered(out: Path, common: Mapping[str, str]) -> set[tuple[str, int | None, str]]:
+    """Return what the file holds already; exits where it holds answers to other questions, or of another model."""
+    lines = read_lines(out) if out.exists() else []
+    for line in lines:
+        for name, value in common.items():
+            if line.get(name) != value:
+                sys.exit(f"error: {out} has answers with {name} {line.get(name)}, not {value}: give another --out")
+    return {(line["policy"], line["kv_budget"], line["id"]) for line in lines}
+
+
+def run(pipe: Any, questions: Sequence[Question], cases: Sequence[Case], out: Path, common: Mapping[str, str]) -> None:
+    """Append what is not in the file yet, as it comes."""
+    done = answered(out, common)
     groups = by_document(questions)
     for case in cases:
         start, count = time.perf_counter(), 0
@@ -191,7 +208,7 @@ def run(pipe: Any, questions: Sequence[Question], cases: Sequence[Case], out: Pa
             for group in groups:
                 rest = [q for q in group if (case.policy, case.kv_budget, q.id) not in done]
                 for line in answer(pipe, rest, case) if rest else ():
-                    print(json.dumps(line | used, ensure_ascii=False), file=file, flush=True)
+                    print(json.dumps({**line, **common}, ensure_ascii=False), file=file, flush=True)
                     count += 1
         if count:
             each = (time.perf_counter() - start) / count
@@ -225,7 +242,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype).eval()
     pipe = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer, device=model.device)
     with torch.inference_mode():
-        run(pipe, questions, cases, asked.out)
+        run(pipe, questions, cases, asked.out, surroundings(questions, model=asked.model, dtype=asked.dtype))
 
 
 if __name__ == "__main__":

@@ -67,13 +67,15 @@ def test_a_stopped_run_goes_on_and_trimkv_reads_it(tmp_path: Path, monkeypatch: 
             yield {"id": question.id, "output": "so", "policy": case.policy, "kv_budget": case.kv_budget}
 
     monkeypatch.setattr(kvpress_answers, "answer", answer)
-    monkeypatch.setattr(kvpress_answers, "version", lambda name: "1.0")
     questions = read_questions([exported(0, (1, 2, 3)), exported(1, (1, 2, 4)), exported(2, (1, 2, 3))])
-    out = tmp_path / "said.jsonl"
-    out.write_text(json.dumps({"id": "q0", "output": "it is", "policy": "kvpress-tova", "kv_budget": 8}) + "\n")
-    run(None, questions, make_cases(["full", "tova"], [8]), out)
+    out, common = tmp_path / "said.jsonl", {"model": "tiny"}
+    first = {"id": "q0", "output": "it is", "policy": "kvpress-tova", "kv_budget": 8, **common}
+    out.write_text(json.dumps(first) + "\n")
+    run(None, questions, make_cases(["full", "tova"], [8]), out, common)
     tables = {(table.policy, table.kv_budget): dict(table.said) for table in read_answers(str(out))}
     assert tables == {
         ("kvpress-full", None): {"q0": "so", "q1": "so", "q2": "so"},
         ("kvpress-tova", 8): {"q0": "it is", "q1": "so", "q2": "so"},
     }
+    with pytest.raises(SystemExit, match="has answers with model tiny, not large"):
+        run(None, questions, make_cases(["full"], []), out, {"model": "large"})
