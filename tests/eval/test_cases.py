@@ -39,6 +39,7 @@ def test_messages_and_prompts_are_read(tmp_path: Path) -> None:
         '{"prompt": "x", "answer": "x", "task": 7}',
         '{"prompt": "x", "answer": "x", "match": "maybe"}',
         '{"prompt": "x", "rules": [{"kind": "shouts"}]}',
+        '{"prompt": "x", "rules": [{"kind": "language", "value": "Elvish"}]}',
         '{"prompt": "x", "rules": [{"kind": "most-words", "value": "few"}]}',
         '{"prompt": "x", "messages": [], "answer": "x"}',
         '{"messages": [], "answer": "x"}',

@@ -17,6 +17,7 @@ from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.eval.exam import EvalOptions, Exam, make_exams
 from trimkv_cli.eval.facts import TOPICS, draw_facts
+from trimkv_cli.eval.instructions import SYSTEMS
 from trimkv_cli.eval.others import score_answers
 from trimkv_cli.eval.rules import Rule
 from trimkv_cli.eval.run import evaluate
@@ -105,11 +106,12 @@ def test_a_chat_tells_before_it_asks_and_answers_rightly(chat: bool) -> None:
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_instructions_come_first_and_points_are_told(chat: bool) -> None:
-    """Catches rules that the model is not told, and points that a summary cannot know."""
-    for sample in _draw(8, "instructions", chat=chat):
-        whole = sample.messages[0]["content"] if chat else (sample.prompt or "")[:400]
-        assert len(sample.rules) == 4
-        assert all(rule.value in whole for rule in sample.rules)
+    """Catches rules that the model is not told or is told in the question, and points that a summary cannot know."""
+    for sample in _draw(40, "instructions", chat=chat):
+        whole = sample.messages[0]["content"] if chat else (sample.prompt or "")[:300]
+        (rule,) = sample.rules
+        assert rule.value in whole
+        assert rule.value not in sample.question
     for sample in _draw(3, "summary-recall", chat=chat):
         assert len(sample.points) == 8
         assert all(point in sample.last for point in sample.points)
@@ -132,6 +134,10 @@ def test_instructions_come_first_and_points_are_told(chat: bool) -> None:
         (Rule(kind="one-line"), "one line ", "one\nline"),
         (Rule(kind="most-words", value="2"), "two words", "now three words"),
         (Rule(kind="asks"), "Is it?", "It is."),
+        (Rule(kind="language", value="French"), "Le texte est d'un garçon.", "El texto es de un niño."),
+        (Rule(kind="language", value="German"), "Die Frau ist in der Stadt.", "The lady is in a town."),
+        (Rule(kind="language", value="Italian"), "Il testo è di un ragazzo.", "Le texte est de la ville."),
+        (Rule(kind="language", value="Spanish"), "El niño y la mujer.", "Olivia."),
     ],
 )
 def test_rules_are_checked(rule: Rule, kept: str, broken: str) -> None:
@@ -222,6 +228,16 @@ def test_a_text_that_is_too_short_is_refused() -> None:
     """Catches documents shorter than the table says."""
     with pytest.raises(InputError, match="are to be asked about"):
         _draw(1, tokens=50_000)
+
+
+def test_every_ten_samples_have_all_system_messages() -> None:
+    """Catches messages that chance leaves out of a small sample, and rules that are never asked for."""
+    assert len({instruction.rule for message in SYSTEMS for instruction in message}) == 40
+    for seed in (7, 8):
+        samples = _draw(40, "instructions", seed=seed)
+        told = [sample.messages[0]["content"] for sample in samples]
+        assert all(len(set(told[start : start + 10])) == 10 for start in range(30))
+        assert len({sample.rules for sample in samples}) == 40
 
 
 def test_other_wordings_of_a_value_count() -> None:

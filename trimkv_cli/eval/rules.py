@@ -24,6 +24,23 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.casefold())
 
 
+_COMMON = {  # words that hardly a sentence of a language goes without
+    "English": " the a an is are was of and to in that it this for with as i you he she on by at ",
+    "French": " le la les l un une des du de d et est dans que qui il elle pour avec sur au ce je ",
+    "Spanish": " el la los las un una de del y es en que por con se su para lo al yo ",
+    "Italian": " il lo la gli le un una di del della e è in che per con si da dei nel io ",
+    "German": " der die das ein eine einer und ist in den dem des von zu mit sich nicht es im ich ",
+}
+LANGUAGES = tuple(_COMMON)
+
+
+def _is_language(said: str, name: str) -> bool:
+    """Say whether an answer has more of a language's most common words, two or more, than of any other's."""
+    words = _words(said)
+    counts = {language: sum(f" {word} " in common for word in words) for language, common in _COMMON.items()}
+    return counts[name] > max(1, *(count for language, count in counts.items() if language != name))
+
+
 KINDS: dict[str, Callable[[str, str], bool]] = {
     "starts": lambda said, value: said.casefold().startswith(value.casefold()),
     "ends": lambda said, value: said.casefold().rstrip(" .!\"'").endswith(value.casefold().rstrip(".!")),
@@ -36,5 +53,6 @@ KINDS: dict[str, Callable[[str, str], bool]] = {
     "no-exclamation": lambda said, _: "!" not in said,
     "one-line": lambda said, _: "\n" not in said,
     "most-words": lambda said, value: len(said.split()) <= int(value),
+    "language": _is_language,
     "asks": lambda said, _: said.endswith("?"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trimkv_cli.errors import InputError
-from trimkv_cli.eval.rules import KINDS, Rule
+from trimkv_cli.eval.rules import KINDS, LANGUAGES, Rule
 from trimkv_cli.files import as_text
 
 Match = Literal["exact", "contains"]
@@ -161,6 +161,8 @@ def _rules(data: Mapping[str, Any], where: str) -> tuple[Rule, ...]:
             raise _bad(where, f"a rule has a kind ({', '.join(KINDS)}) and a text as its value")
         if rule["kind"] == "most-words" and not rule.get("value", "").isdecimal():
             raise _bad(where, "the value of most-words is a number")
+        if rule["kind"] == "language" and rule.get("value") not in LANGUAGES:
+            raise _bad(where, f"the value of language is one of {', '.join(LANGUAGES)}")
     return tuple(Rule(kind=rule["kind"], value=rule.get("value", "")) for rule in rules)
 
 
