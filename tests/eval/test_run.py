@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ import torch
 from trimkv_cli.commands.eval import summarize_in_parts
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
-from trimkv_cli.eval.exam import EncodedSample, EvalOptions
+from trimkv_cli.eval import setups
+from trimkv_cli.eval.exam import EncodedSample, EvalOptions, Exam
 from trimkv_cli.eval.run import evaluate
 from trimkv_cli.eval.scoring import EvalResult
 from trimkv_cli.eval.setups import RandomGate
 from trimkv_cli.events import Answer
-from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.loader import load_engine, plan_for
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.loading.sources import find_source
+from trimkv_cli.loading.sources import Source, find_source
+from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request, SamplingParams
 
 ENGINE = EngineOptions(model="mini", threads=1)
@@ -120,6 +123,25 @@ def test_all_caches_are_planned_before_a_weight_is_read(own: str) -> None:
     asked = EvalOptions(tasks=(), data=own, budgets=("8",))
     with pytest.raises(DoesNotFit):
         evaluate(find_source(ENGINE, weights=True), replace(ENGINE, budget="1MiB"), asked, say=lambda _: None)
+
+
+def test_rows_that_nobody_asked_for_are_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an evaluation refused where memory holds fewer rows, and rows that were asked for made fewer."""
+
+    def plan_few(source: Source, options: EngineOptions, device: torch.device) -> Plan:
+        if (options.max_inflight or 1) > 9:
+            raise DoesNotFit("no memory for so many", hint="")
+        return plan_for(source, options, device)
+
+    monkeypatch.setattr(setups, "plan_for", plan_few)
+    source, asked = find_source(ENGINE, weights=True), EvalOptions(context=100, budgets=("8",))
+    exam = cast(Exam, None)
+    _, planned = setups.plan_setups(source, ENGINE, asked, [exam], 100)
+    assert {setup.plan.run.rows for setup in planned} == {8}
+    _, planned = setups.plan_setups(source, ENGINE, asked, [], 100)
+    assert {setup.plan.run.rows for setup in planned} == {1}
+    with pytest.raises(DoesNotFit):
+        setups.plan_setups(source, replace(ENGINE, max_inflight=10), asked, [exam], 100)
 
 
 def test_a_context_past_the_models_positions_is_refused_before_it_is_written() -> None:

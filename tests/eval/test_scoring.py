@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.points import count_points
-from trimkv_cli.eval.scoring import is_right, wilson
+from trimkv_cli.eval.scoring import EvalResult, is_right, wilson
+from trimkv_cli.ui.accuracy import accuracy_plot, accuracy_report
 
 
 @pytest.mark.parametrize("output", ["Boro.", " boro", "BORO .", "Boro\n"])
@@ -59,3 +60,22 @@ POINTS = ("The door code is 123.", "My cat is called Zubo.", "The exam is on 3 M
 def test_points_count_singly(output: str, counts: tuple[int, int]) -> None:
     """Catches a list that is judged as a whole, a point counted twice, and a slip that passes as a point."""
     assert count_points(output, POINTS) == counts
+
+
+def _row(**changes: object) -> EvalResult:
+    given = {"task": "ppl", "policy": "full", "kv_budget": None, "accuracy": None, "n": 9, "ci95": (2.9, 3.1)}
+    none = {"answer_logprob": None, "decode_tps": 0.0, "peak_bytes": 0, "kv_bytes": 0, "prefill_chunk": 32}
+    return EvalResult(**(given | none | {"context": 10, "prompt_tokens": 10.0, "seed": 0} | changes))  # type: ignore[arg-type]
+
+
+def test_perplexity_is_drawn_between_its_best_and_its_worst() -> None:
+    """Catches perplexities drawn as if they were shares, and one alone that divides by zero."""
+    full, small = _row(nats=3.0, ratio=1.0), _row(policy="streaming", kv_budget=64, nats=4.0, ratio=2.718)
+    right = _row(task="needle", accuracy=0.5, ci95=(0.4, 0.6))
+    report = accuracy_report([full, small, right])
+    assert "ppl 20.09 ×1.000" in report
+    assert "  50% |   F" in report
+    ppl = accuracy_plot("ppl", [full, small]).split("\n")
+    assert ppl[0] == "ppl: perplexity against M   F full  S streaming"
+    assert [line.split() for line in (ppl[1], ppl[11])] == [["54.6", "|", "S"], ["20.1", "|", "F"]]
+    assert "20.1 |   F" in accuracy_plot("ppl", [full])
