@@ -95,7 +95,7 @@ def evaluate(
     trimkv eval --data questions.jsonl --answers snapkv.jsonl
 
     On real text, needle hides facts between its sentences and asks for each in other words, multi-turn does so over a
-    chat, instructions counts the rules of the system message that answers keep behind a long text, summary-recall the
+    chat, instructions asks for what a rule of the system message says behind a long text, summary-recall counts the
     facts that a summary says, and ppl is the perplexity of --context tokens. Answers are greedy, and every question is
     a prompt of its own. protected is streaming with --pin prompt:10%; map-reduce does summary-recall as summarize
     --on-overflow map-reduce would, in parts that fit a full cache of M slots. Intervals draw documents again where
