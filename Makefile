@@ -53,7 +53,7 @@ smollm2-gates: $(READY)
 	$(BIN)/python -m examples.gates.smollm2.conversations build/gates/packages build/gates/smollm2.jsonl
 	$(BIN)/trimkv gates train smollm2-135m-instruct --data build/gates/smollm2.jsonl -o build/gates/smollm2 \
 		--student evicting --memory-size 128 --context 2048 --steps 600 --attention-steps 180 --attention-weight 0.3 \
-		--batch 1 --accumulate 1 --hidden 128 --lr 3e-3 --warmup 25 --schedule cosine --clip 0.1
+		--batch 1 --accumulate 1 --hidden 128 --lr 3e-3 --warmup 25 --schedule cosine --clip 0.1 --export bf16
 
 MODEL ?= mini
 RESULTS := kernels/bench/results

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from helpers.tiny_training import save_tiny_model, write_conversations
@@ -167,6 +168,12 @@ def test_released_format(tmp_path: Path, arguments: list[str], capsys: pytest.Ca
     files = read_gates(tmp_path)
     assert (files.gate.variant, files.gate.memory_size) == ("rg10", 8)
     assert {str(tensor.dtype) for tensor in files.tensors.values()} == {"torch.bfloat16"}
+    again = train_here(
+        capsys, *arguments, "--steps", "1", "-o", str(tmp_path / "own"), "--export", "bf16", "--gate", "rg10"
+    )
+    assert again[0] == 0
+    own = read_gates(tmp_path / "own")
+    assert all(torch.equal(own.tensors[name], tensor) for name, tensor in files.tensors.items())
 
 
 def test_bad_data_and_foreign_families(

@@ -15,7 +15,7 @@ from trimkv_cli.settings import option
 TrainedVariant = Literal["rg", "rg10"]
 Schedule = Literal["constant", "cosine"]
 Student = Literal["fading", "evicting"]
-Export = Literal["own", "released"]
+Export = Literal["own", "bf16", "released"]
 _gates, _data, _learning, _run = (partial(option, panel=name) for name in ("Gates", "Data", "Learning", "Run"))
 _OF_ATTENTION = ("attention_steps", "attention_weight")
 MOST_DOUBLINGS = 2  # of the slots that an evicting student is made for
@@ -137,7 +137,7 @@ class RunFiles:
     resume: bool = _run(True, "Go on from a checkpoint in DIR, or start anew.", flag="--resume/--overwrite")
     save_every: int = _run(100, "Updates between checkpoints.", "N", least=1)
     log_every: int | None = _run(None, "Updates between lines; default: 10 s.", "N", least=1)
-    export: Export = _run("own", "own, or released: the format of the authors' folders.")
+    export: Export = _run("own", "own; bf16: own in half the bytes; released: the format of the authors' folders.")
     gradient_checkpointing: bool = _run(False, "Compute layers twice to save memory.")
 
 

@@ -286,8 +286,10 @@ def _teach(trainer: Trainer, packer: Packer, cursors: deque[Cursor]) -> Iterator
 def _write(trainer: Trainer, source: Source, data: DataFiles, progress: TrainingState, run: RunFiles) -> None:
     gate = describe_gates(trainer.options, source.spec, source.model_id)
     hidden_act = activation_name(trainer.model.config.to_dict())
+    tensors = dict(trainer.parameters)
+    if run.export != "own":
+        tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in tensors.items()}
     if run.export == "released":
-        tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in trainer.parameters.items()}
         write_released(run.output, gate, tensors, hidden_act=hidden_act)
         return
     record = {
@@ -303,7 +305,7 @@ def _write(trainer: Trainer, source: Source, data: DataFiles, progress: Training
         **{name: value for name, value in asdict(progress.cursor).items() if name not in ("document", "piece")},
         "loss": progress.mean_losses(),
     }
-    write_gates(run.output, gate, dict(trainer.parameters), hidden_act=hidden_act, training=record)
+    write_gates(run.output, gate, tensors, hidden_act=hidden_act, training=record)
 
 
 def _described(trainer: Trainer, data: DataFiles) -> str:
