@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,24 @@ def test_every_released_gate_repository_has_a_profile() -> None:
     names = {f"TrimKV-Qwen3-{size}-Math" for size in ("1.7B", "4B", "8B", "14B")}
     names |= {"TrimKV-Qwen3-4B-Instruct-2507", "TrimKV-Phi-3-mini-128k-instruct"}
     names |= {"DBTrimKV-Qwen3-4B-Math", "DBTrimKV-Qwen3-4B-Instruct-2507"}
-    ours = [profile for profile in RELEASED if profile.gates and profile.variant not in OTHERS_VARIANTS]
-    assert {profile.gates for profile in ours} == {f"ngocbh/{name}" for name in names}
+    ours = {profile.gates for profile in RELEASED if profile.gates and profile.variant not in OTHERS_VARIANTS}
+    assert {gates for gates in ours if not gates.startswith("builtin:")} == {f"ngocbh/{name}" for name in names}
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "smollm2-135m-instruct-bf16"])
+def test_gates_that_come_along_are_what_profiles_say(name: str) -> None:
+    """Catches gates replaced by others while a profile plans for the old ones, and files that outgrow the package."""
+    profile = load_profile(name)
+    folder = profiles.built_in_gates("smollm2-135m-instruct")
+    assert folder is not None
+    assert profile.gate is not None
+    assert profile.spec is not None
+    found = read_gate_spec(folder, id="smollm2-135m-instruct")
+    said = replace(profile.gate, id=found.id, base_model=found.base_model)
+    assert replace(found, largest_memory_size=None) == said
+    assert profiles.profile_for(found.base_model or "") == load_profile("smollm2-135m-instruct-bf16")
+    size = (folder / "gates.safetensors").stat().st_size
+    assert 0 < size - 2 * found.numel(profile.spec) < 20_000
 
 
 def test_gates_of_others_have_profiles_and_are_taken_by_name_alone() -> None:
