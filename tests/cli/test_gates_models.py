@@ -17,9 +17,11 @@ from helpers.engines import gate_tensors
 from helpers.other_gates import write_fastkvzip, write_kvzap
 from helpers.programs import Run
 from trimkv_cli.cache.gate_files import write_gates
+from trimkv_cli.commands import gates, models
 from trimkv_cli.loading.packed_cache import Matrix, PackedForm
 from trimkv_cli.mini import MODEL_FOLDER
-from trimkv_cli.model.folders import read_model_spec
+from trimkv_cli.model import profiles
+from trimkv_cli.model.folders import read_gate_spec, read_model_spec
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 
 Text = Callable[..., subprocess.CompletedProcess[str]]
@@ -254,3 +256,15 @@ def test_gates_train_names_the_choices(trimkv: Text) -> None:
         done.stderr.splitlines()[0]
         == "error: Invalid value for '--student': 'sleeping' is not one of 'fading', 'evicting'."
     )
+
+
+def test_gates_that_come_along_are_not_pulled() -> None:
+    """Catches a pull of a built-in profile that asks the hub for a repository of the profile's name."""
+    assert [part.id for part in models._parts("smollm2-135m-instruct", None)] == ["smollm2-135m-instruct"]
+    both = [part.id for part in models._parts("qwen3-8b-math", None)]
+    assert both == [
+        "Qwen/Qwen3-8B",
+        "ngocbh/TrimKV-Qwen3-8B-Math",
+    ]
+    spec = read_gate_spec(profiles.built_in_gates("smollm2-135m-instruct") or Path(), id="smollm2-135m-instruct")
+    assert gates._base_model(spec, "smollm2-135m-instruct") == "smollm2-135m-instruct"

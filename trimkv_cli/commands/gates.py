@@ -84,7 +84,7 @@ def _base_model(gate: GateSpec, name: str) -> str:
     from trimkv_cli.model.profiles import find_profile
 
     profile, base = find_profile(name), gate.base_model
-    if profile is not None and gate.by_others:
+    if profile is not None:
         return profile.name
     if base is None or gate.by_others or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
         raise UsageError(f"{gate.id} does not say which model it is for", hint="name the model with --model")

@@ -195,11 +195,11 @@ def default(
 def _parts(id: str, revision: str | None) -> Iterator[ModelRef]:
     """Yield what a name stands for: a profile has a model and mostly gates, all else is one repository."""
     from trimkv_cli.loading.sources import gates_ref, model_ref
-    from trimkv_cli.model.profiles import find_profile
+    from trimkv_cli.model.profiles import BUILT_IN, find_profile
 
     yield model_ref(id, revision)
     profile = find_profile(id)
-    if profile is not None and profile.gates:
+    if profile is not None and profile.gates and not profile.gates.startswith(BUILT_IN):
         yield gates_ref(id)
 
 
