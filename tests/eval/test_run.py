@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from trimkv_cli.commands.eval import summarize_in_parts
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
-from trimkv_cli.eval import setups
+from trimkv_cli.eval import run, setups
 from trimkv_cli.eval.exam import EncodedSample, EvalOptions, Exam
 from trimkv_cli.eval.run import evaluate
 from trimkv_cli.eval.scoring import EvalResult
@@ -142,6 +143,21 @@ def test_rows_that_nobody_asked_for_are_as_many_as_fit(monkeypatch: pytest.Monke
     assert {setup.plan.run.rows for setup in planned} == {1}
     with pytest.raises(DoesNotFit):
         setups.plan_setups(source, replace(ENGINE, max_inflight=10), asked, [exam], 100)
+
+
+def test_one_cache_is_gone_before_the_next_is_made(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two caches side by side, which no plan counts."""
+    make, caches, alive = run._engine, list[weakref.ref[object]](), list[int]()
+
+    def engine(*given: Any) -> Engine:
+        alive.append(sum(cache() is not None for cache in caches))
+        llm = make(*given)
+        caches.append(weakref.ref(llm._runner.cache))
+        return llm
+
+    monkeypatch.setattr(run, "_engine", engine)
+    _run(own, budgets=("18", "6"), policies=("gates", "streaming", "full"))
+    assert alive == [0] * 5
 
 
 def test_a_context_past_the_models_positions_is_refused_before_it_is_written() -> None:

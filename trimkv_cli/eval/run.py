@@ -68,6 +68,7 @@ def evaluate(
                 rows[exam.task, number] = _measure(llm, setup, exam, asked, say, summarize)
             if reading is not None and setup.policy != "map-reduce":
                 rows[PPL, number] = _read(llm, setup, reading, asked, say)
+        del llm  # before the next one's cache is allocated
     tasks = [exam.task for exam in exams] + ([PPL] if reading is not None else [])
     asked_of = [(task, number) for task in tasks for number in range(len(setups))]
     return _with_ratios([rows[key] for key in asked_of if key in rows])
