@@ -268,3 +268,17 @@ def test_gates_that_come_along_are_not_pulled() -> None:
     ]
     spec = read_gate_spec(profiles.built_in_gates("smollm2-135m-instruct") or Path(), id="smollm2-135m-instruct")
     assert gates._base_model(spec, "smollm2-135m-instruct") == "smollm2-135m-instruct"
+
+
+def test_gates_are_listed(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+    """Catches names that --gates does not take, and gates in the cache that are said to be on the hub."""
+    put(cache, "ngocbh/TrimKV-Qwen3-8B-Math", GATES)
+    gates.list_(json=True)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["mini"]["where"] == rows["smollm2-135m-instruct"]["where"] == "comes along"
+    assert rows["qwen3-8b-math"] == {
+        "name": "qwen3-8b-math", "model": "Qwen/Qwen3-8B", "kind": "rg", "slots": 512, "where": "cached"
+    }  # fmt: skip
+    assert rows["keydiff"]["model"] is None
+    gates.list_(json=False)
+    assert "any" in capsys.readouterr().out

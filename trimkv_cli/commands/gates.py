@@ -14,7 +14,7 @@ from trimkv_cli.commands.options import JSON, CommandGroup
 from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.settings import option
-from trimkv_cli.ui.plain import neutralise, print_warning
+from trimkv_cli.ui.plain import columns, neutralise, print_warning
 
 if TYPE_CHECKING:
     from trimkv_cli.cache.gate_files import GateFacts
@@ -24,6 +24,42 @@ gates_app = CommandGroup(help="Look at trained retention gates.", no_args_is_hel
 
 _REVISION = option(None, "Branch, tag or commit of a hub model.", "REV", panel="Model", flag="--revision")
 Gates = Annotated[str, typer.Argument(metavar="GATES", help="A folder, a hub id, or a profile for its gates.")]
+
+
+@gates_app.command(name="list")
+def list_(*, json: bool = JSON) -> None:
+    """List the gates that --gates takes by name: those that come along, those of profiles, and what needs no training.
+
+    trimkv gates list
+    """
+    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in _listed()]
+    table = [tuple(name.upper() for name in _COLUMNS), *(tuple(_shown(v) for v in row.values()) for row in rows)]
+    print(jsonlib.dumps(rows, indent=2) if json else "\n".join(columns(table)))
+
+
+_COLUMNS = ("name", "model", "kind", "slots", "where")
+
+
+def _shown(value: str | int | None) -> str:
+    return "any" if value is None else f"{value:,}" if isinstance(value, int) else neutralise(value)
+
+
+def _listed() -> Iterator[tuple[str | int | None, ...]]:
+    from trimkv_cli.loading.hub import cached_repositories
+    from trimkv_cli.loading.sources import shown_id
+    from trimkv_cli.model.profiles import BUILT_IN, list_profiles
+
+    here = {repository.id for repository in cached_repositories()}
+    for profile in list_profiles():
+        gate = profile.gate
+        if gate is not None and profile.gates is not None:
+            id = shown_id(profile.gates)
+            place = "cached" if id.partition(":")[0] in here else id
+            where = "comes along" if profile.gates.startswith(BUILT_IN) else place
+            yield profile.name, shown_id(profile.model), gate.variant, gate.memory_size, where
+    yield "keydiff", None, "keys that differ most from the others", None, "needs no training"
+    yield "streaming", None, "the first tokens and the newest", None, "needs no training"
+    yield "none", None, "nothing is evicted", None, "a full cache"
 
 
 @gates_app.command()
@@ -92,8 +128,6 @@ def _base_model(gate: GateSpec, name: str) -> str:
 
 
 def _as_text(facts: GateFacts) -> str:
-    from trimkv_cli.ui.plain import columns
-
     return "\n".join(columns([(name, neutralise(value)) for name, value in _lines(facts)]))
 
 
