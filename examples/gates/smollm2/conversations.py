@@ -232,7 +232,8 @@ def conversations(
         yield merged(rng, writer.write(rng, rng.randint(*chosen[1:])))
 
 
-LENGTHS = ((0.25, 350, 600), (0.55, 600, 950), (0.20, 950, 1700))
+LENGTHS = ((0.25, 350, 600), (0.55, 600, 950), (0.2, 950, 1700))  # share, and tokens of a text
+LONGER = ((0.2, 350, 600), (0.45, 600, 950), (0.2, 950, 1700), (0.15, 1700, 2800))
 
 
 def main() -> None:
@@ -242,9 +243,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--long", action="store_true", help="some of the texts longer")
     args = parser.parse_args()
     with args.out.open("w", encoding="utf-8") as file:
-        for messages in conversations(args.folder, count=args.count, seed=args.seed, lengths=LENGTHS):
+        for messages in conversations(
+            args.folder, count=args.count, seed=args.seed, lengths=LONGER if args.long else LENGTHS
+        ):
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
