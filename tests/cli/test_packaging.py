@@ -30,10 +30,14 @@ def test_command_is_main() -> None:
 
 
 def test_wheel_takes_everything_that_is_read_at_run_time() -> None:
-    """Catch a wheel without kernels or profiles: both lie outside of trimkv_cli in a checkout."""
+    """Catch a wheel without kernels, profiles or the sample text: they lie outside of trimkv_cli in a checkout."""
     wheel = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert set(wheel["only-include"]) == {"trimkv_cli", "kernels/trimkv_kernels", "profiles"}
-    assert wheel["sources"] == {"kernels/trimkv_kernels": "trimkv_kernels", "profiles": "trimkv_cli/_profiles"}
+    assert set(wheel["only-include"]) == {"trimkv_cli", "kernels/trimkv_kernels", "profiles", "examples/prose"}
+    assert wheel["sources"] == {
+        "kernels/trimkv_kernels": "trimkv_kernels",
+        "profiles": "trimkv_cli/_profiles",
+        "examples/prose": "trimkv_cli/_prose",
+    }
 
 
 def test_model_lies_inside_the_package() -> None:

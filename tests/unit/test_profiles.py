@@ -50,6 +50,12 @@ def test_gates_that_come_along_are_what_profiles_say(name: str) -> None:
     assert 0 < size - 2 * found.numel(profile.spec) < 20_000
 
 
+@pytest.mark.parametrize("name", [str(GATES_FOLDER), "..", "../gates", "some/gates", "", "no-such"])
+def test_only_plain_names_come_along(name: str) -> None:
+    """Catches a folder of the user's that is taken for gates of ours, as an absolute path joined to ours is itself."""
+    assert profiles.built_in_gates(name) is None
+
+
 def test_gates_of_others_have_profiles_and_are_taken_by_name_alone() -> None:
     """Catches gates of a licence that nobody read, fetched because a model is named for which there are some."""
     others = {profile.gates for profile in RELEASED if profile.variant in OTHERS_VARIANTS}

@@ -26,8 +26,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _MODEL_ARGUMENTS = ("name", "id")  # where a model is an argument and no option
 _REPOSITORY = "models--"
 # By their names, the options and arguments of all commands that stand for a file; the others are values.
-READ = ("file", "files", "source", "data", "cache", "prompt_token_ids", "system_file", "template")
-WRITTEN = ("output", "save_cache", "html", "png", "svg", "plot", "summary_json")
+READ = ("file", "files", "source", "data", "text", "answers", "cache", "prompt_token_ids", "system_file", "template")
+WRITTEN = ("output", "save_cache", "html", "png", "svg", "plot", "export", "summary_json")
 
 
 def complete_model(incomplete: str) -> list[str]:

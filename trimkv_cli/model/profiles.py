@@ -138,6 +138,8 @@ def profile_folders() -> tuple[Path, ...]:
 
 def built_in_gates(name: str) -> Path | None:
     """Return the folder of gates that come with trimkv under this name, if there are any."""
+    if name in ("", "..") or Path(name).name != name:  # a path, or the id of a repository
+        return None
     folder = GATES_FOLDER if name == MINI else profile_folders()[1] / "gates" / name
     return folder if folder.is_dir() else None
 
