@@ -17,7 +17,7 @@ from examples.gates.smollm2.conversations import CHARACTERS_PER_TOKEN, Message, 
 from examples.gates.smollm2.facts import draw_facts
 from examples.gates.smollm2.texts import Passages, read_texts
 
-COUNT = 800
+COUNT = 128
 LENGTHS = (300, 1500)  # tokens of a text
 # fmt: off
 REQUESTS = (
@@ -45,16 +45,19 @@ def requests(folder: Path) -> Iterator[dict[str, Any]]:
 
 def join(asked: Path, answered: Path) -> Iterator[list[Message]]:
     """Give the conversations whose answers came to an end."""
-    said = {}
-    for line in answered.open(encoding="utf-8"):
-        record = json.loads(line)
-        if record["response"] is not None and record["response"]["status_code"] == 200:
-            said[record["custom_id"]] = record["response"]["body"]["choices"][0]["message"]
-    for line in asked.open(encoding="utf-8"):
-        request = json.loads(line)
-        answer = said.get(request["custom_id"])
-        if answer is not None and answer["content"].strip():
-            yield [*request["messages"], {"role": "assistant", "content": answer["content"]}]
+    said = {
+        record["custom_id"]: record["response"]["body"]["choices"][0]["message"]["content"]
+        for record in _lines(answered)
+        if record["response"] is not None and record["response"]["status_code"] == 200
+    }
+    for request in _lines(asked):
+        answer = said.get(request["custom_id"], "")
+        if answer.strip():
+            yield [*request["messages"], {"role": "assistant", "content": answer}]
+
+
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def main() -> None:
