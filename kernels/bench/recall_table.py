@@ -6,6 +6,7 @@ python -m bench.recall_table draws the picture anew; the tables are written by `
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ _TITLES = {
     "longest": "facts in {context:,} tokens of text",
     "prose": "perplexity of {context:,} tokens",
     "rules": "rules of a system message kept, {context:,} tokens later",
-    "rules, pinned": "the same, system message pinned",
+    "rules pinned": "the same, system message pinned",
 }
 _Row = dict[str, Any]
 
@@ -75,9 +76,9 @@ def _line(row: _Row, full: _Row) -> str:
     policy = f"{_NAMES[row['policy']]}{budget}"
     size = f"{row['kv_bytes'] / 2**20:.1f} MiB"
     if row["nats"] is not None:
-        ratio = "" if row["policy"] == "full" else f"× {2.718281828 ** (row['nats'] - full['nats']):.3f}"
-        low, high = (2.718281828**nats for nats in row["ci95"])
-        score, interval = f"{2.718281828 ** row['nats']:.2f}", f"{low:.2f}–{high:.2f}"
+        ratio = "" if row["policy"] == "full" else f"× {math.exp(row['nats'] - full['nats']):.3f}"
+        low, high = map(math.exp, row["ci95"])
+        score, interval = f"{math.exp(row['nats']):.2f}", f"{low:.2f}–{high:.2f}"
     else:
         ratio = f"{row['accuracy'] / full['accuracy']:.0%}" if full["accuracy"] and row is not full else ""
         score, interval = f"{row['accuracy']:.1%}", f"{row['ci95'][0]:.0%}–{row['ci95'][1]:.0%}"

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_cli.train.attention import log_beta_of
-from trimkv_cli.train.eviction import FAR, border_neighbours, lasting_of, log_ages_of, of_each_head
+from trimkv_cli.train.eviction import QUERY_BLOCK, above_border, lasting_of, log_ages_of, of_each_head, of_lasting
 from trimkv_cli.train.training_pass import TeacherStates, TrainingPass
 
-QUERY_BLOCK = 64
 _LEAST_SHARE = 1e-6  # below, the loss rises no more steeply
 
 
@@ -86,20 +85,15 @@ def _lost(
 ) -> tuple[Tensor, Tensor | float]:
     """Return the loss of a block of queries `[B, Hkv, G, n, D]`, and its gradient in `lasting` `[B, Hkv, Tk]`."""
     assert now.border is not None
-    slots, sharpness = now.border.slots, now.border.sharpness
-    if key.shape[2] <= slots:  # all are kept
+    if key.shape[2] <= now.border.slots:  # all are kept
         return lasting.new_zeros(()), 0.0
     visible, log_ages = log_ages_of(now, queries, slice(0, key.shape[2]), window)
-    scores = lasting[:, :, None] - log_ages
-    neighbours = border_neighbours(scores, slots)
-    level = scores.gather(3, neighbours).mean(dim=3, keepdim=True).clamp(min=-FAR / 2)
-    kept = scores.sub_(level).mul_(sharpness).sigmoid_()
+    above, neighbours = above_border(lasting[:, :, None] - log_ages, now.border)
+    kept = above.sigmoid_()
     logits = of_each_head(query, key.mT).masked_fill_(~visible[:, None, None], -torch.inf)
     attention = logits.softmax(dim=4)
     share = (attention * kept[:, :, None]).sum(dim=4) + _LEAST_SHARE
     weight = weights[:, None, None]
     of_kept = attention.mul_((weight / share)[..., None]).sum(dim=2).neg_()
-    of_scores = of_kept.mul_(kept).mul_(1 - kept).mul_(sharpness)
-    of_level = of_scores.sum(dim=3, keepdim=True) / -2  # half of it is each neighbour's
-    of_scores.scatter_add_(3, neighbours, of_level.expand_as(neighbours))
-    return -(weight * share.log()).sum(), of_scores.sum(dim=2)
+    of_above = of_kept.mul_(kept).mul_(1 - kept)
+    return -(weight * share.log()).sum(), of_lasting(of_above, neighbours, now.border.sharpness)

@@ -26,7 +26,7 @@ from trimkv_cli.train.training_pass import TrainingPass, in_query_blocks
 QUERY_BLOCK = 64  # queries that attend at a time: what is made of them stays in a core's cache
 KEPT_NUMEL = 1 << 24  # pairs of tokens and heads, at most, whose weights (64 MiB) a layer keeps for the backward pass
 _LEAST_FADING = 1e-30  # less has no gradient
-FAR = 1e4  # the log age of what is not there
+_FAR = 1e4  # the log age of what is not there
 
 
 def attend_to_kept(
@@ -54,7 +54,7 @@ def log_ages_of(now: TrainingPass, queries: slice, keys: slice, window: int | No
     """Return which keys the queries may see, `[B, Tq, Tk]`, and the logarithm of their ages, `[B, 1, Tq, Tk]`."""
     distances = now.distances(queries, keys)
     visible = now.visible(queries, keys, distances, window)
-    return visible, torch.log(distances.clamp(min=0) + 2).masked_fill(~visible, FAR)[:, None]
+    return visible, torch.log(distances.clamp(min=0) + 2).masked_fill(~visible, _FAR)[:, None]
 
 
 def _attend_block(
@@ -93,9 +93,7 @@ class _SoftBorder(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lasting: Tensor, log_ages: Tensor, border: Border
     ) -> Tensor:
         scores = lasting[:, :, None] - log_ages
-        neighbours = border_neighbours(scores, border.slots)
-        level = scores.gather(3, neighbours).mean(dim=3, keepdim=True).clamp(min=-FAR / 2)
-        above = scores.sub_(level).mul_(border.sharpness)
+        above, neighbours = above_border(scores, border)
         logits = of_each_head(query, key.mT)
         weights = logits.add_(functional.logsigmoid(above)[:, :, None]).softmax(dim=4)
         output = of_each_head(weights, value)
@@ -108,10 +106,8 @@ class _SoftBorder(torch.autograd.Function):
         key, value, weights, output, kept, neighbours = ctx.saved_tensors
         mean = (grads[0] * output).sum(dim=4, keepdim=True)
         of_logits = of_each_head(grads[0], value.mT).sub_(mean).mul_(weights)
-        of_scores = of_logits.sum(dim=2).mul_(1 - kept).mul_(ctx.sharpness)
-        of_level = of_scores.sum(dim=3, keepdim=True) / -2  # half of it is each neighbour's
-        of_scores.scatter_add_(3, neighbours, of_level.expand_as(neighbours))
-        return of_each_head(of_logits, key), None, None, of_scores.sum(dim=2), None, None
+        of_above = of_logits.sum(dim=2).mul_(1 - kept)
+        return of_each_head(of_logits, key), None, None, of_lasting(of_above, neighbours, ctx.sharpness), None, None
 
 
 def of_each_head(many: Tensor, one: Tensor) -> Tensor:
@@ -120,7 +116,21 @@ def of_each_head(many: Tensor, one: Tensor) -> Tensor:
     return product.view(*many.shape[:4], one.shape[3])
 
 
-def border_neighbours(scores: Tensor, slots: int) -> Tensor:
+def above_border(scores: Tensor, border: Border) -> tuple[Tensor, Tensor]:
+    """Return how sharply scores `[B, Hkv, Tq, Tk]`, which it overwrites, lie above their border; and neighbours."""
+    neighbours = _border_neighbours(scores, border.slots)
+    level = scores.gather(3, neighbours).mean(dim=3, keepdim=True).clamp(min=-_FAR / 2)
+    return scores.sub_(level).mul_(border.sharpness), neighbours
+
+
+def of_lasting(of_above: Tensor, neighbours: Tensor, sharpness: float) -> Tensor:
+    """Return the gradient in `lasting` `[B, Hkv, Tk]` for one in what `above_border` returned, which it overwrites."""
+    of_scores = of_above.mul_(sharpness)
+    of_level = of_scores.sum(dim=3, keepdim=True) / -2  # half of it is each neighbour's
+    return of_scores.scatter_add_(3, neighbours, of_level.expand_as(neighbours)).sum(dim=2)
+
+
+def _border_neighbours(scores: Tensor, slots: int) -> Tensor:
     """Return where the border's neighbours are, the best that is evicted and the worst that is kept: `[…, 2]`."""
     if scores.device.type != "cpu":
         return scores.topk(slots + 1, dim=3).indices[..., -2:]

@@ -126,7 +126,7 @@ class Writer:
         for at in rng.sample(range(len(keys)), min(len(keys), rng.randint(3, 5))):
             question = rng.choice(("Which value does {k} have in the list?", "What stands beside {k}?", "Look up {k}.",
                                    "What is listed for {k}?")).format(k=keys[at])  # fmt: skip
-            messages = _ask(messages, question, rng.choice((values[at], rows[at], f"{keys[at]} has {values[at]}.")))
+            messages += _turn(question, rng.choice((values[at], rows[at], f"{keys[at]} has {values[at]}.")))
         return messages
 
     def code(self, rng: Random, size: int) -> list[Message]:
@@ -152,7 +152,7 @@ class Writer:
                 ("What is the value of {n}?", "To what is {n} set in the code?", "Which value has {n}?")
             )
             answer = rng.choice((f"{names[at]} = {values[at]}", values[at], f"{names[at]} is set to {values[at]}."))
-            messages = _ask(messages, question.format(n=names[at]), answer)
+            messages += _turn(question.format(n=names[at]), answer)
         return messages
 
     def rules(self, rng: Random, size: int) -> list[Message]:
@@ -167,7 +167,7 @@ class Writer:
             answer = fact.answer(rng)
             for (_, form), word in zip(chosen, words, strict=True):
                 answer = form.format(a=answer, A=answer.upper(), w=word)
-            messages = _ask(messages, fact.ask(rng), answer)
+            messages += _turn(fact.ask(rng), answer)
         return messages
 
     def going_on(self, rng: Random, size: int) -> list[Message]:
@@ -198,10 +198,6 @@ def _about(rng: Random, text: str) -> list[Message]:
 
 def _asked(rng: Random, facts: Sequence[Fact]) -> list[Message]:
     return [message for fact in facts for message in _turn(fact.ask(rng), fact.answer(rng))]
-
-
-def _ask(messages: list[Message], question: str, answer: str) -> list[Message]:
-    return [*messages, *_turn(question, answer)]
 
 
 def _turn(user: str, assistant: str) -> list[Message]:
