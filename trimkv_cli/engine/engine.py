@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimkv_cli.engine.devices import cap_allocator, give_back, measured_peaks, module_bytes, peak_bytes, reset_peak
+from trimkv_cli.engine.devices import measured_peaks, module_bytes, peak_bytes
 from trimkv_cli.engine.kept_rows import KeptRows
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.recovery import Recovery, attempt
+from trimkv_cli.engine.resizing import Resizing
 from trimkv_cli.engine.sampler import NO_TOKEN
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.engine.snapshot import CacheSnapshots
 from trimkv_cli.engine.text import Detokenizer, Text
-from trimkv_cli.errors import ContextOverflow, DoesNotFit, OutOfDeviceMemory, TrimkvError, UsageError
+from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.events import (
     CacheSnapshot,
     CacheStats,
@@ -36,7 +37,6 @@ from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request, check_token_ids
-from trimkv_cli.units import format_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +107,7 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._recovery = Recovery(runner, scheduler)
+        self._resizing = Resizing(runner, scheduler)
         self._snapshots = CacheSnapshots(runner.cache)
         self._undo = undo
         self._compact = compact
@@ -438,7 +439,7 @@ class Engine:
             ContextOverflow: fewer than a full cache, which may evict nothing, holds already.
             OutOfDeviceMemory: there was not enough memory after all; the size stays as it was.
         """
-        return self._change(self.facts.plan, kv_budget, limit=self.facts.plan.budget_bytes)
+        return self._resized(*self._resizing.to_slots(self.facts.plan, kv_budget))
 
     def set_budget(self, budget_bytes: int) -> Resized:
         """Give the process another budget: the slots shrink where they must, or grow, to what was trained at most.
@@ -449,62 +450,9 @@ class Engine:
             DoesNotFit: no slot fits beside all the rest; nothing has changed.
             TrimkvError: as `resize`.
         """
-        facts, before = self.facts, self.facts.plan.budget_bytes
-        plan = facts.plan.with_budget(budget_bytes)
-        limit = None if before is None else max(before, budget_bytes)
-        most = plan.slots_within(budget_bytes, limit=limit)
-        if most == 0:
-            least = plan.with_slots(1).run.total_bytes
-            needed, budget = format_sizes(least, budget_bytes)
-            raise DoesNotFit(
-                f"1 slot per head needs {needed}, and the budget is {budget}", hint=f"{least} bytes, or a larger budget"
-            )
-        device, runtime = self._runner.device, plan.run.part_bytes("runtime")
-        if limit is not None:
-            cap_allocator(device, limit - runtime)
-        try:
-            done = self._change(plan, min(most, max(plan.run.kv_budget, facts.gate.memory_size or 0)), limit=limit)
-        except TrimkvError:
-            cap_allocator(device, sys.maxsize if before is None else before - runtime)
-            raise
-        cap_allocator(device, budget_bytes - runtime)
-        reset_peak(device)
-        return done
+        return self._resized(*self._resizing.to_budget(self.facts.plan, budget_bytes))
 
-    def _change(self, before: Plan, kv_budget: int, *, limit: int | None) -> Resized:
-        """Change the slots per head from a plan of those that there are; raises as `resize` does."""
-        if self._runner.cache.rebase is not None:
-            hint = "begin anew with another --kv-budget, or without --on-overflow rebase"
-            raise UsageError("the slots are as many as they are under --on-overflow rebase", hint=hint)
-        bytes_before, rows = self.kv_bytes, self._scheduler.begun
-        plan = before.resized(kv_budget, limit=limit)
-        self._check_full_cache(kv_budget, rows)
-        self._runner.cache.check_pins(kv_budget, [row.index for row in rows], beside=2 * plan.run.pins.ends(kv_budget))
-        evicted, failure = attempt(lambda: self._runner.resize(kv_budget, rows))
-        if evicted is None:
-            self._runner.resize(before.run.kv_budget, rows)
-            raise OutOfDeviceMemory(f"no memory for {kv_budget} slots per head: {failure}", hint="try fewer slots")
-        give_back(self._runner.device)
-        self._scheduler.forget_prefix()
+    def _resized(self, plan: Plan, done: Resized) -> Resized:
         self.facts = replace(self.facts, plan=plan)
-        self.fingerprint = {**self.fingerprint, "kv_budget": str(kv_budget)}
-        return Resized(
-            kv_budget_before=before.run.kv_budget,
-            kv_budget=kv_budget,
-            evicted=evicted,
-            kv_bytes_before=bytes_before,
-            kv_bytes=self.kv_bytes,
-        )
-
-    def _check_full_cache(self, kv_budget: int, rows: Sequence[Row]) -> None:
-        needed = max((self._tokens_at_end(row) for row in rows), default=0)
-        if self.facts.gate.variant == "none" and needed > kv_budget:
-            raise ContextOverflow(
-                f"a full cache of {kv_budget} slots cannot hold the {needed} tokens of what runs or is kept",
-                hint=f"{needed} slots or more, or gates: --gates streaming",
-            )
-
-    def _tokens_at_end(self, row: Row) -> int:
-        if self._scheduler.parked.get(row.request.id) is row:
-            return row.seen
-        return row.base + len(row.request.prompt_token_ids) + row.request.params.max_tokens - 1
+        self.fingerprint = {**self.fingerprint, "kv_budget": str(plan.run.kv_budget)}
+        return done
