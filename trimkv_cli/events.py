@@ -45,6 +45,7 @@ class RequestStats:
     total_s: float
     cache: CacheStats
     prefill_chunk: int | None = None  # where memory forced smaller chunks than planned
+    continued_tokens: int = 0  # those that its row held already, of the request that it continues
 
     @property
     def warnings(self) -> tuple[Notice, ...]:

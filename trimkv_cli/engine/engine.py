@@ -351,6 +351,7 @@ class Engine:
                 pinned_per_head=self._runner.pinned(row),
             ),
             prefill_chunk=row.chunk,
+            continued_tokens=row.base,
         )
 
     @property
@@ -364,6 +365,11 @@ class Engine:
     @property
     def max_rows(self) -> int:
         return self._scheduler.options.max_rows
+
+    @property
+    def free_rows(self) -> int:
+        """Count the rows that a waiting request could have now: neither running nor kept."""
+        return self._scheduler.free_rows
 
     def running_s(self, request_id: str) -> float:
         """Return how long ago a request got its row, 0 when it waits for one."""

@@ -22,6 +22,9 @@ class KeptRows:
         self._cache = runner.cache
         self._scheduler = scheduler
 
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._scheduler.parked
+
     def positions(self, request_id: str) -> list[list[list[int]]]:
         """Return the positions that a finished request with `keep` left in the cache: `[layer][head][ascending]`."""
         return self._cache.kept(self._scheduler.parked[request_id].index)

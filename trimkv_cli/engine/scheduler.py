@@ -365,8 +365,17 @@ class Scheduler:
         else:
             self.suspended.remove(row)
 
+    @property
+    def free_rows(self) -> int:
+        """Count the places below the limit that hold nothing."""
+        return len(set(range(self.row_limit.now)) - self._taken)
+
+    @property
+    def _taken(self) -> set[int]:
+        return {*self.running, *(row.index for row in (*self.parked.values(), *self.suspended))}
+
     def _free_index(self) -> int | None:
-        taken = {*self.running, *(row.index for row in (*self.parked.values(), *self.suspended))}
+        taken = self._taken
         return next((index for index in range(self.row_limit.now) if index not in taken), None)
 
     def _next_prefill(self, long_rope: bool) -> Prefill | None:

@@ -182,8 +182,29 @@ class Text:
         `last_token_id` was generated and not yet fed. Where it ended the answer (it is one of `eos_token_ids`), the
         template's own end of an answer stands for it; else (cut by length or by the user) that end follows it.
         """
-        mark, answer = unused_characters([user_text], 2)
-        found, tail = self._after_answer(answer, self._typed.mark(user_text, mark), think)
+        turns = [*_answered(_PROBES[0]), {"role": "user", "content": user_text}]
+        return self.render_rest(turns, 1, last_token_id=last_token_id, eos_token_ids=eos_token_ids, think=think)
+
+    def render_rest(
+        self,
+        messages: Sequence[Message],
+        answered: int,
+        *,
+        last_token_id: int | None,
+        eos_token_ids: Collection[int] = (),
+        think: bool | None = None,
+    ) -> list[int]:
+        """Render what to feed after `messages[answered]`, an answer that was generated, as `render_turn` does.
+
+        Raises:
+            UnsupportedModel: the template drops earlier answers.
+            UsageError: it refuses the messages.
+            BrokenModel: it has a bug.
+        """
+        mark, answer = unused_characters([text for message in messages for text in message.values()], 2)
+        guarded = [self._guarded(message, mark) for message in messages]
+        guarded[answered] = {"role": "assistant", "content": answer}
+        _, found, tail = self._render(guarded, think).rpartition(answer)
         if not found:
             raise UnsupportedModel(
                 "the chat template drops earlier answers, so a chat cannot go on turn by turn",
@@ -206,22 +227,13 @@ class Text:
         """Encode the parts of a rendered conversation one by one: no token reaches from one into the next."""
         return [self._encode_inside([part]) if index else self._encode(part) for index, part in enumerate(parts)]
 
-    def _after_answer(self, answer: str, user_text: str, think: bool | None) -> tuple[bool, str]:
-        """Say whether the template keeps an earlier answer, and what it puts after it."""
-        messages = [
-            {"role": "user", "content": _PROBES[0]},
-            {"role": "assistant", "content": answer},
-            {"role": "user", "content": user_text},
-        ]
-        _, found, tail = self._render(messages, think).rpartition(answer)
-        return bool(found), tail
-
     def _turn_end(self) -> int | None:
         if self._template is None:
             return None
         (answer,) = unused_characters([], 1)
+        messages = [*_answered(_PROBES[0], answer), {"role": "user", "content": _PROBES[1]}]
         try:
-            found, tail = self._after_answer(answer, _PROBES[1], None)
+            _, found, tail = self._render(messages, None).rpartition(answer)
         except TrimkvError:  # a template for single questions
             return None
         end = self._leading_token(tail.lstrip()) if found else None
@@ -344,6 +356,10 @@ def unused_characters(texts: Iterable[str], count: int) -> list[str]:
     used = set().union(*texts)
     free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
     return [next(free) for _ in range(count)]
+
+
+def _answered(question: str, answer: str = "") -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _common(left: list[int], right: list[int]) -> list[int]:

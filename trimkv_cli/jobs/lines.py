@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -119,6 +120,20 @@ def parse_line(line: Line, rules: Rules) -> Item | BadLine:
     return _parse_object(line.number, data, rules)
 
 
+def parse_body(number: int, data: Any, kind: Kind, rules: Rules, *, custom_id: str) -> Item | BadLine:
+    """Parse the body of a request to the url of this kind, as `parse_line` does a line's."""
+    sources = next(sources for name, sources in _URLS.values() if name == kind)
+    if not isinstance(data, dict):
+        message = f"the body is a JSON object, not {_JSON_NAMES[type(data)]}"
+        return BadLine(line=number, custom_id=custom_id, status=400, message=message)
+
+    def read() -> Item:
+        body = Body.model_validate(data)
+        return _item(number, custom_id, body, kind=kind, sources=sources, rules=rules)
+
+    return _or_bad(number, custom_id, read)
+
+
 def id_of(line: Line, rules: Rules) -> str | None:
     """Return the id that `parse_line` would give a line, without reading the rest of it."""
     if line.problem is not None:
@@ -159,26 +174,41 @@ def derive_seed(run_seed: int, custom_id: str) -> int:
 
 
 def _parse_object(number: int, data: dict[str, Any], rules: Rules) -> Item | BadLine:
-    custom_id = f"line-{number}"
+    implied = f"line-{number}"
     try:
-        custom_id = _custom_id(data) or custom_id
+        custom_id = _custom_id(data) or implied
+    except Refused as refused:
+        return _bad_request(number, implied, refused)
+
+    def read() -> Item:
         if "url" in data or "body" in data:
             return _batch_item(number, custom_id, data, rules)
         body = SimpleLine.model_validate(data)
         return _item(number, custom_id, body, kind="simple", sources=_SIMPLE, rules=rules)
+
+    return _or_bad(number, custom_id, read)
+
+
+def _or_bad(number: int, custom_id: str, read: Callable[[], Item]) -> Item | BadLine:
+    try:
+        return read()
     except ValidationError as error:
         (param, message), *others = explain(error)
         further = tuple(message for _, message in others)
         return BadLine(line=number, custom_id=custom_id, status=400, message=message, param=param, further=further)
     except Refused as refused:
-        return BadLine(
-            line=number,
-            custom_id=custom_id,
-            status=refused.status,
-            message=str(refused),
-            param=refused.param,
-            code=refused.code,
-        )
+        return _bad_request(number, custom_id, refused)
+
+
+def _bad_request(number: int, custom_id: str, refused: Refused) -> BadLine:
+    return BadLine(
+        line=number,
+        custom_id=custom_id,
+        status=refused.status,
+        message=str(refused),
+        param=refused.param,
+        code=refused.code,
+    )
 
 
 def _batch_item(number: int, custom_id: str, data: dict[str, Any], rules: Rules) -> Item:

@@ -35,7 +35,7 @@ class Recorder:
 
     def success(self, item: Item, answers: Sequence[Answer], text: Tokenizer | None) -> Record:
         """Return the record of an answered item, with all its choices; without a tokenizer it has only token ids."""
-        body = self._body(item, answers, text)
+        body = self.body(item, answers, text)
         return self._record(self._key(item.custom_id), item.custom_id, status=200, body=body)
 
     def bad_line(self, bad: BadLine) -> Record:
@@ -62,27 +62,43 @@ class Recorder:
         record: Record = {"id": f"batch_req_{key}", "custom_id": custom_id, "response": None, "error": error}
         return {**record, "trimkv": {"line": line}}
 
-    def _body(self, item: Item, answers: Sequence[Answer], text: Tokenizer | None) -> Record:
-        completion = item.kind == "completion"
+    def body(self, item: Item, answers: Sequence[Answer], text: Tokenizer | None) -> Record:
+        """Return what answers an item: OpenAI's completion, with all its choices."""
         return {
-            "id": f"{'cmpl' if completion else 'chatcmpl'}-{self._key(item.custom_id)}",
-            "object": "text_completion" if completion else "chat.completion",
-            "created": 0 if self.reproducible else int(time.time()),
-            "model": self.model,
+            **self.head(item),
             "choices": [_choice(item, index, answer, text) for index, answer in enumerate(answers)],
-            "usage": self._usage([answer.stats for answer in answers]),
-            "trimkv": self._trimkv(item, [answer.stats for answer in answers]),
+            **self.tail(item, answers),
         }
 
+    def head(self, item: Item, *, chunk: bool = False) -> Record:
+        """Return what a completion, or each of its chunks, begins with."""
+        completion = item.kind == "completion"
+        chat = "chat.completion.chunk" if chunk else "chat.completion"
+        return {
+            "id": f"{'cmpl' if completion else 'chatcmpl'}-{self._key(item.custom_id)}",
+            "object": "text_completion" if completion else chat,
+            "created": 0 if self.reproducible else int(time.time()),
+            "model": self.model,
+        }
+
+    def tail(self, item: Item, answers: Sequence[Answer]) -> Record:
+        """Return what a completion ends with: its usage, and what else there is to know."""
+        stats = [answer.stats for answer in answers]
+        return {"usage": self._usage(stats), "trimkv": self._trimkv(item, stats)}
+
     def _usage(self, stats: Sequence[RequestStats]) -> Record:
-        prompt, completion = stats[0].prompt_tokens, sum(each.completion_tokens for each in stats)
+        continued = stats[0].continued_tokens
+        prompt = stats[0].prompt_tokens + continued
+        completion = sum(each.completion_tokens for each in stats)
         usage: Record = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
         if not self.reproducible:
-            usage["prompt_tokens_details"] = {"cached_tokens": min(each.shared_prefix_tokens for each in stats)}
+            usage["prompt_tokens_details"] = {
+                "cached_tokens": continued + min(each.shared_prefix_tokens for each in stats)
+            }
         return usage
 
     def _trimkv(self, item: Item, stats: Sequence[RequestStats]) -> Record:
