@@ -77,13 +77,14 @@ def _line(row: _Row, full: _Row) -> str:
     size = f"{row['kv_bytes'] / 2**20:.1f} MiB"
     if row["nats"] is not None:
         ratio = "" if row["policy"] == "full" else f"× {math.exp(row['nats'] - full['nats']):.3f}"
-        low, high = map(math.exp, row["ci95"])
-        score, interval = f"{math.exp(row['nats']):.2f}", f"{low:.2f}–{high:.2f}"
+        ends = [f"{math.exp(end):.2f}" for end in row["ci95"] or ()]
+        score = f"{math.exp(row['nats']):.2f}"
     else:
         ratio = f"{row['accuracy'] / full['accuracy']:.0%}" if full["accuracy"] and row is not full else ""
-        score, interval = f"{row['accuracy']:.1%}", f"{row['ci95'][0]:.0%}–{row['ci95'][1]:.0%}"
+        ends = [f"{end:.0%}" for end in row["ci95"] or ()]
+        score = f"{row['accuracy']:.1%}"
     said = "" if row["answer_tokens"] is None else f"{row['answer_tokens']:.0f}"
-    return f"| {what}: {policy} | {size} | {score} | {interval} | {ratio} | {row['n']} | {said} |"
+    return f"| {what}: {policy} | {size} | {score} | {'–'.join(ends)} | {ratio} | {row['n']} | {said} |"
 
 
 def _rows(path: Path) -> Sequence[_Row]:

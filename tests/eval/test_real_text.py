@@ -22,7 +22,7 @@ from trimkv_cli.eval.others import score_answers
 from trimkv_cli.eval.rules import Rule
 from trimkv_cli.eval.run import evaluate
 from trimkv_cli.eval.samples import Sample, export_line, read_samples
-from trimkv_cli.eval.scoring import bootstrap, is_right, judge
+from trimkv_cli.eval.scoring import bootstrap, interval, is_right, judge
 from trimkv_cli.eval.text_tasks import draw_documents
 from trimkv_cli.eval.texts import RealText, Sentence, weave
 from trimkv_cli.loading.loader import load_engine, load_text
@@ -251,6 +251,8 @@ def test_intervals_take_documents_whole() -> None:
     scores, documents = [1.0] * 8 + [0.0] * 8, ["a"] * 8 + ["b"] * 8
     assert bootstrap(scores, documents) == (0.0, 1.0)
     assert bootstrap([1.0, 0.0] * 8, documents) == (0.5, 0.5)
+    assert interval([1.0, 0.0, 0.5], ["one"] * 3) is None  # its own score, drawn again and again
+    assert interval([0.4], ["one"]) is None
     assert bootstrap(scores, list(map(str, range(16)))) == bootstrap(scores, list(map(str, range(16))))
 
 

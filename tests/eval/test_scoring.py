@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from bench.points import count_points
@@ -79,3 +81,10 @@ def test_perplexity_is_drawn_between_its_best_and_its_worst() -> None:
     assert ppl[0] == "ppl: perplexity against M   F full  S streaming"
     assert [line.split() for line in (ppl[1], ppl[11])] == [["54.6", "|", "S"], ["20.1", "|", "F"]]
     assert "20.1 |   F" in accuracy_plot("ppl", [full])
+
+
+def test_a_score_without_an_interval_is_shown_without_one() -> None:
+    """Catches a table that fails, or makes one up, where a single document was asked about."""
+    report = accuracy_report([_row(task="summary-recall", accuracy=0.375, ci95=None), _row(nats=3.0, ci95=None)])
+    assert re.search(r"full +all +37\.5% +– +9", report)
+    assert re.search(r"full +all +ppl 20\.09 +– +9", report)

@@ -37,6 +37,6 @@ def nats(engine: Engine, request: Request) -> list[float]:
     return [-value for value in engine.log_likelihoods(request)]
 
 
-def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean when blocks of neighbours are drawn again."""
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean when blocks of neighbours are drawn again; a single block has none."""
     return bootstrap(values, [str(number // _BLOCK) for number in range(len(values))])

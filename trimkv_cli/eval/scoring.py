@@ -51,11 +51,16 @@ def _words(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in text).split())
 
 
-def bootstrap(scores: Sequence[float], documents: Sequence[str], *, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of the mean score when whole documents are drawn again, with what was asked of each."""
+def bootstrap(scores: Sequence[float], documents: Sequence[str], *, seed: int = 0) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean score when whole documents are drawn again, with what was asked of each.
+
+    A single document, drawn again, is itself: it has none.
+    """
     groups: dict[str, list[float]] = {}
     for score, document in zip(scores, documents, strict=True):
         groups.setdefault(document, []).append(score)
+    if len(groups) < 2:
+        return None
     sums = [(sum(group), len(group)) for group in groups.values()]
     rng = Random(f"bootstrap {seed}")  # noqa: S311
     means = []
@@ -66,7 +71,7 @@ def bootstrap(scores: Sequence[float], documents: Sequence[str], *, seed: int = 
     return means[round(0.025 * (_RESAMPLES - 1))], means[round(0.975 * (_RESAMPLES - 1))]
 
 
-def interval(scores: Sequence[float], documents: Sequence[str]) -> tuple[float, float]:
+def interval(scores: Sequence[float], documents: Sequence[str]) -> tuple[float, float] | None:
     """Return Wilson's interval of right and wrong answers about a document each, else one by bootstrap."""
     if len(set(documents)) == len(documents) and set(scores) <= {0.0, 1.0}:
         return wilson(round(sum(scores)), len(scores))
@@ -93,7 +98,7 @@ class EvalResult:
     kv_budget: int | None
     accuracy: float | None
     n: int
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None  # None where a single document was asked about: nothing says how others differ
     answer_logprob: float | None  # mean per token of the expected answers, in nats; None where none can be forced
     decode_tps: float
     peak_bytes: int

@@ -73,13 +73,13 @@ def _cells(row: EvalResult) -> tuple[str, ...]:
 
 def _score(row: EvalResult) -> tuple[str, str]:
     """Say how good a row is and its interval: a share, or of a text its perplexity, and that of the full cache's."""
-    low, high = row.ci95
     if row.nats is not None:
         times = "" if row.ratio is None else f" ×{row.ratio:.3f}"
-        return f"ppl {math.exp(row.nats):.2f}{times}", f"{math.exp(low):.2f}–{math.exp(high):.2f}"
+        between = "–" if row.ci95 is None else "–".join(f"{math.exp(end):.2f}" for end in row.ci95)
+        return f"ppl {math.exp(row.nats):.2f}{times}", between
     if row.accuracy is None:
         return "–", "–"
-    return f"{row.accuracy:.1%}", f"{low * 100:.1f}–{high * 100:.1f}"
+    return f"{row.accuracy:.1%}", "–" if row.ci95 is None else "–".join(f"{end * 100:.1f}" for end in row.ci95)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +217,9 @@ def _draw_task(panel: Any, rows: Sequence[EvalResult]) -> None:
 
 
 def _height(row: EvalResult) -> tuple[float, float, float]:
-    """Return how good a row is and its interval: the share of right answers, or the perplexity."""
-    low, high = row.ci95
+    """Return how good a row is and its interval, empty where it has none: the share of right answers, or perplexity."""
+    value = row.nats if row.nats is not None else row.accuracy or 0.0
+    low, high = row.ci95 or (value, value)
     if row.nats is None:
-        return row.accuracy or 0.0, low, high
-    return math.exp(row.nats), math.exp(low), math.exp(high)
+        return value, low, high
+    return math.exp(value), math.exp(low), math.exp(high)
