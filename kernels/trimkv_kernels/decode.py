@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.launch import decode_launch, padded
-from trimkv_kernels.reference import finite
 from trimkv_kernels.slots import Journal, Slots
 
 
@@ -43,7 +42,6 @@ def decode(
     part_score = query.new_empty(programs, launch.splits, dtype=torch.float32)
     part_loser = query.new_empty(programs, launch.splits, 2, dtype=torch.int32)
     query, key, value, log_beta, position = (tensor.contiguous() for tensor in (query, key, value, log_beta, position))
-    log_beta = finite(log_beta) if static else log_beta
     spans = None if spans is None else spans.contiguous()
     output = torch.empty_like(query)
     shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide, "EVICT": evict}

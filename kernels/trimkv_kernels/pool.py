@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels.keydiff import key_scores, visible
-from trimkv_kernels.reference import finite, protected
+from trimkv_kernels.reference import protected
 from trimkv_kernels.slots import Journal, Slots
 
 _NEVER = torch.iinfo(torch.int32).min
@@ -169,7 +169,7 @@ class SlotPool:
         held, log_betas = self.position[:, :rows], self.log_beta[:, :rows]
         idle = (position < 0)[None, :, None]
         # A row without a token loses what it was fed: its score is −inf, at a newer position than any empty slot has.
-        log_betas[..., -1] = (finite(log_beta) if self.static else log_beta).masked_fill(idle, -torch.inf)
+        log_betas[..., -1] = log_beta.masked_fill(idle, -torch.inf)
         if self.compares_keys:
             self._compare_keys(position)
         scores = _scores(log_betas, held, position, self.window, self.recent, static=self.static, spans=spans)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.launch import padded, prefill_launch
-from trimkv_kernels.reference import finite, survivors
+from trimkv_kernels.reference import survivors
 from trimkv_kernels.slots import Slots
 
 
@@ -66,7 +66,6 @@ def prefill(
         WINDOW=window or 0,
         num_warps=launch.warps,
     )
-    log_beta = finite(log_beta) if static else log_beta
     ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
     target = survivors(log_beta, positions, slots, rows=rows, fill=fill, **ranks)
     _move[(length, batch * num_kv_heads)](  # a grid's first axis alone goes beyond 65,535

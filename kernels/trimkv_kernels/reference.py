@@ -52,7 +52,7 @@ def decode(
         dense: every row with a token has all of its first `fill` slots in use.
         window: length of a sliding window, the query itself counted.
         recent: the newest tokens of each row, this one counted, that are pinned.
-        static: log_beta is the score.
+        static: log_beta is the score, a number as `finite` makes them, or +inf where a token is pinned.
         spans: `[B, 2, 2]` int32, the half-open intervals of positions of each row that are protected; one that ends
             where it begins, or before, holds nothing.
         sinks: `[Hq]`, one more logit in each head's softmax, which has no value (gpt-oss); any float dtype.
@@ -67,7 +67,7 @@ def decode(
     if evict:
         candidates = rows.head(min(fill + 1, rows.position.shape[2]))
         ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
-        _evict_one(key, value, finite(log_beta) if static else log_beta, position, candidates, undo, **ranks)
+        _evict_one(key, value, log_beta, position, candidates, undo, **ranks)
     return output
 
 
@@ -108,7 +108,6 @@ def prefill(
     how: dict[str, Any] = {"rows": rows, "fill": fill, "scale": scale, "window": window, "sinks": sinks}
     output = _attend_chunk(query, key, value, positions, slots, **how)
     ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
-    log_beta = finite(log_beta) if static else log_beta
     _evict_chunk(key, value, log_beta, positions, slots, rows=rows, fill=fill, **ranks)
     return output
 
@@ -313,8 +312,8 @@ def _dead(source: Tensor, now: Tensor, window: int | None) -> Tensor:
 
 
 def finite(scores: Tensor) -> Tensor:
-    """Return static scores in which nothing but a pin, +inf, is infinite: every token is worth more than no token."""
-    return scores.nan_to_num(nan=_LEAST, neginf=_LEAST, posinf=torch.inf)
+    """Make numbers of static scores, in place: every token is worth more than no token, −inf, and less than a pin."""
+    return scores.nan_to_num_(nan=_LEAST)
 
 
 def protected(position: Tensor, spans: Tensor) -> Tensor:

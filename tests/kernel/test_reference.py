@@ -56,7 +56,7 @@ def draw_log_beta(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -
     if kind == "ties":
         return rng.choice(np.array([0.0, -0.25, -0.5, -1.0], np.float32), shape)
     if kind == "static":
-        few = [-np.inf, np.nan, -2.0, -1e-3, -0.0, 0.0, 1e-38, 0.5, 3.0, 3e38]
+        few = [np.finfo(np.float32).min, -2.0, -1e-3, -0.0, 0.0, 1e-38, 0.5, 3.0, 3e38]
         return np.where(rng.random(shape) < 0.6, rng.choice(few, shape), rng.normal(size=shape)).astype(np.float32)
     return -np.exp(rng.normal(-2.0, 2.0, shape)).astype(np.float32)
 

@@ -73,6 +73,19 @@ def test_scores_are_those_of_plain_loops(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_is_worth_least(kind: str, tmp_path: Path) -> None:
+    """Catches a token that a model's NaN makes an empty slot, and one that an overflow pins."""
+    spec = tiny()
+    write(kind, tmp_path / "tiny", spec)
+    gate, tensors, _, _ = read_gates(tmp_path / "tiny")
+    for module in build_gates(gate, spec, tensors, dtype=torch.float32, device="cpu"):
+        hidden = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, 1.0]).repeat(48, 1).T[None]
+        scores = module(hidden, torch.arange(5)[None])
+        assert scores.isfinite().all()
+        assert (scores[0, 0] == torch.finfo(torch.float32).min).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_counts_the_bytes(kind: str, tmp_path: Path) -> None:
     """Catches parameters that the plan forgets, and a dtype in which they are not kept."""
     spec = tiny()

@@ -33,7 +33,7 @@ ATTENTION_NAME = "trimkv"
 class Gate(Protocol):
     """Score tokens at creation: hidden states `[B, T, hidden]`, positions `[B, T]` → log_beta `[B, T, Hkv]`.
 
-    It is ≤ 0 where scores fade, any number where they are static.
+    It is ≤ 0 where scores fade, any finite number where they are static.
 
     A `RetentionGate` that `reads_kv` is given those as `kv_states` instead.
     """

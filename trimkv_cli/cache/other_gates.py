@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from trimkv_cli.cache.retention_gate import RetentionGate
 from trimkv_cli.model.spec import FASTKVZIP_DIM, FASTKVZIP_SINKS, GateSpec, ModelSpec, scored_layers
+from trimkv_kernels.reference import finite
 
 _EPSILON = 1e-6
 
@@ -27,8 +28,7 @@ class KVzapGate(RetentionGate):
 
     def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
         states = hidden_states if self.inner is None else functional.gelu(self.inner(hidden_states))
-        scores: Tensor = self.output(states.float())
-        return scores
+        return finite(self.output(states.float()))
 
 
 class FastKVzipGate(RetentionGate):
@@ -64,7 +64,7 @@ class FastKVzipGate(RetentionGate):
         scale = FASTKVZIP_DIM**-0.5
         own = (query * key).sum(-1) * scale + self.b  # [B, T, Hkv, G]
         others = torch.einsum("bthgd,hjd->bthgj", query, self.k_base) * scale
-        return torch.sigmoid(own - others.logsumexp(-1)).mean(-1)
+        return finite(torch.sigmoid(own - others.logsumexp(-1)).mean(-1))
 
 
 class NewestGate(RetentionGate):

@@ -11,7 +11,7 @@ class RetentionGate(nn.Module):
     reads_kv = False  # the token's rotated keys and its values are given as hidden states, as `kv_states` joins them
 
     def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
-        """Return `log_beta` `[B, T, Hkv]`, float32, ≤ 0; a static gate the score itself, any number.
+        """Return `log_beta` `[B, T, Hkv]`, float32, ≤ 0; a static gate the score itself, any finite number.
 
         `hidden_states` `[B, T, hidden]` enter `self_attn` (after its layer norm, before QKV); `positions` `[B, T]`
         count from 0. Where a position is −1 (padding) the result has no meaning.
