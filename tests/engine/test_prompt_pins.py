@@ -143,8 +143,30 @@ def test_other_slots_mean_other_ends(tiny_model: TinyModel) -> None:
         engine.kept.pin("b", range(200))
     with pytest.raises(UsageError, match="5 tokens are pinned: 5 slots per head leave none"):
         engine.resize(5)
-    with pytest.raises(UsageError, match="3 pinned tokens leave none of 3 slots"):
-        engine.resize(3)
+    with pytest.raises(UsageError, match=r"2 pinned tokens \(1 at each end of the prompt\) leave none of 2 slots"):
+        engine.resize(2)
+
+
+def test_a_single_prompt_has_two_ends(tiny_model: TinyModel) -> None:
+    """Catches a third end counted for who asks once, and one forgotten where turns follow."""
+    pins = Pins(prompt=Ends(40, is_share=True))  # 8 of 20
+    engine = make_engine(tiny_model("qwen3"), SHAPE, pins=pins)
+    stats = [event.stats for event in engine.generate([greedy("a", PROMPT, 9, keep=True)]) if event.stats]
+    assert stats[0].cache.pinned_per_head == 16
+    ends = {*range(8), *range(50, 58)}
+    assert all(ends <= set(head) for layer in engine.kept.positions("a") for head in layer)
+    run(engine, [greedy("b", (7,), 5, keep=True, continues="a", goes_on=True)])
+    with pytest.raises(UsageError, match="24 pinned tokens") as refused:
+        engine.check(greedy("c", PROMPT, 9, continues="b"))
+    said = "8 at the first prompt's beginning and the ends of the newest"
+    assert refused.value.message == f"24 pinned tokens ({said}) leave none of 20 slots per head to the others"
+    assert refused.value.hint == "pin less: --pin prompt:10% takes 30% in a conversation"
+    with pytest.raises(UsageError, match="none of 20 slots"):  # a turn may follow
+        engine.kept.pin("b", [9])
+    alone = make_engine(tiny_model("qwen3"), SHAPE, pins=Pins(prompt=Ends(4)))
+    alone.add(greedy("a", PROMPT, 9))
+    alone.step()
+    alone.resize(9)  # 8 are pinned: no turn follows
 
 
 def test_a_prompt_that_fails_leaves_the_ends_of_the_one_before(
@@ -177,7 +199,7 @@ def test_no_more_is_held_than_was_counted() -> None:
                     assert start <= now
                     assert end <= start + length
                 for seen in range(start, start + length + 5):
-                    assert pins.held(prompt, seen, 20) <= pins.count(5, 20)
+                    assert pins.held(prompt, seen, 20) <= pins.count(5, 20, turns=start > 0)
     assert [PINS.ends(slots) for slots in (1, 6, 7, 13, 14, 1000)] == [1, 1, 1, 1, 2, 150]
 
 
@@ -187,14 +209,20 @@ def test_a_plan_says_what_is_pinned_and_what_that_leaves(tiny_model: TinyModel) 
     pins = Pins.parse("system,prompt:10%,recent:8")
     plan = make_plan(spec, gate, PlanOptions(kv_budget=128, pins=pins))
     pinned = "pinned tokens: the system message, the newest 8, 12 at each end of a prompt"
-    assert f"{pinned}; at least 84 of 128 slots are left beside a system message" in plan.choices
-    with pytest.raises(UsageError, match="42 pinned tokens leave none of 40 slots") as refused:
-        make_plan(spec, gate, PlanOptions(kv_budget=40, pins=Pins.parse("prompt:35%")))
-    assert refused.value.hint == "pin less: --pin prompt:10% takes 30% at most"
+    left = "at least 96 of 128 slots are left beside a system message, and 84 in a conversation"
+    assert f"{pinned}; {left}" in plan.choices
+    with pytest.raises(UsageError, match=r"40 pinned tokens \(20 at each end of the prompt\)") as refused:
+        make_plan(spec, gate, PlanOptions(kv_budget=40, pins=Pins.parse("prompt:50%")))
+    assert refused.value.hint == "pin less: --pin prompt:10% takes 20% at most"
+    shares = PlanOptions(kv_budget=40, pins=Pins.parse("prompt:35%"))
+    assert make_plan(spec, gate, shares).run.most_pinned == 28
+    with pytest.raises(UsageError, match="42 pinned tokens"):
+        make_plan(spec, gate, replace(shares, snapshots=2))
+    numbers = PlanOptions(kv_budget=40, pins=Pins.parse("prompt:14"), snapshots=2)
     with pytest.raises(UsageError, match="42 pinned") as refused:
-        make_plan(spec, gate, PlanOptions(kv_budget=40, pins=Pins.parse("prompt:14")))
+        make_plan(spec, gate, numbers)
     assert refused.value.hint == "--kv-budget 84, or pin less"
-    smallest = make_plan(spec, gate, PlanOptions(budget=1, pins=Pins.parse("prompt:30")))
+    smallest = make_plan(spec, gate, PlanOptions(budget=1, pins=Pins.parse("prompt:30"), snapshots=2))
     sizes = [int(offer.split("--kv-budget ")[1].split()[0]) for offer in smallest.offers if "--kv-budget" in offer]
     assert sizes
     assert min(sizes) > 90

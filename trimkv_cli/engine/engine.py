@@ -202,7 +202,8 @@ class Engine:
             raise UsageError("the prompt is empty", hint="give at least one token")
         check_token_ids(ids, facts.spec.vocab_size)
         self._runner.sampler.check(request.params)
-        facts.pins.check(request.prefix_len, facts.plan.run.kv_budget, sinks=facts.gate.kept)
+        turns = request.continues is not None and not request.goes_on
+        facts.pins.check(request.prefix_len, facts.plan.run.kv_budget, sinks=facts.gate.kept, turns=turns)
         before = self._tokens_before(request)
         needed = before + len(ids) + request.params.max_tokens - 1
         param = "max_tokens" if self.room(request) >= 1 else None  # else the prompt alone is too long

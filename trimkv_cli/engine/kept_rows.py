@@ -39,7 +39,9 @@ class KeptRows:
         Raises:
             UsageError: they would leave some head no slot for others; nothing is pinned.
         """
-        return self._cache.pin(self._scheduler.parked[request_id].index, positions, beside=self._runner.pinned_ends)
+        row = self._scheduler.parked[request_id]
+        beside = self._runner.pinned_beside(self._cache.kv_budget, [row])
+        return self._cache.pin(row.index, positions, beside=beside)
 
     def seen(self, request_id: str) -> int:
         """Return how many tokens the row of a finished request with `keep` has been fed."""

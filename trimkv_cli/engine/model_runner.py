@@ -78,10 +78,10 @@ class ModelRunner:
             return None
         return torch.tensor([self._pins.for_now(prompt, self.cache.kv_budget)], dtype=torch.int32)
 
-    @property
-    def pinned_ends(self) -> int:
-        """Count the slots that the ends of a prompt may take in each head, beside what stays for good."""
-        return 2 * self._pins.ends(self.cache.kv_budget)
+    def pinned_beside(self, kv_budget: int, rows: Iterable[Row]) -> int:
+        """Count what the ends of prompts may take in each head of some rows, beside what stays for good."""
+        turns = any(row.prompt.start > 0 or row.request.keep for row in rows)
+        return self._pins.beside(kv_budget, turns=turns)
 
     def pinned(self, row: Row) -> int:
         """Count the tokens of a row that `--pin` keeps in each head."""

@@ -67,7 +67,8 @@ class Resizing:
         plan = before.resized(kv_budget, limit=limit)
         if plan.run.gate.variant == "none":
             self._check_full_cache(kv_budget, rows)
-        cache.check_pins(kv_budget, [row.index for row in rows], beside=2 * plan.run.pins.ends(kv_budget))
+        beside = self._runner.pinned_beside(kv_budget, rows)
+        cache.check_pins(kv_budget, [row.index for row in rows], beside=beside)
         evicted, failure = attempt(lambda: self._runner.resize(kv_budget, rows))
         if evicted is None:
             self._runner.resize(before.run.kv_budget, rows)

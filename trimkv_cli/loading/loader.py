@@ -218,7 +218,7 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device, *, sn
         device=device.type,
         memory_bytes=(total, free),
         padded_rows=padded,
-        snapshots=snapshots if device.type == "cpu" else 0,
+        snapshots=snapshots,
     )
     plan = make_plan(source.spec, source.gate, asked)
     if plan.run.packs and not asked.machine.products:

@@ -100,15 +100,23 @@ class Pins:
         spans = ((0, first), *self.for_now(prompt, slots), (seen - self.recent, seen))
         return len({position for start, stop in spans for position in range(max(0, start), min(stop, seen))})
 
-    def count(self, prefix_len: int, slots: int, *, sinks: int = 0) -> int:
+    def beside(self, slots: int, *, turns: bool) -> int:
+        """Count what the ends of a sequence's newest prompt take at most beside what stays for good.
+
+        Of its first prompt that is the end, as the beginning stays for good. With `turns` others follow, of which both
+        ends are pinned: then three ends are at one moment, and no more, as those of the prompt before are released.
+        """
+        return self.ends(slots) * (2 if turns else 1)
+
+    def count(self, prefix_len: int, slots: int, *, sinks: int = 0, turns: bool = False) -> int:
         """Count the tokens kept at most at once in a sequence whose system message has `prefix_len` tokens.
 
-        `sinks` are the first ones, which the gate itself keeps.
+        `sinks` are the first ones, which the gate itself keeps; with `turns` its prompt is not the only one.
         """
-        ends = self.ends(slots)
-        return max(sinks, self.sinks, prefix_len if self.system else 0, ends) + 2 * ends + self.recent
+        for_good = max(sinks, self.sinks, prefix_len if self.system else 0, self.ends(slots))
+        return for_good + self.beside(slots, turns=turns) + self.recent
 
-    def check(self, prefix_len: int, slots: int, *, sinks: int = 0) -> None:
+    def check(self, prefix_len: int, slots: int, *, sinks: int = 0, turns: bool = False) -> None:
         """Raise when pinned tokens, and the gate's own `sinks`, leave none of `slots` slots per head to the others.
 
         A layer with a shorter window holds the whole of it: nothing competes there.
@@ -116,11 +124,14 @@ class Pins:
         Raises:
             UsageError: there are as many of them as slots, or more.
         """
-        count = self.count(prefix_len, slots, sinks=sinks)
+        count = self.count(prefix_len, slots, sinks=sinks, turns=turns)
         if count < slots:
             return
-        enough = self.count(prefix_len, 2 * count, sinks=sinks) < 2 * count
+        where = "the first prompt's beginning and the ends of the newest" if turns else "each end of the prompt"
+        named = f" ({self.ends(slots)} at {where})" if self.prompt is not None else ""
+        enough = self.count(prefix_len, 2 * count, sinks=sinks, turns=turns) < 2 * count
+        most = "30% in a conversation" if turns else "20% at most"
         raise UsageError(
-            f"{count} pinned tokens leave none of {slots} slots per head to the others",
-            hint=f"--kv-budget {2 * count}, or pin less" if enough else "pin less: --pin prompt:10% takes 30% at most",
+            f"{count} pinned tokens{named} leave none of {slots} slots per head to the others",
+            hint=f"--kv-budget {2 * count}, or pin less" if enough else f"pin less: --pin prompt:10% takes {most}",
         )

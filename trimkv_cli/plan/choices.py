@@ -49,7 +49,7 @@ class PlanOptions:
     kv_dtype: str = "auto"
     device: str = "cpu"  # cpu, cuda or mps
     can_quantise: bool = True  # bitsandbytes is there, which a CPU needs for nf4 alone
-    snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again
+    snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again; 0 = no turn follows another
     machine: Machine = field(default_factory=Machine)
     rebases: bool = False  # sequences may outgrow the model's positions
     pins: Pins | None = None  # None = what the scorer protects by itself
@@ -113,9 +113,9 @@ class Choices:
     @property
     def least_slots(self) -> int:
         """The fewest slots per head that are worth offering, which sinks and pins do not fill."""
-        gate, pins, fewest = self.base.gate, self.base.pins, self.kv_budgets[-1]
+        fewest = self.kv_budgets[-1]
         sizes = range(min(SMALLEST_KV_BUDGET, fewest), fewest)
-        return next((size for size in sizes if self.full_cache or pins.count(0, size, sinks=gate.kept) < size), fewest)
+        return next((n for n in sizes if self.full_cache or replace(self.base, kv_budget=n).most_pinned < n), fewest)
 
     def run(self, kv_budget: int, precision: Precision, chunk: int, rows: int) -> Run:
         dtype, quantize = precision
@@ -298,22 +298,22 @@ def _dtypes(spec: ModelSpec, options: PlanOptions) -> tuple[Dtype, ...]:
 
 
 def _kv_budgets(spec: ModelSpec, gate: GateSpec, options: PlanOptions, dtype_bytes: int) -> tuple[int, ...]:
-    asked, pins = options.kv_budget, options.pins or Pins()
+    asked, pins, turns = options.kv_budget, options.pins or Pins(), options.snapshots > 0
     if isinstance(asked, SequenceBytes):
         asked = _slots_of(spec, asked.amount, dtype_bytes)
     if gate.variant == "none":
         return _full_budgets(spec, options, asked)
     if asked is not None:
-        check_room(gate, pins, asked)
+        check_room(gate, pins, asked, turns=turns)
         return (asked,)
     wanted = min(options.default_kv_budget or gate.memory_size or UNTRAINED_KV_BUDGET, spec.max_positions)
     between = [gate.memory_size] if gate.memory_size and gate.memory_size < wanted else []
-    check_room(gate, pins, wanted)
+    check_room(gate, pins, wanted, turns=turns)
     sizes = {*halvings(wanted, SMALLEST_KV_BUDGET), *between}
-    return tuple(size for size in sorted(sizes, reverse=True) if size > pins.count(0, size, sinks=gate.kept))
+    return tuple(n for n in sorted(sizes, reverse=True) if n > pins.count(0, n, sinks=gate.kept, turns=turns))
 
 
-def check_room(gate: GateSpec, pins: Pins, kv_budget: int) -> None:
+def check_room(gate: GateSpec, pins: Pins, kv_budget: int, *, turns: bool) -> None:
     """Raise when sinks of streaming or KeyDiff, or pinned tokens, fill all slots: no later one would ever be kept.
 
     How long a system message is shows later.
@@ -326,7 +326,7 @@ def check_room(gate: GateSpec, pins: Pins, kv_budget: int) -> None:
             f"{gate.kept} sinks leave none of {kv_budget} slots per head to later tokens",
             hint=f"--kv-budget {2 * gate.kept}, or --gates streaming:{kv_budget // 2}",
         )
-    pins.check(0, kv_budget, sinks=gate.kept)
+    pins.check(0, kv_budget, sinks=gate.kept, turns=turns)
 
 
 def _full_budgets(spec: ModelSpec, options: PlanOptions, asked: int | None) -> tuple[int, ...]:

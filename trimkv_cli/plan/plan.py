@@ -53,7 +53,7 @@ class Plan:
         """
         if kv_budget < 1:
             raise UsageError("a KV budget of 0 keeps no token", hint="give 1 slot per head or more")
-        check_room(self.run.gate, self.run.pins, kv_budget)
+        check_room(self.run.gate, self.run.pins, kv_budget, turns=self.run.snapshots > 0)
         plan = self.with_slots(kv_budget)
         self._ensure_holds(kv_budget, plan.run.total_bytes, self.budget_bytes, limit=limit)
         self._ensure_holds(kv_budget, self._moving_bytes(plan.run), limit, limit=limit, when=" while they change")
@@ -174,7 +174,7 @@ def _pinned(run: Run) -> Iterator[str]:
     pins, slots = run.pins, run.kv_budget
     if pins == Pins() or run.gate.variant == "none":
         return
-    ends, most = pins.ends(slots), pins.count(0, slots, sinks=run.gate.kept)
+    ends, left = pins.ends(slots), slots - run.most_pinned
     named = {
         "the system message": pins.system,
         f"the first {pins.sinks}": pins.sinks,
@@ -182,8 +182,9 @@ def _pinned(run: Run) -> Iterator[str]:
         f"{ends} at each end of a prompt": ends,
     }
     beside = " beside a system message" if pins.system else ""
-    left = f"at least {slots - most} of {slots} slots are left{beside}"
-    yield f"pinned tokens: {', '.join(name for name, is_set in named.items() if is_set)}; {left}"
+    later = f", and {max(0, left - ends)} in a conversation" if ends and not run.snapshots else ""
+    said = f"at least {left} of {slots} slots are left{beside}{later}"
+    yield f"pinned tokens: {', '.join(name for name, is_set in named.items() if is_set)}; {said}"
 
 
 def _packed_reasons(run: Run, options: PlanOptions) -> Iterator[str]:

@@ -63,12 +63,17 @@ class Run:
     device: str  # cpu, cuda or mps
     longest_prompt: int
     padded_rows: int = 0  # rows that every decode has, whatever runs
-    snapshots: int = 0  # of whole rows, to undo turns
+    snapshots: int = 0  # of whole rows, to undo turns; in host memory
     rebases: bool = False  # sequences may outgrow the model's positions
     pins: Pins = field(default_factory=Pins)
     counts_runtime: bool = False  # what the process holds without a model is part of the budget
     loaded: bool = False  # no tensor is in transit any more
     machine: Machine = field(default_factory=Machine)
+
+    @property
+    def most_pinned(self) -> int:
+        """The most tokens that are pinned at once in each head, beside a system message."""
+        return self.pins.count(0, self.kv_budget, sinks=self.gate.kept, turns=self.snapshots > 0)
 
     @property
     def parts(self) -> tuple[Part, ...]:
