@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,11 +17,7 @@ import typer
 from typer.exceptions import Exit, TyperException
 
 from trimkv_cli import __version__
-from trimkv_cli.commands import ask, bench, doctor, eval, gates, gates_train, inspect, models, plan, profiles, sessions
-from trimkv_cli.commands.chat.command import chat
-from trimkv_cli.commands.options import CommandGroup, settings_of
-from trimkv_cli.commands.run.command import run
-from trimkv_cli.commands.summarize.command import summarize
+from trimkv_cli.commands.table import CommandTable
 from trimkv_cli.errors import ClosedPipe, OutOfDeviceMemory, TrimkvError, UsageError, is_out_of_memory
 from trimkv_cli.files import can_write
 from trimkv_cli.settings import load_settings
@@ -39,8 +35,9 @@ config.toml in the config folder, beside your templates. `trimkv doctor` shows a
 written elsewhere. There is no telemetry.
 """
 
-app = CommandGroup(
+app = typer.Typer(
     name="trimkv",
+    cls=CommandTable,
     help="Run a local language model inside a memory budget: the cache keeps what its retention gates say will last.",
     epilog=_EPILOG,
     no_args_is_help=True,
@@ -48,20 +45,6 @@ app = CommandGroup(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(chat)
-app.command()(ask.ask)
-app.command()(summarize)
-app.command()(run)
-app.command()(plan.plan)
-app.command()(inspect.inspect)
-gates.gates_app.command()(gates_train.train)
-app.command("eval")(eval.evaluate)
-app.command()(bench.bench)
-app.add_typer(gates.gates_app, name="gates")
-app.add_typer(models.models_app, name="models")
-app.add_typer(profiles.profiles_app, name="profiles")
-app.add_typer(sessions.sessions_app, name="sessions")
-app.command()(doctor.doctor)
 
 
 def _print_version(value: bool) -> None:
@@ -77,9 +60,15 @@ def _root(
     pass
 
 
-def command_tree() -> Any:
-    """Return the tree of commands, for what is written about them."""
-    return typer.main.get_command(app)
+def command_tree() -> CommandTable:
+    """Return the tree of commands with all that they take, for what is written about them."""
+    return _command_table().load_all()
+
+
+def _command_table() -> CommandTable:
+    table = typer.main.get_command(app)
+    assert isinstance(table, CommandTable)
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -108,19 +97,24 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
-    command = command_tree()
+    command = _command_table()
     if "_TRIMKV_COMPLETE" in os.environ:
         command.main(arguments, prog_name="trimkv")
-    known = settings_of(command)
-    kinds = {name: each.kind for name, each in known.items()}
-    settings = load_settings(_working_folder(), os.environ, kinds, lambda key, *said: known[key].check(*said))
     try:
         # Not command.main(): that one turns a closed pipe into exit code 1.
-        with command.make_context("trimkv", arguments, obj=settings) as context:
+        with command.make_context("trimkv", arguments, obj=_settings_for) as context:
             command.invoke(context)
     except Exit as request:
         return request.exit_code
     return 0
+
+
+def _settings_for(command: Any) -> Mapping[str, Any]:
+    """Read the settings for a command; what it does not take itself has all the others loaded, which may."""
+    from trimkv_cli.commands.options import KnownSettings
+
+    known = KnownSettings(command, command_tree)
+    return load_settings(_working_folder(), os.environ, known, known.check)
 
 
 def _working_folder() -> Path:

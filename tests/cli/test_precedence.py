@@ -28,7 +28,7 @@ KINDS = {name: option.kind for name, option in settings_of(TREE).items()}
 
 def parsed(name: str, *line: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a command gets of a line, over settings."""
-    with ALL[name].make_context(name, list(line), obj=settings) as context:
+    with ALL[name].make_context(name, list(line), obj=lambda _: settings) as context:
         return dict(context.params)
 
 

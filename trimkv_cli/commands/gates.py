@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimkv_cli.commands.gates_train import train
 from trimkv_cli.commands.options import JSON, CommandGroup
 from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.options import EngineOptions
@@ -162,3 +163,6 @@ def _variant(facts: GateFacts) -> str:
 
 def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
+
+
+gates_app.command()(train)

@@ -189,11 +189,38 @@ def settings_of(command: Any) -> dict[str, Option]:
     return own
 
 
+class KnownSettings(Mapping[str, type]):
+    """The settings there are, with their types: a command's own, and behind them those of the whole `tree`."""
+
+    def __init__(self, command: Any, tree: Callable[[], Any]) -> None:
+        self._own = settings_of(command)
+        self._all = functools.cache(lambda: settings_of(tree()))
+
+    def __getitem__(self, name: str) -> type:
+        """Return the type of a setting."""
+        return self._option(name).kind
+
+    def __iter__(self) -> Iterator[str]:
+        """Name all settings."""
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        """Count all settings."""
+        return len(self._all())
+
+    def check(self, name: str, value: Any, place: str) -> None:
+        """Raise when a setting has a value that its option would refuse."""
+        self._option(name).check(value, place)
+
+    def _option(self, name: str) -> Option:
+        return self._own[name] if name in self._own else self._all()[name]
+
+
 class SettingsCommand(TyperCommand):
     """A command whose options may come from files and environment, over which what is said on the line wins."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the line over the settings in `ctx.obj`; those that go with another choice than said are left out."""
+        """Parse the line over the settings that `ctx.obj` reads; those that go with another choice are left out."""
         if ctx.obj is None:  # completion, which runs nothing
             return super().parse_args(ctx, args)
         found, *_ = self.make_parser(ctx).parse_args(args=list(args))
@@ -203,7 +230,7 @@ class SettingsCommand(TyperCommand):
         if arguments and said.get("model", arguments[0]) != arguments[0]:
             raise UsageError(f"{arguments[0]} and --model {said['model']} are both given", hint="leave one of them out")
         named = {"model" if key in _MODEL_ARGUMENTS else key: value for key, value in said.items()}
-        left = overlay(self.settings(ctx.obj), named)
+        left = overlay(self.settings(ctx.obj(self)), named)
         ctx.default_map = {key: value for key, value in left.items() if key not in named.keys() | unset}
         args = _without(args, {flag for name in unset for flag in settings_of(self)[name].flags})
         return super().parse_args(ctx, args)
@@ -229,7 +256,10 @@ def _without(args: list[str], flags: set[str]) -> list[str]:
 
 
 class CommandGroup(typer.Typer):
-    """A table of such commands."""
+    """A group of such commands."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**{"add_completion": False, "rich_markup_mode": "markdown", **how})
 
     def command(self, name: str | None = None, **how: Any) -> Callable[[Command], Command]:
         """Add a command as Typer does, with options from the fields of its parameters."""

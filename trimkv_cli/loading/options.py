@@ -90,21 +90,25 @@ class EngineOptions:
                 parse(text)
             except UsageError as error:
                 raise UsageError(f"{flag} {text}: {error.message}", hint=error.hint) from None
-        from trimkv_cli.model.pins import Pins
-        from trimkv_cli.plan.choices import PlanOptions
+        if self.pin is not None:
+            from trimkv_cli.model.pins import Pins
 
-        Pins.parse(self.pin)
-        PlanOptions(max_inflight=self.max_inflight, context=self.context, prefill_chunk=self.prefill_chunk)
+            Pins.parse(self.pin)
+        if (self.max_inflight, self.context, self.prefill_chunk) != (None, None, None):
+            from trimkv_cli.plan.choices import PlanOptions
+
+            PlanOptions(max_inflight=self.max_inflight, context=self.context, prefill_chunk=self.prefill_chunk)
         if self.on_overflow not in _OVERFLOW:
             raise UsageError(f"--on-overflow {self.on_overflow} is unknown", hint=f"one of {', '.join(_OVERFLOW)}")
 
     def _texts(self) -> Iterator[tuple[str, str, Callable[[str], object]]]:
-        """Yield what is read later on, so that a mistake is known before anything is loaded."""
-        from trimkv_cli.model.spec import parse_dtype, parse_kv_dtype, parse_quantisation
+        """Yield what is said and read later on, so that a mistake is known before anything is loaded."""
+        if {self.dtype, self.kv_dtype, self.quantize} != {"auto"}:  # what imports much
+            from trimkv_cli.model.spec import parse_dtype, parse_kv_dtype, parse_quantisation
 
-        yield "--dtype", self.dtype, lambda text: parse_dtype(text, "fp32")
-        yield "--kv-dtype", self.kv_dtype, parse_kv_dtype
-        yield "--quantize", self.quantize, parse_quantisation
+            yield "--dtype", self.dtype, lambda text: parse_dtype(text, "fp32")
+            yield "--kv-dtype", self.kv_dtype, parse_kv_dtype
+            yield "--quantize", self.quantize, parse_quantisation
         yield "--device", self.device, _check_device
         if self.budget is not None:
             yield "--budget", self.budget, parse_budget
