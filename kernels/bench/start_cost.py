@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def _measured(roots: Mapping[str, Path], runs: int) -> list[tuple[str, dict[str,
 
 def _cpu_s(arguments: list[str], root: Path) -> float:
     """Return the user's and the system's time of one process, in seconds."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, "-m", "trimkv_cli", *arguments],
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"},
@@ -73,8 +74,8 @@ def _cpu_s(arguments: list[str], root: Path) -> float:
         capture_output=True,
         check=False,
     )
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":
