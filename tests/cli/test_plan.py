@@ -51,9 +51,13 @@ def part(made: dict[str, Any], name: str) -> int:
 
 
 def test_the_built_in_model_needs_no_name_and_no_network() -> None:
-    made = plan()
+    """Catches pins that a program would have to read from a sentence, beside sizes that do not add up."""
+    made = plan("--pin", "system,recent:8,prompt:10%")
     assert (made["fits"], made["kv_budget"], made["offers"]) == (True, 64, [])
     assert made["total_bytes"] == sum(entry["bytes"] for entry in made["parts"])
+    assert made["pinned"] == {
+        "system": True, "sinks": 0, "recent": 8, "prompt_end": 6, "at_most": 20, "at_most_in_conversation": 26,
+    }  # fmt: skip
 
 
 def test_a_profile_plans_offline_with_exact_weights() -> None:

@@ -156,6 +156,7 @@ def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, mor
             "products": _products(run) if run.packs else None,
             "kv_dtype": run.kv_dtype,
             "kv_budget": run.kv_budget,
+            "pinned": None if run.gate.variant == "none" else _pinned(run),
             "rows": run.rows,
             "prefill_chunk": run.prefill_chunk,
             "parts": [asdict(part) for part in run.parts],
@@ -171,6 +172,13 @@ def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, mor
         },
         indent=2,
     )
+
+
+def _pinned(run: Run) -> dict[str, int | bool]:
+    """Count the slots of each head that `--pin` takes by kind, and at most together, beside a system message."""
+    pins, ends = run.pins, run.pins.ends(run.kv_budget)
+    each = {"system": pins.system, "sinks": pins.sinks, "recent": pins.recent, "prompt_end": ends}
+    return {**each, "at_most": run.most_pinned, "at_most_in_conversation": run.most_pinned + ends}
 
 
 def _as_text(plan: Plan, model: str, context: int) -> str:
