@@ -46,6 +46,7 @@ ENTRIES = (
         "Summarize documents in one pass each; memory stays the same however long they are.",
     ),
     Entry("run", "run.command:run", "Answer every line of a file; one bad line never stops the others."),
+    Entry("serve", "serve:serve", "Keep a model warm behind OpenAI's HTTP interface, inside the budget."),
     Entry(
         "plan",
         "plan:plan",

@@ -112,7 +112,7 @@ def parse_line(line: Line, rules: Rules) -> Item | BadLine:
             max_tokens_said=rules.max_tokens_said,
         )
     try:
-        data = _from_json(line.text)
+        data = from_json(line.text)
     except orjson.JSONDecodeError as error:
         return _unreadable(line.number, f"invalid JSON at column {error.colno}: {error.msg}")
     if not isinstance(data, dict):
@@ -142,7 +142,7 @@ def id_of(line: Line, rules: Rules) -> str | None:
     if rules.text:
         return implied
     try:
-        data = _from_json(line.text)
+        data = from_json(line.text)
         return _custom_id(data) or implied if isinstance(data, dict) else None
     except orjson.JSONDecodeError:
         return None
@@ -150,7 +150,7 @@ def id_of(line: Line, rules: Rules) -> str | None:
         return implied
 
 
-def _from_json(text: str) -> Any:
+def from_json(text: str) -> Any:
     """Read JSON, and NaN, Infinity and 1e400 in it, as Python does: a key that is read refuses them by name."""
     try:
         return orjson.loads(text)

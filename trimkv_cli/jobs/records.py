@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from trimkv_cli.events import Answer, RequestStats, TokenLogprob
+from trimkv_cli.events import Answer, RequestStats, TokenEvent, TokenLogprob
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.requests import Tokenizer
 
@@ -135,8 +135,7 @@ def _choice(item: Item, index: int, answer: Answer, text: Tokenizer | None) -> R
         choice["message"] = {"role": "assistant", "content": None if text is None else answer.text, "refusal": None}
     logprobs = None
     if item.params.logprobs is not None:
-        named = name_tokens(answer.token_ids, answer.logprobs, _nameless if text is None else text.token_text)
-        logprobs = completion_logprobs(named) if completion else chat_logprobs(named)
+        logprobs = logprobs_of(item, answer, text)
     choice |= {"finish_reason": answer.finish_reason, "logprobs": logprobs}
     if item.return_token_ids:
         choice["token_ids"] = answer.token_ids
@@ -174,6 +173,12 @@ def name_tokens(
     ]
 
 
+def logprobs_of(item: Item, said: Answer | TokenEvent, text: Tokenizer | None, *, offset: int = 0) -> Record:
+    """Return `choices[].logprobs` of some tokens; a completion's stand `offset` characters after its beginning."""
+    named = name_tokens(said.token_ids, said.logprobs, _nameless if text is None else text.token_text)
+    return completion_logprobs(named, offset=offset) if item.kind == "completion" else chat_logprobs(named)
+
+
 def _nameless(token_id: int) -> str:
     return f"token_id:{token_id}"
 
@@ -187,14 +192,14 @@ def chat_logprobs(tokens: Sequence[NamedLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: Sequence[NamedLogprob]) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[NamedLogprob], *, offset: int = 0) -> dict[str, Any]:
     """Return `choices[].logprobs` of a text completion; of tokens with the same text the likeliest counts."""
     texts = [token.token for token in tokens]
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [dict(reversed(token.top)) for token in tokens],
-        "text_offset": [0, *accumulate(map(len, texts))][: len(texts)],
+        "text_offset": [*accumulate(map(len, texts), initial=offset)][: len(texts)],
     }
 
 

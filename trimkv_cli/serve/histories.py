@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class History:
-    """What one row holds: the messages that were read, and the answer that was given, or the plain tokens of both.
+    """What one row holds: the tokens that it was `fed`, and the messages and the answer of which they come.
 
     `how` is what else decides how messages are rendered: tools, thinking. `state` is the row put aside, None while it
     is still in the cache, under the request's id.
     """
 
     id: str
-    token_ids: tuple[int, ...]  # read and written, the last of which may not have been fed
+    fed: tuple[int, ...]
     messages: tuple[Mapping[str, Any], ...] = ()  # none for a plain prompt
     how: object = None
     answer: Mapping[str, Any] | None = None  # as a message
-    last_token: int | None = None
+    last_token: int | None = None  # of the answer, which has not been fed
     state: RowState | None = None
 
     @property
@@ -73,9 +73,9 @@ class Histories:
         found = (
             each
             for each in tuple(self._held.values())
-            if len(each.token_ids) < len(token_ids) and tuple(token_ids[: len(each.token_ids)]) == each.token_ids
+            if len(each.fed) < len(token_ids) and tuple(token_ids[: len(each.fed)]) == each.fed
         )
-        return max(found, key=lambda history: len(history.token_ids), default=None)
+        return max(found, key=lambda history: len(history.fed), default=None)
 
     def keep(self, history: History) -> None:
         """Add the newest."""
@@ -85,19 +85,16 @@ class Histories:
         """Remove one, which goes on."""
         del self._held[history.id]
 
-    def holds(self, history: History) -> bool:
-        """Say whether one is still here."""
-        return self._held.get(history.id) is history
-
     def oldest_in_row(self) -> History | None:
         """Return the one in a row of the cache that was used longest ago."""
         return next((history for history in self._held.values() if history.state is None), None)
 
-    def put_aside(self, history: History, state: RowState) -> None:
-        """Let one give its row back; the one used longest ago is forgotten where too many lie aside."""
+    def put_aside(self, history: History, state: RowState, *, but: History | None = None) -> None:
+        """Let one give its row back; where too many lie aside, the one used longest ago is forgotten, `but` never."""
         history.state = state
-        aside = [each for each in self._held.values() if each.state is not None]
-        for old in aside[: max(0, len(aside) - self._most_aside)]:
+        aside = [each for each in self._held.values() if each.state is not None and each is not but]
+        room = self._most_aside - (but is not None)
+        for old in aside[: max(0, len(aside) - room)]:
             self.take(old)
 
     def clear(self) -> None:

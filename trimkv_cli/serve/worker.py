@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -44,29 +44,28 @@ class WorkerOptions:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Ticket:
-    """One request to the engine, and who hears of it; both callbacks run in the worker's thread and must not block.
+    """One request to the engine, and who hears of it; callbacks run in the worker's thread and must not block.
 
-    `continued` makes, of a history that is kept, the request that goes on from it, or None when it cannot; `history` is
-    what the row holds when the request has ended. A batch's tickets are run in rows that others leave free, and give
-    them back.
+    `make` returns the request that goes on from the history that `find` found, or None when it cannot; without a
+    history, the one that reads all. `left` says what its row holds in the end, None to keep nothing. A batch's tickets
+    run in rows that others leave free, and give them back: `restarted` says that what was heard so far counts no more.
     """
 
-    request: Request
+    make: Callable[[Engine, History | None], Request | None]
     take: Callable[[TokenEvent], None]
-    fail: Callable[[TrimkvError], None]
-    batch: bool = False
+    fail: Callable[[Exception], None]
+    begun: Callable[[bool], None] = lambda _: None
     find: Callable[[Histories], History | None] = lambda _: None
-    continued: Callable[[Engine, History], Request | None] = lambda *_: None
-    history: Callable[[Sequence[int], str], History] | None = None
-    restarted: Callable[[], None] = lambda: None  # what was heard so far counts no more
+    left: Callable[[Engine, Request, int | None, str], History] | None = None
+    batch: bool = False
+    restarted: Callable[[], None] = lambda: None
     running: Request | None = None
-    token_ids: list[int] = field(default_factory=list)
+    started: float | None = None
     pieces: list[str] = field(default_factory=list)
 
     def hear(self, event: TokenEvent) -> None:
-        """Pass an event on, and remember what a history needs."""
-        if self.history is not None:
-            self.token_ids += event.token_ids
+        """Pass an event on, and remember the text where a history needs it."""
+        if self.left is not None:
             self.pieces.append(event.text)
         self.take(event)
 
@@ -218,39 +217,43 @@ class Worker:
     def _start(self, engine: Engine, ticket: Ticket) -> bool:
         """Start a ticket, or fail it; False when there is no row for it now."""
         history = ticket.find(self.histories)
-        if (history is None or history.state is not None) and not self._make_room(engine, ticket):
+        if (history is None or history.state is not None) and not self._make_room(engine, ticket, but=history):
             return False
         try:
-            request = self._go_on(engine, ticket, history) if history is not None else None
-            request = request or ticket.request
-            engine.check(request)
-            if request.continues is None and history is not None and not self._make_room(engine, ticket):
-                return False
-            engine.add(request)
-        except TrimkvError as error:
+            request = self._request(engine, ticket, history)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with one request ends this one alone
             self._over(ticket)
             ticket.fail(error)
             return True
+        engine.add(request)
         ticket.running = request
         self._running[request.id] = ticket
+        ticket.begun(request.continues is not None)
         return True
 
-    def _go_on(self, engine: Engine, ticket: Ticket, history: History) -> Request | None:
-        """Take a history from those that are kept, and return the request that goes on from its row."""
-        request = ticket.continued(engine, history)
-        if request is None:
-            return None
-        self.histories.take(history)
-        if history.state is not None:
-            engine.kept.restore(history.state, history.id)
+    def _request(self, engine: Engine, ticket: Ticket, history: History | None) -> Request:
+        """Return a request that the engine takes: it goes on from a history where it can, whose row is then its own."""
+        if history is not None:
+            if history.state is not None:
+                engine.kept.restore(history.state, history.id)
+                history.state = None
+            request = ticket.make(engine, history)
+            if request is not None:
+                engine.check(request)
+                self.histories.take(history)
+                return request
+            self._make_room(engine, ticket)
+        request = ticket.make(engine, None)
+        assert request is not None
+        engine.check(request)
         return request
 
-    def _make_room(self, engine: Engine, ticket: Ticket) -> bool:
+    def _make_room(self, engine: Engine, ticket: Ticket, *, but: History | None = None) -> bool:
         """Free a row unless one is free: the kept row that was used longest ago, else the youngest of a batch."""
         if engine.free_rows:
             return True
         if (oldest := self.histories.oldest_in_row()) is not None:
-            self.histories.put_aside(oldest, engine.kept.save(oldest.id))
+            self.histories.put_aside(oldest, engine.kept.save(oldest.id), but=but)
             engine.kept.release(oldest.id)
             return True
         young = next((each for each in reversed(self._running.values()) if each.batch), None)
@@ -277,11 +280,11 @@ class Worker:
             self._before.continued_tokens += stats.continued_tokens
         if not request.keep or request.id not in engine.kept:
             return
-        if ticket.history is None or event.finish_reason == "error":
+        if ticket.left is None or event.finish_reason == "error":
             engine.kept.release(request.id)
             return
-        text = "".join((*ticket.pieces, event.text))
-        self.histories.keep(ticket.history((*ticket.token_ids, *event.token_ids), text))
+        last = event.token_ids[-1] if event.token_ids else None
+        self.histories.keep(ticket.left(engine, request, last, "".join((*ticket.pieces, event.text))))
 
     def _drop(self, ticket: Ticket) -> None:
         for line in (self._waiting, self._batch):

@@ -1,0 +1,222 @@
+"""Chat and text completions: a body as `trimkv run` reads it, an answer whole or as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import ValidationError
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from trimkv_cli.jobs.bodies import Strict, explain
+from trimkv_cli.jobs.chunks import Chunks
+from trimkv_cli.jobs.lines import BadLine, Kind, Rules, from_json, parse_body
+from trimkv_cli.jobs.records import Record, Recorder, encode
+from trimkv_cli.jobs.requests import Tokenizer, with_warnings
+from trimkv_cli.serve.errors import ApiError
+from trimkv_cli.serve.exchange import Exchange
+from trimkv_cli.serve.worker import Worker
+
+T = TypeVar("T")
+
+_BODY_S = 60.0  # for a body to arrive
+CACHE_HEADER = "x-trimkv-cache"
+
+
+class StreamOptions(Strict):
+    """What a stream has beside its pieces."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Streaming(Strict):
+    """The keys that only an endpoint honours."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """Answer the two kinds of completions over one worker."""
+
+    worker: Worker
+    text: Tokenizer | None
+    rules: Rules
+    recorder: Recorder
+    max_body_bytes: int
+    continues: bool = True
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    async def chat(self, request: HttpRequest) -> Response:
+        """Answer a chat completion."""
+        return await self._answer(request, "chat")
+
+    async def completion(self, request: HttpRequest) -> Response:
+        """Answer a text completion."""
+        return await self._answer(request, "completion")
+
+    async def _answer(self, request: HttpRequest, kind: Kind) -> Response:
+        data = await read_json(request, self.max_body_bytes)
+        streaming = _take_streaming(data)
+        item = parse_body(next(self.numbers), data, kind, self.rules, custom_id=uuid.uuid4().hex)
+        if isinstance(item, BadLine):
+            raise ApiError.of_line(item)
+        item = with_warnings(item, self.text)
+        exchange = Exchange(self.worker, item, self.text, continues=self.continues)
+        try:
+            continued = await while_there(request.receive, exchange.open())
+        except BaseException:
+            exchange.close()
+            raise
+        headers = {CACHE_HEADER: "continued" if continued else "read"}
+        if not streaming.stream:
+            return await self._whole(request.receive, exchange, headers)
+        usage = streaming.stream_options is not None and bool(streaming.stream_options.include_usage)
+        return EventStream(self._events(exchange, include_usage=usage), exchange, headers)
+
+    async def _whole(self, receive: Receive, exchange: Exchange, headers: Mapping[str, str]) -> Response:
+        async def all_of_it() -> None:
+            while await exchange.next() is not None:
+                pass
+
+        try:
+            await while_there(receive, all_of_it())
+        finally:
+            exchange.close()
+        body = self.recorder.body(exchange.item, exchange.answers, self.text)
+        return Response(encode(body), media_type="application/json", headers=dict(headers))
+
+    async def _events(self, exchange: Exchange, *, include_usage: bool) -> AsyncIterator[Record]:
+        chunks = Chunks(self.recorder, exchange.item, self.text, include_usage=include_usage)
+        for chunk in chunks.opening():
+            yield chunk
+        while (heard := await exchange.next()) is not None:
+            for chunk in chunks.piece(*heard):
+                yield chunk
+        yield chunks.closing(exchange.answers)
+
+
+class Gone(Exception):
+    """End a request whose client is gone."""
+
+
+class EventStream(Response):
+    """Send chunks as server-sent events while the client is there; an error is the last of them."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[Record], exchange: Exchange, headers: Mapping[str, str]) -> None:
+        super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
+        self._events = events
+        self._exchange = exchange
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        raw = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+        with suppress(Gone):
+            try:
+                await while_there(receive, self._send_all(send))
+            finally:
+                self._exchange.close()
+
+    async def _send_all(self, send: Send) -> None:
+        async def event(data: bytes, *, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+
+        try:
+            async for chunk in self._events:
+                await event(encode(chunk).rstrip(b"\n"))
+        except ApiError as error:
+            await event(orjson.dumps(error.to_json()), more=False)
+        else:
+            await event(b"[DONE]", more=False)
+
+
+async def while_there(receive: Receive, work: Awaitable[T]) -> T:
+    """Do the work unless the client goes away.
+
+    Raises:
+        Gone: it has; the work was cancelled.
+    """
+    doing = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise Gone
+        return doing.result()
+    finally:
+        for task in (doing, watching):
+            task.cancel()
+        await asyncio.gather(doing, watching, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_json(request: HttpRequest, most: int) -> Any:
+    """Read the body as JSON.
+
+    Raises:
+        ApiError: it is none, larger than `most` bytes, or does not arrive.
+    """
+    body = await read_body(request, most)
+    try:
+        return from_json(body.decode())
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body is not UTF-8") from None
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: {error.msg} at column {error.colno}") from None
+
+
+async def read_body(request: HttpRequest, most: int) -> bytes:
+    """Read the body.
+
+    Raises:
+        ApiError: it is larger than `most` bytes, or does not arrive.
+    """
+    said = request.headers.get("content-length", "")
+    parts: list[bytes] = []
+    size = int(said) if said.isdigit() else 0
+    try:
+        async with asyncio.timeout(_BODY_S):
+            if size <= most:
+                size = 0
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        break
+                    parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {_BODY_S:g} s") from None
+    if size > most:
+        headers = {"connection": "close"}
+        raise ApiError(413, f"the body is larger than {most:,} bytes", code="body_too_large", headers=headers)
+    return b"".join(parts)
+
+
+def _take_streaming(data: Any) -> Streaming:
+    """Take the keys of streaming out of a body; of something else than an object there are none."""
+    if not isinstance(data, dict):
+        return Streaming()
+    said = {key: data.pop(key) for key in Streaming.model_fields if key in data}
+    try:
+        streaming = Streaming.model_validate(said)
+    except ValidationError as error:
+        (param, message), *_ = explain(error)
+        raise ApiError(400, message, param=param) from None
+    if streaming.stream_options is not None and not streaming.stream:
+        raise ApiError(400, "stream_options: needs stream to be true", param="stream_options")
+    return streaming
