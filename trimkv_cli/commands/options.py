@@ -26,7 +26,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _MODEL_ARGUMENTS = ("name", "id")  # where a model is an argument and no option
 _REPOSITORY = "models--"
 # By their names, the options and arguments of all commands that stand for a file; the others are values.
-READ = ("file", "files", "source", "data", "text", "answers", "cache", "prompt_token_ids", "system_file", "template")
+READ = (
+    "answers",
+    "api_key_file",
+    "cache",
+    "data",
+    "file",
+    "files",
+    "prompt_token_ids",
+    "source",
+    "system_file",
+    "template",
+    "text",
+)
 WRITTEN = ("output", "save_cache", "html", "png", "svg", "plot", "export", "summary_json")
 
 

@@ -41,8 +41,10 @@ class ServeOptions:
     idle: str | None = _serve(None, "Give the model up after this time without a request; the next loads it.", "TIME")
     max_queue: int = _serve(256, "Requests that may wait for a row; more are refused (429).", "N", least=0)
     max_body: str = _serve("16MiB", "Refuse larger requests (413).", "SIZE")
-    grace: str = _serve("30s", "For requests in flight when the server ends.", "TIME")
-    strict: bool = _serve(False, "Refuse unknown keys and other models' names, which otherwise only warn.")
+    grace: str = option("30s", "For requests in flight when the server ends.", "TIME", panel="Server")
+    strict: bool = option(
+        False, "Refuse unknown keys and other models' names, which otherwise only warn.", panel="Server"
+    )
     think: bool | None = THINK
     special_tokens: bool = SPECIAL_TOKENS
     quiet: bool = QUIET
