@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
 
 T = TypeVar("T")
-
-_FOREVER_S = 3600.0
 
 
 class Busy(TrimkvError):
@@ -178,16 +177,15 @@ class Worker:
 
     def _listen(self) -> None:
         """Do what others asked; wait for that while there is nothing else to do, and unload after idle time."""
-        idle = not (self._waiting or self._batch or self._running)
-        try:
-            if idle:
-                loaded = self._engine is not None and self._options.idle_s is not None
-                self._inbox.get(timeout=self._options.idle_s if loaded else _FOREVER_S)()
+        if not (self._waiting or self._batch or self._running):
+            idle_s = self._options.idle_s if self._engine is not None else None
+            try:
+                self._inbox.get(timeout=idle_s)()
+            except queue.Empty:
+                self._unload()
+        with suppress(queue.Empty):
             while True:
                 self._inbox.get_nowait()()
-        except queue.Empty:
-            if idle and not (self._waiting or self._batch) and self._options.idle_s is not None:
-                self._unload()
 
     def _end(self) -> None:
         self._ending = True
