@@ -31,6 +31,7 @@ _TITLES = {
     "prose": "perplexity of {context:,} tokens",
     "rules": "rules of a system message kept, {context:,} tokens later",
     "rules pinned": "the same, system message pinned",
+    "ends pinned": "facts in {context:,} tokens of text, `prompt:10%` pinned",
 }
 _Row = dict[str, Any]
 
@@ -64,9 +65,8 @@ def _table(record: dict[str, Any]) -> str:
         f"| {record['model']} | cache | score | 95 % interval | of the full one's | questions | tokens of an answer |",
         "|---|---|---|---|---|---|---|",
     ]
-    for table in dict.fromkeys(row["table"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["table"] == table]
-        lines += [_line(row, next(each for each in rows if each["policy"] == "full")) for row in rows]
+    whole = {row["table"]: row for row in record["rows"] if row["policy"] == "full"}
+    lines += [_line(row, whole.get(row["table"], whole["needle"])) for row in record["rows"]]
     return "\n".join(lines)
 
 
