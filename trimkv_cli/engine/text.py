@@ -284,10 +284,12 @@ class Text:
     def _system_ids(self, system: Message, think: bool | None) -> list[int]:
         """Return the ids that two conversations with this system message share; the last one is remembered."""
         key = (dict(system), think)
-        if self._system[0] != key:
+        known, ids = self._system  # at once: several threads may render
+        if known != key:
             probes = ([system, {"role": "user", "content": text}] for text in _PROBES)
-            self._system = (key, _common(*(self._render_ids(probe, think) for probe in probes)))
-        return self._system[1]
+            ids = _common(*(self._render_ids(probe, think) for probe in probes))
+            self._system = (key, ids)
+        return ids
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
         text = as_text(text, "the text")  # tokenizers end with an error of their own

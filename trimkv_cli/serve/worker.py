@@ -276,6 +276,8 @@ class Worker:
             self._before.prompt_tokens += stats.prompt_tokens - stats.shared_prefix_tokens
             self._before.completion_tokens += stats.completion_tokens
             self._before.continued_tokens += stats.continued_tokens
+        if request.continues is not None and request.continues in engine.kept:
+            engine.kept.release(request.continues)  # of one that failed before its first token
         if not request.keep or request.id not in engine.kept:
             return
         if ticket.left is None or event.finish_reason == "error":
