@@ -45,12 +45,14 @@ class Chunks:
             chunks.append(self._chunk(index, {}, reason=event.finish_reason))
         return chunks
 
-    def closing(self, answers: Sequence[Answer]) -> Record:
-        """Return the last chunk, which has no choices: what there is to know, and the usage where it was asked for."""
+    def closing(self, last: Record, answers: Sequence[Answer]) -> list[Record]:
+        """Return the last chunk of a choice with what there is to know, and after it the usage, if asked for.
+
+        Only the usage has no choice beside it: programs look at the first one of each chunk.
+        """
         tail = self._recorder.tail(self._item, answers)
-        if not self._include_usage:
-            del tail["usage"]
-        return {**self._head, "choices": [], **tail}
+        ended = {**last, "trimkv": tail["trimkv"]}
+        return [ended, {**self._head, "choices": [], "usage": tail["usage"]}] if self._include_usage else [ended]
 
     def _chunk(self, index: int, delta: Record, *, reason: str | None = None, logprobs: Record | None = None) -> Record:
         choice: Record = {"index": index, "finish_reason": reason, "logprobs": logprobs}

@@ -100,10 +100,16 @@ class Completions:
         chunks = Chunks(self.recorder, exchange.item, self.text, include_usage=include_usage)
         for chunk in chunks.opening():
             yield chunk
+        ends: list[Record] = []  # of choices; the last of them says more
         while (heard := await exchange.next()) is not None:
-            for chunk in chunks.piece(*heard):
+            pieces = chunks.piece(*heard)
+            if heard[1].finish_reason is not None:
+                ends.append(pieces.pop())
+            for chunk in (*ends[:-1], *pieces):
                 yield chunk
-        yield chunks.closing(exchange.answers)
+            del ends[:-1]
+        for chunk in chunks.closing(ends[-1], exchange.answers):
+            yield chunk
 
 
 class Gone(Exception):
