@@ -18,11 +18,14 @@ from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import TokenEvent
 from trimkv_cli.request import Request
 from trimkv_cli.serve.histories import Histories, History
+from trimkv_cli.streams import Every
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
 
 T = TypeVar("T")
+
+_LOOK_S = 0.25
 
 
 class Busy(TrimkvError):
@@ -112,6 +115,7 @@ class Worker:
         self._lock = threading.Lock()
         self._ending = False
         self._before = Gauge()  # sums of engines that are gone
+        self._look = Every(_LOOK_S, at_once=True)  # at what takes time to find out
         self._thread = threading.Thread(target=self._run, name="trimkv-engine", daemon=True)
 
     def start(self) -> None:
@@ -347,7 +351,11 @@ class Worker:
         gauge.completion_tokens, gauge.continued_tokens = before.completion_tokens, before.continued_tokens
         if engine is None:
             gauge.kv_bytes = 0
-            return
+        elif not gauge.running or self._look.due():
+            self._read_engine(engine)
+
+    def _read_engine(self, engine: Engine) -> None:
+        gauge, before = self.gauge, self._before
         plan, stats = engine.facts.plan, engine.stats
         gauge.rows, gauge.budget_bytes, gauge.planned_bytes = engine.max_rows, plan.budget_bytes, plan.run.total_bytes
         gauge.kv_bytes, gauge.peak_bytes = engine.kv_bytes, engine.peak_bytes
