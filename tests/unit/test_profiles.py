@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from trimkv_cli.errors import ConfigError, ModelNotFound
+from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
 from trimkv_cli.mini import GATES_FOLDER
 from trimkv_cli.model import profiles
 from trimkv_cli.model.folders import read_gate_spec
@@ -156,3 +160,39 @@ def test_a_faulty_profile_is_named(content: str, message: str, hint: str, tmp_pa
         read_profile(path)
     assert str(path) in caught.value.message
     assert hint in (caught.value.hint or "")
+
+
+def test_a_profile_s_file_is_known_by_its_bytes(user_folder: Path, tmp_path: Path) -> None:
+    """Catches gates that a file lacks where it lies elsewhere, and those taken for a model trained on from it."""
+    theirs, copy = tmp_path / "same.gguf", tmp_path / "trained-on.gguf"
+    theirs.write_bytes(b"GGUF of some bytes")
+    copy.write_bytes(b"GGUF of more bytes")
+    ours = (profiles.profile_folders()[1] / "smollm2-135m-instruct.toml").read_text(encoding="utf-8")
+    wheel = load_profile("smollm2-135m-instruct").wheel
+    assert wheel is not None
+    digest = hashlib.sha256(theirs.read_bytes()).hexdigest()
+    mine = ours.replace(wheel.sha256, digest).replace(f"bytes = {wheel.bytes}", f"bytes = {theirs.stat().st_size}")
+    (user_folder / "mine.toml").write_text(mine, encoding="utf-8")
+    source = find_source(EngineOptions(model=str(theirs)), weights=False)
+    assert source.profile == load_profile("mine")
+    assert (source.gate.id, source.warnings) == ("smollm2-135m-instruct", ())
+    assert source.notes == (
+        f"{theirs} is the file of mine, byte for byte: that profile applies, with gates smollm2-135m-instruct",
+    )
+    assert profiles.profile_of_file(copy) is None
+
+
+def test_gates_that_may_be_a_model_s_own_are_named_and_not_taken(tmp_path: Path) -> None:
+    """Catches gates taken because sizes fit, and a user who is not told that there are some."""
+    config = dict(load_profile("smollm2-135m-instruct-bf16").config)
+    folders = {"like": config, "unlike": config | {"vocab_size": 49153}}
+    said = {}
+    for name, written in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(written), encoding="utf-8")
+        source = find_source(EngineOptions(model=str(tmp_path / name)), weights=False)
+        assert source.gate.variant == "streaming"
+        (said[name],) = [warning.message for warning in source.warnings]
+    hint = "; if this is HuggingFaceTB/SmolLM2-135M-Instruct, --gates smollm2-135m-instruct are its own"
+    assert said["like"].endswith(hint)
+    assert "--gates smollm2" not in said["unlike"]

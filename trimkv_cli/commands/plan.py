@@ -45,7 +45,7 @@ def plan(
     from trimkv_cli.loading.sources import find_source
     from trimkv_cli.plan.compare import alternatives, solve_for
     from trimkv_cli.plan.plan import make_plan
-    from trimkv_cli.ui.plain import print_answer
+    from trimkv_cli.ui.plain import print_answer, print_note, print_warning
 
     asked = replace(engine, model=name or engine.model)  # a configured default gives way to the argument
     found = find_source(asked, weights=False)
@@ -65,6 +65,10 @@ def plan(
         text = _as_text(made, found.model_id, shown)
         text += "" if solved is None else f"\n{_say_solved(solved)}"
         text += "" if others is None else "\n\n" + _say_alternatives(others, made.run.kv_budget)
+    for note in found.notes:
+        print_note(note)
+    for warning in found.warnings:
+        print_warning(warning.message)
     print_answer(text)
     made.ensure_fits()
 

@@ -424,7 +424,7 @@ def _load_gates(
     if source.gates_ref is None:
         return build_gates(source.gate, source.spec, {}, dtype=dtype, device=device), ()
     files = read_gates(source.gates_ref.folder("gates", offline=offline), id=source.gate.id)
-    warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.model_id)
+    warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.known_as)
     gates = build_gates(files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act)
     return gates, (*files.warnings, *warnings)
 

@@ -23,11 +23,13 @@ from trimkv_cli.model.profiles import (
     MINI,
     Profile,
     WheelFile,
+    alike,
     built_in_gates,
     find_profile,
     list_profiles,
     load_profile,
     profile_for,
+    profile_of_file,
 )
 from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
@@ -62,6 +64,9 @@ class Source:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user did not ask for but should know."""
+        if self.profile is not None and self.name is not None and Path(self.name).expanduser().is_file():
+            applies = f"that profile applies, with gates {self.gate.id}"
+            return (f"{self.name} is the file of {self.profile.name}, byte for byte: {applies}",)
         if self.model_id != MINI or self.name is not None:
             return ()
         knows = "which remembers what it is told and knows nothing else"
@@ -74,9 +79,19 @@ class Source:
             return ()
         message = (
             f"{self.model_id} has no retention gates: the first {self.gate.sinks} tokens and the newest stay"
-            " (--gates streaming says so without this line)"
+            f" (--gates streaming says so without this line){self._others()}"
         )
         return (Notice(code="no_gates", message=message),)
+
+    def _others(self) -> str:
+        """Name gates that come along and fit the sizes of a model in files, which may be the one they were made for."""
+        gate = _known_gate(alike(self.spec)) if Path(self.model_id).expanduser().exists() else None
+        return "" if gate is None else f"; if this is {gate.base_model}, --gates {gate.id} are its own"
+
+    @property
+    def known_as(self) -> str:
+        """Return the name by which gates know the model: its profile's where it has one."""
+        return self.model_id if self.profile is None else shown_id(self.profile.model)
 
     @property
     def sampling(self) -> Mapping[str, Any]:
@@ -186,7 +201,8 @@ def model_names(options: EngineOptions, source: Source | None) -> frozenset[str]
 def _named(options: EngineOptions) -> tuple[str | None, Profile | None]:
     """Return the model's name, and the profile that it is or that was named beside it."""
     if options.profile is None:
-        return options.model, find_profile(options.model or MINI)
+        found = find_profile(options.model or MINI)
+        return options.model, found or profile_of_file(Path(options.model or "").expanduser())
     profile = load_profile(options.profile)
     if options.model not in (None, profile.name, profile.model):
         raise UsageError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,40 @@ def profile_for(model_id: str) -> Profile | None:
         if profile.model == model_id and profile.gates and profile.variant not in OTHERS_VARIANTS
     ]
     return min(made_for, key=lambda profile: (profile.variant != "rg", profile.name), default=None)
+
+
+def profile_of_file(path: Path) -> Profile | None:
+    """Return the profile whose file this is, byte for byte: a model trained on from it has the same sizes and names.
+
+    Raises:
+        ConfigError: a faulty file of a profile.
+    """
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    wheels = [profile for profile in list_profiles() if profile.wheel is not None and profile.wheel.bytes == size]
+    digest = _digest(path.resolve(), path.stat().st_mtime_ns) if wheels else None
+    return next((profile for profile in wheels if profile.wheel and profile.wheel.sha256 == digest), None)
+
+
+@lru_cache(maxsize=4)
+def _digest(path: Path, _: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def alike(spec: ModelSpec) -> Profile | None:
+    """Return a profile with gates that come along for a model of these sizes, which need not be this one.
+
+    Raises:
+        ConfigError: a faulty file.
+    """
+    shaped = ((profile, profile.spec) for profile in list_profiles() if (profile.gates or "").startswith(BUILT_IN))
+    return next((profile for profile, own in shaped if own is not None and _sizes(own) == _sizes(spec)), None)
+
+
+def _sizes(spec: ModelSpec) -> tuple[str, int, int, int, int]:
+    return spec.model_type, spec.num_layers, spec.hidden_size, spec.num_kv_heads, spec.vocab_size
 
 
 def read_profile(path: Path) -> Profile:
