@@ -37,7 +37,9 @@ class FakeText:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, think: bool | None = None) -> FakePrompt:
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), think: bool | None = None
+    ) -> FakePrompt:
         if messages[-1]["role"] == "assistant":
             raise UnsupportedModel("the template cannot end with the assistant")
         ids = [i for m in messages for i in (0, *map(ord, m["content"]))]

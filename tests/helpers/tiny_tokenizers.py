@@ -36,6 +36,55 @@ PHI3 = """{%- for m in messages %}{{- '<|' + m.role + '|>\\n' + m.content + '<|e
 LLAMA2 = """{%- for m in messages %}{%- if m.role == 'user' %}{{- '<s>[INST] ' + m.content + ' [/INST]' }}
 {%- else %}{{- ' ' + m.content + ' </s>' }}{%- endif %}{%- endfor %}"""
 
+# How templates tell of tools and render calls and results: the manners of Qwen, Llama 3.2, Mistral and gpt-oss.
+HERMES = """{%- if tools %}{{- '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+{{- '# Tools\\n<tools>' }}{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
+{{- '\\n</tools>\\n<tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <args-json>}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}{%- for m in messages %}{%- if m.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- elif not (tools and loop.first and m.role == 'system') %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{- '}\\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+LLAMA32 = """{{- '<|begin_of_text|>' }}
+{%- if tools %}{{- '<|start_header_id|>system<|end_header_id|>\\n\\nEnvironment: ipython\\n<|eot_id|>' }}{%- endif %}
+{%- for m in messages %}
+{%- if m.tool_calls %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{{- '{"name": "' + m.tool_calls[0].function.name + '", "parameters": ' }}
+{{- m.tool_calls[0].function.arguments | tojson }}{{- '}<|eot_id|>' }}
+{%- elif m.role == 'tool' %}{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + m.content + '<|eot_id|>' }}
+{%- else %}{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}
+{%- if tools and m.role == 'user' and loop.first %}{%- for tool in tools %}{{- tool | tojson(indent=4) }}{%- endfor %}
+{%- endif %}{{- m.content | trim + '<|eot_id|>' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+
+MISTRAL = """{{- '<s>' }}
+{%- if tools %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{%- for m in messages %}{%- if m.role == 'user' %}{{- '[INST] ' + m.content + '[/INST]' }}
+{%- elif m.role == 'tool' %}
+{%- if m.tool_call_id | length != 9 %}{{- raise_exception('ids have length 9') }}{%- endif %}
+{{- '[TOOL_RESULTS] {"content": ' + m.content | string + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
+{%- elif m.tool_calls %}{{- '[TOOL_CALLS] [' }}{%- for call in m.tool_calls %}
+{%- if call.id | length != 9 %}{{- raise_exception('ids have length 9') }}{%- endif %}
+{{- '{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson }}
+{{- ', "id": "' + call.id + '"}' }}{%- endfor %}{{- ']</s>' }}
+{%- else %}{{- ' ' + m.content + '</s>' }}{%- endif %}{%- endfor %}"""
+
+HARMONY = """
+{%- if tools %}{{- '<|start|>developer<|message|># Tools\\nnamespace functions {' }}{%- for tool in tools %}
+{{- 'type ' + tool.function.name + ' = (_: ' + tool.function.parameters | tojson + ') => any; // ' }}
+{{- tool.function.description }}{%- endfor %}{{- '}<|end|>' }}{%- endif %}
+{%- for m in messages %}{%- if m.role == 'tool' %}
+{{- '<|start|>functions.f to=assistant<|channel|>commentary<|message|>' + m.content | tojson + '<|end|>' }}
+{%- elif m.tool_calls %}{{- '<|start|>assistant to=functions.' + m.tool_calls[0].function.name }}
+{{- '<|channel|>commentary json<|message|>' + m.tool_calls[0].function.arguments | tojson + '<|call|>' }}
+{%- elif m.role == 'assistant' %}{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}
+{%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
 THINK = (AddedToken("<think>", special=False), AddedToken("</think>", special=False))
 
 
@@ -86,6 +135,29 @@ def _wrap(
 def chatml() -> PreTrainedTokenizerFast:
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     return byte_level(*special(*names), *THINK, template=CHATML, eos_token="<|im_end|>")
+
+
+def hermes() -> PreTrainedTokenizerFast:
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    calls = [AddedToken(name, special=False) for name in ("<tool_call>", "</tool_call>", "<tool_response>")]
+    return byte_level(*special(*names), *calls, template=HERMES, eos_token="<|im_end|>")
+
+
+def llama32() -> PreTrainedTokenizerFast:
+    headers = ("<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|eom_id|>")
+    names = special("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", *headers)
+    return byte_level(*names, template=LLAMA32, eos_token="<|eot_id|>")
+
+
+def mistral() -> PreTrainedTokenizerFast:
+    turns = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+    names = special("<s>", "</s>", *turns, "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[ARGS]", "[CALL_ID]")
+    return byte_level(*names, template=MISTRAL, eos_token="</s>")
+
+
+def harmony() -> PreTrainedTokenizerFast:
+    marks = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>", "<|return|>")
+    return byte_level(*special("<|endoftext|>", *marks), template=HARMONY, eos_token="<|return|>")
 
 
 def llama3() -> PreTrainedTokenizerFast:

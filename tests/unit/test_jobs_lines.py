@@ -99,28 +99,26 @@ def test_a_value_that_two_keys_forbid_together_is_named() -> None:
     assert bad(chat(response_format=json_object, ignore_eos=True)).param == "response_format"
 
 
-CALL = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": "{}"}}
-
-
 @pytest.mark.parametrize(
-    "body",
+    ("body", "param", "instead"),
     [
-        {"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-        {"messages": [*USER, {"role": "assistant", "content": None, "function_call": {"name": "w"}}]},
-        {"messages": [*USER, {"role": "tool", "tool_call_id": "c1", "content": "sunny"}]},
-        {"messages": [*USER, {"role": "function", "name": "w", "content": "sunny"}]},
-        {"tools": [{"type": "function", "function": {"name": "w"}}]},
-        {"tool_choice": "required"},
-        {"functions": [{"name": "w"}]},
-        {"function_call": {"name": "w"}},
+        (
+            {"messages": [*USER, {"role": "assistant", "content": None, "function_call": {"name": "w"}}]},
+            "messages[1]",
+            "tool_calls",
+        ),
+        ({"messages": [*USER, {"role": "function", "name": "w", "content": "sunny"}]}, "messages[1].role", "role tool"),
+        ({"functions": [{"name": "w"}]}, "functions", "give tools"),
+        ({"function_call": {"name": "w"}}, "function_call", "give tool_choice"),
     ],
 )
-def test_tools_are_named_as_what_is_not_supported(body: dict[str, Any]) -> None:
-    """Catches a message that blames the content of an assistant's message for a history with tools."""
+def test_the_earlier_form_of_tools_is_refused_with_what_to_give_instead(
+    body: dict[str, Any], param: str, instead: str
+) -> None:
+    """Catches a message that blames the content of an assistant's message for a call in it."""
     refused = bad(chat(**body))
-    assert refused.status == 400
-    assert "tools are not supported" in refused.message
-    assert refused.param in {*body, "messages[1]", "messages[1].role"} - {"messages"}
+    assert (refused.status, refused.param) == (400, param)
+    assert instead in refused.message
 
 
 def test_two_names_of_a_length_may_say_the_same() -> None:
@@ -153,13 +151,13 @@ def test_a_seed_depends_on_run_seed_and_id_alone() -> None:
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": None}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0]"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
         ({"prompt": "x"}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "64"}, "max_tokens"),
@@ -192,7 +190,7 @@ def test_a_seed_depends_on_run_seed_and_id_alone() -> None:
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs.x"),
     ],
 )

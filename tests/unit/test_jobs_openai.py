@@ -137,7 +137,7 @@ def test_the_examples_of_vllm_run_unchanged() -> None:
     ("body", "param"),
     [
         ({"stream": True}, "stream"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},

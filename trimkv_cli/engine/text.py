@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -22,11 +24,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Detokenizer", "Message", "Prompt", "Text"]
 
-Message = Mapping[str, str]  # "role" and "content", both strings
+# "role" and "content", both strings; also "tool_calls" (arguments as objects) and "tool_call_id", as OpenAI has them
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _PROBES = ("a", "1")  # two user texts that share no token
 _TEMPLATE_S = 10.0  # a template that needs as long for one word goes on for ever
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "trimkv_probe",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "A text."}}},
+    },
+}
+_PROBE_CALL = {"id": "trimkv123", "type": "function", "function": {"name": "trimkv_probe", "arguments": {"a": "b"}}}
+_PROBE_RESULT = "trimkv_result"
+_NINE = re.compile(r"length\s*!=\s*9")  # templates that refuse ids of calls unless they are nine letters and digits
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning, to mark places in a rendered template
 
 
@@ -124,6 +139,24 @@ class Text:
         return "enable_thinking" in (self._template or "")
 
     @property
+    def template(self) -> str:
+        """The chat template's text, "" without one."""
+        return self._template or ""
+
+    @cached_property
+    def supports_tools(self) -> bool:
+        """Say whether the template tells the model of tools."""
+        return "trimkv_probe" in self._probe([{"role": "user", "content": "a"}], [_PROBE_TOOL])
+
+    @cached_property
+    def supports_calls(self) -> bool:
+        """Say whether the template renders calls of earlier answers, and their results."""
+        call = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
+        result = {"role": "tool", "tool_call_id": _PROBE_CALL["id"], "content": _PROBE_RESULT}
+        said = self._probe([{"role": "user", "content": "a"}, call, result], [])
+        return "trimkv_probe" in said and _PROBE_RESULT in said
+
+    @property
     def template_hash(self) -> str:
         """Return a short hash of the chat template, "" without one."""
         return "" if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()[:16]
@@ -155,18 +188,22 @@ class Text:
         """Return what one token says by itself; U+FFFD stands for bytes that are no whole character."""
         return str(self.tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def render_chat(self, messages: Sequence[Message], *, think: bool | None = None) -> Prompt:
-        """Render a conversation up to where the answer begins.
+    def render_chat(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), think: bool | None = None
+    ) -> Prompt:
+        """Render a conversation up to where the answer begins, with the tools that the model is told of.
 
         Raises:
-            UsageError: the template refuses the messages (a system role, two users in a row).
+            UsageError: the template refuses the messages (a system role, two users in a row), or knows no tools.
             UnsupportedModel: the model has no chat template.
             BrokenModel: it has a bug.
         """
-        ids = self._render_ids(messages, think)
-        if messages[0]["role"] != "system":
+        self._check_tools(messages, tools)
+        ids = self._render_ids(messages, think, tools)
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        if not (system or tools):
             return Prompt(token_ids=tuple(ids))
-        shared = _common(self._system_ids(messages[0], think), ids)
+        shared = _common(self._system_ids(system, think, tools), ids)
         return Prompt(token_ids=tuple(ids), prefix_len=min(len(shared), len(ids) - 1))
 
     def render_turn(
@@ -239,17 +276,47 @@ class Text:
         end = self._leading_token(tail.lstrip()) if found else None
         return end if end in self.hidden_ids else None
 
-    def _render_ids(self, messages: Sequence[Message], think: bool | None) -> list[int]:
-        (mark,) = unused_characters([text for message in messages for text in message.values()], 1)
-        first, *rest = self._render([self._guarded(message, mark) for message in messages], think).split(mark)
+    def _render_ids(self, messages: Sequence[Message], think: bool | None, tools: Sequence[Tool] = ()) -> list[int]:
+        (mark,) = unused_characters([json.dumps([messages, tools], ensure_ascii=False, default=dict)], 1)
+        guarded = [self._guarded(message, mark) for message in messages]
+        first, *rest = self._render(guarded, think, tools=self._typed.mark_all(tools, mark)).split(mark)
         return self._encode(first) + self._encode_inside(rest)
 
-    def _render(self, messages: list[dict[str, str]], think: bool | None, *, answer_next: bool = True) -> str:
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        if tools and self._template is not None and not self.supports_tools:
+            raise UsageError(
+                f"tools: the chat template of {self.name} knows no tools",
+                hint="leave them out, or take a model whose template has them: Qwen3, Llama 3.1, Mistral, gpt-oss",
+                param="tools",
+            )
+        calls = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+        if calls and self._template is not None and not self.supports_calls:
+            raise UsageError(
+                f"messages: the chat template of {self.name} knows no calls of tools",
+                hint="leave calls and results out, or say them in words",
+                param="messages",
+            )
+
+    def _probe(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+        try:
+            return self._render([self._guarded(message, "") for message in messages], None, tools=tools)
+        except TrimkvError:
+            return ""
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        think: bool | None,
+        *,
+        tools: Sequence[Tool] = (),
+        answer_next: bool = True,
+    ) -> str:
         if self._template is None:
             raise UnsupportedModel(f"{self.name} has no chat template", hint="trimkv ask --raw needs none")
         if not messages:
             raise UsageError("there are no messages to answer", hint='give at least one: {"role": "user", …}')
-        options = {"enable_thinking": think} if think is not None and self.supports_thinking else {}
+        options: dict[str, Any] = {"enable_thinking": think} if think is not None and self.supports_thinking else {}
+        options |= {"tools": [*tools]} if tools else {}
         try:
             text: object = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer_next, **options
@@ -276,18 +343,33 @@ class Text:
             hint="mend chat_template.jinja, or chat_template in tokenizer_config.json",
         )
 
-    def _guarded(self, message: Message, mark: str) -> dict[str, str]:
+    def _guarded(self, message: Message, mark: str) -> dict[str, Any]:
         """Mark token strings in a message's texts; an answer may contain `<think>`, which templates look for."""
         starts = self._special if message["role"] == "assistant" else self._typed
-        return {key: text if key == "role" else starts.mark(text, mark) for key, text in message.items()}
+        guarded = {key: value if key == "role" else starts.mark_all(value, mark) for key, value in message.items()}
+        if calls := message.get("tool_calls"):
+            guarded["tool_calls"] = [self._guarded_call(call, mark) for call in calls]
+        if "tool_call_id" in message:
+            guarded["tool_call_id"] = self._call_id(message["tool_call_id"])
+        return guarded
 
-    def _system_ids(self, system: Message, think: bool | None) -> list[int]:
-        """Return the ids that two conversations with this system message share; the last one is remembered."""
-        key = (dict(system), think)
+    def _guarded_call(self, call: Mapping[str, Any], mark: str) -> dict[str, Any]:
+        return {**call, "id": self._call_id(call["id"]), "function": self._typed.mark_all(call["function"], mark)}
+
+    def _call_id(self, call_id: str) -> str:
+        """Return an id that the template takes, and in which nothing is a token."""
+        if re.fullmatch(r"[A-Za-z0-9]{9}", call_id):
+            return call_id
+        short = hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+        return short if _NINE.search(self.template) else re.sub(r"[^\w-]", "_", call_id)
+
+    def _system_ids(self, system: Sequence[Message], think: bool | None, tools: Sequence[Tool]) -> list[int]:
+        """Return the ids that conversations with this system message and tools share; the last ones are remembered."""
+        key = ([dict(message) for message in system], think, [dict(tool) for tool in tools])
         known, ids = self._system  # at once: several threads may render
         if known != key:
-            probes = ([system, {"role": "user", "content": text}] for text in _PROBES)
-            ids = _common(*(self._render_ids(probe, think) for probe in probes))
+            probes = ([*system, {"role": "user", "content": text}] for text in _PROBES)
+            ids = _common(*(self._render_ids(probe, think, tools) for probe in probes))
             self._system = (key, ids)
         return ids
 
@@ -331,6 +413,14 @@ class _TokenStarts:
     def mark(self, text: str, mark: str) -> str:
         """Put `mark` after the first character of each token string in `text`, so that it is one no longer."""
         return self._first.sub(lambda found: found[0] + (mark if self._at(text, found.start()) else ""), text)
+
+    def mark_all(self, value: Any, mark: str) -> Any:
+        """Put `mark` into every text of a JSON value, its keys included."""
+        if isinstance(value, str):
+            return self.mark(value, mark)
+        if isinstance(value, Mapping):
+            return {self.mark(key, mark): self.mark_all(each, mark) for key, each in value.items()}
+        return [self.mark_all(each, mark) for each in value] if isinstance(value, list | tuple) else value
 
     def found(self, text: str) -> list[str]:
         """List, each once, the token strings that stand in `text`; of those at one place the longest."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-_UNIONS = {"prompt": ("text", "token_ids"), "logprobs": ("bool", "int", "constrained")}
+_UNIONS = {
+    "prompt": ("text", "token_ids"),
+    "logprobs": ("bool", "int", "constrained"),
+    "tool_choice": ("mode", "named"),
+}
 _SAMPLING_KEYS = (
     "temperature",
     "top_p",
@@ -64,6 +70,18 @@ def _token_id(value: object) -> object:
     raise PydanticCustomError("token_id", "should be a token id, which is a whole number in quotes")
 
 
+def _arguments(value: object) -> object:
+    if isinstance(value, str | dict):
+        return value
+    raise PydanticCustomError("arguments", "should be a string with a JSON object")
+
+
+def _legacy_role(value: object) -> object:
+    if value == "function":
+        raise PydanticCustomError("tools", "results of functions are messages of the role tool")
+    return value
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -95,29 +113,86 @@ class TextPart(Strict):
     text: str
 
 
-def _no_tools(value: object) -> object:
-    if value in ("tool", "function"):
-        raise PydanticCustomError("tools", "tools are not supported, nor their results")
-    return value
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+
+
+class Function(Strict):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """One of the tools that the model is told of."""
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """Return what chat templates are given: what was said of the function, but for how strictly it is meant."""
+        function = self.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return {"type": self.type, "function": function}
+
+
+class CalledFunction(Strict):
+    """A function's name and its arguments, as the text of a JSON object or as one."""
+
+    name: Name
+    arguments: Annotated[str | dict[str, Any], BeforeValidator(_arguments)]
+
+
+class ToolCall(Strict):
+    """A call that an earlier answer made."""
+
+    id: Annotated[str, Field(min_length=1)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """Return what chat templates are given, the arguments as an object where they are one."""
+        arguments = self.function.arguments
+        with contextlib.suppress(ValueError):
+            said = orjson.loads(arguments) if isinstance(arguments, str) else arguments
+            arguments = said if isinstance(said, dict) else arguments
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
 
 
 class Message(Strict):
     """One message of a conversation."""
 
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tools)]
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_legacy_role)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_parts)]
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _no_calls(cls, value: Any) -> Any:
-        if isinstance(value, dict) and (value.get("tool_calls") or value.get("function_call")):
-            raise PydanticCustomError("tools", "tools are not supported, nor messages with calls of them")
+    def _calls(cls, value: Any) -> Any:
+        """Let calls go without content, and refuse those of OpenAI's earlier form."""
+        if isinstance(value, dict) and value.get("function_call"):
+            raise PydanticCustomError("tools", "function_call is not supported: give tool_calls")
+        if isinstance(value, dict) and value.get("tool_calls") and value.get("content") is None:
+            return {**value, "content": ""}
         return value
 
-    def plain(self) -> dict[str, str]:
-        """Return role and text as chat templates know them: developer is system, parts are joined by newlines."""
+    def plain(self) -> dict[str, Any]:
+        """Return what chat templates know: developer is system, parts are joined by newlines."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+        said: dict[str, Any] = {"role": role, "content": "\n".join(part.text for part in self.content)}
+        if self.tool_calls:
+            said["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.role == "tool":
+            said["tool_call_id"] = self.tool_call_id
+        return said
+
+    def parts(self) -> Iterator[Strict]:
+        """Yield the objects that a message is made of."""
+        yield from (self, *self.content)
+        for call in self.tool_calls or ():
+            yield from (call, call.function)
 
 
 class TemplateOptions(BaseModel):
@@ -143,6 +218,24 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+
+class ChosenFunction(Strict):
+    """The name of a function that has to be called."""
+
+    name: str
+
+
+class ToolChoice(Strict):
+    """The one function that has to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+_ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode")] | Annotated[ToolChoice, Tag("named")],
+    Discriminator(lambda value: "mode" if isinstance(value, str) else "named"),
+]
 
 Count = Annotated[int, Field(ge=1, lt=2**63), Whole]
 TokenId = Annotated[str, BeforeValidator(_token_id)]
@@ -172,6 +265,9 @@ class Body(Strict):
     logprobs: Annotated[bool | Annotated[int, Field(ge=0, le=20)] | None, Whole] = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
     response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: _ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63), Whole] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more_texts)] = None
     ignore_eos: bool | None = None
@@ -180,11 +276,13 @@ class Body(Strict):
     chat_template_kwargs: TemplateOptions | None = None
 
     def extras(self) -> Iterator[tuple[str, Any]]:
-        """Yield those of messages, parts and formats too; empty values in messages say nothing."""
+        """Yield those of messages, tools and formats too; empty values in messages say nothing."""
         yield from super().extras()
         for message in self.messages or ():
-            for model in (message, *message.content):
+            for model in message.parts():
                 yield from ((key, value) for key, value in model.extras() if value)
+        for tool in self.tools or ():
+            yield from (*tool.extras(), *tool.function.extras())
         if self.response_format is not None:
             for part in (self.response_format, self.response_format.json_schema):
                 yield from () if part is None else part.extras()
@@ -247,8 +345,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "echo": (None, False),
@@ -271,13 +367,12 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
 }
 
-TOOLS = frozenset({"tools", "tool_choice", "functions", "function_call"})
+INSTEAD: Mapping[str, str] = {"functions": "tools", "function_call": "tool_choice"}  # of OpenAI's earlier form
 
 # Known parameters that never change an answer here.
 IDLE = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",

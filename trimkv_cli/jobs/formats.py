@@ -33,16 +33,24 @@ def make_form(response_format: ResponseFormat | None) -> Form | None:
     if response_format is None or response_format.type == "text":
         return None
     if response_format.type == "json_object":
-        return _compile({"type": "object"})
+        return schema_form({"type": "object"})
     if response_format.json_schema is None:
         raise UsageError("json_schema: field required")
-    return _compile(response_format.json_schema.schema_)
+    try:
+        return schema_form(response_format.json_schema.schema_)
+    except UsageError as error:
+        raise UsageError(f"json_schema.schema: {error}") from error
 
 
-def _compile(schema: dict[str, Any]) -> Form:
+def schema_form(schema: dict[str, Any]) -> Form:
+    """Return the form of a document that a schema describes.
+
+    Raises:
+        UsageError: a schema that is broken, satisfied by nothing or uses keywords that cannot be enforced.
+    """
     endless = _References(schema).endless()
     if endless is not None:
-        raise UsageError(f"json_schema.schema: nothing satisfies it: {endless!r} needs itself without an end")
+        raise UsageError(f"nothing satisfies it: {endless!r} needs itself without an end")
     try:
         return _form(schema, _BLANKS)
     except UsageError as error:
@@ -57,10 +65,10 @@ def _form(schema: dict[str, Any], options: Any) -> Form:
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(schema, defaults=options)
     except ValueError as error:
-        raise UsageError(f"json_schema.schema: {error}") from error
+        raise UsageError(str(error)) from error
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if is_error:
-        raise UsageError(f"json_schema.schema: {messages[0].strip()}")
+        raise UsageError(messages[0].strip())
     return Form(grammar=grammar, notes=tuple(_ONE_OF if "oneOf" in message else message for message in messages))
 
 

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import Notice
-from trimkv_cli.jobs.bodies import HARMLESS, IDLE, TOOLS, BatchLine, Body, SimpleLine, Strict, explain, is_harmless
+from trimkv_cli.jobs.bodies import HARMLESS, IDLE, INSTEAD, BatchLine, Body, SimpleLine, Strict, explain, is_harmless
 from trimkv_cli.jobs.formats import Form, make_form
 from trimkv_cli.jobs.reading import Line
+from trimkv_cli.jobs.tools import Tools, check_history, make_tools, tool_notes
 from trimkv_cli.request import SamplingParams
 
 Kind: TypeAlias = Literal["chat", "completion", "simple", "text"]
@@ -35,7 +36,8 @@ class Item:
     custom_id: str
     kind: Kind
     params: SamplingParams
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    tools: Tools | None = None
     prompt: str | None = None
     prompt_token_ids: tuple[int, ...] | None = None
     special_tokens: bool = False  # those that `prompt` names are tokens
@@ -233,7 +235,8 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
     source = _source(body, sources)
     form = _form(body)
     notes = () if form is None else tuple(Notice(code="schema", message=note) for note in form.notes)
-    warnings = (*_notices(body, body.model, rules), *notes)
+    tools = _tools(body)
+    warnings = (*_notices(body, body.model, rules), *notes, *tool_notes(body))
     params = _params(body, custom_id, kind, rules.defaults, form)
     think = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
     item = Item(
@@ -241,6 +244,7 @@ def _item(number: int, custom_id: str, body: Body, *, kind: Kind, sources: tuple
         custom_id=custom_id,
         kind=kind,
         params=params,
+        tools=tools,
         special_tokens=rules.special_tokens if body.special_tokens is None else body.special_tokens,
         think=rules.think if think is None else think,
         return_token_ids=bool(body.return_token_ids),
@@ -315,12 +319,20 @@ def _form(body: Body) -> Form | None:
         raise Refused(f"response_format.{error.message}", param="response_format", code="invalid_schema") from error
 
 
+def _tools(body: Body) -> Tools | None:
+    try:
+        check_history(body.messages or [])
+        return make_tools(body)
+    except UsageError as error:
+        raise Refused(error.message, param=error.param) from error
+
+
 def _notices(model: Strict, name: str | None, rules: Rules) -> tuple[Notice, ...]:
     """List what is passed over in one object; what would change the answer is refused."""
     unknown = []
     for key, value in model.extras():
         if key in HARMLESS and not is_harmless(key, value):
-            what = "tools are not supported" if key in TOOLS else "not supported with this value"
+            what = f"not supported: give {INSTEAD[key]}" if key in INSTEAD else "not supported with this value"
             raise Refused(f"{key}: {what}", param=key, code="unsupported_parameter")
         if key not in HARMLESS and key not in IDLE:
             unknown.append(_passed_over("unknown_key", f"unknown key {key[:64]!r} ignored", key, rules))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from trimkv_cli.errors import ContextOverflow, TrimkvError
 from trimkv_cli.events import Notice
@@ -27,7 +27,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, special: bool = False) -> Sequence[int]: ...
     def named_tokens(self, text: str) -> Sequence[str]: ...
     def token_text(self, token_id: int) -> str: ...
-    def render_chat(self, messages: Sequence[dict[str, str]], *, think: bool | None = None) -> RenderedPrompt: ...
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), think: bool | None = None
+    ) -> RenderedPrompt: ...
 
 
 def make_requests(item: Item, text: Tokenizer | None) -> list[Request] | BadLine:
@@ -40,7 +42,7 @@ def make_requests(item: Item, text: Tokenizer | None) -> list[Request] | BadLine
         if item.messages is None:
             token_ids, prefix_len = text.encode(item.prompt or "", special=item.special_tokens), 0
         else:
-            rendered = text.render_chat(item.messages, think=item.think)
+            rendered = text.render_chat(item.messages, tools=_definitions(item), think=item.think)
             token_ids, prefix_len = rendered.token_ids, rendered.prefix_len
     except TrimkvError as error:
         return refused(item, error)
@@ -88,6 +90,10 @@ def refused(item: Item, error: TrimkvError) -> BadLine:
     code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
     param = item.limit_key if error.param == "max_tokens" else error.param
     return _bad(item, error.message, code=code, param=param)
+
+
+def _definitions(item: Item) -> tuple[dict[str, Any], ...]:
+    return () if item.tools is None else item.tools.definitions
 
 
 def _choices(item: Item, token_ids: Sequence[int], prefix_len: int) -> list[Request]:
