@@ -115,6 +115,7 @@ class Request:
     that names this one in `continues`: that one feeds only what is new, beginning with this one's last output token.
     Requests of one `same_prompt` group have the same prompt: those that get their rows in time share its whole prefill.
     With `goes_on` it goes on reading or answering that one's prompt, whose ends stay pinned.
+    `shown` are special tokens that count as text of the answer.
     `context` is how long the sequence may become over all its turns (0 = this request alone).
     """
 
@@ -128,6 +129,7 @@ class Request:
     continues: str | None = None
     goes_on: bool = False
     context: int = 0
+    shown: tuple[int, ...] = ()
 
     @property
     def shared_len(self) -> int:

@@ -28,6 +28,11 @@ class FakePrompt:
 class FakeText:
     """One token per character; a template that marks each message's beginning with 0."""
 
+    template = ""  # which tells the form of calls
+
+    def added_id(self, token: str) -> int | None:
+        return None
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [1] if special and self.named_tokens(text) else [ord(c) for c in text]
 

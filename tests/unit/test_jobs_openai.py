@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from openai.types import Completion
-from openai.types.chat import ChatCompletion
+from openai.types.chat import ChatCompletion, ChatCompletionMessageFunctionToolCall, ChatCompletionToolParam
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 from openai.types.shared_params import ResponseFormatJSONSchema
 
 from helpers.fake_engine import FakeEngine, FakeText, run
-from trimkv_cli.events import TokenEvent, TokenLogprob
+from helpers.tiny_tokenizers import HERMES
+from trimkv_cli.events import FinishReason, TokenEvent, TokenLogprob
+from trimkv_cli.request import Request
 
 
 class ScoringEngine(FakeEngine):
     """Report log probabilities as an engine does."""
 
     def step(self) -> list[TokenEvent]:
-        from dataclasses import replace
-
         said = TokenLogprob(logprob=-0.5, top=((97, -0.5), (0x20AC, -float("inf"))))
         return [replace(event, logprobs=(said,) * len(event.token_ids)) for event in super().step()]
 
@@ -153,3 +154,91 @@ def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param:
     [record], _ = run([line])
     error = record["response"]["body"]["error"]
     assert (record["response"]["status_code"], error["param"], record["error"]) == (400, param, None)
+
+
+class CallingText(FakeText):
+    """A template of Hermes' form."""
+
+    template = HERMES
+
+
+class ScriptedEngine(FakeEngine):
+    """Say the same whatever is asked, one character a step."""
+
+    def __init__(self, script: str, reason: FinishReason = "stop") -> None:
+        super().__init__(text=CallingText(), max_rows=4)
+        self.script, self.reason = script, reason
+
+    def add(self, request: Request) -> None:
+        params = replace(request.params, max_tokens=len(self.script))
+        super().add(replace(request, prompt_token_ids=tuple(map(ord, self.script)), params=params))
+
+    def step(self) -> list[TokenEvent]:
+        events = super().step()
+        return [replace(event, finish_reason=self.reason) if event.finish_reason else event for event in events]
+
+
+TOOL: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {"name": "now", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+}
+NOW = '<tool_call>\n{"name": "now", "arguments": {"zone": "CET"}}\n</tool_call>'
+
+THEN = NOW.replace("now", "then")
+
+
+def scripted(script: str, reason: FinishReason = "stop", **body: Any) -> tuple[ChatCompletion, dict[str, Any]]:
+    line = {"url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "When?"}], **body}}
+    [record], _ = run([line], engine=ScriptedEngine(script, reason), strict=True)
+    assert record["response"]["status_code"] == 200, record
+    ours = record["response"]["body"]
+    return ChatCompletion.model_validate(ours, strict=True), ours
+
+
+def test_calls_are_read_by_the_client_and_sent_back_by_it() -> None:
+    parsed, _ = scripted(NOW, tools=[TOOL], n=2)
+    for choice in parsed.choices:
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        assert choice.message.tool_calls is not None
+        (call,) = choice.message.tool_calls
+        assert isinstance(call, ChatCompletionMessageFunctionToolCall)
+        assert (call.function.name, json.loads(call.function.arguments)) == ("now", {"zone": "CET"})
+    first, second = (choice.message.tool_calls for choice in parsed.choices)
+    assert first is not None
+    assert second is not None
+    assert first[0].id != second[0].id
+    said = parsed.choices[0].message.model_dump(exclude_none=True)
+    result = {"role": "tool", "tool_call_id": first[0].id, "content": "Noon."}
+    again, _ = scripted("At noon.", messages=[{"role": "user", "content": "When?"}, said, result], tools=[TOOL])
+    assert (again.choices[0].message.content, again.choices[0].finish_reason) == ("At noon.", "stop")
+    assert again.choices[0].message.tool_calls is None
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "body", "content", "finish", "code"),
+    [
+        ("Let me see. " + NOW, "stop", {"tools": [TOOL]}, "Let me see.", "tool_calls", None),
+        ("Let me see. " + NOW[:-25], "length", {"tools": [TOOL]}, "Let me see.", "length", "tool_call_incomplete"),
+        (THEN, "stop", {"tools": [TOOL]}, THEN, "stop", "tool_call_as_text"),
+        (NOW, "stop", {"tools": [TOOL], "tool_choice": "none"}, NOW, "stop", None),
+        (NOW, "stop", {}, NOW, "stop", None),
+    ],
+)
+def test_what_is_said_beside_calls_is_the_content(
+    script: str, reason: FinishReason, body: Any, content: str, finish: str, code: str | None
+) -> None:
+    """Catches text that is lost beside a call, calls read where none were offered, and cut ones handed out as whole."""
+    parsed, ours = scripted(script, reason, **body)
+    choice = parsed.choices[0]
+    assert (choice.message.content, choice.finish_reason) == (content, finish)
+    assert [warning["code"] for warning in ours["trimkv"]["warnings"]] == ([] if code is None else [code])
+
+
+def test_a_template_of_another_form_is_warned_of_and_cannot_be_forced() -> None:
+    """Catches a choice that is ignored without a word."""
+    line = {"url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL]}}
+    [record], summary = run([line])
+    assert [warning["code"] for warning in record["response"]["body"]["trimkv"]["warnings"]] == ["tool_calls_as_text"]
+    assert sum(summary.warnings.values()) == 1
+    [record], _ = run([{**line, "body": {**line["body"], "tool_choice": "required"}}])  # type: ignore[dict-item]
+    assert record["response"]["body"]["error"]["param"] == "tool_choice"

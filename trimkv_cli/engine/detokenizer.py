@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,14 +18,20 @@ class Detokenizer:
     """Decode one answer piece by piece, at a cost linear in its length.
 
     The pieces and `finish()` together are the tokenizer's decoding of all ids (special tokens skipped, spaces not
-    cleaned up), cut before the stop string that is completed first.
+    cleaned up), cut before the stop string that is completed first. Special tokens of `shown` stand for their texts.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), *, hidden: frozenset[int] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        hidden: frozenset[int] | None = None,
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden_ids(tokenizer) if hidden is None else hidden
+        self._shown_tokens = shown or {}
         self._stop = _StopStrings(stop)
         self._window: list[int] = []  # the latest ids: enough to decode the next one in its context
         self._shown = 0  # characters of the window's text that were handed on
@@ -37,6 +43,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take the next id and return the text that is certain now, maybe none."""
+        if token_id in self._shown_tokens and not self.stopped:
+            return self._stop.push(self._rest() + self._shown_tokens[token_id])
         token = None if token_id in self._hidden else self._tokenizer.convert_ids_to_tokens(token_id)
         if not token or self.stopped:
             return ""
@@ -48,9 +56,13 @@ class Detokenizer:
         """Return what was held back; a character that is still unfinished comes out as U+FFFD."""
         if self.stopped:
             return ""
+        return self._stop.push(self._rest()) + self._stop.finish()
+
+    def _rest(self) -> str:
+        """Begin anew, and return what was held back of characters."""
         rest = self._decode(self._window)[self._shown :]
         self._window, self._shown = [], 0
-        return self._stop.push(rest) + self._stop.finish()
+        return rest
 
     def _decode_window(self) -> str:
         text = self._decode(self._window)

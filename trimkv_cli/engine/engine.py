@@ -120,7 +120,7 @@ class Engine:
         """Queue a request; its id must not be in use."""
         self.check(request)
         assert request.id not in self._states, f"request id {request.id!r} is in use"
-        detokenizer = self.text.detokenizer(request.params.stop) if self.text is not None else None
+        detokenizer = self.text.detokenizer(request.params.stop, shown=request.shown) if self.text else None
         self._states[request.id] = RequestState(detokenizer=detokenizer)
         self._scheduler.add(request)
 

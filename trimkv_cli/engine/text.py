@@ -161,9 +161,14 @@ class Text:
         """Return a short hash of the chat template, "" without one."""
         return "" if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()[:16]
 
-    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
-        """Start decoding one answer."""
-        return Detokenizer(self.tokenizer, stop, hidden=self.hidden_ids)
+    def detokenizer(self, stop: Sequence[str] = (), *, shown: Collection[int] = ()) -> Detokenizer:
+        """Start decoding one answer, in which those special tokens that are `shown` are text."""
+        texts = {token_id: self._added[token_id] for token_id in shown if token_id in self.hidden_ids}
+        return Detokenizer(self.tokenizer, stop, hidden=self.hidden_ids, shown=texts)
+
+    def added_id(self, token: str) -> int | None:
+        """Return the id of a token that was added to the vocabulary, special or not; None for any other text."""
+        return next((token_id for token_id, content in self._added.items() if content == token), None)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Encode a plain prompt, with the BOS (and EOS) that the tokenizer adds by default.
@@ -229,6 +234,7 @@ class Text:
         *,
         last_token_id: int | None,
         eos_token_ids: Collection[int] = (),
+        tools: Sequence[Tool] = (),
         think: bool | None = None,
     ) -> list[int]:
         """Render what to feed after `messages[answered]`, an answer that was generated, as `render_turn` does.
@@ -238,10 +244,11 @@ class Text:
             UsageError: it refuses the messages.
             BrokenModel: it has a bug.
         """
-        mark, answer = unused_characters([text for message in messages for text in message.values()], 2)
+        mark, answer = unused_characters([_as_json([messages, tools])], 2)
         guarded = [self._guarded(message, mark) for message in messages]
         guarded[answered] = {"role": "assistant", "content": answer}
-        _, found, tail = self._render(guarded, think).rpartition(answer)
+        rendered = self._render(guarded, think, tools=self._typed.mark_all(tools, mark))
+        _, found, tail = rendered.rpartition(answer)
         if not found:
             raise UnsupportedModel(
                 "the chat template drops earlier answers, so a chat cannot go on turn by turn",
@@ -277,7 +284,7 @@ class Text:
         return end if end in self.hidden_ids else None
 
     def _render_ids(self, messages: Sequence[Message], think: bool | None, tools: Sequence[Tool] = ()) -> list[int]:
-        (mark,) = unused_characters([json.dumps([messages, tools], ensure_ascii=False, default=dict)], 1)
+        (mark,) = unused_characters([_as_json([messages, tools])], 1)
         guarded = [self._guarded(message, mark) for message in messages]
         first, *rest = self._render(guarded, think, tools=self._typed.mark_all(tools, mark)).split(mark)
         return self._encode(first) + self._encode_inside(rest)
@@ -452,6 +459,10 @@ def unused_characters(texts: Iterable[str], count: int) -> list[str]:
 
 def _answered(question: str, answer: str = "") -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=dict)
 
 
 def _common(left: list[int], right: list[int]) -> list[int]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import orjson
 
-from trimkv_cli.events import Answer, RequestStats, TokenEvent, TokenLogprob
+from trimkv_cli.events import Answer, FinishReason, Notice, RequestStats, TokenEvent, TokenLogprob
 from trimkv_cli.jobs.lines import BadLine, Item
 from trimkv_cli.jobs.requests import Tokenizer
+from trimkv_cli.jobs.tool_calls import CallParser, gather
 
 # Characters that JSON may carry raw, but that move a terminal's cursor or that str.splitlines() takes for a line's end.
 _UNSAFE = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
@@ -64,10 +65,12 @@ class Recorder:
 
     def body(self, item: Item, answers: Sequence[Answer], text: Tokenizer | None) -> Record:
         """Return what answers an item: OpenAI's completion, with all its choices."""
+        said = [_said(item, index, answer, text) for index, answer in enumerate(answers)]
+        notices = [notice for each in said for notice in each.notices]
         return {
             **self.head(item),
-            "choices": [_choice(item, index, answer, text) for index, answer in enumerate(answers)],
-            **self.tail(item, answers),
+            "choices": [_choice(item, index, answer, text, said[index]) for index, answer in enumerate(answers)],
+            **self.tail(item, answers, notices),
         }
 
     def head(self, item: Item, *, chunk: bool = False) -> Record:
@@ -81,10 +84,10 @@ class Recorder:
             "model": self.model,
         }
 
-    def tail(self, item: Item, answers: Sequence[Answer]) -> Record:
-        """Return what a completion ends with: its usage, and what else there is to know."""
+    def tail(self, item: Item, answers: Sequence[Answer], notices: Sequence[Notice] = ()) -> Record:
+        """Return what a completion ends with: its usage, and what else there is to know, also of its calls."""
         stats = [answer.stats for answer in answers]
-        return {"usage": self._usage(stats), "trimkv": self._trimkv(item, stats)}
+        return {"usage": self._usage(stats), "trimkv": self._trimkv(item, stats, notices)}
 
     def _usage(self, stats: Sequence[RequestStats]) -> Record:
         continued = stats[0].continued_tokens
@@ -101,14 +104,14 @@ class Recorder:
             }
         return usage
 
-    def _trimkv(self, item: Item, stats: Sequence[RequestStats]) -> Record:
+    def _trimkv(self, item: Item, stats: Sequence[RequestStats], notices: Sequence[Notice]) -> Record:
         extra: Record = {
             "line": item.line,
             "seed": item.params.seed,
             "kv_budget": self.kv_budget,
             "prefill_chunk": stats[0].prefill_chunk or self.prefill_chunk,
             "cache": asdict(stats[0].cache),
-            "warnings": [asdict(warning) for warning in (*item.warnings, *stats[0].warnings)],
+            "warnings": [asdict(warning) for warning in (*item.warnings, *stats[0].warnings, *notices)],
         }
         if not self.reproducible and self.memory is not None:
             extra |= self.memory()
@@ -126,20 +129,46 @@ def encode(record: Record) -> bytes:
     return _UNSAFE.sub(_escape, orjson.dumps(record)) + b"\n"
 
 
-def _choice(item: Item, index: int, answer: Answer, text: Tokenizer | None) -> Record:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Said:
+    """An answer's text without the calls in it, and those."""
+
+    content: str | None
+    calls: Sequence[Record] = ()
+    notices: tuple[Notice, ...] = ()
+
+
+def _said(item: Item, index: int, answer: Answer, text: Tokenizer | None) -> _Said:
+    if text is None:
+        return _Said(content=None)
+    parser = CallParser.of(item, text.template, choice=index)
+    if parser is None:
+        return _Said(content=answer.text)
+    content, calls = gather([*parser.push(answer.text), *parser.finish()])
+    return _Said(content=content or None if calls else content, calls=calls, notices=parser.notices)
+
+
+def _choice(item: Item, index: int, answer: Answer, text: Tokenizer | None, said: _Said) -> Record:
     choice: Record = {"index": index}
     completion = item.kind == "completion"
     if completion:
         choice["text"] = "" if text is None else answer.text
     else:
-        choice["message"] = {"role": "assistant", "content": None if text is None else answer.text, "refusal": None}
+        choice["message"] = {"role": "assistant", "content": said.content, "refusal": None}
+    if said.calls:
+        choice["message"]["tool_calls"] = said.calls
     logprobs = None
     if item.params.logprobs is not None:
         logprobs = logprobs_of(item, answer, text)
-    choice |= {"finish_reason": answer.finish_reason, "logprobs": logprobs}
+    choice |= {"finish_reason": finish_reason(answer.finish_reason, len(said.calls)), "logprobs": logprobs}
     if item.return_token_ids:
         choice["token_ids"] = answer.token_ids
     return choice
+
+
+def finish_reason(reason: FinishReason | None, calls: int) -> str | None:
+    """Return `choices[].finish_reason` of an answer with so many calls in it."""
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def _escape(match: re.Match[bytes]) -> bytes:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from trimkv_cli.errors import ContextOverflow, TrimkvError
+from trimkv_cli.errors import ContextOverflow, TrimkvError, UsageError
 from trimkv_cli.events import Notice
 from trimkv_cli.jobs.lines import BadLine, Item, derive_seed
-from trimkv_cli.request import Request, check_token_ids
+from trimkv_cli.jobs.tool_formats import CallFormat
+from trimkv_cli.request import Request, SamplingParams, check_token_ids
 
 
 class RenderedPrompt(Protocol):
@@ -24,6 +25,9 @@ class RenderedPrompt(Protocol):
 class Tokenizer(Protocol):
     """The part of the engine's tokenizer that a job needs."""
 
+    @property
+    def template(self) -> str: ...
+    def added_id(self, token: str) -> int | None: ...
     def encode(self, text: str, *, special: bool = False) -> Sequence[int]: ...
     def named_tokens(self, text: str) -> Sequence[str]: ...
     def token_text(self, token_id: int) -> str: ...
@@ -35,24 +39,28 @@ class Tokenizer(Protocol):
 def make_requests(item: Item, text: Tokenizer | None) -> list[Request] | BadLine:
     """Return a request for each choice of an item, or say why there is none."""
     if item.prompt_token_ids is not None:
-        return _choices(item, item.prompt_token_ids, 0)
+        return _choices(item, item.prompt_token_ids)
     if text is None:
         return _bad(item, "the model has no tokenizer: give prompt_token_ids", code="no_tokenizer")
     try:
         if item.messages is None:
             token_ids, prefix_len = text.encode(item.prompt or "", special=item.special_tokens), 0
         else:
-            rendered = text.render_chat(item.messages, tools=_definitions(item), think=item.think)
+            rendered = text.render_chat(item.messages, tools=definitions(item), think=item.think)
             token_ids, prefix_len = rendered.token_ids, rendered.prefix_len
+        params, shown = call_params(item, text)
     except TrimkvError as error:
         return refused(item, error)
     if not token_ids:
         return _bad(item, "the prompt holds no tokens")
-    return _choices(item, token_ids, prefix_len)
+    return _choices(replace(item, params=params), token_ids, prefix_len=prefix_len, shown=shown)
 
 
 def with_warnings(item: Item, text: Tokenizer | None) -> Item:
-    """Warn of a prompt that names special tokens and has them read as text."""
+    """Warn of a prompt that names special tokens and has them read as text, and of calls that are not read."""
+    if text is not None and item.tools is not None and item.tools.callable and CallFormat.of(text.template) is None:
+        message = "calls in the form of this model's template are not read: they stay text"
+        item = replace(item, warnings=(*item.warnings, Notice(code="tool_calls_as_text", message=message)))
     if text is None or item.prompt is None or item.special_tokens or not (named := text.named_tokens(item.prompt)):
         return item
     message = (
@@ -89,14 +97,42 @@ def refused(item: Item, error: TrimkvError) -> BadLine:
     """Say that the engine cannot take an item."""
     code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
     param = item.limit_key if error.param == "max_tokens" else error.param
+    if param == "response_format" and item.tools is not None and item.tools.forced:
+        param = "tool_choice"
+    if param == "tools":
+        return _bad(item, f"{error.message}: {error.hint}", code="unsupported_parameter", param=param)
     return _bad(item, error.message, code=code, param=param)
 
 
-def _definitions(item: Item) -> tuple[dict[str, Any], ...]:
+def definitions(item: Item) -> tuple[dict[str, Any], ...]:
+    """Return the tools that the template is given."""
     return () if item.tools is None else item.tools.definitions
 
 
-def _choices(item: Item, token_ids: Sequence[int], prefix_len: int) -> list[Request]:
+def call_params(item: Item, text: Tokenizer) -> tuple[SamplingParams, tuple[int, ...]]:
+    """Return an item's parameters, with the grammar of calls where they are forced, and the tokens that mark calls.
+
+    Raises:
+        UsageError: calls are to be forced, and cannot be.
+    """
+    tools = item.tools
+    if tools is None or not tools.callable:
+        return item.params, ()
+    form = CallFormat.of(text.template)
+    if form is None:
+        if not tools.forced:
+            return item.params, ()
+        message = "tool_choice: calls in the form of this model's template cannot be forced"
+        raise UsageError(message, hint="tool_choice auto", param="tool_choice")
+    grammar = form.grammar(tools, text.added_id) if tools.forced else item.params.grammar
+    markers = (text.added_id(marker) for marker in form.markers)
+    shown = tuple(token_id for token_id in markers if token_id is not None)
+    return replace(item.params, grammar=grammar), shown
+
+
+def _choices(
+    item: Item, token_ids: Sequence[int], *, prefix_len: int = 0, shown: tuple[int, ...] = ()
+) -> list[Request]:
     """The first choice has the line's seed; each further one has a seed made from it."""
     name, seed = f"line-{item.line}", item.params.seed
     first = Request(
@@ -104,6 +140,7 @@ def _choices(item: Item, token_ids: Sequence[int], prefix_len: int) -> list[Requ
         prompt_token_ids=tuple(token_ids),
         params=item.params,
         prefix_len=prefix_len,
+        shown=shown,
         same_prompt=name if item.choices > 1 else None,
     )
     seeds = (derive_seed(seed, f"choice-{choice}") for choice in range(1, item.choices))

@@ -90,7 +90,7 @@ class CallParser:
         if form is None or tools is None or not tools.callable:
             return None
         # The conversation counts too, or a later turn with the same seed would name its calls as an earlier one did.
-        asked = hashlib.sha256(orjson.dumps([item.params.seed, item.custom_id, item.messages, choice])).hexdigest()
+        asked = hashlib.sha256(orjson.dumps([item.params.seed, item.messages, choice])).hexdigest()
 
         def call_id(index: int) -> str:
             return "call_" + hashlib.sha256(f"{asked}/{index}".encode()).hexdigest()[:24]

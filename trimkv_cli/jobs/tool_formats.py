@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from trimkv_cli.jobs.tools import Tools
 
 Family: TypeAlias = Literal["hermes", "llama", "mistral", "harmony"]
-SpecialId: TypeAlias = Callable[[str], int | None]  # the id of a special token, None for what is text
+AddedId: TypeAlias = Callable[[str], int | None]  # of an added token; None for other text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 PYTHON = "<|python_tag|>"
@@ -40,24 +40,24 @@ class CallFormat:
             return cls(family="llama", markers=(PYTHON,))
         return None
 
-    def grammar(self, tools: Tools, special_id: SpecialId) -> str:
+    def grammar(self, tools: Tools, added_id: AddedId) -> str:
         """Return a grammar, in llguidance's form, of calls whose arguments follow their functions' schemas."""
-        calls = [self._call(name, f"args_{place}", special_id) for place, name in enumerate(tools.callable)]
+        calls = [self._call(name, f"args_{place}", added_id) for place, name in enumerate(tools.callable)]
         schemas = (json.dumps(_guided(tools.schema(name))) for name in tools.callable)
-        lines = [f"start: {self._calls(tools.parallel, special_id)}", f"call: {' | '.join(calls)}"]
+        lines = [f"start: {self._calls(tools.parallel, added_id)}", f"call: {' | '.join(calls)}"]
         return "\n".join([*lines, *(f"args_{place}: %json {schema}" for place, schema in enumerate(schemas)), ""])
 
-    def _calls(self, parallel: bool, special_id: SpecialId) -> str:
+    def _calls(self, parallel: bool, added_id: AddedId) -> str:
         if self.family == "mistral" and not self.named:
             further = ' (", " call)*' if parallel else ""
-            return f'{_token(TOOL_CALLS, special_id)} " [" call{further} "]"'
+            return f'{_token(TOOL_CALLS, added_id)} " [" call{further} "]"'
         if self.family == "hermes" and parallel:
             return r'call ("\n" call)*'
         return "call+" if self.family == "mistral" and parallel else "call"
 
-    def _call(self, name: str, arguments: str, special_id: SpecialId) -> str:
+    def _call(self, name: str, arguments: str, added_id: AddedId) -> str:
         def token(text: str) -> str:
-            return _token(text, special_id)
+            return _token(text, added_id)
 
         key = "parameters" if self.family == "llama" else "arguments"
         head = _text(f'{{"name": "{name}", "{key}": ')
@@ -75,8 +75,9 @@ def _guided(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", **schema, "x-guidance": {"whitespace_pattern": "[ ]?", "coerce_one_of": True}}
 
 
-def _token(text: str, special_id: SpecialId) -> str:
-    token_id = special_id(text)
+# Grammars know added tokens by their ids alone, not by their texts.
+def _token(text: str, added_id: AddedId) -> str:
+    token_id = added_id(text)
     return _text(text) if token_id is None else f"<[{token_id}]>"
 
 

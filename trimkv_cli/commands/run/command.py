@@ -32,7 +32,7 @@ def run(
     A line is a request in the OpenAI batch format, or simply {"prompt": ...}, {"messages": [...]} or
     {"prompt_token_ids": [...]}, with an optional "id" and with sampling keys, which beat the flags.
     A prompt is continued as it is (its special tokens are text unless --special-tokens or "special_tokens": true says
-    otherwise); messages go through the model's chat template, and are always text.
+    otherwise); messages and tools go through the model's chat template, and are always text.
 
     The same command resumes a job that was interrupted: lines that are answered in the output are not run again.
     """
