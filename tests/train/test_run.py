@@ -212,6 +212,13 @@ def test_what_teaches_nothing_is_said(tmp_path: Path, arguments: list[str], caps
     assert told[0] == "1 of 1 sequences so far"
     assert re.fullmatch(r"[23] of 3 sequences", told[-1])
     assert "longer than --context" in stderr
+    (length, holds) = re.findall(r"long\.jsonl:1 has (\d+) tokens and is cut.*: --context (\d+) holds it", stderr)[0]
+    assert length == holds
+    begun = stderr.index("holds it")
+    assert begun < stderr.index("step 1/3")
+    options = (*options, "--context", holds, "--overwrite")
+    code, _, stderr = train_here(capsys, arguments[0], "--data", str(data), *options)
+    assert (code, "is cut" in stderr, "warning" in stderr) == (0, False, False)
 
 
 def test_a_run_begins_with_other_gates(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import takewhile
@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_cli.engine.text import Text, unused_characters
-from trimkv_cli.errors import InputError, NotUtf8
+from trimkv_cli.errors import InputError, NotUtf8, UsageError
 from trimkv_cli.files import as_text
 
 MOST_NAMED = 5
+MOST_ENCODED = 8
 CONVERSATIONS = (".jsonl", ".ndjson")
 
 Content = str | list[dict[str, str]]  # a plain text, or the messages of a conversation
@@ -174,6 +175,36 @@ def encode_document(text: Text, content: Content) -> list[Tokens]:
         return [Tokens(ids, np.ones(len(ids), dtype=np.bool_))]
     (mark,) = unused_characters([part for message in content for part in message.values()], 1)
     return [_encode(text, rendered, mark) for rendered in _render(text, content, mark)]
+
+
+Load = Callable[[int], list[Tokens]]
+
+
+def encoder(data: DataFiles, text: Text) -> Load:
+    """Return what encodes a document by its number; it raises InputError where one cannot be."""
+
+    def load(index: int) -> list[Tokens]:
+        try:
+            return encode_document(text, data.read(index))
+        except InputError:
+            raise
+        except UsageError as error:
+            raise InputError(f"{data.places[index]}: {error.message}", hint=error.hint) from error
+
+    return load
+
+
+def too_long(data: DataFiles, load: Load, *, context: int, most: int) -> Iterator[str]:
+    """Say which context, `most` at most, holds the longest conversation, where the one asked for does not.
+
+    The largest in bytes are looked at. Pieces of a text teach as much as the whole: of those nothing is said.
+    """
+    largest = sorted(range(len(data.places)), key=lambda index: -data.places[index].size)[:MOST_ENCODED]
+    talks = [(len(each.ids), data.places[at]) for at in largest for each in load(at) if not each.wanted.all()]
+    length, place = max(talks, key=lambda talk: talk[0], default=(0, None))
+    if length > context:
+        holds = f"--context {length} holds it" if length <= most else f"the model allows --context {most}"
+        yield f"{place} has {length:,} tokens and is cut, and a piece without an answer teaches nothing: {holds}"
 
 
 def _render(text: Text, messages: Sequence[dict[str, str]], mark: str) -> Iterator[_Rendered]:

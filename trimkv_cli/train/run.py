@@ -23,7 +23,6 @@ from trimkv_cli.cache.attention import LongRope
 from trimkv_cli.cache.gate_files import gate_files, read_gates, weights_file, write_gates, write_released
 from trimkv_cli.cache.gates import activation_name
 from trimkv_cli.engine.devices import multiplies_bf16, prepare_training, reads_bf16, take_device
-from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import (
     ContextOverflow,
     GateMismatch,
@@ -39,7 +38,7 @@ from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source, find_source
 from trimkv_cli.model.families import FAMILIES
 from trimkv_cli.model.spec import GateSpec, parse_dtype
-from trimkv_cli.train.documents import DataFiles, Tokens, encode_document
+from trimkv_cli.train.documents import DataFiles, Load, encoder, too_long
 from trimkv_cli.train.options import RunFiles, TrainOptions
 from trimkv_cli.train.packing import Cursor, Packer, stack
 from trimkv_cli.train.teacher import Counts, TeacherBatch, batches_ahead, prefetch
@@ -99,6 +98,9 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, lis
     text = load_text(source, trust_remote_code=engine.trust_remote_code)
     if text is None:
         raise ModelNotFound(f"{source.model_id} has no tokenizer", hint="training needs one beside the weights")
+    load = encoder(data, text)
+    for note in too_long(data, load, context=options.context, most=source.spec.max_positions - options.position_gap):
+        listener.note(note)
     trainer = _make_trainer(engine, options, run, source)
     identity = _identity(source, data, options, trainer)
     if not run.resume:
@@ -107,7 +109,7 @@ def train_gates(engine: EngineOptions, options: TrainOptions, run: RunFiles, lis
     resumed = [f"going on from step {trainer.steps_done} of {run.output / FILE_NAME}"] if trainer.steps_done else []
     for note in (*source.notes, *resumed, _described(trainer, data)):
         listener.note(note)
-    packer = _make_packer(data, text, options, progress)
+    packer = _make_packer(data, load, options, progress)
     _train(trainer, packer, progress, run, listener, identity)
     _write(trainer, source, data, progress, run)
 
@@ -212,15 +214,7 @@ def _model_hash(files: Path) -> str:
     return digest.hexdigest()
 
 
-def _make_packer(data: DataFiles, text: Text, options: TrainOptions, progress: TrainingState) -> Packer:
-    def load(index: int) -> list[Tokens]:
-        try:
-            return encode_document(text, data.read(index))
-        except InputError:
-            raise
-        except UsageError as error:
-            raise InputError(f"{data.places[index]}: {error.message}", hint=error.hint) from error
-
+def _make_packer(data: DataFiles, load: Load, options: TrainOptions, progress: TrainingState) -> Packer:
     return Packer(
         len(data.places),
         load,
