@@ -82,3 +82,14 @@ def test_a_template_without_tools_refuses_them() -> None:
     with pytest.raises(UsageError, match="knows no calls") as refused:
         text.render_chat(history())
     assert refused.value.param == "messages"
+
+
+def test_a_kept_conversation_goes_on_with_results_as_if_all_were_read() -> None:
+    """Catches a result that is rendered otherwise when only what is new is fed."""
+    text = Text(tiny.hermes())
+    prompt = text.render_chat([ASKED], tools=[tool()]).token_ids
+    call = '\n<tool_call>\n{"name": "f", "arguments": {"town": "Bern"}}\n</tool_call>'
+    answer = [*text.encode(call, special=True), *text.end_ids]
+    rest = text.render_rest(history(), 1, last_token_id=answer[-1], eos_token_ids=text.end_ids, tools=[tool()])
+    whole = text.render_chat(history(), tools=[tool()]).token_ids
+    assert [*prompt, *answer[:-1], *rest] == list(whole)

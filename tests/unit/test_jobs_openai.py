@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionMessageFunctionToolCall, ChatCompletionToolParam
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionMessageFunctionToolCall,
+    ChatCompletionToolParam,
+)
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 from openai.types.shared_params import ResponseFormatJSONSchema
 
-from helpers.fake_engine import FakeEngine, FakeText, run
+from helpers.fake_engine import RECORDER, FakeEngine, FakeText, run
 from helpers.tiny_tokenizers import HERMES
-from trimkv_cli.events import FinishReason, TokenEvent, TokenLogprob
+from trimkv_cli.events import Answer, FinishReason, TokenEvent, TokenLogprob
+from trimkv_cli.jobs.chunks import Chunks
+from trimkv_cli.jobs.lines import Item, Rules, parse_body
+from trimkv_cli.jobs.requests import make_requests
+from trimkv_cli.jobs.tool_calls import answer_message
 from trimkv_cli.request import Request
 
 
@@ -242,3 +251,58 @@ def test_a_template_of_another_form_is_warned_of_and_cannot_be_forced() -> None:
     assert sum(summary.warnings.values()) == 1
     [record], _ = run([{**line, "body": {**line["body"], "tool_choice": "required"}}])  # type: ignore[dict-item]
     assert record["response"]["body"]["error"]["param"] == "tool_choice"
+
+
+def test_a_stream_says_what_the_whole_answer_does() -> None:
+    """Catches deltas that the client cannot join, and a stream that ends otherwise than the answer."""
+    body = {"messages": [{"role": "user", "content": "When?"}], "tools": [TOOL], "n": 2, "logprobs": True}
+    script = "Let me see. " + NOW + "\n" + NOW
+    item = parse_body(1, body, "chat", Rules(), custom_id="a")
+    assert isinstance(item, Item)
+    engine = ScriptedEngine(script)
+    requests = make_requests(item, engine.text)
+    assert isinstance(requests, list)
+    answers = [Answer(request) for request in requests]
+    chunks = Chunks(RECORDER, item, engine.text, include_usage=False)
+    sent = chunks.opening()
+    for request in requests:
+        engine.add(request)
+    said = TokenLogprob(logprob=-0.5, top=())
+    while engine.has_work:
+        for event in engine.step():
+            scored = replace(event, logprobs=(said,) * len(event.token_ids))
+            index = [request.id for request in requests].index(event.request_id)
+            answers[index].take(scored)
+            sent += chunks.piece(index, scored)
+    sent += chunks.closing(sent.pop(), answers)
+    parsed = [ChatCompletionChunk.model_validate(chunk, strict=True) for chunk in sent]
+    whole = ChatCompletion.model_validate(RECORDER.body(item, answers, engine.text), strict=True)
+    for wanted in whole.choices:
+        content, calls, scores, reason = "", dict[int, list[str]](), 0, None
+        for choice in (choice for chunk in parsed for choice in chunk.choices if choice.index == wanted.index):
+            content += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+            scores += len(choice.logprobs.content or ()) if choice.logprobs else 0
+            for call in choice.delta.tool_calls or ():
+                assert call.function is not None
+                known = calls.setdefault(call.index, [call.id or "", call.function.name or "", ""])
+                known[2] += call.function.arguments or ""
+        assert (content, reason, scores) == (wanted.message.content, wanted.finish_reason, len(script))
+        assert list(calls.values()) == [
+            [call.id, call.function.name, call.function.arguments]
+            for call in wanted.message.tool_calls or ()
+            if isinstance(call, ChatCompletionMessageFunctionToolCall)
+        ]
+        assert len(calls) == 2
+
+
+def test_an_answer_is_the_message_that_comes_back_of_it() -> None:
+    """Catches a conversation that is read anew because its calls are told apart from themselves."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "When?"}], "tools": [TOOL]}
+    item = parse_body(1, body, "chat", Rules(), custom_id="a")
+    assert isinstance(item, Item)
+    said = scripted("Well. " + NOW, seed=item.params.seed, **body)[0].choices[0].message.model_dump(exclude_none=True)
+    again = parse_body(2, {**body, "messages": [*body["messages"], said]}, "chat", Rules(), custom_id="b")
+    assert isinstance(again, Item)
+    assert again.messages is not None
+    assert again.messages[1] == answer_message(item, HERMES, "Well. " + NOW)

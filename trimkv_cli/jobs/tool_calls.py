@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import orjson
 
 from trimkv_cli.events import Notice
+from trimkv_cli.jobs.bodies import ToolCall
 from trimkv_cli.jobs.lines import Item
 from trimkv_cli.jobs.tool_formats import (
     ARGS,
@@ -150,6 +151,18 @@ def gather(parts: list[Part]) -> tuple[str, list[dict[str, Any]]]:
         elif isinstance(part, CallArguments):
             calls[part.index]["function"]["arguments"] += part.text
     return content, calls
+
+
+def answer_message(item: Item, template: str, text: str) -> dict[str, Any]:
+    """Return an answer as the message that a client sends back of it, in the form in which templates are given it."""
+    parser = CallParser.of(item, template)
+    if parser is None:
+        return {"role": "assistant", "content": text}
+    content, calls = gather([*parser.push(text), *parser.finish()])
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if calls:
+        message["tool_calls"] = [ToolCall.model_validate(call).plain() for call in calls]
+    return message
 
 
 T = TypeVar("T")

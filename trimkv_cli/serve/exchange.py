@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import Answer, TokenEvent
 from trimkv_cli.jobs.lines import BadLine, Item
-from trimkv_cli.jobs.requests import fitted, make_requests
+from trimkv_cli.jobs.requests import call_params, definitions, fitted, make_requests
+from trimkv_cli.jobs.tool_calls import answer_message
 from trimkv_cli.request import Request
 from trimkv_cli.serve.errors import ApiError
 from trimkv_cli.serve.histories import Histories, History
@@ -78,7 +79,7 @@ class Exchange:
         self._text = text
         self._tickets: list[Ticket] = []
         self._continues = continues and item.choices == 1
-        self._how = (item.think,)  # beside the messages, what decides their tokens
+        self._how = (item.think, definitions(item))  # beside the messages, what decides their tokens
         self._prompt: tuple[int, ...] = ()
 
     async def open(self) -> bool:
@@ -171,10 +172,12 @@ class Exchange:
             ids = self._rest(engine, history)
             if not ids:
                 return None
+            params, shown = (self.item.params, ()) if engine.text is None else call_params(self.item, engine.text)
             request = Request(
                 id=f"line-{self.item.line}",
                 prompt_token_ids=ids,
-                params=self.item.params,
+                params=params,
+                shown=shown,
                 keep=True,
                 continues=history.id,
             )
@@ -192,6 +195,7 @@ class Exchange:
                 len(history.messages),
                 last_token_id=history.last_token,
                 eos_token_ids=engine.facts.eos_token_ids,
+                tools=definitions(self.item),
                 think=self.item.think,
             )
         except TrimkvError:
@@ -199,13 +203,13 @@ class Exchange:
         return tuple(rest)
 
     def _left(self, engine: Engine, request: Request, last_token: int | None, text: str) -> History:
-        chat = self.item.messages is not None
+        template = "" if engine.text is None else engine.text.template
         return History(
             id=request.id,
             fed=engine.kept.token_ids(request.id),
             messages=self.item.messages or (),
             how=self._how,
-            answer={"role": "assistant", "content": text} if chat else None,
+            answer=None if self.item.messages is None else answer_message(self.item, template, text),
             last_token=last_token,
         )
 
