@@ -369,7 +369,7 @@ class Engine:
 
     @property
     def free_rows(self) -> int:
-        """Count the rows that a waiting request could have now: neither running nor kept."""
+        """Count the rows that one more request could have now: neither running nor kept, nor waited for."""
         return self._scheduler.free_rows
 
     def running_s(self, request_id: str) -> float:

@@ -367,8 +367,9 @@ class Scheduler:
 
     @property
     def free_rows(self) -> int:
-        """Count the places below the limit that hold nothing."""
-        return len(set(range(self.row_limit.now)) - self._taken)
+        """Count the places below the limit that hold nothing and that no waiting request will take."""
+        free = len(set(range(self.row_limit.now)) - self._taken)
+        return max(0, free - sum(request.continues is None for request in self.waiting))
 
     @property
     def _taken(self) -> set[int]:
