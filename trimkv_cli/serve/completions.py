@@ -195,7 +195,7 @@ async def read_body(request: HttpRequest, most: int) -> bytes:
     """
     said = request.headers.get("content-length", "")
     parts: list[bytes] = []
-    size = int(said) if said.isdigit() else 0
+    size = int(said) if said.isascii() and said.isdigit() else 0
     try:
         async with asyncio.timeout(_BODY_S):
             if size <= most:
