@@ -44,8 +44,16 @@ class RequestStats:
     ttft_s: float | None  # None when no token was made
     total_s: float
     cache: CacheStats
+    reasoning_tokens: int | None = None  # of the completion's; None where the model knows no reasoning
     prefill_chunk: int | None = None  # where memory forced smaller chunks than planned
     continued_tokens: int = 0  # those that its row held already, of the request that it continues
+
+    def details(self, *others: RequestStats) -> dict[str, dict[str, int]]:
+        """Return what OpenAI's `usage` says of the tokens of this answer and `others`; nothing without reasoning."""
+        if self.reasoning_tokens is None:
+            return {}
+        tokens = sum(each.reasoning_tokens or 0 for each in (self, *others))
+        return {"completion_tokens_details": {"reasoning_tokens": tokens}}
 
     @property
     def warnings(self) -> tuple[Notice, ...]:

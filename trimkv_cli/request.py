@@ -29,6 +29,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    think_budget: int | None = None  # tokens of reasoning before it is closed; a grammar leaves no room for any
     grammar: str | None = None  # in llguidance's form; the answer follows it
     logprobs: int | None = None  # report each token's log probability, and this many of the likeliest ones
 
@@ -45,6 +46,7 @@ class SamplingParams:
             "frequency_penalty": -2.0 <= self.frequency_penalty <= 2.0,
             "logit_bias": all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
             "logprobs": self.logprobs is None or 0 <= self.logprobs <= 20,
+            "think_budget": self.think_budget is None or self.think_budget >= 0,
             "seed": 0 <= self.seed < 2**63,
             "stop": all(self.stop),
         }
@@ -70,6 +72,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def may_think_too_long(self) -> bool:
+        """Say whether the budget of reasoning can ever be spent."""
+        return self.think_budget is not None and self.think_budget < self.max_tokens and self.grammar is None
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int) -> None:
@@ -100,6 +107,7 @@ _RANGES = {
     "frequency_penalty": "between -2 and 2 (0 = off)",
     "logit_bias": "between -100 and 100 for each token",
     "logprobs": "0 to 20 of the likeliest tokens",
+    "think_budget": "0 (no reasoning) or more",
     "seed": "0 to 2^63 − 1",
     "stop": "strings that are not empty",
 }

@@ -284,9 +284,9 @@ def test_a_job_that_begins_with_messages_needs_a_template() -> None:
     """Catches a whole job of messages that are refused one by one, after loading; prompts need no template."""
     tokenizer = tiny.chatml()
     tokenizer.chat_template = None
-    check_template(io.BufferedReader(io.BytesIO(b'{"prompt": "a"}')), Text(tokenizer))
+    check_template(io.BufferedReader(io.BytesIO(b'{"prompt": "a"}')), Text(tokenizer), thinks=False)
     with pytest.raises(UnsupportedModel) as caught:
-        check_template(io.BufferedReader(io.BytesIO(b'{"messages": []}')), Text(tokenizer))
+        check_template(io.BufferedReader(io.BytesIO(b'{"messages": []}')), Text(tokenizer), thinks=False)
     assert caught.value.hint == 'lines with "prompt" need no template'
 
 

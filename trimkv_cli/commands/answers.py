@@ -103,6 +103,7 @@ def to_completion(
             "prompt_tokens": stats.prompt_tokens,
             "completion_tokens": stats.completion_tokens,
             "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+            **stats.details(),
         },
         "trimkv": _report(engine, finished, options, warnings),
     }

@@ -111,7 +111,7 @@ def ask(
     from trimkv_cli.request import Request
 
     options = replace(engine, max_inflight=1)
-    llm = open_engine(options, quiet=form.quiet, check=needs(raw=form.raw))
+    llm = open_engine(options, quiet=form.quiet, check=needs(raw=form.raw, thinks=sampling.think_budget is not None))
     params = draw_seed(sampling).resolve(llm.facts.sampling_defaults)
     warnings: tuple[Notice, ...] = ()
     if form.cache is not None:

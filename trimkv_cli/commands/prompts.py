@@ -109,9 +109,19 @@ def names_tokens(text: Text | None, user: str, *, raw: bool, special_tokens: boo
     return (Notice(code="special_tokens_as_text", message=message),)
 
 
-def needs(*, raw: bool, instead: str = "--raw continues a text as it stands") -> Callable[[Text | None], object]:
-    """Return what finds out whether a model's tokenizer will do, and unless `raw` its chat template."""
-    return need_text if raw else lambda text: need_text(text).check_chat(instead=instead)
+def needs(
+    *, raw: bool, thinks: bool = False, instead: str = "--raw continues a text as it stands"
+) -> Callable[[Text | None], object]:
+    """Return what finds out whether a model's tokenizer will do, unless `raw` its template, and whether it `thinks`."""
+
+    def check(found: Text | None) -> None:
+        text = need_text(found)
+        if not raw:
+            text.check_chat(instead=instead)
+        if thinks:
+            text.check_thinking()
+
+    return check
 
 
 def need_text(text: Text | None) -> Text:

@@ -2,7 +2,7 @@
 
 Everything that decides the next step lies on the device: ids, positions, how many tokens a row may still get, and which
 tokens end it. A row that has ended there is at position −1: nothing is fed or evicted after its last token. Rows whose
-end only the host can see (stop strings, grammars) run in step.
+end or next token only the host can see (stop strings, grammars, budgets of reasoning) run in step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Ahead:
 
     def step(self, rows: Sequence[Row], *, in_step: bool = False) -> list[tuple[Row, int]] | None:
         """Return the next token of the rows that have one by now; None when these rows must run in step."""
-        free = not in_step and all(_runs_free(row) for row in rows)
+        free = not in_step and all(self._runs_free(row) for row in rows)
         pending = self._take_pending(rows)
         if pending is None and not free:
             self.forget()
@@ -173,6 +173,11 @@ class Ahead:
         done.record()
         return _Launch(tuple(rows), host, done)
 
+    def _runs_free(self, row: Row) -> bool:
+        """Tell whether the device sees by itself what comes next in a row, and its end."""
+        params = row.request.params
+        return not params.stop and params.logprobs is None and not self._sampler.must_be_told(row.index)
+
     def _on_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         host = torch.tensor(values, dtype=dtype)
         return host.pin_memory().to(self.ids.device, non_blocking=True) if self.ids.is_cuda else host
@@ -185,12 +190,6 @@ def _among(row: Row, rows: Sequence[Row]) -> bool:
 def _left(row: Row) -> int:
     """Count the tokens that a row may still get, as the host knows it."""
     return row.request.params.max_tokens - len(row.output)
-
-
-def _runs_free(row: Row) -> bool:
-    """Tell whether the device sees the end of a row by itself."""
-    params = row.request.params
-    return not params.stop and params.grammar is None and params.logprobs is None
 
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64)

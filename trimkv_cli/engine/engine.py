@@ -21,6 +21,7 @@ from trimkv_cli.engine.sampler import NO_TOKEN
 from trimkv_cli.engine.scheduler import Decode, Prefill, Row, Scheduler
 from trimkv_cli.engine.snapshot import CacheSnapshots
 from trimkv_cli.engine.text import Detokenizer, Text
+from trimkv_cli.engine.thoughts import Thought
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.events import (
     CacheSnapshot,
@@ -78,6 +79,7 @@ class RequestState:
     """What the engine remembers of a request beside its row."""
 
     detokenizer: Detokenizer | None
+    thought: Thought | None = None
     added: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     first_token: float | None = None
@@ -246,7 +248,13 @@ class Engine:
         return [] if failure is None else [self._out_of_memory(self._scheduler.running[target], failure)]
 
     def _start(self, row: Row) -> list[TokenEvent]:
-        self._states[row.request.id].started = time.perf_counter()
+        state = self._states[row.request.id]
+        state.started = time.perf_counter()
+        if self.text is not None and self.text.think_tags is not None:
+            params = row.request.params
+            before = () if params.grammar is not None else (*row.history, *row.request.prompt_token_ids)
+            budget = params.think_budget if params.may_think_too_long else None
+            state.thought = self.text.think_tags.follow(before, budget)
         _, failure = attempt(lambda: self._runner.start(row), tries=2)
         return [] if failure is None else [self._out_of_memory(row, failure)]
 
@@ -271,6 +279,8 @@ class Engine:
         request, state = row.request, self._states[row.request.id]
         row.output.append(token)
         row.failures, row.saved = 0, None
+        if state.thought is not None:
+            state.thought.push(token)
         logprobs = () if row.logprob is None else (row.logprob,)
         if state.first_token is None:
             state.first_token = time.perf_counter()
@@ -341,6 +351,7 @@ class Engine:
         return RequestStats(
             prompt_tokens=len(row.request.prompt_token_ids),
             completion_tokens=len(row.output),
+            reasoning_tokens=None if state.thought is None else state.thought.tokens,
             shared_prefix_tokens=row.shared,
             queue_s=state.started - state.added,
             ttft_s=None if state.first_token is None else state.first_token - state.added,

@@ -1,4 +1,4 @@
-"""Each row's next token, chosen on the device from its logits, parameters, seed and step alone.
+"""Each row's next token, chosen on the device from its logits, parameters, seed and step alone, unless it is forced.
 
 Stages and their order are those of transformers' `GenerationMixin._get_logits_processor`; nothing here reads the
 device, except for rows that ask for log probabilities.
@@ -7,6 +7,7 @@ device, except for rows that ask for log probabilities.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from trimkv_cli.engine.filters import FRACTION_ONE, draw, keep_likeliest, keep_min_p, random_fraction
 from trimkv_cli.engine.grammars import Grammars, Matchers
+from trimkv_cli.engine.thoughts import ThinkTags, Thought, no_thoughts
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import TokenLogprob
 from trimkv_cli.request import SamplingParams
@@ -75,6 +77,7 @@ class SamplerRow:
     step: Tensor  # int64 scalar on the device
     counts: RowCounts
     matcher: Any | None  # where its grammar stands
+    thought: Thought | None  # and its budget of reasoning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,15 +91,20 @@ class _Selection:
 
 
 class Sampler:
-    """Own the sampling state of up to `max_rows` rows: parameters, step, token counts, grammars.
+    """Own the sampling state of up to `max_rows` rows: parameters, step, token counts, grammars, reasoning.
 
     A row that was never set, or was cleared, is greedy. Where no logit is a finite number, or one is NaN, the id chosen
     is `NO_TOKEN`.
-    Rows with a grammar run in step: their next token has to be told by `advance` before the next call.
+    Rows that `must_be_told` run in step: their next token has to be told by `advance` before the next call.
     """
 
     def __init__(
-        self, max_rows: int, vocab_size: int, device: torch.device | str, grammars: Grammars | None = None
+        self,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device | str,
+        grammars: Grammars | None = None,
+        tags: ThinkTags | None = None,
     ) -> None:
         self.max_rows = max_rows
         self.vocab_size = vocab_size
@@ -107,6 +115,8 @@ class Sampler:
         self._penalties = Penalties(max_rows, vocab_size, self.device)
         self._grammars = grammars
         self._matchers = Matchers()
+        self._tags = tags
+        self._thoughts: dict[int, Thought] = {}
         self._selection: _Selection | None = None
         for row in range(max_rows):
             self.clear_row(row)
@@ -115,9 +125,12 @@ class Sampler:
         """Raise when parameters can never be honoured with this vocabulary and tokenizer.
 
         Raises:
-            UsageError: a bias for a token that is not there, or a grammar that cannot be followed.
+            UsageError: a bias for a token that is not there, a grammar that cannot be followed, or a budget of
+                reasoning for a model that knows none.
         """
         params.check_vocabulary(self.vocab_size)
+        if params.think_budget is not None and self._tags is None:
+            raise no_thoughts("the model")
         if params.grammar is None:
             return
         if self._grammars is None:
@@ -132,13 +145,16 @@ class Sampler:
         if params.grammar is not None:
             assert self._grammars is not None, "check comes first"
             self._matchers.put(row, self._grammars.matcher(params.grammar))
+        if params.may_think_too_long:
+            assert self._tags is not None, "check comes first"
+            self._thoughts[row] = self._tags.follow(prompt_token_ids, params.think_budget)
 
     def replay(self, row: int, token_ids: Sequence[int]) -> None:
         """Bring a row that `set_row` has just begun to where it was after choosing `token_ids`."""
         self._step[row] = len(token_ids)
         self._penalties.replay(row, self._host[row], token_ids)
         for token in token_ids:
-            self._matchers.advance(row, token)
+            self.advance(row, token)
 
     def clear_row(self, row: int) -> None:
         """Make `row` idle: greedy, without a penalty."""
@@ -149,7 +165,13 @@ class Sampler:
         """Copy what decides the row's next tokens."""
         params = self._host[row]
         counts = self._penalties.save(row, params)
-        return SamplerRow(params=params, step=self._step[row].clone(), counts=counts, matcher=self._matchers.copy(row))
+        return SamplerRow(
+            params=params,
+            step=self._step[row].clone(),
+            counts=counts,
+            matcher=self._matchers.copy(row),
+            thought=copy(self._thoughts.get(row)),
+        )
 
     def restore_row(self, row: int, state: SamplerRow) -> None:
         """Put a state taken by `row_state` into `row`, which may be another row than it came from."""
@@ -157,6 +179,8 @@ class Sampler:
         self._step[row].copy_(state.step)
         self._penalties.restore(row, state.params, state.counts)
         self._matchers.put(row, state.matcher)
+        if state.thought is not None:
+            self._thoughts[row] = copy(state.thought)
 
     def move_row(self, src: int, dst: int) -> None:
         """Let the request in `src` go on in `dst`; `src` is idle afterwards."""
@@ -173,12 +197,20 @@ class Sampler:
             uniform = random_fraction(chosen.params.seed, self._step[chosen.index])
             tokens = torch.where(chosen.params.greedy, tokens, draw(_warped(scores, chosen), uniform))
             self._step[chosen.index] += 1
+        tokens = self._forced(tokens, chosen.rows)
         self._penalties.count(chosen.index, chosen.host, tokens)
         return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
     def advance(self, row: int, token: int) -> None:
-        """Tell `row`, on the host, which token came; only one with a grammar needs to know."""
+        """Tell `row`, on the host, which token came."""
         self._matchers.advance(row, token)
+        if row in self._thoughts:
+            self._thoughts[row].push(token)
+
+    def must_be_told(self, row: int) -> bool:
+        """Say whether the row's next token hangs on what `advance` tells."""
+        thought = self._thoughts.get(row)
+        return self._host[row].grammar is not None or (thought is not None and not thought.over)
 
     def failure(self, row: int) -> str | None:
         """Say why `row` cannot go on; None while it can."""
@@ -209,6 +241,14 @@ class Sampler:
         scores = self._penalties.apply(logits.float(), chosen.index, chosen.host, factors)
         return self._matchers.mask(scores, chosen.rows)
 
+    def _forced(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
+        """Put what has to come in the place of what was drawn, and leave the steps of random numbers as they are."""
+        thoughts = ((place, self._thoughts[row].forced) for place, row in enumerate(rows) if row in self._thoughts)
+        forced = {place: token for place, token in thoughts if token is not None}
+        if not forced:
+            return tokens
+        return tokens.index_put((to_device(list(forced), self.device),), to_device(list(forced.values()), self.device))
+
     def _select(self, rows: Sequence[int]) -> _Selection:
         if self._selection is None or self._selection.rows != tuple(rows):
             index = to_device(rows, self.device)
@@ -224,6 +264,7 @@ class Sampler:
         self._host[row] = params
         self._params.write(row, params, self.vocab_size)
         self._matchers.put(row, None)
+        self._thoughts.pop(row, None)
         self._selection = None
 
 

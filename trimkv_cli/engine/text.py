@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from trimkv_cli.engine.detokenizer import Detokenizer, hidden_ids
+from trimkv_cli.engine.thoughts import ThinkTags, no_thoughts
 from trimkv_cli.errors import BrokenModel, ModelNotFound, TrimkvError, UnsupportedModel, UsageError
 from trimkv_cli.files import as_text
 
@@ -137,6 +138,26 @@ class Text:
     def supports_thinking(self) -> bool:
         """Say whether the template knows `enable_thinking`; where it does not, `think` has no effect."""
         return "enable_thinking" in (self._template or "")
+
+    @cached_property
+    def think_tags(self) -> ThinkTags | None:
+        """How the model writes its reasoning; None where neither its tokenizer nor its template knows how."""
+        return ThinkTags.find(
+            {token: token_id for token_id, token in self._added.items()},
+            self._template or "",
+            ends=self.hidden_ids,
+            token_text=self.token_text,
+            encode=lambda text: self._encode_inside([text]),
+        )
+
+    def check_thinking(self) -> None:
+        """Raise when the model knows no reasoning.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if self.think_tags is None:
+            raise no_thoughts(self.name)
 
     @property
     def template(self) -> str:

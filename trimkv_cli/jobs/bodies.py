@@ -271,6 +271,7 @@ class Body(Strict):
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63), Whole] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more_texts)] = None
     ignore_eos: bool | None = None
+    reasoning_budget: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
     return_token_ids: bool | None = None
     special_tokens: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
@@ -294,6 +295,7 @@ class Body(Strict):
         said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
         said["stop"] = None if self.stop is None else tuple(self.stop)
         said["logit_bias"] = tuple((int(key), value) for key, value in (self.logit_bias or {}).items()) or None
+        said["think_budget"] = self.reasoning_budget
         said["seed"] = None if self.seed is None else self.seed % 2**63
         return {name: value for name, value in said.items() if value is not None}
 

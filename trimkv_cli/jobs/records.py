@@ -97,6 +97,7 @@ class Recorder:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            **stats[0].details(*stats[1:]),
         }
         if not self.reproducible:
             usage["prompt_tokens_details"] = {

@@ -219,6 +219,7 @@ def job_fingerprint(
         "input_format": f"column {prompt_column}" if prompt_column else "text" if rules.text else "jsonl",
         "seed": str(rules.defaults.seed),
         **({"special_tokens": "True"} if rules.special_tokens else {}),
+        **({} if rules.defaults.think_budget is None else {"think_budget": str(rules.defaults.think_budget)}),
         **sampling,
     }
 

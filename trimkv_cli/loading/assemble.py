@@ -83,7 +83,7 @@ def assemble(
         runner = ModelRunner(
             model,
             cache,
-            Sampler(rows, spec.vocab_size, model.device, grammars),
+            Sampler(rows, spec.vocab_size, model.device, grammars, None if text is None else text.think_tags),
             decode_rows=DETERMINISTIC_ROWS if deterministic else None,
             long_rope=LongRope(model, undo) if LongRope.used_by(model.config) else None,
             decoder=make_decoder(model, gates, cache, rows=rows, sinks=facts.pins.sinks, evicts=evicts, undo=undo)

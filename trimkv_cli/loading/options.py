@@ -139,6 +139,13 @@ class SamplingOptions:
     seed: int | None = _sampling(None, "Same seed, same prompt, same tokens.", "N")
     stop: list[str] | None = _sampling(None, "Stop before this text; may be given several times.", "TEXT")
     greedy: bool = _sampling(False, "Always take the likeliest token (temperature 0).")
+    think_budget: int | None = _sampling(
+        None,
+        "Close the reasoning of a model that thinks after N tokens; 0 = no reasoning. A JSON format leaves no room for"
+        " any.",
+        "N",
+        least=0,
+    )
     ignore_eos: bool = _sampling(False, "Go on to --max-tokens even past an end-of-text token.")
 
     def __post_init__(self) -> None:

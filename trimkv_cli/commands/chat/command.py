@@ -103,7 +103,7 @@ def chat(
             engine,
             quiet=chosen.quiet,
             snapshots=snapshots,
-            check=needs(raw=False, instead="trimkv ask --raw goes without"),
+            check=needs(raw=False, thinks=sampling.think_budget is not None, instead="trimkv ask --raw goes without"),
         )
         this = open_chat(llm, engine, opening, stored, screen)
         budget_bytes = this.conversation.llm.facts.plan.budget_bytes

@@ -125,11 +125,11 @@ def _parse(name: str, value: str) -> Any:
     try:
         if kind is bool:
             return _SWITCHES[value]
-        if kind is int:
+        if kind in (int, int | None):
             return int(value)
         return (value,) if name == "stop" else float(value)
     except (ValueError, KeyError):
-        wanted = {bool: "on or off", int: "a whole number"}.get(kind, "a number")
+        wanted = {bool: "on or off", int: "a whole number", int | None: "a whole number"}.get(kind, "a number")
         raise UsageError(f"{name} cannot be {value!r}", hint=f"/set {name} takes {wanted}, or off") from None
 
 

@@ -60,7 +60,7 @@ _SOLVED: dict[str, Callable[[str], Any]] = {
     "quantize": str,
 }
 
-_UNSEEN = "how long prompts are, and what its chat template takes"
+_UNSEEN = "how long prompts are, what its chat template takes, and whether it reasons"
 _UNSEEN_FROM_AFAR = f"token ids, max_tokens, {_UNSEEN} (its files are not here)"
 _CHOSEN = ("deterministic", "on_overflow")  # what changes tokens, and no plan knows of
 
@@ -130,7 +130,7 @@ class _Run:
 
     def go(self, stream: BinaryIO) -> Summary:
         """Load what answers, prepare the output, and run."""
-        check = partial(check_template, stream)
+        check = partial(check_template, stream, thinks=self.sampling.think_budget is not None)
         with closing(open_backend(self.choices, self.options, check)) as backend:
             for message in backend.facts.warnings:
                 print_warning(message)
@@ -223,14 +223,17 @@ def open_backend(
     return LocalBackend(engine, facts, partial(_memory, engine, options.budget))
 
 
-def check_template(stream: BinaryIO, text: Text | None) -> None:
+def check_template(stream: BinaryIO, text: Text | None, *, thinks: bool) -> None:
     """Refuse a job that begins with messages, before weights are read for it, where no template can render them.
 
     Raises:
         ModelError: the model has no chat template, or one with a bug.
+        UsageError: its reasoning has a budget, and it knows none.
     """
     if text is None:
         return
+    if thinks:
+        text.check_thinking()
     try:
         text.check_chat(instead='lines with "prompt" need no template')
     except ModelError:

@@ -113,7 +113,11 @@ def _run(
     if len(inputs.names) == 1 and not map_reduce:
         options = replace(options, max_inflight=1)
     instead = '--raw puts "TL;DR:" under the text'
-    llm = open_engine(options, quiet=asked.quiet, check=needs(raw=asked.raw, instead=instead))
+    llm = open_engine(
+        options,
+        quiet=asked.quiet,
+        check=needs(raw=asked.raw, thinks=sampling.think_budget is not None, instead=instead),
+    )
     task = Task(
         instruction=TL_DR if asked.raw else style.instruction(),
         raw=asked.raw,
