@@ -144,7 +144,6 @@ class SamplingOptions:
         "Close the reasoning of a model that thinks after N tokens; 0 = no reasoning. A JSON format leaves no room for"
         " any.",
         "N",
-        least=0,
     )
     ignore_eos: bool = _sampling(False, "Go on to --max-tokens even past an end-of-text token.")
 
