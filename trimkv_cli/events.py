@@ -47,6 +47,7 @@ class RequestStats:
     reasoning_tokens: int | None = None  # of the completion's; None where the model knows no reasoning
     prefill_chunk: int | None = None  # where memory forced smaller chunks than planned
     continued_tokens: int = 0  # those that its row held already, of the request that it continues
+    no_graph: str | None = None  # why a GPU decoded without a graph, which is slow
 
     def details(self, *others: RequestStats) -> dict[str, dict[str, int]]:
         """Return what OpenAI's `usage` says of the tokens of this answer and `others`; nothing without reasoning."""
@@ -58,10 +59,14 @@ class RequestStats:
     @property
     def warnings(self) -> tuple[Notice, ...]:
         """What the reader of an answer should know."""
-        if self.prefill_chunk is None:
-            return ()
-        message = f"memory ran out: the prompt was read in chunks of {self.prefill_chunk}, which changes results"
-        return (Notice(code="prefill_chunk_reduced", message=message),)
+        said = []
+        if self.prefill_chunk is not None:
+            message = f"memory ran out: the prompt was read in chunks of {self.prefill_chunk}, which changes results"
+            said.append(Notice(code="prefill_chunk_reduced", message=message))
+        if self.no_graph is not None:
+            message = f"no graph of a decode could be captured, and without one it is slower: {self.no_graph}"
+            said.append(Notice(code="no_graph", message=message))
+        return tuple(said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,21 +7,32 @@ end or next token only the host can see (stop strings, grammars, budgets of reas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.engine.graphs import Forward
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.scheduler import Row
 from trimkv_cli.errors import is_out_of_memory
 
-Forward = Callable[
-    [Tensor, Tensor, int], Tensor
-]  # ids and positions of all rows, count of the first → logits [count, V]
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """Where the tokens of a step arrive on the host, allocated once, and the event that says so."""
+
+    tokens: Tensor
+    done: Any  # a CUDA event
+
+    @classmethod
+    def empty(cls, rows: int) -> Self:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return cls(torch.empty(rows, dtype=torch.int64, pin_memory=True), event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +67,11 @@ class Ahead:
         self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._left = torch.zeros(rows, dtype=torch.int32, device=device)
         self._watch = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.eos_token_ids = eos_token_ids
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
         self._known: dict[int, Row] = {}  # as the device has them, by index
         self._pending: _Launch | None = None
+        # One is read while the next step fills the other.
+        self._hosts = deque(_Host.empty(rows) for _ in range(2)) if device.type == "cuda" else None
 
     def step(self, rows: Sequence[Row], *, in_step: bool = False) -> list[tuple[Row, int]] | None:
         """Return the next token of the rows that have one by now; None when these rows must run in step."""
@@ -158,20 +170,20 @@ class Ahead:
         """Start one step of these rows; nothing here waits for the device."""
         indices = [row.index for row in rows]
         count = max(indices) + 1
-        logits = self._forward(self.ids, self.position, count)
         at = self._on_device(indices, torch.int64)
+        logits = self._forward(self.ids, self.position, count)
         tokens = self._sampler(logits[at], indices)
         left, position = self._left[at] - 1, self.position[at]
         ended = (left <= 0) | (self._watch[at] & torch.isin(tokens, self._eos)) | (position < 0) | (tokens < 0)
         self.ids[at] = tokens.clamp(min=0)
         self._left[at] = left
         self.position[at] = torch.where(ended, -1, position + 1)
-        if tokens.device.type != "cuda":
+        if self._hosts is None:
             return _Launch(tuple(rows), tokens, None)
-        host = torch.empty(len(indices), dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        return _Launch(tuple(rows), host, done)
+        self._hosts.rotate()
+        host = self._hosts[0].tokens[: len(indices)].copy_(tokens, non_blocking=True)
+        self._hosts[0].done.record()
+        return _Launch(tuple(rows), host, self._hosts[0].done)
 
     def _runs_free(self, row: Row) -> bool:
         """Tell whether the device sees by itself what comes next in a row, and its end."""
@@ -190,42 +202,3 @@ def _among(row: Row, rows: Sequence[Row]) -> bool:
 def _left(row: Row) -> int:
     """Count the tokens that a row may still get, as the host knows it."""
     return row.request.params.max_tokens - len(row.output)
-
-
-_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-
-
-class GraphedForward:
-    """Run `forward` as a graph that is captured when a number of rows first needs it.
-
-    The tensors of ids and positions must be the same ones on every call: a graph reads where it was captured.
-    """
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, ids: Tensor, position: Tensor, count: int) -> Tensor:
-        rows = next((size for size in _BUCKETS if count <= size <= len(ids)), len(ids))
-        if rows not in self._graphs:
-            self._graphs[rows] = self._capture(ids, position, rows)
-        graph, logits = self._graphs[rows]
-        graph.replay()
-        return logits[:count]
-
-    def _capture(self, ids: Tensor, position: Tensor, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Capture with no token in any row, so that warming up feeds nothing."""
-        held = position.clone()
-        position.fill_(-1)
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(2):
-                self._forward(ids, position, rows)
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._forward(ids, position, rows)
-        position.copy_(held)
-        return graph, logits

@@ -189,7 +189,8 @@ class Engine:
         self._scheduler.drop(request_id)
 
     def close(self) -> None:
-        """Give the model and its gates back as they were; this engine is done."""
+        """Give the model and its gates back as they were, and the memory of graphs; this engine is done."""
+        self._runner.close()
         self._undo.close()
 
     def check(self, request: Request) -> None:
@@ -364,6 +365,7 @@ class Engine:
             ),
             prefill_chunk=row.chunk,
             continued_tokens=row.base,
+            no_graph=self._runner.no_graph,
         )
 
     @property

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.attention import LongRope, RetentionView, Step
 from trimkv_cli.cache.releases import all_logits, forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.ahead import Ahead, Forward, GraphedForward
+from trimkv_cli.engine.ahead import Ahead
 from trimkv_cli.engine.cpu import Decoder
+from trimkv_cli.engine.graphs import Forward, GraphedForward
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 from trimkv_cli.model.pins import Pins, PromptSpan
@@ -49,14 +50,26 @@ class ModelRunner:
         self._pins = pins or Pins()
         self.trace = trace
         self._ahead: Ahead | None = None
+        self._graphs: GraphedForward | None = None
 
     def run_ahead(self, eos_token_ids: Collection[int]) -> None:
         """Decode one step ahead of the host from now on; on a GPU each step is a graph."""
         assert self._long_rope is None, "which factors are used is decided on the host, step by step"
         forward: Forward = self._forward_static
         if self.device.type == "cuda":
-            forward = GraphedForward(forward)
+            forward = self._graphs = GraphedForward(forward)
         self._ahead = Ahead(forward, self.sampler, self.cache, rows=self.sampler.max_rows, eos_token_ids=eos_token_ids)
+
+    @property
+    def no_graph(self) -> str | None:
+        """Why some decodes on a GPU run without a graph, where they should have one."""
+        return None if self._graphs is None else self._graphs.obstacle
+
+    def close(self) -> None:
+        """Let go of the graphs, and of what holds this runner in a circle: nothing runs any more."""
+        if self._graphs is not None:
+            self._graphs.forget()
+        self._ahead = self._graphs = None
 
     def start(self, row: Row) -> None:
         """Prepare a row for its request: empty unless it continues an earlier one."""
@@ -117,13 +130,12 @@ class ModelRunner:
             self._ahead.undo_pending()
         if self._decoder is not None:
             self._decoder.forget()
+        if self._graphs is not None:
+            self._graphs.forget()  # they read the slots where they were
         if self._pins.prompt is not None:
             for row in rows:
                 self.cache.protect(row.index, *self._pins.for_now(row.prompt, kv_budget))
-        evicted = self.cache.resize(kv_budget, [row.index for row in rows])
-        if self._ahead is not None:
-            self.run_ahead(self._ahead.eos_token_ids)  # a graph reads the slots where they were
-        return evicted
+        return self.cache.resize(kv_budget, [row.index for row in rows])
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence in row `source` go on in row `target`."""

@@ -1,0 +1,217 @@
+"""Graphs of decode steps, with what torch has for them replaced: no GPU is needed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.engines import Shape, greedy, make_engine, run
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.errors import is_out_of_memory
+
+TinyModel = Callable[..., Any]
+SHAPE = Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16)
+BROKEN = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: operation failed due to a previous error during capture\nCUDA kernel errors might"),
+)
+
+
+@dataclass
+class Gpu:
+    """What a process asked of torch.cuda for its graphs."""
+
+    stream: Any = "main"  # the current one
+    streams: list[Any] = field(default_factory=list)
+    captured_on: list[tuple[Any, Any]] = field(default_factory=list)  # stream and pool of each capture
+    forwards: list[tuple[str, Any, int]] = field(default_factory=list)  # how, on which stream, for how many rows
+    capturing: Any = None
+    reset: int = 0
+    alive: Any = field(default_factory=weakref.WeakSet)  # the graphs that were captured
+    failure: Exception | None = None  # of the next capture's end
+
+
+class Stream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Record a forward while a graph is captured, and run it again in place of the graph."""
+    state = Gpu()
+    pools = iter(range(1000))
+
+    class Graph:
+        def __init__(self) -> None:
+            self.steps: list[Callable[[], torch.Tensor]] = []
+            self.logits: list[torch.Tensor] = []
+
+        def replay(self) -> None:
+            for step, logits in zip(self.steps, self.logits, strict=True):
+                logits.copy_(step())
+
+        def reset(self) -> None:
+            state.reset += 1
+            self.steps.clear()
+
+    @contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        before, state.stream = state.stream, stream
+        yield
+        state.stream = before
+
+    @contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        before, state.stream = state.stream, stream
+        try:
+            yield
+        finally:
+            state.stream = before
+
+    @contextmanager
+    def graph(graph: Graph, pool: Any, stream: Any) -> Iterator[None]:
+        state.captured_on.append((stream, pool))
+        state.capturing = graph
+        with on(stream):  # as torch's: where a capture fails to end, its stream stays the current one
+            yield
+            state.capturing = None
+            state.alive.add(graph)
+            failure, state.failure = state.failure, None
+            if failure is not None:
+                raise type(failure)(*failure.args)  # whose frames go with it
+
+    def new_stream() -> Stream:
+        state.streams.append(Stream())
+        return state.streams[-1]
+
+    here = lambda: state.stream if isinstance(state.stream, Stream) else Stream()  # noqa: E731
+    cuda = {"CUDAGraph": Graph, "Stream": new_stream, "stream": on_stream, "graph": graph, "current_stream": here}
+    cuda |= {"graph_pool_handle": lambda: next(pools), "synchronize": lambda: None}
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    forward = ModelRunner._forward_static
+
+    def recorded(self: ModelRunner, ids: Any, position: Any, count: int) -> torch.Tensor:
+        how = "capture" if state.capturing is not None else "warm-up" if (position < 0).all() else "eager"
+        state.forwards.append((how, state.stream, count))
+        logits = forward(self, ids, position, count)
+        if state.capturing is not None:
+            state.capturing.steps.append(lambda: forward(self, ids, position, count))
+            state.capturing.logits.append(logits)
+        return logits
+
+    monkeypatch.setattr(ModelRunner, "_forward_static", recorded)
+    return state
+
+
+def graphed(model: Any, shape: Shape = SHAPE) -> Engine:
+    """Return an engine that decodes as on a GPU."""
+    engine = make_engine(model, shape, fast_path=False)
+    runner, device = engine._runner, engine._runner.device
+    runner.device = torch.device("cuda")
+    runner.run_ahead(shape.eos)
+    runner.device = device
+    return engine
+
+
+def asked(count: int = 3) -> list[Any]:
+    return [greedy(str(i), range(3 + i, 20 + 3 * i), 6 + 3 * i) for i in range(count)]
+
+
+def test_each_engine_captures_on_one_stream_of_its_own(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches a workspace for each number of rows, and one that another engine's graphs write to or have lost."""
+    model = tiny_model("qwen3")
+    want = run(make_engine(model, SHAPE, fast_path=False), asked())
+    used: list[Any] = []
+    for _ in range(2):
+        gpu.captured_on.clear()
+        gpu.forwards.clear()
+        engine = graphed(model)
+        assert run(engine, asked()) == want
+        assert len({count for _, _, count in gpu.forwards}) == len(gpu.captured_on) == 3
+        (where,) = {*gpu.captured_on, *((stream, gpu.captured_on[0][1]) for _, stream, _ in gpu.forwards)}
+        used.append(where)
+        engine.close()
+    assert used[0][0] is not used[1][0]
+    assert used[0][1] != used[1][1]
+
+
+def test_nothing_of_a_closed_engine_lives(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches graphs and a cache that stay until garbage is collected, which may be while another engine captures."""
+    engine = graphed(tiny_model("qwen3"))
+    run(engine, asked())
+    graphs, parts = len(gpu.alive), [weakref.ref(part) for part in (engine._runner, engine._runner._graphs)]
+    slots = weakref.ref(engine._runner.cache.layers[0].slots.key)
+    gc.disable()
+    try:
+        engine.close()
+        assert (gpu.reset, len(gpu.alive)) == (graphs, 0)
+        assert parts[1]() is None
+        del engine
+        assert (parts[0](), slots()) == (None, None)
+    finally:
+        gc.enable()
+
+
+def test_slots_that_lie_elsewhere_are_captured_anew(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches a graph that reads slots from before a change of their number, and its memory, kept beside the new."""
+    model = tiny_model("qwen3")
+    in_step, engine = make_engine(model, SHAPE, fast_path=False), graphed(tiny_model("qwen3"))
+    for each in (in_step, engine):
+        run(each, asked())
+        each.resize(12)
+    assert (gpu.reset, len(gpu.alive)) == (3, 0)
+    assert run(engine, asked()) == run(in_step, asked())
+    assert len({pool for _, pool in gpu.captured_on}) == 2
+
+
+@pytest.mark.parametrize("failure", BROKEN, ids=["out of memory", "broken off"])
+def test_a_capture_that_fails_costs_no_request(failure: Exception, gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches rows that count as empty from then on, a request given up, and a capture tried at every step."""
+    want = run(make_engine(tiny_model("qwen3"), SHAPE, fast_path=False), asked())
+    engine = graphed(tiny_model("qwen3"))
+    gpu.failure = failure
+    stats: dict[str, Any] = {}
+    tokens: dict[str, list[int]] = {}
+    for event in engine.generate(asked()):
+        tokens.setdefault(event.request_id, []).extend(event.token_ids)
+        stats |= {event.request_id: event.stats} if event.stats is not None else {}
+    assert tokens == want
+    assert gpu.stream == "main"
+    eager = {count for how, _, count in gpu.forwards if how == "eager"}
+    captured = [count for how, _, count in gpu.forwards if how == "capture"]
+    assert len(eager) == 1
+    assert captured.count(*eager) == 1  # tried once
+    assert len(captured) > 1  # others have graphs
+    assert {len(each.warnings) for each in stats.values()} == {1}
+    (warning,) = stats["0"].warnings
+    assert warning.code == "no_graph"
+    assert warning.message.endswith(str(failure).splitlines()[0])
+    assert engine.stats.undone_steps == 0
+
+
+def test_a_failing_graph_takes_those_of_its_stream_with_it(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches a graph that multiplies in a workspace which torch freed with a failed capture on the same stream."""
+    engine = graphed(tiny_model("qwen3"))
+    run(engine, asked(1))
+    first = gpu.captured_on[-1]
+    gpu.failure = BROKEN[0]
+    run(engine, asked(2))
+    run(engine, asked(1))
+    assert gpu.captured_on[-1][0] is not first[0]
+    assert gpu.captured_on[-1][1] != first[1]
+    assert len(gpu.alive) == 1
+
+
+def test_memory_that_cannot_be_pinned_counts_as_short() -> None:
+    """Catches an allocation by CUDA itself, which says so in its message alone, taken for a fault of the program."""
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"))
