@@ -20,12 +20,14 @@ NEWEST = {
     "pypdfium2": "5.15.2",
     "rich": "15.0.0",
     "safetensors": "0.8.0",
+    "starlette": "1.10.0",
     "tokenizers": "0.23.3",
     "tomli": "2.5.0",
     "torch": "2.13.0",
     "transformers": "5.24.0",
     "triton": "3.7.1",
     "typer": "0.29.2",
+    "uvicorn": "0.54.0",
     "zstandard": "0.25.0",
 }
 

@@ -15,7 +15,8 @@ CONTRACTS = {
     "the fast path of a CPU has one door",
     "one staircase down",
     "what goes in, what comes out and what it costs is plain Python",
-    "jobs and conversations know no display and nothing heavy",
+    "jobs, conversations and the endpoint know no display and nothing heavy",
+    "only the endpoint speaks HTTP to its clients",
     "commands load nothing heavy themselves, and only ui knows the terminal",
     "triton stays in the kernels, which know nothing of the program",
 }

@@ -76,7 +76,9 @@ class Server:
             while self._thread.is_alive():
                 self._thread.join(_WAIT_S)
         if self._fault is not None:
-            raise TrimkvError(f"the server failed: {self._fault}") from self._fault
+            raise TrimkvError(
+                f"the server failed: {self._fault}", hint="TRIMKV_DEBUG=1 shows where this happened"
+            ) from self._fault
 
     def stop(self) -> None:
         """Take no more connections, and end when those that there are have ended."""

@@ -328,8 +328,9 @@ class Worker:
 
     def _give_up(self, error: Exception) -> None:
         """End everything after a fault that no request accounts for; the next one loads the engine anew."""
-        fault = error if isinstance(error, TrimkvError) else TrimkvError(f"{type(error).__name__}: {error}")
-        self._fail_all(fault)
+        if not isinstance(error, TrimkvError):
+            error = TrimkvError(f"{type(error).__name__}: {error}", hint="send it again: the model is loaded anew")
+        self._fail_all(error)
         self._unload()
 
     def _fail_all(self, error: TrimkvError) -> None:
