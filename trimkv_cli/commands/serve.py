@@ -129,7 +129,7 @@ def _serve_on(
         trust = Trust(hosts=frozenset({form.host.lower()}), api_key=key, cors=tuple(form.cors or ()))
         rules = completions.rules
         app = make_app(completions, model_id=completions.recorder.model, names=rules.model_names, trust=trust)
-        server = Server(app, opened, grace_s=parse_duration(form.grace))
+        server = Server(app, opened, grace_s=parse_duration(form.grace), late=worker.end_all)
         host, port = opened.getsockname()[:2]
         shown = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -142,8 +142,8 @@ class EventStream(Response):
         try:
             async for chunk in self._events:
                 await event(encode(chunk).rstrip(b"\n"))
-        except ApiError as error:
-            await event(orjson.dumps(error.to_json()), more=False)
+        except Exception as error:  # noqa: BLE001  the status has been sent: a stream can only say it
+            await event(orjson.dumps(ApiError.of(error).to_json()), more=False)
         else:
             await event(b"[DONE]", more=False)
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from trimkv_cli.errors import TrimkvError, UsageError
 from trimkv_cli.streams import Interrupts
 
 _WAIT_S = 0.5
+_HEADER_S = 30.0  # for a request's header to arrive
+_LAST_WORDS_S = 5  # for what is said to those whose time is over
 _BACKLOG = 2048
 
 
@@ -43,20 +48,27 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """Serve an application in a thread of its own, until the first signal; then finish what runs, for `grace_s`."""
+    """Serve an application in a thread of its own, until the first signal; then finish what runs, for `grace_s`.
 
-    def __init__(self, app: ASGIApp, opened: socket.socket, *, grace_s: float) -> None:
+    `late` is called when that time is over, and ends it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, opened: socket.socket, *, grace_s: float, late: Callable[[], None] = lambda: None
+    ) -> None:
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Connection,
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             backlog=_BACKLOG,
-            timeout_graceful_shutdown=max(1, round(grace_s)),
+            timeout_graceful_shutdown=round(grace_s) + _LAST_WORDS_S,
         )
+        self._grace_s = grace_s
+        self._late = late
         self._server = uvicorn.Server(config)
         self._opened = opened
         self._thread = threading.Thread(target=self._run, name="trimkv-http", daemon=True)
@@ -73,12 +85,22 @@ class Server:
                 self._thread.join(0.01)
             if self._thread.is_alive():
                 ready()
-            while self._thread.is_alive():
+            while self._thread.is_alive() and not self._server.should_exit:
                 self._thread.join(_WAIT_S)
+            self._drain()
         if self._fault is not None:
             raise TrimkvError(
                 f"the server failed: {self._fault}", hint="TRIMKV_DEBUG=1 shows where this happened"
             ) from self._fault
+
+    def _drain(self) -> None:
+        until = time.monotonic() + self._grace_s
+        while self._thread.is_alive() and (left := until - time.monotonic()) > 0:
+            self._thread.join(min(left, _WAIT_S))
+        if self._thread.is_alive():
+            self._late()
+        while self._thread.is_alive():
+            self._thread.join(_WAIT_S)
 
     def stop(self) -> None:
         """Take no more connections, and end when those that there are have ended."""
@@ -97,3 +119,32 @@ class Server:
             self._server.run(sockets=[self._opened])
         except BaseException as error:  # noqa: BLE001  it is raised in the thread that waits
             self._fault = error
+
+
+class _Connection(H11Protocol):
+    """Close a connection on which no whole header arrives in time: one byte now and then is no request."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def on_response_complete(self) -> None:
+        self._expect()
+        super().on_response_complete()
+
+    def _expect(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_HEADER_S, self._give_up)
+
+    def _give_up(self) -> None:
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request
+        if cycle is None or cycle.response_complete:
+            self.transport.close()

@@ -96,6 +96,10 @@ class Gauge:
     loads: int = 0
 
 
+def _closing() -> Closing:
+    return Closing("the server is ending", hint="start it again")
+
+
 class Worker:
     """Run one engine in one thread; load it when it is first needed, and give it up after idle time."""
 
@@ -137,6 +141,10 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
+    def end_all(self) -> None:
+        """End what runs or waits as `Closing`; the thread goes on."""
+        self._inbox.put(lambda: self._fail_all(_closing()))
+
     def submit(self, ticket: Ticket) -> None:
         """Take a ticket.
 
@@ -176,7 +184,7 @@ class Worker:
                 except Exception as error:  # noqa: BLE001  a fault of the engine fails what it ran, not the server
                     self._give_up(error)
             self._read_gauge()
-        self._fail_all(Closing("the server is ending", hint="start it again"))
+        self._fail_all(_closing())
         self._unload()
 
     def _listen(self) -> None:
