@@ -225,4 +225,6 @@ def _take_streaming(data: Any) -> Streaming:
         raise ApiError(400, message, param=param) from None
     if streaming.stream_options is not None and not streaming.stream:
         raise ApiError(400, "stream_options: needs stream to be true", param="stream_options")
+    unknown = () if streaming.stream_options is None else streaming.stream_options.extras()
+    data |= {f"stream_options.{key}": value for key, value in unknown}  # which says or refuses them like any other
     return streaming
