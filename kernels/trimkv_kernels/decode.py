@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trimkv_kernels.casts import narrowed, widened
 from trimkv_kernels.launch import decode_launch, padded
 from trimkv_kernels.slots import Journal, Slots
 
@@ -140,12 +141,14 @@ def _scan(
 
         keep = alive[:, None] & (dim < DIM)[None, :]
         keys = tl.load(slot_key + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0)
+        keys = widened(keys, tokens)
         logits = tl.dot(tokens.to(keys.dtype), tl.trans(keys), input_precision="ieee") * scale
         logits = tl.where(alive[None, :], logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         weights = tl.exp(logits - higher[:, None])
         shrink = tl.exp(highest - higher)
         values = tl.load(slot_value + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0)
+        values = widened(values, tokens)
         acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         highest = higher
@@ -276,5 +279,5 @@ def _merge(
         tl.store(journal_value + program * DIM + dim, tl.load(slot_value + slot * DIM + dim, mask=wide), mask=wide)
         tl.store(slot_position + slot, now, mask=enters)
         tl.store(slot_log_beta + slot, new_log_beta, mask=enters)
-        tl.store(slot_key + slot * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=enters & wide)
-        tl.store(slot_value + slot * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=enters & wide)
+        tl.store(slot_key + slot * DIM + dim, narrowed(new_key, slot_key.dtype.element_ty), mask=enters & wide)
+        tl.store(slot_value + slot * DIM + dim, narrowed(new_value, slot_value.dtype.element_ty), mask=enters & wide)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trimkv_kernels.casts import narrowed, widened
 from trimkv_kernels.launch import padded, prefill_launch
 from trimkv_kernels.reference import survivors
 from trimkv_kernels.slots import Slots
@@ -144,6 +145,7 @@ def _add_tile(
     keep = (held >= 0)[:, None] & (dim < DIM)[None, :]
     at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
     keys = tl.load(keys_at + at, mask=keep, other=0.0)
+    keys = widened(keys, tokens)
     logits = tl.dot(tokens.to(keys.dtype), tl.trans(keys), input_precision="ieee") * scale
     seen = (held >= 0)[None, :] & (held[None, :] <= now[:, None])
     if WINDOW > 0:
@@ -153,6 +155,7 @@ def _add_tile(
     weights = tl.exp(logits - higher[:, None])
     shrink = tl.exp(highest - higher)
     values = tl.load(values_at + at, mask=keep, other=0.0)
+    values = widened(values, tokens)
     acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
     return higher, total * shrink + tl.sum(weights, 1), acc
 
@@ -188,5 +191,5 @@ def _move(
     wide = survives & (dim < DIM)
     new_key = tl.load(key + source * DIM + dim, mask=wide, other=0.0)
     new_value = tl.load(value + source * DIM + dim, mask=wide, other=0.0)
-    tl.store(slot_key + place * DIM + dim, new_key.to(slot_key.dtype.element_ty), mask=wide)
-    tl.store(slot_value + place * DIM + dim, new_value.to(slot_value.dtype.element_ty), mask=wide)
+    tl.store(slot_key + place * DIM + dim, narrowed(new_key, slot_key.dtype.element_ty), mask=wide)
+    tl.store(slot_value + place * DIM + dim, narrowed(new_value, slot_value.dtype.element_ty), mask=wide)

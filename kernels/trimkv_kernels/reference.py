@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimkv_kernels.slots import Journal, Slots
+from trimkv_kernels.slots import Journal, Slots, as_bytes, narrowed
 
 _NEVER = torch.iinfo(torch.int32).max
 
@@ -170,14 +170,14 @@ def _evict_one(
     ]
     journal.slot.copy_(loser[:, :, 0])
     for target, old, (index, held, stays) in zip(slots, journal[:4], exchanges, strict=True):
-        old.copy_(held)
-        target.scatter_(2, index, stays)
+        as_bytes(old).copy_(held)
+        as_bytes(target).scatter_(2, index, stays)
 
 
 def _exchange(target: Tensor, index: Tensor, new: Tensor, enters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return where in `target` something changes, what lies there, and what will lie there: `new` where it `enters`."""
-    held = target.gather(2, index)
-    stays = torch.where(enters[..., None] if new.dim() == 3 else enters, new[:, :, None].to(target.dtype), held)
+    held, enters = as_bytes(target).gather(2, index), enters[..., None] if new.dim() == 3 else enters
+    stays = torch.where(enters, as_bytes(narrowed(new[:, :, None], target.dtype)), held)
     return index, held[:, :, 0], stays
 
 
@@ -241,8 +241,8 @@ def _evict_chunk(
     target = survivors(log_beta, positions, slots, rows=rows, fill=fill, **ranks)
     row, head, token = (target >= 0).nonzero(as_tuple=True)
     at = (rows[row], head, target[row, head, token])
-    slots.key[at] = key[row, head, token].to(slots.key.dtype)
-    slots.value[at] = value[row, head, token].to(slots.value.dtype)
+    as_bytes(slots.key)[at] = as_bytes(narrowed(key[row, head, token], slots.key.dtype))
+    as_bytes(slots.value)[at] = as_bytes(narrowed(value[row, head, token], slots.value.dtype))
     slots.log_beta[at] = log_beta[row, head, token]
     slots.position[at] = positions[row, token].to(torch.int32)
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+EIGHT_BITS = torch.float8_e4m3fn
+
 
 class Slots(NamedTuple):
     """Hold what one layer remembers, `M` slots for each (row, KV head).
@@ -32,11 +34,15 @@ class Slots(NamedTuple):
             log_beta=torch.empty(shape, dtype=torch.float32, device=device),
             position=torch.empty(shape, dtype=torch.int32, device=device),
         )
-        made.clear()
+        made._empty()
         return made
 
     def clear(self) -> None:
-        """Empty every slot, in place."""
+        """Empty every slot, in place; values are zero, so that one whose weight is 0 may be read."""
+        self.value.zero_()
+        self._empty()
+
+    def _empty(self) -> None:
         count = self.position.shape[-1]
         self.log_beta.fill_(-torch.inf)
         self.position.copy_(-1 - torch.arange(count, dtype=torch.int32, device=self.position.device))
@@ -59,7 +65,21 @@ class Slots(NamedTuple):
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    return tensor.gather(2, index[..., None].expand(*index.shape, tensor.shape[3]) if tensor.dim() == 4 else index)
+    wide = index[..., None].expand(*index.shape, tensor.shape[3]) if tensor.dim() == 4 else index
+    return as_bytes(tensor).gather(2, wide).view(tensor.dtype)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return a view for what torch does with no 8-bit floats, such as gather and scatter; others as they are."""
+    return tensor.view(torch.uint8) if tensor.dtype is EIGHT_BITS else tensor
+
+
+def narrowed(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return new keys or values as slots hold them: 8 bits hold no infinity, and numbers only up to 448."""
+    if dtype is EIGHT_BITS:
+        most = torch.finfo(dtype).max
+        new = new.clamp(-most, most)
+    return new.to(dtype)
 
 
 class Journal(NamedTuple):
@@ -99,6 +119,7 @@ class Journal(NamedTuple):
         for target, old in zip(held, journal, strict=False):
             wide = index[..., None].expand(-1, -1, -1, target.shape[3]) if target.dim() == 4 else index
             here = entered[..., None] if target.dim() == 4 else entered
+            target, old = as_bytes(target), as_bytes(old)  # noqa: PLW2901  # views of the same
             target.scatter_(2, wide, torch.where(here, old[:, :, None], target.gather(2, wide)))
 
     @property

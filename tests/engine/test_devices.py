@@ -11,8 +11,10 @@ import torch
 from trimkv_cli.bench.shapes import find_shape, random_network
 from trimkv_cli.engine.devices import take_device
 from trimkv_cli.errors import UsageError
-from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading import loader
+from trimkv_cli.loading.loader import load_engine, plan_for
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
 from trimkv_cli.train import run
 
 OPTIONS = EngineOptions(model="mini", device="cuda:1")
@@ -69,3 +71,38 @@ def test_two_gpus_in_one_process_are_refused(allocated: dict[int, int], monkeypa
     allocated[0] = 0
     take_device("cuda:1")
     assert chosen == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Pretend to have a GPU; return what it says of itself, to be changed."""
+    said: dict[str, Any] = {"total": 24 * 2**30, "free": 24 * 2**30, "capability": (8, 9)}
+    monkeypatch.setattr(loader, "device_bytes", lambda _: said["total"])
+    monkeypatch.setattr(loader, "free_bytes", lambda _: said["free"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: said["capability"])
+    return said
+
+
+def test_without_a_budget_rows_are_as_many_as_a_gpu_has_memory_free(gpu: dict[str, Any]) -> None:
+    """Catches a refusal, or an allocation that fails, where fewer rows would run; and a precision or size given up."""
+    options = EngineOptions(model="mini", kv_budget="4096", gates="streaming")
+    source, device = find_source(options, weights=False), torch.device("cuda", 0)
+    whole = plan_for(source, options, device).run
+    assert whole.rows == 64
+    gpu["free"] = whole.total_bytes * 2 // 5
+    plan = plan_for(source, options, device)
+    assert 1 < plan.run.rows < 64
+    assert (plan.run.kv_budget, plan.run.dtype, plan.run.quantize) == (4096, whole.dtype, whole.quantize)
+    assert plan.run.total_bytes <= gpu["free"]
+    assert plan.choices[-1].endswith("as many as the free memory holds")
+
+
+def test_eight_bits_are_refused_by_the_gpu_that_is_there(gpu: dict[str, Any]) -> None:
+    """Catches a plan that does not know which GPU it is for."""
+    options = EngineOptions(model="mini", kv_dtype="fp8")
+    source, device = find_source(options, weights=False), torch.device("cuda", 0)
+    assert plan_for(source, options, device).run.kv_dtype == "fp8"
+    gpu["capability"] = (8, 0)
+    with pytest.raises(UsageError, match="this one's is 8") as refused:
+        plan_for(source, options, device)
+    assert refused.value.exit_code == 2

@@ -19,7 +19,10 @@ from trimkv_kernels.launch import decode_launch, padded, prefill_launch
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+TARGETS = (80, 90)
+EIGHT_BIT_TARGETS = (89, 90)
+IN_SLOTS = {"slot_key", "slot_value", "journal_key", "journal_value"}
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 INTEGERS = {"size": "i32", "span": "i32", "fill": "i32", "length": "i32", "scale": "fp32"}
 FIXED = {
@@ -68,6 +71,13 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
             yield f"move {dtype} {dim}", (prefill._move, dtype), {"HEADS": 8, "DIM": dim, "WIDE": padded(dim)}, 1
 
 
+def eight_bits() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
+    """Yield each kernel over slots in 8 bits, for a query in 16."""
+    for name, (kernel, dtype), constants, warps in cases():
+        if name in ("scan bf16 128 0", "merge bf16 128", "attend bf16 128 0", "move bf16 128"):
+            yield name.replace(dtype, "fp8"), (kernel, "fp8"), constants, warps
+
+
 def extremes() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """Yield the most slots and queries per KV head, with eviction and without."""
     chosen = decode_launch(programs=1, span=16_384, head_dim=128, element_size=2)
@@ -82,7 +92,9 @@ def extremes() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
 
 def measure(kernel: Any, dtype: str, constants: Mapping[str, Any], warps: int, capability: int) -> dict[str, Any]:
     """Compile one kernel and let ptxas say what it uses."""
-    types = {name: FIXED.get(name) or INTEGERS.get(name) or POINTERS[dtype] for name in kernel.arg_names}
+    held, plain = ("*fp8e4nv", "*bf16") if dtype == "fp8" else (POINTERS[dtype],) * 2
+    others = {name: held if name in IN_SLOTS else plain for name in kernel.arg_names}
+    types = {name: FIXED.get(name) or INTEGERS.get(name) or other for name, other in others.items()}
     signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
@@ -102,8 +114,8 @@ def measure(kernel: Any, dtype: str, constants: Mapping[str, Any], warps: int, c
 
 
 def main() -> None:
-    for name, (kernel, dtype), constants, warps in (*cases(), *extremes()):
-        for capability in SHARED_LIMIT:
+    for name, (kernel, dtype), constants, warps in (*eight_bits(), *cases(), *extremes()):
+        for capability in EIGHT_BIT_TARGETS if dtype == "fp8" else TARGETS:
             row = {"kernel": name, "sm": capability, **measure(kernel, dtype, constants, warps, capability)}
             print(json.dumps(row), flush=True)
 

@@ -103,6 +103,50 @@ def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype,
     assert_same(mine, before)
 
 
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """Return numbers that 8 bits hold exactly: the interpreter rounds others wrongly."""
+    return tensor.to(torch.float8_e4m3fn).to(tensor.dtype)
+
+
+def assert_same_bytes(got: Slots, want: Slots) -> None:
+    assert_same(*(Slots(tensors.key.float(), tensors.value.float(), *tensors[2:]) for tensors in (got, want)))
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_eight_bits_are_read_and_kept_as_the_reference_does(device: str) -> None:
+    """Catches queries and weights in 8 bits, where small ones vanish, and numbers beyond them that become NaN."""
+    torch.manual_seed(0)
+    how: dict[str, Any] = {"rows": 2, "heads": 2, "size": 70, "dim": 32, "fill": 70, "ties": False, "device": device}
+    slots = make_slots(**how, dtype=torch.float8_e4m3fn)
+    mine = Slots(*(tensor.clone() for tensor in slots))
+    before = Slots(*(tensor.clone() for tensor in slots))
+    draw = [rounded(torch.randn(2, n, 32)).to(device) for n in (4, 2, 2)]
+    draw[1][:, :, 3], draw[2][:, :, 5] = 1000.0, -1000.0
+    settings: dict[str, Any] = {"fill": 70, "dense": False, "scale": 0.2, "window": None, "recent": 1}
+    position = torch.tensor([75, 76], dtype=torch.int32, device=device)
+    log_beta = -torch.rand(2, 2).to(device)
+    journal, other = Journal.beside(slots), Journal.beside(slots)
+    want = reference.decode(*draw, log_beta, position, slots, journal, **settings)
+    got = triton_decode.decode(*draw, log_beta, position, mine, other, **settings)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert_same_bytes(mine, slots)
+    assert (mine.key.float() == 448.0).any()
+    assert (mine.value.float() == -448.0).any()
+    other.undo(position, mine)
+    assert_same_bytes(mine, before)
+
+    chunk = [rounded(torch.randn(2, n, 9, 32)).to(device) for n in (4, 2, 2)]
+    chunk[1][:, :, 2, 3] = 1000.0
+    positions = torch.arange(75, 84, dtype=torch.int32, device=device).expand(2, -1)
+    settings = {"rows": torch.tensor([1, 0], device=device), "fill": 70, "scale": 0.2, "window": None}
+    others = Slots(*(tensor.clone() for tensor in before))
+    scores = -torch.rand(2, 2, 9).to(device)
+    want = reference.prefill(*chunk, scores, positions, others, **settings)
+    got = triton_prefill.prefill(*chunk, scores, positions, mine, **settings)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert_same_bytes(mine, others)
+
+
 @pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

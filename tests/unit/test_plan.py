@@ -17,6 +17,7 @@ from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.profiles import load_profile
 from trimkv_cli.model.spec import GateSpec, GgufForm, ModelSpec, full_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.compare import alternatives
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.units import SequenceBytes, parse_kv_budget, parse_size
 
@@ -287,6 +288,18 @@ def test_fp8_needs_a_gpu() -> None:
         make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8"))
     halved = make_plan(SPEC, GATE, PlanOptions(kv_dtype="fp8", device="cuda"))
     assert halved.run.kv_bytes_per_row == SPEC.kv_bytes_per_row(512, 1)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_fp8_needs_a_gpu_that_has_it(capability: tuple[int, int], runs: bool) -> None:
+    """Catches a kernel that does not compile on an A100, named by its compiler, and a comparison that advises it."""
+    asked = PlanOptions(device="cuda", machine=Machine(cuda_capability=capability), budget=2**34)
+    assert ("fp8" in {each.kv_dtype for each in alternatives(SPEC, GATE, asked)}) == runs
+    if runs:
+        assert make_plan(SPEC, GATE, replace(asked, kv_dtype="fp8")).run.kv_dtype == "fp8"
+        return
+    with pytest.raises(UsageError, match=r"need a GPU of capability 8\.9, and this one's is 8\.0"):
+        make_plan(SPEC, GATE, replace(asked, kv_dtype="fp8"))
 
 
 @pytest.mark.parametrize(("chunk", "dtype", "packs"), [(64, "bf16", True), (63, "bf16", False), (64, "fp32", False)])

@@ -53,6 +53,8 @@ def plan(
     padded = DETERMINISTIC_ROWS if asked.deterministic else 0
     options = found.plan_options(asked, device=kind, memory_bytes=_machine_bytes(kind), padded_rows=padded)
     options = replace(options, command=_command(found.name or found.model_id, asked))
+    if kind == "cuda":
+        options = replace(options, machine=replace(options.machine, cuda_capability=_gpu_capability()))
     solved = solve_for(solve, found.spec, found.gate, options) if solve is not None else None
     others = list(alternatives(found.spec, found.gate, options)) if compare else None
     made = solved.plan if solved is not None else make_plan(found.spec, found.gate, options)
@@ -107,16 +109,26 @@ def _machine_bytes(kind: str) -> tuple[int | None, int | None]:
 
 
 def _gpu_bytes() -> tuple[int | None, int | None]:
+    memory = _ask_driver("nvmlDeviceGetMemoryInfo")
+    return (None, None) if memory is None else (int(memory.total), int(memory.free))
+
+
+def _gpu_capability() -> tuple[int, int] | None:
+    found = _ask_driver("nvmlDeviceGetCudaComputeCapability")
+    return None if found is None else (int(found[0]), int(found[1]))
+
+
+def _ask_driver(question: str) -> Any:
+    """Ask NVML something of the first GPU; None where it cannot be asked."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return getattr(pynvml, question)(pynvml.nvmlDeviceGetHandleByIndex(0))
     except (ImportError, OSError):
-        return None, None
+        return None
     except pynvml.NVMLError:
-        return None, None
-    return int(memory.total), int(memory.free)
+        return None
 
 
 def _say_solved(solved: Solved) -> str:

@@ -72,6 +72,12 @@ def device_bytes(device: torch.device) -> int:
     return memory_bytes()[0]
 
 
+def cuda_capability(device: torch.device) -> tuple[int, int]:
+    """Return major and minor of what a GPU can do."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the memory that is free now, on a GPU with what torch keeps of it unused."""
     if device.type == "cuda":

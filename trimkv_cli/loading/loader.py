@@ -26,6 +26,7 @@ from trimkv_cli.cache.gate_files import check_gates, read_gates
 from trimkv_cli.cache.gates import build_gates
 from trimkv_cli.engine.devices import (
     cap_allocator,
+    cuda_capability,
     device_bytes,
     free_bytes,
     give_back,
@@ -220,6 +221,8 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device, *, sn
         padded_rows=padded,
         snapshots=snapshots,
     )
+    if device.type == "cuda":
+        asked = replace(asked, machine=replace(asked.machine, cuda_capability=cuda_capability(device)))
     plan = make_plan(source.spec, source.gate, asked)
     if plan.run.packs and not asked.machine.products:
         asked = replace(asked, machine=with_products(asked.machine))

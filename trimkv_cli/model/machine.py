@@ -33,11 +33,12 @@ class Machine:
 
     `cpu_runtime_bytes` is the resident memory of a process with everything imported and no model,
     `cuda_context_bytes` what a GPU lost to a process beyond what its allocator holds, `products` the microseconds of
-    each of `PRODUCTS`, or nothing.
+    each of `PRODUCTS`, or nothing. `cuda_capability` is what the GPU that is planned for can do, not measured.
     """
 
     cpu_runtime_bytes: int | None = None
     cuda_context_bytes: int | None = None
+    cuda_capability: tuple[int, int] | None = None
     packs_nf4: bool = False  # bf16 instructions: bitsandbytes lays nf4 matrices out anew
     reorders_halves: bool = False  # vectors of 512 bits: torch lays 16-bit matrices out anew for several rows
     packs_keys: bool = False  # bf16 matrix tiles: torch lays keys and values out anew for each chunk

@@ -28,6 +28,7 @@ UNTRAINED_KV_BUDGET = 1024
 SMALLEST_KV_BUDGET = 32
 FULL_CACHE_CONTEXT = 4096
 MOST_ROWS = {"cpu": 8, "cuda": 64}
+FP8_CAPABILITY = (8, 9)
 SMALLEST: Mapping[str, Quantisation] = {"cpu": "int4", "cuda": "nf4"}  # form of the devices that quantise
 
 
@@ -166,8 +167,8 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
     _check_hybrid(spec, options)
     precisions = _precisions(spec, options)
     kv_dtype = parse_kv_dtype(options.kv_dtype)
-    if kv_dtype == "fp8" and options.device != "cuda":
-        raise UsageError(f"fp8 keys and values need a GPU, not {options.device}", hint="--kv-dtype bf16")
+    if kv_dtype == "fp8":
+        _check_eight_bits(options)
     kv_budgets = _kv_budgets(spec, gate, options, DTYPE_BYTES[kv_dtype or precisions[0][0]])
     chunks = halvings(DEFAULT_CHUNK, SMALLEST_CHUNK) if options.prefill_chunk is None else (options.prefill_chunk,)
     rows = (options.max_inflight,) if options.max_inflight else tuple(range(_most_rows(options), 0, -1))
@@ -203,6 +204,22 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
         dtype_is_free=not isinstance(options.kv_budget, SequenceBytes),
         can_quantise=_can_quantise(spec, options),
     )
+
+
+def knows_eight_bits(options: PlanOptions) -> bool:
+    """Say whether the device has instructions for keys and values in 8 bits; a GPU that is not known may."""
+    here = options.machine.cuda_capability
+    return options.device == "cuda" and (here is None or here >= FP8_CAPABILITY)
+
+
+def _check_eight_bits(options: PlanOptions) -> None:
+    if knows_eight_bits(options):
+        return
+    needs, here = "fp8 keys and values need a GPU", options.machine.cuda_capability
+    if options.device == "cuda" and here is not None:
+        least, has = (".".join(map(str, version)) for version in (FP8_CAPABILITY, here))
+        raise UsageError(f"{needs} of capability {least}, and this one's is {has}", hint="--kv-dtype bf16")
+    raise UsageError(f"{needs}, not {options.device}", hint="--kv-dtype bf16")
 
 
 def _check_hybrid(spec: ModelSpec, options: PlanOptions) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.model.spec import GateSpec, KvDtype, ModelSpec, Quantisation, full_gate
-from trimkv_cli.plan.choices import PlanOptions, forms_of, largest
+from trimkv_cli.plan.choices import PlanOptions, forms_of, knows_eight_bits, largest
 from trimkv_cli.plan.plan import Plan, make_plan
 
 Unknown = Literal["kv-budget", "rows", "context"]
@@ -110,7 +110,9 @@ def _alternative(spec: ModelSpec, gate: GateSpec, asked: PlanOptions, dtype: str
 def _kv_dtypes(options: PlanOptions, dtype: str) -> tuple[str, ...]:
     if options.kv_dtype != "auto":
         return (options.kv_dtype,)
-    return (dtype, "fp8") if options.device == "cuda" else tuple(dict.fromkeys((dtype, "bf16")))
+    if options.device == "cuda":
+        return (dtype, "fp8") if knows_eight_bits(options) else (dtype,)
+    return tuple(dict.fromkeys((dtype, "bf16")))
 
 
 def _fits(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> bool:
