@@ -31,6 +31,21 @@ class BackendFacts:
     rows: int
     warnings: tuple[str, ...] = ()  # to be said before the job begins
 
+    @classmethod
+    def of(cls, engine: Any) -> BackendFacts:
+        """Say what a job needs to know of an engine."""
+        facts = engine.facts
+        return cls(
+            model_id=facts.model_id,
+            fingerprint=dict(engine.fingerprint),
+            template="" if engine.text is None else engine.text.template_hash,
+            sampling_defaults=dict(facts.sampling_defaults),
+            kv_budget=facts.plan.run.kv_budget,
+            prefill_chunk=facts.plan.run.prefill_chunk,
+            rows=engine.max_rows,
+            warnings=tuple(warning.message for warning in facts.warnings),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:

@@ -35,7 +35,7 @@ def locked(output: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(output.with_name(f"{output.name}.trimkv.lock"), timeout=0)
+    lock = FileLock(output.with_name(f"{output.name}.trimkv.lock"), timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -188,6 +188,7 @@ _SAMPLING = (
     "ignore_eos",
 )
 _LIBRARIES = ("torch", "transformers", "tokenizers")
+CHOSEN = ("deterministic", "on_overflow")  # options that change tokens, and of which no plan knows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,19 +231,21 @@ def check_fingerprint(output: Path, before: Mapping[str, str], now: Mapping[str,
     Raises:
         UsageError: naming each field that differs.
     """
-    names = [*before, *(name for name in now if name not in before)]
-    changed = [
-        f"{name} ({before.get(name)} before, {now.get(name)} now)" for name in names if _differs(name, before, now)
-    ]
-    if changed:
+    if changed := differences(before, now):
         raise UsageError(
             f"{output} was made with other settings: {', '.join(changed)}",
             hint="give the same settings, another -o, or --overwrite to start anew",
         )
 
 
-def _differs(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    return before.get(name) != now.get(name)
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Say what differs between two fingerprints, field by field."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [
+        f"{name} ({before.get(name)} before, {now.get(name)} now)"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
 
 
 def read_sidecar(path: Path) -> Sidecar | None:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,25 +17,20 @@ from trimkv_cli.errors import ModelError
 from trimkv_cli.files import whole_file
 from trimkv_cli.jobs.job import Backend, BackendFacts, Job, LocalBackend
 from trimkv_cli.jobs.lines import BadLine, Item, Rules
+from trimkv_cli.jobs.outputs import Output
 from trimkv_cli.jobs.progress import Stop, Summary, stopped_by_signals
 from trimkv_cli.jobs.reading import LineReader, TableReader, begins_with_messages, open_input
 from trimkv_cli.jobs.records import Recorder
 from trimkv_cli.jobs.requests import check_sizes
 from trimkv_cli.jobs.resuming import (
-    Sidecar,
-    check_beginning,
+    CHOSEN,
     check_fingerprint,
-    check_provenance,
     drop_failures,
     hash_all,
     job_fingerprint,
     locked,
-    path_beside,
-    read_earlier,
-    read_sidecar,
     remembering,
     start_anew,
-    write_sidecar,
 )
 from trimkv_cli.jobs.selection import Earlier, Selection, parse_lines
 from trimkv_cli.jobs.writing import Writer, check_output, is_resumable, open_output
@@ -62,7 +57,6 @@ _SOLVED: dict[str, Callable[[str], Any]] = {
 
 _UNSEEN = "how long prompts are, what its chat template takes, and whether it reasons"
 _UNSEEN_FROM_AFAR = f"token ids, max_tokens, {_UNSEEN} (its files are not here)"
-_CHOSEN = ("deterministic", "on_overflow")  # what changes tokens, and no plan knows of
 
 
 def answer_lines(choices: JobOptions, options: EngineOptions, sampling: SamplingOptions) -> Summary:
@@ -71,19 +65,15 @@ def answer_lines(choices: JobOptions, options: EngineOptions, sampling: Sampling
     check_output(choices.output, stream)
     if not is_resumable(choices.output):
         return _Run(choices, options, sampling).go(stream)
-    output = Path(choices.output)
-    with locked(output):
+    path = Path(choices.output)
+    with locked(path):
         if choices.flags.overwrite:
-            return _Run(choices, options, sampling, output=output).go(stream)
-        before = read_sidecar(path_beside(output))
-        check_provenance(output, has_sidecar=before is not None, adopt=choices.flags.adopt)
-        earlier = read_earlier(output)
-        if before is not None and earlier.records:
-            stream = check_beginning(stream, before.input_bytes, before.input_sha256)
-            options = as_before(options, before.fingerprint)
-        else:
-            before = None  # nothing was answered: a fresh start
-        return _Run(choices, options, sampling, output=output, before=before, earlier=earlier).go(stream)
+            return _Run(choices, options, sampling, Output(path=path)).go(stream)
+        output = Output.taken_up(path, adopt=choices.flags.adopt)
+        if output.before is not None:
+            stream = output.same_input(stream)
+            options = as_before(options, output.before.fingerprint)
+        return _Run(choices, options, sampling, output).go(stream)
 
 
 def check_lines(choices: JobOptions, options: EngineOptions, sampling: SamplingOptions) -> Summary:
@@ -119,14 +109,12 @@ def _within(parsed: Item | BadLine, source: Source | None, options: EngineOption
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One run: with an `output` file it leaves a sidecar, with `before` it goes on with an earlier one."""
+    """One run; an `output` that can be read again has a sidecar, and may hold answers of an earlier run."""
 
     choices: JobOptions
     options: EngineOptions
     sampling: SamplingOptions
-    output: Path | None = None
-    before: Sidecar | None = None
-    earlier: Earlier = field(default_factory=Earlier)
+    output: Output | None = None
 
     def go(self, stream: BinaryIO) -> Summary:
         """Load what answers, prepare the output, and run."""
@@ -141,29 +129,22 @@ class _Run:
             with open_output(self.choices.output) as output:
                 return self._work(backend, rules, stream, Writer(output, order=self.choices.flags.order))
 
-    def _prepare(self, output: Path, stream: BinaryIO, facts: BackendFacts, rules: Rules) -> BinaryIO:
+    def _prepare(self, output: Output, stream: BinaryIO, facts: BackendFacts, rules: Rules) -> BinaryIO:
         """Make sure that the output may be gone on with, and write what it will be known by."""
         fingerprint = job_fingerprint(
             facts.fingerprint,
             rules,
             template=facts.template,
-            choices={name: getattr(self.options, name) for name in _CHOSEN},
+            choices={name: getattr(self.options, name) for name in CHOSEN},
             prompt_column=self.choices.flags.prompt_column,
         )
-        sidecar, path = self.before, path_beside(output)
-        if sidecar is not None:
-            check_fingerprint(output, sidecar.fingerprint, fingerprint)
+        if output.before is not None:
+            check_fingerprint(output.path, output.before.fingerprint, fingerprint)
         if self.choices.flags.overwrite:
-            start_anew(output)
-        if self.choices.flags.retry_errors and self.earlier.failures:
-            drop_failures(output)
-        sidecar = replace(sidecar or Sidecar(fingerprint=fingerprint), fingerprint=fingerprint)
-        write_sidecar(path, sidecar)
-
-        def covered(count: int, sha256: str) -> None:
-            if count > sidecar.input_bytes:
-                write_sidecar(path, replace(sidecar, input_bytes=count, input_sha256=sha256))
-
+            start_anew(output.path)
+        if self.choices.flags.retry_errors and output.earlier.failures:
+            drop_failures(output.path)
+        covered = output.claim(fingerprint)
         if self.choices.format == "parquet":
             return hash_all(stream, covered)
         return remembering(stream, covered)
@@ -171,12 +152,13 @@ class _Run:
     def _work(self, backend: Backend, rules: Rules, stream: BinaryIO, writer: Writer) -> Summary:
         choices, summary, stop = self.choices, Summary(), Stop()
         reader = _reader(choices, stream)
+        earlier = Earlier() if self.output is None else self.output.earlier
         selection = Selection(
             limit=choices.flags.limit,
             shard=choices.shard,
-            earlier=self.earlier,
+            earlier=earlier,
             retry_errors=choices.flags.retry_errors,
-            in_order=choices.flags.order == "input" and self.earlier.records > 0,
+            in_order=choices.flags.order == "input" and earlier.records > 0,
         )
         job = Job(
             lines=parse_lines(reader, rules, selection, summary),
@@ -219,7 +201,7 @@ def open_backend(
     from trimkv_cli.commands.answers import open_engine
 
     engine = open_engine(options, quiet=choices.flags.quiet, check=check)
-    facts = replace(facts_of(engine), warnings=())  # open_engine has said them
+    facts = replace(BackendFacts.of(engine), warnings=())  # open_engine has said them
     return LocalBackend(engine, facts, partial(_memory, engine, options.budget))
 
 
@@ -239,21 +221,6 @@ def check_template(stream: BinaryIO, text: Text | None, *, thinks: bool) -> None
     except ModelError:
         if begins_with_messages(stream):
             raise
-
-
-def facts_of(engine: Any) -> BackendFacts:
-    """Say what a job needs to know of an engine."""
-    facts = engine.facts
-    return BackendFacts(
-        model_id=facts.model_id,
-        fingerprint=dict(engine.fingerprint),
-        template="" if engine.text is None else engine.text.template_hash,
-        sampling_defaults=dict(facts.sampling_defaults),
-        kv_budget=facts.plan.run.kv_budget,
-        prefill_chunk=facts.plan.run.prefill_chunk,
-        rows=engine.max_rows,
-        warnings=tuple(warning.message for warning in facts.warnings),
-    )
 
 
 def _open(choices: JobOptions) -> BinaryIO:
@@ -366,4 +333,4 @@ def load_for_worker(
 
     options = options if options.threads or threads is None else replace(options, threads=threads)
     engine = load_engine(options if sizes is None else as_before(options, sizes))
-    return engine, facts_of(engine)
+    return engine, BackendFacts.of(engine)
