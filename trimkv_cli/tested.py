@@ -19,6 +19,7 @@ NEWEST = {
     "pydantic": "2.14.3",
     "pypdfium2": "5.15.2",
     "rich": "15.0.0",
+    "python-multipart": "0.0.34",
     "safetensors": "0.8.0",
     "starlette": "1.10.0",
     "tokenizers": "0.23.3",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     import socket
 
     from trimkv_cli.engine.engine import Engine
+    from trimkv_cli.serve.batches import Batches
     from trimkv_cli.serve.completions import Completions
+    from trimkv_cli.serve.files import Files
     from trimkv_cli.serve.worker import Worker
 
 _serve = partial(option, panel="Server", setting=True)
@@ -41,6 +44,7 @@ class ServeOptions:
     idle: str | None = _serve(None, "Give the model up after this time without a request; the next loads it.", "TIME")
     max_queue: int = _serve(256, "Requests that may wait for a row; more are refused (429).", "N", least=0)
     max_body: str = _serve("16MiB", "Refuse larger requests (413).", "SIZE")
+    max_file: str = _serve("512MiB", "Refuse larger files for batches (413).", "SIZE")
     grace: str = option("30s", "For requests in flight when the server ends.", "TIME", panel="Server")
     strict: bool = option(
         False, "Refuse unknown keys and other models' names, which otherwise only warn.", panel="Server"
@@ -51,6 +55,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         parse_size(self.max_body)
+        parse_size(self.max_file)
         for time in (self.grace, self.idle):
             if time is not None:
                 parse_duration(time)
@@ -97,10 +102,11 @@ def serve(name: ModelName = None, *, form: ServeOptions, engine: EngineOptions, 
 
     OPENAI_BASE_URL=http://127.0.0.1:8012/v1 OPENAI_API_KEY=none python my_script.py
 
-    Requests are read as `trimkv run` reads its lines: /v1/chat/completions, /v1/completions, /v1/models, /health and
-    /metrics. A history that begins with a conversation that was answered here is not read again: only what is new is;
-    x-trimkv-cache says "continued" then, else "read". Ctrl-C or SIGTERM finish what runs (--grace), a second ends at
-    once.
+    Requests are read as `trimkv run` reads its lines: /v1/chat/completions, /v1/completions, /v1/models, /v1/files,
+    /v1/batches, /health and /metrics. A history that begins with a conversation that was answered here is not read
+    again: only what is new is; x-trimkv-cache says "continued" then, else "read". A batch runs in rows that nobody else
+    asks for, and goes on after a restart with the same model and settings. Ctrl-C or SIGTERM finish what runs
+    (--grace), a second ends at once.
     """
     from trimkv_cli.serve.server import bind
 
@@ -127,8 +133,15 @@ def _serve_on(
     try:
         completions = _completions(worker, form, engine, sampling)
         trust = Trust(hosts=frozenset({form.host.lower()}), api_key=key, cors=tuple(form.cors or ()))
-        rules = completions.rules
-        app = make_app(completions, model_id=completions.recorder.model, names=rules.model_names, trust=trust)
+        rules, files = completions.rules, _files(form)
+        batches = _batches(completions, files, engine, sampling)
+        app = make_app(
+            completions,
+            model_id=completions.recorder.model,
+            names=rules.model_names,
+            trust=trust,
+            others=[*files.routes, *batches.routes],
+        )
         server = Server(app, opened, grace_s=parse_duration(form.grace), late=worker.end_all)
         host, port = opened.getsockname()[:2]
         shown = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -137,7 +150,9 @@ def _serve_on(
             if not form.quiet:
                 print_note(f"{completions.recorder.model} answers at {shown}/v1; Ctrl-C ends it")
 
-        server.run(ready)
+        with closing(batches):
+            batches.start()
+            server.run(ready)
         if worker.gauge.loaded:
             if not form.quiet:
                 print_note(worker.ask(memory_line).result())
@@ -196,3 +211,29 @@ def _completions(worker: Worker, form: ServeOptions, engine: EngineOptions, samp
         max_body_bytes=parse_size(form.max_body),
         continues=form.continue_,
     )
+
+
+def _files(form: ServeOptions) -> Files:
+    from platformdirs import user_data_path
+
+    from trimkv_cli.serve.files import Files, FileStore
+
+    return Files(store=FileStore(user_data_path("trimkv") / "serve" / "files"), most_bytes=parse_size(form.max_file))
+
+
+def _batches(completions: Completions, files: Files, engine: EngineOptions, sampling: SamplingOptions) -> Batches:
+    """Return what runs batches, as `trimkv run` with the same options runs a file."""
+    from trimkv_cli.jobs.resuming import CHOSEN
+    from trimkv_cli.serve.batch_work import BatchWork
+    from trimkv_cli.serve.batches import Batches
+
+    work = BatchWork(
+        worker=completions.worker,
+        text=completions.text,
+        rules=completions.rules,
+        recorder=replace(completions.recorder, reproducible=engine.deterministic),
+        choices={name: getattr(engine, name) for name in CHOSEN},
+        run_seed=sampling.resolve({}).seed,
+    )
+    folder = files.store.folder.with_name("batches")
+    return Batches(folder, files.store, work, max_body_bytes=completions.max_body_bytes)

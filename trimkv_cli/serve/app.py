@@ -31,8 +31,10 @@ class Trust:
     cors: tuple[str, ...] = ()
 
 
-def make_app(completions: Completions, *, model_id: str, names: frozenset[str], trust: Trust) -> ASGIApp:
-    """Return the application over what answers completions."""
+def make_app(
+    completions: Completions, *, model_id: str, names: frozenset[str], trust: Trust, others: Sequence[Route] = ()
+) -> ASGIApp:
+    """Return the application over what answers completions, with `others` beside these."""
     worker, about = completions.worker, _Models(model_id=model_id, names=names, created=int(time.time()))
 
     async def health(_: Request) -> Response:
@@ -49,6 +51,7 @@ def make_app(completions: Completions, *, model_id: str, names: frozenset[str], 
         Route("/v1/models/{name:path}", about.one, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
+        *others,
     ]
     allowed: Sequence[Middleware] = ()
     if trust.cors:

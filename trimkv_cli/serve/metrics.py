@@ -23,6 +23,8 @@ _ROWS: tuple[tuple[str, str, str, Callable[[Gauge], float]], ...] = (
     ("prompt_tokens_total", "counter", "prompt tokens read", lambda g: g.prompt_tokens),
     ("continued_tokens_total", "counter", "tokens not read again, as their row was kept", lambda g: g.continued_tokens),
     ("completion_tokens_total", "counter", "tokens generated", lambda g: g.completion_tokens),
+    ("batch_lines_done_total", "counter", "lines of batches that were answered", lambda g: g.batch_done),
+    ("batch_lines_failed_total", "counter", "lines of batches that were not", lambda g: g.batch_failed),
     ("evictions_total", "counter", "slots of heads given to newer tokens", lambda g: g.evictions),
     ("prefill_seconds_total", "counter", "time in which prompts were read", lambda g: g.prefill_s),
     ("decode_seconds_total", "counter", "time in which tokens were generated", lambda g: g.decode_s),

@@ -94,6 +94,8 @@ class Gauge:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     loads: int = 0
+    batch_done: int = 0  # lines; this and the next are for the thread of batches to write
+    batch_failed: int = 0
 
 
 def _closing() -> Closing:
