@@ -29,6 +29,7 @@ class FakeText:
     """One token per character; a template that marks each message's beginning with 0."""
 
     template = ""  # which tells the form of calls
+    template_hash = ""
 
     def added_id(self, token: str) -> int | None:
         return None

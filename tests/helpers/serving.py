@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from helpers.fake_engine import FakeEngine, FakeText
@@ -42,8 +43,13 @@ class Scripted(FakeEngine):
         )
         run = SimpleNamespace(total_bytes=0, kv_budget=64, prefill_chunk=512)
         self.facts = SimpleNamespace(
-            model_id="fake", plan=SimpleNamespace(budget_bytes=None, run=run), sampling_defaults={}, max_positions=5000
+            model_id="fake",
+            plan=SimpleNamespace(budget_bytes=None, run=run),
+            sampling_defaults={},
+            max_positions=5000,
+            warnings=(),
         )
+        self.fingerprint = {"weights": "fake"}
         self.ran: list[str] = []
         self.aborted: list[str] = []
         self.closed = False
@@ -59,6 +65,7 @@ class Scripted(FakeEngine):
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         super().abort(request_id)
+        self.made.pop(request_id, None)  # it may come again
 
     def step(self) -> list[TokenEvent]:
         time.sleep(self.step_s)
@@ -105,6 +112,7 @@ def endpoint(
     rules: Rules | None = None,
     max_body_bytes: int = 1 << 20,
     continues: bool = True,
+    others: Callable[[Completions], Sequence[Route]] = lambda _: (),
 ) -> Iterator[Endpoint]:
     """Serve an engine from this process, on a free port."""
     engines: list[Any] = []
@@ -123,7 +131,9 @@ def endpoint(
         max_body_bytes=max_body_bytes,
         continues=continues,
     )
-    app = make_app(completions, model_id="mini", names=frozenset({"mini"}), trust=trust or Trust())
+    app = make_app(
+        completions, model_id="mini", names=frozenset({"mini"}), trust=trust or Trust(), others=others(completions)
+    )
     opened = bind("127.0.0.1", 0)
     port = opened.getsockname()[1]
     try:
@@ -159,12 +169,20 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *arguments: str, command: Sequence[str] = (*COMMAND, "serve")) -> Iterator[Served]:
+def served(
+    folder: Path,
+    *arguments: str,
+    command: Sequence[str] = (*COMMAND, "serve"),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Served]:
     """Run `trimkv serve` on a free port."""
     errors = folder / "stderr"
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
-            [*command, *arguments, "--port", "0"], stdin=subprocess.DEVNULL, stderr=stderr, env=ENVIRONMENT
+            [*command, *arguments, "--port", "0"],
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+            env={**ENVIRONMENT, **(environment or {})},
         )
     try:
         while (found := re.search(r"answers at http://[^ ]*:(\d+)/v1", errors.read_text())) is None:
