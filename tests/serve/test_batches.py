@@ -201,6 +201,7 @@ def test_a_stopped_server_leaves_a_batch_to_the_next(start: Start) -> None:
             with pytest.raises(openai.ConflictError, match="another server"):
                 other.client.batches.cancel(batch.id)
             assert other.server.engine.ran == []
+        server.server.worker.end_all()  # the time that it had to end is over
     with start(is_open=True) as server:
         done = server.over(batch)
         assert by_line(server.records(done.output_file_id)) == by_line(expected)

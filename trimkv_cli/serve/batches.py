@@ -29,6 +29,7 @@ from trimkv_cli.serve.batch_work import KINDS, BatchFault, BatchWork, count_line
 from trimkv_cli.serve.completions import read_json
 from trimkv_cli.serve.errors import ApiError
 from trimkv_cli.serve.files import FileStore, json_response, make_private, new_id, page
+from trimkv_cli.serve.worker import Closing
 
 Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled"]
 
@@ -231,6 +232,8 @@ class Batches:
             return
         try:
             do(held)
+        except Closing:
+            return  # the next server goes on with it
         except Exception as error:  # noqa: BLE001  it is said in the batch
             if not self._closing:
                 self._end(held, error)
