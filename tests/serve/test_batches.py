@@ -212,10 +212,13 @@ def test_another_model_does_not_go_on_with_a_batch(start: Start) -> None:
     """Catches answers of two models in one file."""
     with start() as server:
         batch = server.start([line(f"{'q' if i < 4 else '#'}{i}") for i in range(12)])
+        queued = server.start([line("later")])
         server.until(batch, lambda now: now.request_counts.completed == 4)
+        server.until(queued, lambda now: now.status == "in_progress")
     with start(weights="other", is_open=True) as server:
         done = server.over(batch)
-        assert done.status == "failed"
+        assert (done.status, server.over(queued).status) == ("failed", "failed")
+        assert server.server.engine.ran == []
         assert done.errors.data[0].code == "model_changed"
         assert "weights (fake before, other now)" in done.errors.data[0].message
         assert len(server.records(done.output_file_id)) == done.request_counts.completed == 4

@@ -51,24 +51,39 @@ class BatchWork:
     choices: Mapping[str, object]
     run_seed: int  # of batches to come
 
+    def fingerprint(self, run_seed: int) -> dict[str, str]:
+        """Name everything that decides a batch's tokens now."""
+        facts = self.worker.ask(BackendFacts.of).result()
+        rules = self._seeded(run_seed)
+        return job_fingerprint(
+            facts.fingerprint, rules, template=facts.template, choices=self.choices, prompt_column=None
+        )
+
     def answer(
-        self, source: Path, records: Path, *, name: str, endpoint: str, run_seed: int, stop: Stop, told: Told
+        self,
+        source: Path,
+        records: Path,
+        *,
+        name: str,
+        endpoint: str,
+        run_seed: int,
+        fingerprint: Mapping[str, str],
+        stop: Stop,
+        told: Told,
     ) -> Summary:
         """Answer what `records` does not hold yet; what is stopped goes on with the same call.
+
+        `fingerprint` is what the batch was taken with.
 
         Raises:
             BatchFault: the model, or a setting, is not what it was.
             TrimkvError: the engine fails whatever it is given, or the disk is full.
         """
-        facts = self.worker.ask(BackendFacts.of).result()
-        rules = replace(self.rules, defaults=replace(self.rules.defaults, seed=run_seed))
-        fingerprint = job_fingerprint(
-            facts.fingerprint, rules, template=facts.template, choices=self.choices, prompt_column=None
-        )
+        if changed := differences(fingerprint, self.fingerprint(run_seed)):
+            raise BatchFault(f"the model, or a setting, is another one now: {', '.join(changed)}", code="model_changed")
+        rules = self._seeded(run_seed)
         output = Output.taken_up(records)
         earlier = output.earlier
-        if output.before is not None and (changed := differences(output.before.fingerprint, fingerprint)):
-            raise BatchFault(f"it was begun with another model or settings: {', '.join(changed)}", code="model_changed")
         with ExitStack() as stack:
             stream = stack.enter_context(output.same_input(open_input(str(source))))
             reader = LineReader(remembering(stream, output.claim(fingerprint)))
@@ -86,6 +101,9 @@ class BatchWork:
                 return run_job(rows, job)
             finally:
                 told(earlier, job.summary)
+
+    def _seeded(self, run_seed: int) -> Rules:
+        return replace(self.rules, defaults=replace(self.rules.defaults, seed=run_seed))
 
 
 def count_lines(source: Path, *, stopped: Callable[[], bool]) -> int:

@@ -64,6 +64,8 @@ class Batch:
     input_file_id: str
     created_at: int
     run_seed: int
+    model: str
+    fingerprint: Mapping[str, str] | None = None  # of what it was taken with
     metadata: Mapping[str, str] | None = None
     status: Status = "validating"
     error: Mapping[str, Any] | None = None
@@ -92,6 +94,7 @@ class Batch:
             "errors": None if self.error is None else {"object": "list", "data": [dict(self.error)]},
             "input_file_id": self.input_file_id,
             "completion_window": "24h",
+            "model": self.model,
             "status": self.status,
             "output_file_id": self.output_file_id if self.is_over else None,
             "error_file_id": self.error_file_id if self.is_over else None,
@@ -170,6 +173,7 @@ class Batches:
             input_file_id=source.id,
             created_at=int(time.time()),
             run_seed=self._work.run_seed,
+            model=self._work.recorder.model,
             metadata=said.metadata,
         )
         with self._lock:
@@ -243,10 +247,12 @@ class Batches:
         total = count_lines(source, stopped=lambda: self._closing)
         if total == 0:
             raise BatchFault("the file holds no lines", code="empty_file")
+        fingerprint = self._work.fingerprint(held.batch.run_seed)
         with self._lock:
             if self._closing or held.batch.status != "validating":
                 return
-            self._change(held, status="in_progress", in_progress_at=int(time.time()), total=total)
+            now = int(time.time())
+            self._change(held, status="in_progress", in_progress_at=now, total=total, fingerprint=fingerprint)
             self._runs.submit(self._guarded, held, self._run)
 
     def _run(self, held: _Held) -> None:
@@ -268,6 +274,7 @@ class Batches:
                 name=batch.id,
                 endpoint=batch.endpoint,
                 run_seed=batch.run_seed,
+                fingerprint=batch.fingerprint or {},
                 stop=held.stop,
                 told=told,
             )

@@ -27,6 +27,7 @@ from trimkv_cli.serve.uploads import Upload, boundary_of
 _ID = re.compile(r"file-[0-9a-f]{32}")
 _MOST_LISTED = 10_000
 _PART_S = 60.0  # for the next part of an upload to arrive
+_UPLOAD_S = 3600.0  # for all of it
 _FORM_BYTES = 1 << 16  # of an upload beside its file
 _MOST_NAME = 255
 _STALE_S = 24 * 3600.0  # what a kill left of an upload
@@ -231,16 +232,18 @@ class Files:
     async def _receive(self, request: Request, upload: Upload) -> None:
         parts = request.stream()
         try:
-            while True:
-                async with asyncio.timeout(_PART_S):
-                    part = await anext(parts, None)
-                if part is None:
-                    break
-                upload.feed(part)
-                if upload.too_large:
-                    raise self._too_large()
+            async with asyncio.timeout(_UPLOAD_S):
+                while True:
+                    async with asyncio.timeout(_PART_S):
+                        part = await anext(parts, None)
+                    if part is None:
+                        break
+                    upload.feed(part)
+                    if upload.too_large:
+                        raise self._too_large()
         except TimeoutError:
-            raise ApiError(408, f"nothing of the file arrived for {_PART_S:g} s") from None
+            message = f"nothing of the file arrived for {_PART_S:g} s, or not all within {_UPLOAD_S:g} s"
+            raise ApiError(408, message) from None
         except ClientDisconnect:
             raise Gone from None
         upload.finish()
