@@ -290,6 +290,19 @@ def test_fp8_needs_a_gpu() -> None:
     assert halved.run.kv_bytes_per_row == SPEC.kv_bytes_per_row(512, 1)
 
 
+@pytest.mark.parametrize(
+    ("capability", "workspace"), [((8, 0), 8320 * 1024), ((9, 0), 2**25), ((12, 0), 8320 * 1024), (None, 2**25)]
+)
+def test_graphs_keep_logits_and_two_workspaces(capability: tuple[int, int] | None, workspace: int) -> None:
+    """Catches memory inside the allocator's cap that no part counts: it is short where a budget is tight."""
+    machine = Machine(cuda_capability=capability)
+    for rows, captured in ((1, 1), (6, 1 + 2 + 4 + 6), (64, 127)):
+        asked = PlanOptions(device="cuda", machine=machine, max_inflight=rows, dtype="bf16")
+        logits = captured * SPEC.vocab_size * 2
+        assert make_plan(SPEC, GATE, asked).run.part_bytes("graphs") == 64 * 2**20 + logits + 2 * workspace
+    assert make_plan(SPEC, GATE, PlanOptions()).run.part_bytes("graphs") == 0
+
+
 @pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
 def test_fp8_needs_a_gpu_that_has_it(capability: tuple[int, int], runs: bool) -> None:
     """Catches a kernel that does not compile on an A100, named by its compiler, and a comparison that advises it."""

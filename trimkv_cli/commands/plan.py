@@ -226,7 +226,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "reordered": "16-bit matrices once more, as this CPU reads them for several rows",
         "dequantised": "the largest matrix, unpacked",
         "unpacked": f"the largest matrix, unpacked to {run.machine.unpacks_to} for prompts",
-        "graphs": "captured steps",
+        "graphs": "captured steps, workspaces of products",
         "loading": "tensors in transit while the model is read",
         "slack": "what an allocator takes beyond what is asked",
         "runtime": f"{'torch and transformers' if run.device == 'cpu' else f'{run.device} context'}, {measured}",

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trimkv_cli.plan.step import GRAPH_ROWS
+
 Forward = Callable[
     [Tensor, Tensor, int], Tensor
 ]  # ids and positions of all rows, count of the first → logits [count, V]
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that have a graph; others run in the next larger one
 _WARM_UPS = 2
 
 
@@ -31,7 +32,7 @@ class GraphedForward:
         self._begin()
 
     def __call__(self, ids: Tensor, position: Tensor, count: int) -> Tensor:
-        rows = next((size for size in BUCKETS if count <= size <= len(ids)), len(ids))
+        rows = next((size for size in GRAPH_ROWS if count <= size <= len(ids)), len(ids))
         if rows not in self._graphs and rows not in self._plain:
             self._try_capture(ids, position, rows)
         if rows in self._plain:

@@ -18,7 +18,13 @@ from trimkv_cli.model.spec import (
     bits_per_weight,
     gate_bytes,
 )
-from trimkv_cli.plan.step import dequantising_bytes, forward_bytes, sampling_bytes, unpacked_bytes
+from trimkv_cli.plan.step import (
+    GRAPH_ROWS,
+    dequantising_bytes,
+    forward_bytes,
+    sampling_bytes,
+    unpacked_bytes,
+)
 
 _REORDERED_FROM = 3  # rows that decode together
 _RANK_BYTES = 4  # per slot, where positions are given anew
@@ -28,6 +34,9 @@ _TOKEN_BYTES_BUILT = 1650  # and meanwhile
 _HEAP_BYTES = 40 * MIB  # of small things: tokenizer, objects of a run, ends of blocks, holes that loading leaves
 _CUDA_BLOCKS = 64 * MIB  # blocks of the caching allocator that are cut and not full
 _GRAPH_BYTES = 64 * MIB  # the private pools of captured steps
+_STREAMS = 2  # that multiply: the main one, and the one on which graphs are captured
+_HOPPER, _HOPPER_BLAS_BYTES = 9, 32 * MIB  # major capability, and what cuBLAS takes there for each stream
+_BLAS_BYTES = 8320 * 1024  # and elsewhere: two blocks of 4 MiB, eight of 16 KiB
 _QUANTISER_BYTES = 64 * MIB  # of host memory: bitsandbytes, what it imports, and what it leaves in the heap
 _PENALTY_BYTES = 12  # per logit, kept between steps: what was seen, what was made, a bias
 _NF4_BLOCK = 64  # weights that share one scale
@@ -80,7 +89,7 @@ class Run:
         """Every part of the memory, in the order in which it is told."""
         spec, cpu, rows = self.spec, self.device == "cpu", self.step_rows
         shared = int(self.shares_prefix)
-        forward, sampling = forward_bytes(self), sampling_bytes(spec, rows)
+        forward, sampling = forward_bytes(self), sampling_bytes(spec, rows, self.device)
         parts = [
             Part("weights", self.weight_bytes),
             Part("reordered", _reordered_bytes(self)),
@@ -94,7 +103,7 @@ class Run:
             Part("logits", max(0, sampling - forward) + rows * spec.vocab_size * _PENALTY_BYTES),
             Part("dequantised", max(0, dequantising_bytes(self) - forward)),
             Part("unpacked", unpacked_bytes(self)),
-            Part("graphs", _GRAPH_BYTES if self.device == "cuda" else 0),
+            Part("graphs", _graph_bytes(self)),
         ]
         weights, *others = (part.bytes for part in parts)
         loading = _loading_bytes(self, later=sum(others))
@@ -213,6 +222,17 @@ class Run:
     @property
     def _rank_bytes(self) -> int:
         return self.spec.num_kv_layers * self.spec.num_kv_heads * self.kv_budget * _RANK_BYTES
+
+
+def _graph_bytes(run: Run) -> int:
+    """Count what decodes as graphs keep on a GPU: pools, logits of each number of rows, workspaces of products."""
+    if run.device != "cuda":
+        return 0
+    sizes = {*(rows for rows in GRAPH_ROWS if rows <= run.rows), run.rows}
+    logits = sum(sizes) * run.spec.vocab_size * run.dtype_bytes
+    capability = run.machine.cuda_capability
+    workspace = _HOPPER_BLAS_BYTES if capability is None or capability[0] == _HOPPER else _BLAS_BYTES
+    return _GRAPH_BYTES + logits + _STREAMS * workspace
 
 
 def _slack_bytes(allocated: int, device: str) -> int:

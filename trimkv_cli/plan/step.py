@@ -11,7 +11,9 @@ from trimkv_cli.model.spec import DTYPE_BYTES, FASTKVZIP_DIM, FASTKVZIP_SINKS, M
 if TYPE_CHECKING:
     from trimkv_cli.plan.run import Run
 
+GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64)  # that decode as one graph on a GPU; others take the next larger one
 _SAMPLING_BYTES = 44  # per logit, with every filter on: scores, their order, weights in 64 bits, running sums
+_CUDA_SAMPLING_BYTES = 70  # and on a GPU, whose sorts have buffers; an estimate
 _BLOCK_LOGITS = 1024  # of which sums are taken: a vocabulary is padded to a multiple
 _INT8_BYTES = 16  # per output of a product of 8 bits: its sums in 32 bits, scaled twice, and cast
 _PLANES_BYTES = 18  # per input of a packed one: what is rounded, twice, joined, and in 8 bits
@@ -76,10 +78,11 @@ def dequantising_bytes(run: Run) -> int:
     return max(moments) + _inputs_bytes(run, tokens)
 
 
-def sampling_bytes(spec: ModelSpec, rows: int) -> int:
+def sampling_bytes(spec: ModelSpec, rows: int, device: str) -> int:
     """Count what choosing one token per row takes at most."""
     padded = -(-spec.vocab_size // _BLOCK_LOGITS) * _BLOCK_LOGITS
-    return rows * ((_SAMPLING_BYTES - 8) * spec.vocab_size + 8 * padded)
+    each = _CUDA_SAMPLING_BYTES if device == "cuda" else _SAMPLING_BYTES
+    return rows * ((each - 8) * spec.vocab_size + 8 * padded)
 
 
 def _inputs_bytes(run: Run, tokens: int) -> int:
