@@ -9,7 +9,7 @@ import pytest
 
 from helpers.products import PRODUCTS
 from trimkv_cli import tested
-from trimkv_cli.errors import GateMismatch
+from trimkv_cli.errors import GateMismatch, TrimkvError
 from trimkv_cli.loading import checkup, measuring
 from trimkv_cli.loading.checkup import Finding
 from trimkv_cli.model import machine
@@ -92,3 +92,48 @@ def test_speed_of_packed_weights_is_said_with_what_follows(monkeypatch: pytest.M
     assert "int4@1 70" in after.detail
     assert "a budget takes int4 before int8, prompts of 64 tokens are multiplied in bf16" in after.detail
     assert Machine.here().cpu_runtime_bytes == 5
+
+
+_MEASURED = """
+import json, sys
+from pathlib import Path
+print("a remark")
+print(json.dumps({found}), flush=True)
+sys.stdin.read()
+Path({gone!r}).touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("found", "context"),
+    [
+        ({"cpu_runtime_bytes": 9, "reserved_bytes": 200, "cuda_context_bytes": 450}, 450),
+        ({"cpu_runtime_bytes": 9, "reserved_bytes": 200}, 500),
+        ({"cpu_runtime_bytes": 9, "reserved_bytes": 800}, None),
+        ({"cpu_runtime_bytes": 9}, None),
+    ],
+    ids=["NVML tells", "it does not", "others freed memory", "no GPU"],
+)
+def test_what_is_free_beside_a_process_tells_what_it_holds(
+    found: dict[str, int], context: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catch a GPU whose context is never measured in a container, or one that is measured when the process is gone."""
+    gone = tmp_path / "gone"
+    free = iter((1000, 300))
+
+    def free_on_gpu() -> int:
+        assert not gone.exists()
+        return next(free)
+
+    monkeypatch.setattr(checkup, "_PROGRAM", _MEASURED.format(found=found, gone=str(gone)))
+    monkeypatch.setattr(checkup, "_free_on_gpu", free_on_gpu)
+    measured = checkup.measure_machine()
+    assert (measured.cpu_runtime_bytes, measured.cuda_context_bytes) == (9, context)
+    assert gone.exists()
+
+
+def test_a_measurement_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catch a calibration that waits for ever, or fails without a word, when its process dies."""
+    monkeypatch.setattr(checkup, "_PROGRAM", "print('{'); raise RuntimeError('no kernel image')")
+    with pytest.raises(TrimkvError, match="calibration failed: RuntimeError: no kernel image"):
+        checkup.measure_machine()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 import platformdirs
@@ -244,7 +245,7 @@ def _first_line(error: Exception) -> str:
 # Everything that a run imports, a model's classes and its tokenizer's included; on a GPU also what the first product
 # allocates outside torch's own allocator.
 _PROGRAM = """
-import json
+import json, sys
 import torch, transformers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 import trimkv_cli.loading.loader, trimkv_cli.jobs.job, trimkv_cli.commands.answers
@@ -264,12 +265,13 @@ with torch.inference_mode():
     model(torch.arange(64, device=model.device)[None] % 64)
 if torch.cuda.is_available():
     torch.cuda.synchronize()
-    # Free memory does not tell: the context was there before one could look at it.
+    found["reserved_bytes"] = torch.cuda.memory_reserved()
     own = nvml_bytes(model.device)
     if own:
-        found["cuda_context_bytes"] = own - torch.cuda.memory_reserved()
+        found["cuda_context_bytes"] = own - found["reserved_bytes"]
 found["cpu_runtime_bytes"] = peak_rss()
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
+sys.stdin.read()  # until the other process has seen how much memory is free beside this one
 """
 
 
@@ -287,20 +289,40 @@ def calibrate() -> Iterator[Finding]:
     if machine.products:
         yield Finding(name="products", status="ok", detail=f"{_chosen(Machine.here())}; kept in {kept}")
     if machine.cuda_context_bytes is None and torch.cuda.is_available():
-        detail = "not measured: nvidia-ml-py is missing, or NVML does not say what a process holds (in containers)"
-        yield Finding(name="cuda context", status="note", detail=detail, hint="pip install nvidia-ml-py")
+        detail = "not measured: NVML does not say what a process holds, and other processes changed what is free"
+        yield Finding(name="cuda context", status="note", detail=detail, hint="end them, or pip install nvidia-ml-py")
 
 
 def measure_machine() -> Machine:
     """Start a process that loads everything but a model, and return what it took.
 
+    Where NVML does not say what it holds of a GPU (in containers), what is free beside it tells.
+
     Raises:
         TrimkvError: it failed.
     """
-    command = [sys.executable, "-c", _PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    free = _free_on_gpu()
+    with TemporaryFile("w+") as errors:
+        command = [sys.executable, "-c", _PROGRAM]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process:
+            assert process.stdout is not None, "it is a pipe"
+            said = next((line for line in process.stdout if line.startswith("{")), None)
+            lost = free - _free_on_gpu()
+        errors.seek(0)
+        last = errors.read().strip().splitlines()[-1:] or ["no output"]
+    if said is None or process.returncode != 0:
         raise TrimkvError(f"the calibration failed: {last[0]}", hint="trimkv doctor shows what is missing")
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return Machine(cpu_runtime_bytes=found.get("cpu_runtime_bytes"), cuda_context_bytes=found.get("cuda_context_bytes"))
+    found: dict[str, int] = json.loads(said)
+    context = found.get("cuda_context_bytes")
+    if context is None and lost > found.get("reserved_bytes", lost):
+        context = lost - found["reserved_bytes"]
+    return Machine(cpu_runtime_bytes=found.get("cpu_runtime_bytes"), cuda_context_bytes=context)
+
+
+def _free_on_gpu() -> int:
+    """Return the free bytes of the first GPU, 0 where there is none."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else 0
