@@ -73,6 +73,19 @@ def test_two_gpus_in_one_process_are_refused(allocated: dict[int, int], monkeypa
     assert chosen == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
+def test_a_gpu_that_is_not_there_is_refused_by_what_is(
+    allocated: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an error of CUDA's own for a number too high, and a refusal that does not say what to take instead."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["NVIDIA L4", "NVIDIA A100"].__getitem__)
+    with pytest.raises(UsageError, match="no cuda:9 here: there is cuda:0, NVIDIA L4; cuda:1, NVIDIA A100") as refused:
+        take_device("cuda:9")
+    assert refused.value.exit_code == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="no cuda:0 here: torch sees no GPU"):
+        take_device("cuda")
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Pretend to have a GPU; return what it says of itself, to be changed."""

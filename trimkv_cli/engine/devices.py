@@ -35,12 +35,19 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
-            raise UsageError(f"there is no {device} here", hint="--device cpu, or trimkv doctor")
+            raise UsageError(f"there is no {device} here: {_gpus_here()}", hint="--device cpu, or trimkv doctor")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("there is no mps device here", hint="--device cpu, or trimkv doctor")
     elif device.type not in ("cpu", "mps"):
         raise UsageError(f"{name!r} is not a device that trimkv runs on", hint="auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+def _gpus_here() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    named = (f"cuda:{index}, {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count()))
+    return f"there is {'; '.join(named)}"
 
 
 def take_device(name: str) -> torch.device:
