@@ -121,7 +121,7 @@ _RIVALS: Mapping[str, Mapping[str, Clash]] = {
     **{name: {"greedy": _always, "temperature": lambda _, value: bool(value == 0)} for name in _FILTERS},
     "system_file": {"system": _always},
     "raw": {"system": _if_on},
-    "cache": {"system": _always},
+    "cache": {"system": _always, "server": _always},
     "deterministic": {
         "device": lambda on, device: on and device not in _CPU,
         "dtype": lambda on, dtype: on and dtype not in _EXACT,

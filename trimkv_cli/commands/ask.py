@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 
 from trimkv_cli.commands.options import (
+    API_KEY,
     ENCODING,
     JSON,
     LIVE,
     OUTPUT,
     QUIET,
     RAW,
+    SERVER,
     SPECIAL_TOKENS,
     STATS,
     STREAM,
@@ -30,9 +34,19 @@ from trimkv_cli.ui.plain import to_json
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.documents import Reader
-    from trimkv_cli.engine.engine import Engine
-    from trimkv_cli.events import Answer, Notice
-    from trimkv_cli.request import Request
+    from trimkv_cli.commands.warm import Warm
+    from trimkv_cli.events import Notice
+
+
+class Finished(Protocol):
+    """An answer that has ended, from an engine or a server."""
+
+    @property
+    def text(self) -> str: ...
+
+
+Some = TypeVar("Some", bound=Finished)
+_ID = "ask"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +71,14 @@ class AskOptions:
     quiet: bool = QUIET
     stats: bool = STATS
     live: bool | None = LIVE
+    server: str = SERVER
+    api_key: str | None = API_KEY
 
     def __post_init__(self) -> None:
         if self.cache is not None and (self.raw or self.system is not None or self.system_file is not None):
             raise UsageError("--cache goes on with a conversation that has begun", hint="leave out --raw and --system")
+        if self.cache is not None and self.server not in ("auto", "off"):
+            raise UsageError("--cache is read where the model is loaded", hint="leave out --cache or --server")
         chosen = {"--json": self.json, "--stream-json/--no-stream-json": self.stream_json, "--extract": self.extract}
         flags = [flag for flag, given in chosen.items() if given]
         if len(flags) > 1:
@@ -97,8 +115,42 @@ def ask(
     system_text = read_system(form.system, form.system_file, reader)
     check_raw(raw=form.raw, system=system_text, special_tokens=form.special_tokens)
     user = _prompt(prompt, form, reader)
+    warm = _ask_server(user, system_text, form, engine, sampling)
+    if warm is None:
+        _ask_here(user, system_text, form, engine, sampling)
+    else:
+        _hear(warm, form, engine)
 
+
+def _ask_server(
+    user: str, system: str | None, form: AskOptions, engine: EngineOptions, sampling: SamplingOptions
+) -> Warm | None:
+    """Put the prompt to a running server, where one is meant."""
+    if form.server == "off" or form.cache is not None:
+        return None
+    from trimkv_cli.commands.prompts import draw_seed
+    from trimkv_cli.commands.warm import Question, ask_server
+
+    question = Question(user=user, system=system, raw=form.raw, think=form.think, special_tokens=form.special_tokens)
+    return ask_server(question, form.server, form.api_key, engine=engine, sampling=draw_seed(sampling))
+
+
+def _hear(warm: Warm, form: AskOptions, engine: EngineOptions) -> None:
+    """Write the answer of a server as it comes."""
+    from trimkv_cli.commands.warm import say_after, say_before
+
+    said = warm.said
+    say_before(said.about, notes=engine.model is None and engine.profile is None, quiet=form.quiet)
+    _answer(warm.answer, form, lambda heard: heard.to_completion("ask"), model=said.about.model)
+    say_after(said, quiet=form.quiet, stats=form.stats)
+
+
+def _ask_here(
+    user: str, system: str | None, form: AskOptions, engine: EngineOptions, sampling: SamplingOptions
+) -> None:
+    """Load the model and answer."""
     from trimkv_cli.commands.answers import (
+        answer,
         next_turn,
         open_engine,
         print_stats,
@@ -119,10 +171,10 @@ def ask(
     else:
         warnings = names_tokens(llm.text, user, raw=form.raw, special_tokens=form.special_tokens)
         rendered = render(
-            llm.text, user, system=system_text, raw=form.raw, think=form.think, special_tokens=form.special_tokens
+            llm.text, user, system=system, raw=form.raw, think=form.think, special_tokens=form.special_tokens
         )
         request = Request(
-            id="ask",
+            id=_ID,
             prompt_token_ids=rendered.token_ids,
             prefix_len=rendered.prefix_len,
             params=params,
@@ -130,7 +182,12 @@ def ask(
         )
     request = within_room(llm, request, said=sampling.max_tokens is not None, quiet=form.quiet)
     llm.check(request)
-    finished = _answer(llm, request, form, lambda answer: to_completion(llm, answer, options, warnings))
+    finished = _answer(
+        lambda take: answer(llm, request, take),
+        form,
+        lambda finished: to_completion(llm, finished, options, warnings),
+        model=llm.facts.model_id,
+    )
     if not form.quiet:
         say_if_cut(finished)
     if form.stats:
@@ -152,15 +209,23 @@ def _prompt(prompt: str | None, form: AskOptions, reader: Reader) -> str:
     return fill(read, name=form.template, user=user, parameters=places)
 
 
-def _answer(llm: Engine, request: Request, form: AskOptions, record: Callable[[Answer], dict[str, Any]]) -> Answer:
-    """Run the request and write its answer in the form that is wanted."""
-    from trimkv_cli.commands.answers import ChunkWriter, answer
+def _answer(
+    run: Callable[[Callable[[str], None]], Some],
+    form: AskOptions,
+    record: Callable[[Some], dict[str, Any]],
+    *,
+    model: str,
+) -> Some:
+    """Let `run` answer, piece by piece, and write that in the form that is wanted."""
     from trimkv_cli.commands.prompts import open_answer
-    from trimkv_cli.ui.live import token_counter
 
-    with open_answer(form.output) as writer, token_counter(wanted=form.live) as count:
+    with open_answer(form.output) as writer, _counter(wanted=form.live) as count:
         streaming = not (form.json or not form.stream or form.extract)
-        chunks = ChunkWriter(writer.line, request_id=request.id, model=llm.facts.model_id) if form.stream_json else None
+        chunks = None
+        if form.stream_json:
+            from trimkv_cli.commands.answers import ChunkWriter
+
+            chunks = ChunkWriter(writer.line, request_id=_ID, model=model)
         show = writer.push if chunks is None else chunks.push
 
         def take(piece: str) -> None:
@@ -168,7 +233,7 @@ def _answer(llm: Engine, request: Request, form: AskOptions, record: Callable[[A
             if streaming:
                 show(piece)
 
-        finished = answer(llm, request, take)
+        finished = run(take)
         if chunks is not None:
             chunks.end(record(finished))
         elif form.json:
@@ -180,6 +245,18 @@ def _answer(llm: Engine, request: Request, form: AskOptions, record: Callable[[A
         if chunks is None:
             writer.close()
     return finished
+
+
+@contextmanager
+def _counter(*, wanted: bool | None) -> Iterator[Callable[[str], None]]:
+    """Count pieces on a terminal that shows nothing of the answer; elsewhere not even import what draws."""
+    if wanted is False or not sys.stderr.isatty() or sys.stdout.isatty():
+        yield lambda _: None
+        return
+    from trimkv_cli.ui.live import token_counter
+
+    with token_counter(wanted=wanted) as count:
+        yield count
 
 
 def _code(text: str) -> str:

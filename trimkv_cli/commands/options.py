@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 from trimkv_cli.errors import ConfigError, UsageError
 from trimkv_cli.files import as_path, check_encoding
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.serve.about import check_server
 from trimkv_cli.settings import option, overlay
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -116,6 +117,15 @@ QUIET = _output(False, "Only warnings and errors on stderr.", short="-q", settin
 STATS = _output(False, "Print counts, speed and memory to stderr at the end.", setting=True)
 COLOR = _output("auto", "Colour on stdout: auto is only on a terminal and without NO_COLOR.")
 ASCII = _output(False, "Draw with ASCII characters only.")
+SERVER = option(
+    "auto",
+    "Ask a running server: auto is one that was started with the same model, gates and settings; off, or a URL.",
+    "auto|off|URL",
+    panel="Server",
+    setting=True,
+    check=check_server,
+)
+API_KEY = option(None, "Key of the server; better: TRIMKV_API_KEY.", "KEY", panel="Server", setting=True)
 LIVE = _output(None, "Show progress and memory while running (only on a terminal).", setting=True)
 
 ModelName = Annotated[

@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.documents import Reader
-from trimkv_cli.engine.text import Message, Prompt, Text
 from trimkv_cli.errors import InputError, UnsupportedModel, UsageError
 from trimkv_cli.events import Notice
 from trimkv_cli.files import as_text, writing
 from trimkv_cli.loading.options import SamplingOptions
 from trimkv_cli.ui.plain import AnswerWriter, print_warning
+
+if TYPE_CHECKING:
+    from trimkv_cli.engine.text import Message, Prompt, Text
 
 
 def draw_seed(sampling: SamplingOptions) -> SamplingOptions:
@@ -97,6 +100,9 @@ def render(
     text = need_text(text)
     if not raw:
         return text.render_chat(to_messages(user, system), think=think)
+
+    from trimkv_cli.engine.text import Prompt
+
     return Prompt(token_ids=tuple(text.encode(user, special=special_tokens)))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,9 @@ class ServeOptions:
     grace: str = option("30s", "For requests in flight when the server ends.", "TIME", panel="Server")
     strict: bool = option(
         False, "Refuse unknown keys and other models' names, which otherwise only warn.", panel="Server"
+    )
+    detach: bool = option(
+        False, "Go on in the background once requests are taken; trimkv stop ends it.", panel="Server"
     )
     think: bool | None = THINK
     special_tokens: bool = SPECIAL_TOKENS
@@ -98,13 +102,16 @@ def serve(name: ModelName = None, *, form: ServeOptions, engine: EngineOptions, 
 
     trimkv serve smollm2-135m-instruct -b 2GiB
 
+    trimkv serve --detach && trimkv ask "Why is the sky blue?" && trimkv stop
+
     curl localhost:8012/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
     OPENAI_BASE_URL=http://127.0.0.1:8012/v1 OPENAI_API_KEY=none python my_script.py
 
     Requests are read as `trimkv run` reads its lines: /v1/chat/completions, /v1/completions, /v1/models, /v1/files,
     /v1/batches, /health and /metrics. A history that begins with a conversation that was answered here is not read
-    again: only what is new is; x-trimkv-cache says "continued" then, else "read". A batch runs in rows that nobody else
+    again: only what is new is; x-trimkv-cache says "continued" then, else "read". `trimkv ask` asks a running server
+    that was started with the same model, gates and settings, unless --server off. A batch runs in rows that nobody else
     asks for, and goes on after a restart with the same model and settings. Ctrl-C or SIGTERM finish what runs
     (--grace), a second ends at once.
     """
@@ -116,16 +123,35 @@ def serve(name: ModelName = None, *, form: ServeOptions, engine: EngineOptions, 
     engine = replace(engine, model=name or engine.model)
     opened = bind(form.host, form.port)
     try:
-        _serve_on(opened, key, form, engine, sampling)
+        if not form.detach:
+            _serve_on(opened, key, form, engine, sampling)
+            return
+        from trimkv_cli.commands.detach import detached
+
+        with detached(shown_url(opened), quiet=form.quiet) as ready:
+            _serve_on(opened, key, form, engine, sampling, ready)
     finally:
         opened.close()
 
 
+def shown_url(opened: socket.socket) -> str:
+    """Return where a bound socket is reached."""
+    host, port = opened.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def _serve_on(
-    opened: socket.socket, key: str | None, form: ServeOptions, engine: EngineOptions, sampling: SamplingOptions
+    opened: socket.socket,
+    key: str | None,
+    form: ServeOptions,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     from trimkv_cli.commands.memory import check_budget, memory_line
+    from trimkv_cli.commands.serve_about import about_server
     from trimkv_cli.serve.app import Trust, make_app
+    from trimkv_cli.serve.notes import Note, noted
     from trimkv_cli.serve.server import Server
     from trimkv_cli.ui.plain import print_note
 
@@ -135,22 +161,26 @@ def _serve_on(
         trust = Trust(hosts=frozenset({form.host.lower()}), api_key=key, cors=tuple(form.cors or ()))
         rules, files = completions.rules, _files(form)
         batches = _batches(completions, files, engine, sampling)
+        about = about_server(worker.ask(lambda llm: llm.facts).result(), completions, form, engine, sampling)
         app = make_app(
             completions,
             model_id=completions.recorder.model,
             names=rules.model_names,
             trust=trust,
             others=[*files.routes, *batches.routes],
+            about=about.to_json(),
         )
         server = Server(app, opened, grace_s=parse_duration(form.grace), late=worker.end_all)
-        host, port = opened.getsockname()[:2]
-        shown = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = shown_url(opened)
 
         def ready() -> None:
             if not form.quiet:
-                print_note(f"{completions.recorder.model} answers at {shown}/v1; Ctrl-C ends it")
+                print_note(f"{completions.recorder.model} answers at {url}/v1; Ctrl-C ends it")
+            running.enter_context(noted(Note.of(url=url, api_key=key, about=about)))
+            on_ready()
 
-        with closing(batches):
+        with ExitStack() as running:
+            running.enter_context(closing(batches))
             batches.start()
             server.run(ready)
         if worker.gauge.loaded:
@@ -181,6 +211,7 @@ def _start_worker(form: ServeOptions, engine: EngineOptions) -> Worker:
 
 
 def _completions(worker: Worker, form: ServeOptions, engine: EngineOptions, sampling: SamplingOptions) -> Completions:
+    from trimkv_cli.commands.serve_about import memory_now
     from trimkv_cli.jobs.lines import Rules
     from trimkv_cli.jobs.records import Recorder
     from trimkv_cli.loading.sources import find_here, model_names
@@ -202,6 +233,7 @@ def _completions(worker: Worker, form: ServeOptions, engine: EngineOptions, samp
         run_seed=rules.defaults.seed,
         kv_budget=facts.plan.run.kv_budget,
         prefill_chunk=facts.plan.run.prefill_chunk,
+        memory=memory_now(worker, facts, engine.budget),
     )
     return Completions(
         worker=worker,

@@ -47,6 +47,8 @@ ENTRIES = (
     ),
     Entry("run", "run.command:run", "Answer every line of a file; one bad line never stops the others."),
     Entry("serve", "serve:serve", "Keep a model warm behind OpenAI's HTTP interface, inside the budget."),
+    Entry("ps", "servers:ps", "List the running servers: model, memory against the budget, rows."),
+    Entry("stop", "servers:stop", "End a running server when its requests in flight are answered."),
     Entry(
         "plan",
         "plan:plan",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 from starlette.applications import Starlette
@@ -32,10 +33,17 @@ class Trust:
 
 
 def make_app(
-    completions: Completions, *, model_id: str, names: frozenset[str], trust: Trust, others: Sequence[Route] = ()
+    completions: Completions,
+    *,
+    model_id: str,
+    names: frozenset[str],
+    trust: Trust,
+    others: Sequence[Route] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> ASGIApp:
-    """Return the application over what answers completions, with `others` beside these."""
-    worker, about = completions.worker, _Models(model_id=model_id, names=names, created=int(time.time()))
+    """Return the application over what answers completions, with `others` beside it; `about` is said of the model."""
+    worker = completions.worker
+    models = _Models(model_id=model_id, names=names, created=int(time.time()), more={"trimkv": about} if about else {})
 
     async def health(_: Request) -> Response:
         gauge = worker.gauge
@@ -47,8 +55,8 @@ def make_app(
     routes = [
         Route("/v1/chat/completions", completions.chat, methods=["POST"]),
         Route("/v1/completions", completions.completion, methods=["POST"]),
-        Route("/v1/models", about.all, methods=["GET"]),
-        Route("/v1/models/{name:path}", about.one, methods=["GET"]),
+        Route("/v1/models", models.all, methods=["GET"]),
+        Route("/v1/models/{name:path}", models.one, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         *others,
@@ -77,6 +85,7 @@ class _Models:
     model_id: str
     names: frozenset[str]
     created: int
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     async def all(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._about(self.model_id)]})
@@ -88,7 +97,7 @@ class _Models:
         return _json(self._about(name))
 
     def _about(self, name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "trimkv"}
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "trimkv", **self.more}
 
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -72,7 +72,8 @@ class Completions:
         if isinstance(item, BadLine):
             raise ApiError.of_line(item)
         item = with_warnings(item, self.text)
-        exchange = Exchange(self.worker, item, self.text, continues=self.continues)
+        continues = self.continues and request.headers.get(CACHE_HEADER) != "read"
+        exchange = Exchange(self.worker, item, self.text, continues=continues)
         try:
             continued = await while_there(request.receive, exchange.open())
         except BaseException:
