@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,3 +28,12 @@ def run_trimkv(arguments: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-m", "trimkv_cli", *arguments], capture_output=True, check=True)
     printed: dict[str, Any] = json.loads(done.stdout)
     return printed
+
+
+def unpacked(commit: str, folder: Path) -> Path:
+    """Unpack the tree of a commit, to be measured beside this one."""
+    root = Path(__file__).parents[2]
+    archive = subprocess.run(["git", "archive", commit], cwd=root, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
+    return folder

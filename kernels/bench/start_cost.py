@@ -6,18 +6,16 @@ python -m bench.start_cost [--beside COMMIT] [--runs 20] [--out FILE]
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import resource
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.record import write_record
+from bench.record import unpacked, write_record
 
 _ROOT = Path(__file__).parents[2]
 _COMMANDS = {
@@ -39,17 +37,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         roots = {"now": _ROOT}
         if given.beside:
-            roots["before"] = _unpacked(given.beside, Path(folder))
+            roots["before"] = unpacked(given.beside, Path(folder))
         spent = _measured(roots, given.runs)
     medians = {name: {root: round(statistics.median(times), 3) for root, times in each.items()} for name, each in spent}
     write_record("bench.start_cost", {"runs": given.runs, "median_cpu_s": medians}, given.out)
-
-
-def _unpacked(commit: str, folder: Path) -> Path:
-    archive = subprocess.run(["git", "archive", commit], cwd=_ROOT, capture_output=True, check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(folder, filter="data")
-    return folder
 
 
 def _measured(roots: Mapping[str, Path], runs: int) -> list[tuple[str, dict[str, list[float]]]]:
