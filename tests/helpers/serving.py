@@ -41,7 +41,7 @@ class Scripted(FakeEngine):
         self.stats = RunStats(
             prefill_tokens=0, decode_tokens=0, shared_prefix_tokens=0, steps=0, prefill_s=0, decode_s=0
         )
-        run = SimpleNamespace(total_bytes=0, kv_budget=64, prefill_chunk=512)
+        run = SimpleNamespace(total_bytes=0, kv_budget=64, prefill_chunk=512, form="none")
         self.facts = SimpleNamespace(
             model_id="fake",
             plan=SimpleNamespace(budget_bytes=None, run=run),

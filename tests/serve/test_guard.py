@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -119,3 +120,27 @@ def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
     """Catch an empty file that makes a server open to all who bring nothing."""
     with pytest.raises(UsageError, match="API key"):
         ServeOptions(api_key=key).key()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"port": 65536}, "--port 65536"),
+        ({"max_body": "much"}, "much"),
+        ({"grace": "soon"}, "soon"),
+        ({"idle": "-1s"}, "-1s"),
+        ({"api_key": "a", "api_key_file": "b"}, "both given"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(option: dict[str, Any], said: str) -> None:
+    """Catch a limit that is none."""
+    with pytest.raises(UsageError, match=said):
+        ServeOptions(**option)
+
+
+def test_a_key_comes_from_a_file(tmp_path: Path) -> None:
+    """Catch the end of its line taken for a part of it, and a file that is not there."""
+    (tmp_path / "key").write_text("secret\n")
+    assert ServeOptions(api_key_file=str(tmp_path / "key")).key() == "secret"
+    with pytest.raises(UsageError, match="--api-key-file"):
+        ServeOptions(api_key_file=str(tmp_path / "other")).key()

@@ -116,23 +116,40 @@ def test_the_one_used_longest_ago_is_forgotten() -> None:
     for name in "abc":
         oldest = histories.oldest_in_row()
         assert oldest is held[name]
-        histories.put_aside(oldest, Aside())  # type: ignore[arg-type]
+        histories.put_aside(oldest, Aside)  # type: ignore[arg-type]
     assert (len(histories), histories.nbytes) == (3, 200)
     assert [found(histories, user(name), said("fine"), user("x")) for name in "abcd"] == [None, "b", "c", "d"]
     histories.clear()
     assert len(histories) == 0
 
 
-def test_the_one_that_goes_on_makes_room_and_is_not_forgotten() -> None:
-    """Catch a conversation that is forgotten in the moment in which its next turn comes."""
-    held = {name: history(name, user(name)) for name in "abc"}
+def test_the_one_that_goes_on_is_not_forgotten_nor_counted() -> None:
+    """Catch a conversation that is forgotten as its next turn comes, and the next one since the two change places."""
+    held = {name: history(name, user(name)) for name in "abcd"}
     histories = holding(*held.values())
     for name in "ab":
-        histories.put_aside(held[name], Aside())  # type: ignore[arg-type]
-    histories.put_aside(held["c"], Aside(), but=held["a"])  # type: ignore[arg-type]
-    assert found(histories, user("a"), said("fine"), user("x")) == "a"
-    assert found(histories, user("b"), said("fine"), user("x")) is None
-    assert histories.nbytes == 200  # what the plan counts: those that are kept, and the one that goes on
+        histories.put_aside(held[name], Aside)  # type: ignore[arg-type]
+    histories.put_aside(held["c"], Aside, but=held["a"])  # type: ignore[arg-type]
+    assert [found(histories, user(name), said("fine"), user("x")) for name in "abcd"] == ["a", "b", "c", "d"]
+    held["a"].state = None  # it has its row
+    assert histories.nbytes == 200
+    histories.put_aside(held["d"], Aside, but=None)  # type: ignore[arg-type]
+    assert [found(histories, user(name), said("fine"), user("x")) for name in "abcd"] == ["a", None, "c", "d"]
+
+
+def test_room_is_made_before_another_is_copied() -> None:
+    """Catch a copy more than the plan counts, if only for a moment."""
+    held = {name: history(name, user(name)) for name in "abc"}
+    histories = holding(*held.values())
+    seen = []
+
+    def save() -> Aside:
+        seen.append(histories.nbytes)
+        return Aside()
+
+    for name in "abc":
+        histories.put_aside(held[name], save)  # type: ignore[arg-type]
+    assert seen == [0, 100, 100]
 
 
 def test_with_nothing_kept_aside_rows_still_go_on() -> None:
@@ -141,5 +158,5 @@ def test_with_nothing_kept_aside_rows_still_go_on() -> None:
     assert found(histories, user("hi"), said("fine"), user("x")) == "a"
     oldest = histories.oldest_in_row()
     assert oldest is not None
-    histories.put_aside(oldest, Aside())  # type: ignore[arg-type]
+    histories.put_aside(oldest, Aside)  # type: ignore[arg-type]
     assert len(histories) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +89,18 @@ class Histories:
         """Return the one in a row of the cache that was used longest ago."""
         return next((history for history in self._held.values() if history.state is None), None)
 
-    def put_aside(self, history: History, state: RowState, *, but: History | None = None) -> None:
-        """Let one give its row back; where too many lie aside, the one used longest ago is forgotten, `but` never."""
-        history.state = state
+    def put_aside(self, history: History, save: Callable[[], RowState], *, but: History | None = None) -> None:
+        """Let one give its row back, with what `save` copies; before that the one used longest ago is forgotten.
+
+        That is where too many lie aside: `but` is never forgotten, and not counted as its copy goes soon.
+        """
         aside = [each for each in self._held.values() if each.state is not None and each is not but]
-        room = self._most_aside - (but is not None)
-        for old in aside[: max(0, len(aside) - room)]:
+        for old in aside[: max(0, len(aside) + 1 - self._most_aside)]:
             self.take(old)
+        if self._most_aside:
+            history.state = save()
+        else:
+            self.take(history)
 
     def clear(self) -> None:
         """Forget all."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from trimkv_cli.errors import TrimkvError
@@ -229,6 +230,8 @@ class Worker:
     def _start(self, engine: Engine, ticket: Ticket) -> bool:
         """Start a ticket, or fail it; False when there is no row for it now."""
         history = ticket.find(self.histories)
+        if history is not None and self._goes_on():
+            return False
         if (history is None or history.state is not None) and not self._make_room(engine, ticket, but=history):
             return False
         try:
@@ -242,6 +245,13 @@ class Worker:
         self._running[request.id] = ticket
         ticket.begun(request.continues is not None)
         return True
+
+    def _goes_on(self) -> bool:
+        """Say whether a request that goes on has no token yet: until then its row is copied, and one copy is planned."""
+        running = self._running.values()
+        return any(
+            each.running is not None and each.running.continues is not None and not each.pieces for each in running
+        )
 
     def _request(self, engine: Engine, ticket: Ticket, history: History | None) -> Request:
         """Return a request that the engine takes: it goes on from a history where it can, whose row is then its own."""
@@ -265,7 +275,7 @@ class Worker:
         if engine.free_rows:
             return True
         if (oldest := self.histories.oldest_in_row()) is not None:
-            self.histories.put_aside(oldest, engine.kept.save(oldest.id), but=but)
+            self.histories.put_aside(oldest, partial(engine.kept.save, oldest.id), but=but)
             engine.kept.release(oldest.id)
             return True
         young = next((each for each in reversed(self._running.values()) if each.batch), None)
