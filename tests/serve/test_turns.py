@@ -19,9 +19,7 @@ TURNS = ("My cat is called Zubo.", "What is my cat called?", "Hello", "I like te
 
 
 def load() -> Any:
-    options = EngineOptions(
-        model="mini", kv_budget="1024", prefill_chunk=32, max_inflight=2, threads=1, deterministic=True
-    )
+    options = EngineOptions(model="mini", kv_budget="1024", prefill_chunk=32, max_inflight=2, threads=1)
     return load_engine(options)
 
 

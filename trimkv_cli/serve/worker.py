@@ -247,7 +247,7 @@ class Worker:
         return True
 
     def _goes_on(self) -> bool:
-        """Say whether a request that goes on has no token yet: until then its row is copied, and one copy is planned."""
+        """Say whether a request that goes on has no token yet: until then its row is copied, and one is planned."""
         running = self._running.values()
         return any(
             each.running is not None and each.running.continues is not None and not each.pieces for each in running
