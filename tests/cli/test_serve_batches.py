@@ -14,11 +14,17 @@ import pytest
 from helpers.programs import Run
 from helpers.serving import Served, served
 
-OPTIONS = ("--deterministic", "--kv-budget", "48", "--threads", "1")
+OPTIONS = ("--deterministic", "--kv-budget", "48", "--threads", "1", "--rows", "2")
 
 
 def client_of(server: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client: openai.OpenAI) -> None:
+    """Ask something beside a batch, which takes a row back from it."""
+    said: Any = [{"role": "user", "content": "hello"}]
+    assert client.chat.completions.create(model="mini", messages=said, max_tokens=2).usage is not None
 
 
 def until(client: openai.OpenAI, batch: str, enough: int) -> Any:
@@ -58,17 +64,21 @@ def test_a_batch_outlives_a_kill(here: Run, tmp_path: Path) -> None:
             input_file_id=stored.id, endpoint="/v1/chat/completions", completion_window="24h"
         ).id
         assert until(client, batch, 2).status == "in_progress"
-        answer = client.chat.completions.create(
-            model="mini", messages=[{"role": "user", "content": "hello"}], max_tokens=2
-        )
-        assert answer.choices[0].message.content is not None
+        ask(client)
         assert client.batches.retrieve(batch).status == "in_progress"
         server.process.kill()
         server.process.wait()
     with served(tmp_path, *OPTIONS, environment=environment) as server, client_of(server) as client:
+        ask(client)
         done = until(client, batch, 99)
         assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 6, 1)
         found = [client.files.content(id).text for id in (done.output_file_id, done.error_file_id) if id is not None]
-        assert server.end(signal.SIGTERM)[0] == 0
+        left = client.batches.create(
+            input_file_id=stored.id, endpoint="/v1/chat/completions", completion_window="24h"
+        ).id
+        assert until(client, left, 1).status == "in_progress"
+        assert server.end(signal.SIGTERM, within_s=20)[0] == 0  # of the 30 s that requests may take
+    state = json.loads((tmp_path / "data" / "trimkv" / "serve" / "batches" / f"{left}.json").read_text())
+    assert state["status"] == "in_progress"
     assert here("run", source, *OPTIONS, "-o", tmp_path / "out.jsonl", "--quiet").returncode == 3
     assert sorted("".join(found).splitlines()) == sorted((tmp_path / "out.jsonl").read_text().splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -237,6 +238,32 @@ def test_what_a_kill_left_half_written_is_written_again(start: Start) -> None:
         again = server.over(batch)
         assert (again.status, again.output_file_id) == ("completed", batch.output_file_id)
         assert server.client.files.content(again.output_file_id).content == records
+
+
+def test_what_cannot_be_stored_is_no_batch(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a full disk that leaves half of a batch, or a path of the server in what a client is told."""
+    with start() as server:
+        first = server.start([line("#a")])
+        server.until(first, lambda now: server.server.metrics()["requests_running"] == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("trimkv_cli.serve.batches.whole_file", _full)
+            with pytest.raises(openai.InternalServerError, match="cannot be stored") as refused:
+                server.start([line("b")])
+            assert str(server.folder) not in str(refused.value)
+            assert [each.id for each in server.client.batches.list()] == [first.id]
+            server.server.engine.is_open = True
+            assert server.over(first).errors.data[0].code == "server_error"
+        monkeypatch.setattr("trimkv_cli.serve.files.sync", _full)
+        with pytest.raises(openai.InternalServerError, match="cannot be stored"):
+            server.client.files.create(file=("a.jsonl", b"x"), purpose="batch")
+        assert not [path.name for path in (server.folder / "files").iterdir() if path.suffix == ".partial"]
+    monkeypatch.undo()
+    with start() as server:  # now there is room
+        assert server.over(first).status == "completed"
+
+
+def _full(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_nothing_lies_open(start: Start) -> None:

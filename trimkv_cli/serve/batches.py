@@ -179,10 +179,7 @@ class Batches:
         with self._lock:
             if self._closing:
                 raise ApiError(503, "the server is ending", code="server_closing")
-            make_private(self.folder)
-            held = self._hold(batch)
-            self._save(batch)
-            self._queue(held)
+            self._take(batch)
         return json_response(batch.to_json())
 
     async def all(self, request: Request) -> Response:
@@ -212,6 +209,23 @@ class Batches:
                 self._checks.submit(self._guarded, held, self._end)
         return json_response(batch.to_json())
 
+    def _take(self, batch: Batch) -> None:
+        """Put a new batch on the disk, and run it when its turn comes.
+
+        Raises:
+            TrimkvError: it cannot be stored; nothing is left of it.
+        """
+        try:
+            make_private(self.folder)
+            held = self._hold(batch)
+            self._save(batch)
+        except (OSError, TrimkvError) as error:
+            left = self._held.pop(batch.id, None)
+            if left is not None:
+                left.lock.close()
+            raise TrimkvError("the batch cannot be stored", hint="make room on the server's disk") from error
+        self._queue(held)
+
     def _hold(self, batch: Batch) -> _Held:
         """Keep other servers from running a batch.
 
@@ -235,12 +249,19 @@ class Batches:
         if self._closing or held.batch.is_over:
             return
         try:
-            do(held)
-        except Closing:
-            return  # the next server goes on with it
-        except Exception as error:  # noqa: BLE001  it is said in the batch
-            if not self._closing:
+            try:
+                do(held)
+            except Closing:
+                return  # the next server goes on with it
+            except Exception as error:  # it is said in the batch
+                if held.ending or self._closing:
+                    raise
                 self._end(held, error)
+        except Exception as error:  # noqa: BLE001  nothing can be written: the next server goes on with it
+            nothing: dict[str, Any] = {"output_file_id": None, "error_file_id": None}
+            with self._lock:
+                at = int(time.time())
+                held.batch = replace(held.batch, status="failed", failed_at=at, error=_fault(error), **nothing)
 
     def _validate(self, held: _Held) -> None:
         source = self._files.path(held.batch.input_file_id)
