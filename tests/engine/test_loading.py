@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations import accelerate
 
 from trimkv_cli.errors import DoesNotFit, ModelError, OutOfDeviceMemory
-from trimkv_cli.loading import loader, packed, quantise
+from trimkv_cli.loading import loader, packed, placing, quantise
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.sources import find_source
 from trimkv_cli.model.machine import memory_bytes, swappable_bytes
 
 MIB = 2**20
@@ -121,3 +123,62 @@ def test_the_older_form_of_a_containers_limit_is_read(tmp_path: Path) -> None:
     files = {"memory__limit_in_bytes": f"{300 * MIB}", "memory__usage_in_bytes": f"{200 * MIB}"}
     group(tmp_path, "sys/fs/cgroup/memory", memory__stat=f"total_inactive_file {50 * MIB}\n", **files)
     assert memory_bytes(root=tmp_path) == (300 * MIB, 150 * MIB)
+
+
+@pytest.fixture
+def reads_and_places(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Load as onto a GPU, which is the CPU here; return what is read and put there, in order."""
+    seen: list[str] = []
+    read, place = quantise.LazyTensor.__getitem__, placing._Place._placed
+
+    def reading(self: Any, where: Any) -> Any:
+        seen.append("read")
+        return read(self, where)
+
+    def placed(self: Any, name: str, *rest: Any) -> Any:
+        seen.append("placed")
+        return place(self, name, *rest)
+
+    monkeypatch.setattr(quantise.LazyTensor, "__getitem__", reading)
+    monkeypatch.setattr(placing._Place, "_placed", placed)
+    monkeypatch.setattr(loader, "_quantisation_config", lambda _, *how: placing.placing_config(*how[:2]))
+    monkeypatch.setattr(accelerate, "is_accelerate_available", lambda: False)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "phi3", "qwen3_moe", "gpt_oss"])
+def test_a_gpus_weights_are_read_one_after_the_other(
+    family: str, tiny_model: Callable[..., Any], tmp_path: Path, reads_and_places: list[str]
+) -> None:
+    """Catches a model that is whole in host memory before any of it is on a GPU, and one that counts as quantised."""
+    own = tiny_model(family).to(torch.bfloat16)
+    own.save_pretrained(tmp_path)
+    source = find_source(EngineOptions(model=str(tmp_path), gates="streaming"), weights=True)
+    model = loader.load_model(source, torch.bfloat16, torch.device("cpu"))
+    pairs = [*zip(reads_and_places[::2], reads_and_places[1::2], strict=False)]
+    assert pairs.count(("read", "placed")) > len(pairs) // 2 or source.spec.routing is not None
+    assert reads_and_places.count("placed") >= len(list(own.named_parameters())) - 8
+    for (name, want), (other, got) in zip(own.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(want.to(got.dtype), got)
+    assert not model.is_quantized
+    assert not getattr(model.model, "is_quantized", False)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert not hasattr(model, "hf_quantizer")
+
+
+def test_a_gpu_that_is_full_is_not_a_broken_folder(
+    folder: Path, reads_and_places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an allocation that fails among what transformers takes for a conversion."""
+    source = find_source(EngineOptions(model=str(folder), **OPTIONS), weights=True)
+    monkeypatch.setattr(placing._Place, "_placed", cannot_allocate)
+    with pytest.raises(OutOfDeviceMemory):
+        loader.load_model(source, torch.float32, torch.device("cpu"))
+    monkeypatch.undo()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    source = find_source(EngineOptions(model=str(folder), **OPTIONS), weights=True)
+    monkeypatch.setattr(loader, "_quantisation_config", lambda _, *how: placing.placing_config(*how[:2]))
+    with pytest.raises(ModelError, match=r"is \d+ × 64, not 7 × 64"):
+        loader.load_model(source, torch.float32, torch.device("cpu"))

@@ -52,6 +52,7 @@ from trimkv_cli.loading.measuring import with_products
 from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
 from trimkv_cli.loading.packed import PackingConfig, make_scratch
 from trimkv_cli.loading.packed_cache import PackedForm
+from trimkv_cli.loading.placing import PlacingConfig, forget_placing, placing_config
 from trimkv_cli.loading.quantise import (
     Interrupted,
     QuantisationConfig,
@@ -308,7 +309,9 @@ def load_model(
 
 def _quantisation_config(
     quantize: Quantisation, dtype: torch.dtype, device: torch.device, machine: Machine, kept: PackedForm | None
-) -> PackingConfig | QuantisationConfig | None:
+) -> PackingConfig | PlacingConfig | QuantisationConfig | None:
+    if device.type == "cuda" and quantize == "none":
+        return placing_config(dtype, device)
     if device.type == "cpu" and quantize in ("int4", "int8", "stored"):
         scratch = make_scratch(machine)
         return PackingConfig(None if quantize == "stored" else quantize, scratch, dtype, kept=kept)
@@ -319,7 +322,7 @@ def _load_model(
     source: Source,
     dtype: torch.dtype,
     device: torch.device,
-    quantisation: PackingConfig | QuantisationConfig | None,
+    quantisation: PackingConfig | PlacingConfig | QuantisationConfig | None,
     *,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
@@ -344,6 +347,8 @@ def _load_model(
     _refuse_dynamic_rope(model)
     if isinstance(quantisation, PackingConfig):
         quantisation.keep(model)
+    if isinstance(quantisation, PlacingConfig) and stored is None:
+        forget_placing(model)
     placed: Any = model if stored is not None and not stored.unpacks else model.to(device)
     loaded: PreTrainedModel = placed.eval().requires_grad_(False)
     return loaded
