@@ -85,15 +85,15 @@ def test_requests_of_any_length_run_in_what_was_planned_for_three_rows(tmp_path:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize(("dtype", "quantize"), PRECISIONS)
 def test_a_gpu_allocates_what_was_planned(dtype: str, quantize: str, tmp_path: Path) -> None:
-    """Catches a plan that is off by more than 3 % of what CUDA's allocator hands out, and a cap that was not set."""
+    """Catches a part that the plan forgot or counts twice, and a cap that was not set; of graphs it knows a bound."""
     disable_progress_bar()
     folder = save_model(MODELS["qwen3, 88M"], tmp_path / "model")
-    engine = load_engine(
-        EngineOptions(model=str(folder), offline=True, device="cuda", dtype=dtype, quantize=quantize, budget="4GiB")
-    )
+    options = EngineOptions(model=str(folder), offline=True, device="cuda", dtype=dtype, quantize=quantize)
+    engine = load_engine(replace(options, budget="4GiB", max_inflight=8))
     torch.cuda.reset_peak_memory_stats()
     list(engine.generate(requests(12, 3000)))
-    planned = sum(engine.facts.plan.run.part_bytes(name) for name in PLANNED)
-    assert 0.97 <= planned / torch.cuda.max_memory_allocated() <= 1.03
+    run, allocated = engine.facts.plan.run, torch.cuda.max_memory_allocated()
+    planned = sum(run.part_bytes(name) for name in PLANNED)
+    assert 0.97 * planned <= allocated <= planned + run.part_bytes("graphs")
     peaks = engine.measured_peaks()
-    assert peaks["reserved_bytes"] <= 4 * 2**30 - engine.facts.plan.run.part_bytes("runtime")
+    assert peaks["reserved_bytes"] <= 4 * 2**30 - run.part_bytes("runtime")

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from helpers.engines import Shape, greedy, make_engine, run
+from trimkv_cli.commands.answers import say_warnings
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.errors import is_out_of_memory
+from trimkv_cli.events import Answer
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16)
@@ -175,27 +177,29 @@ def test_slots_that_lie_elsewhere_are_captured_anew(gpu: Gpu, tiny_model: TinyMo
 
 
 @pytest.mark.parametrize("failure", BROKEN, ids=["out of memory", "broken off"])
-def test_a_capture_that_fails_costs_no_request(failure: Exception, gpu: Gpu, tiny_model: TinyModel) -> None:
+def test_a_capture_that_fails_costs_no_request(
+    failure: Exception, gpu: Gpu, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches rows that count as empty from then on, a request given up, and a capture tried at every step."""
     want = run(make_engine(tiny_model("qwen3"), SHAPE, fast_path=False), asked())
     engine = graphed(tiny_model("qwen3"))
     gpu.failure = failure
-    stats: dict[str, Any] = {}
-    tokens: dict[str, list[int]] = {}
+    answers = {request.id: Answer(request) for request in asked()}
     for event in engine.generate(asked()):
-        tokens.setdefault(event.request_id, []).extend(event.token_ids)
-        stats |= {event.request_id: event.stats} if event.stats is not None else {}
-    assert tokens == want
+        answers[event.request_id].take(event)
+    assert {key: answer.token_ids for key, answer in answers.items()} == want
     assert gpu.stream == "main"
     eager = {count for how, _, count in gpu.forwards if how == "eager"}
     captured = [count for how, _, count in gpu.forwards if how == "capture"]
     assert len(eager) == 1
     assert captured.count(*eager) == 1  # tried once
     assert len(captured) > 1  # others have graphs
-    assert {len(each.warnings) for each in stats.values()} == {1}
-    (warning,) = stats["0"].warnings
+    assert {len(answer.stats.warnings) for answer in answers.values()} == {1}
+    (warning,) = answers["0"].stats.warnings
     assert warning.code == "no_graph"
     assert warning.message.endswith(str(failure).splitlines()[0])
+    say_warnings(answers["0"])
+    assert capsys.readouterr().err == f"warning: {warning.message}\n"
     assert engine.stats.undone_steps == 0
 
 

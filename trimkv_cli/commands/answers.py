@@ -66,6 +66,12 @@ def open_engine(
     return engine
 
 
+def say_warnings(finished: Answer) -> None:
+    """Say on stderr what happened on the way to an answer that a reader should know."""
+    for warning in finished.stats.warnings:
+        print_warning(warning.message)
+
+
 def say_if_cut(finished: Answer) -> None:
     """Say on stderr that an answer ended because of its length."""
     if finished.finish_reason == "length":

@@ -155,6 +155,7 @@ def _ask_here(
         open_engine,
         print_stats,
         say_if_cut,
+        say_warnings,
         to_completion,
         within_room,
     )
@@ -188,6 +189,7 @@ def _ask_here(
         lambda finished: to_completion(llm, finished, options, warnings),
         model=llm.facts.model_id,
     )
+    say_warnings(finished)
     if not form.quiet:
         say_if_cut(finished)
     if form.stats:

@@ -237,8 +237,9 @@ class Summaries:
             self._writer.push(f"{title}{summed.answer.text}")
 
     def _say(self, summed: DocumentSummary) -> None:
-        from trimkv_cli.commands.answers import print_stats, say_if_cut
+        from trimkv_cli.commands.answers import print_stats, say_if_cut, say_warnings
 
+        say_warnings(summed.answer)
         if not self._asked.quiet:
             say_if_cut(summed.answer)
             if summed.parts > 1:
