@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,51 @@ def decode(
     evict: bool = True,
 ) -> Tensor:
     """Do what `reference.decode` does; K and V are read once."""
+    what: dict[str, Any] = {"scale": scale, "window": window, "recent": recent, "static": static}
+    what |= {"spans": spans, "sinks": sinks, "evict": evict}
+    return _decode(query, key, value, position, slots, fill=fill, log_beta=log_beta, journal=journal, **what)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    slots: Slots,
+    *,
+    lowest: Tensor,
+    loser: Tensor,
+    scale: float,
+    window: int | None,
+    recent: int = 0,
+    static: bool = False,
+    spans: Tensor | None = None,
+) -> Tensor:
+    """Do what `step_reference.attend` does: the first half of a decode, whose other half `step.evict` is."""
+    what: dict[str, Any] = {"scale": scale, "window": window, "recent": recent, "static": static, "spans": spans}
+    return _decode(query, key, value, position, slots, fill=slots.position.shape[2], found=(lowest, loser), **what)
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    slots: Slots,
+    *,
+    fill: int,
+    scale: float,
+    window: int | None,
+    recent: int,
+    static: bool,
+    spans: Tensor | None,
+    sinks: Tensor | None = None,
+    log_beta: Tensor | None = None,
+    journal: Journal | None = None,
+    found: tuple[Tensor, Tensor] | None = None,
+    evict: bool = True,
+) -> Tensor:
+    """Attend, and evict; where a loser and its score are to be `found`, write these and leave the slots as they are."""
     batch, num_heads, head_dim = query.shape
     num_kv_heads, size = slots.position.shape[1:]
     span, groups = min(fill + 1, size), num_heads // num_kv_heads
@@ -42,7 +89,7 @@ def decode(
     part_stats = query.new_empty(programs, launch.splits, 2, tile, dtype=torch.float32)
     part_score = query.new_empty(programs, launch.splits, dtype=torch.float32)
     part_loser = query.new_empty(programs, launch.splits, 2, dtype=torch.int32)
-    query, key, value, log_beta, position = (tensor.contiguous() for tensor in (query, key, value, log_beta, position))
+    query, key, value, position = (tensor.contiguous() for tensor in (query, key, value, position))
     spans = None if spans is None else spans.contiguous()
     output = torch.empty_like(query)
     shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide, "EVICT": evict}
@@ -70,9 +117,10 @@ def decode(
         query,
         key,
         value,
-        log_beta,
+        None if log_beta is None else log_beta.contiguous(),
         *slots,
-        *journal,
+        *((None,) * 5 if journal is None else journal),
+        *(found or (None, None)),
         position,
         part_acc,
         part_stats,
@@ -203,6 +251,8 @@ def _merge(
     journal_log_beta,
     journal_position,
     journal_slot,
+    found_lowest,
+    found_loser,
     position,
     part_acc,
     part_stats,
@@ -260,24 +310,59 @@ def _merge(
         lowest = tl.minimum(low, lowest)
     tl.store(output + at, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
 
-    if EVICT:
+    if found_lowest is not None:
+        tl.store(found_lowest + program, lowest)
+        tl.store(found_loser + program, loser)
+    elif EVICT:
         new_log_beta = tl.load(log_beta + program)
-        own = new_log_beta
-        if not STATIC:
-            own = 2.0 * new_log_beta
+        slots = slot_key, slot_value, slot_log_beta, slot_position
+        journal = journal_key, journal_value, journal_log_beta, journal_position, journal_slot
+        intervals = spans
         if spans is not None:
-            own = tl.where(_protected(now, spans + program // HEADS * 4), float("inf"), own)
-        enters = (now >= 0) & (own > lowest)
-        if RECENT > 0:
-            enters = now >= 0
-        slot = program * size + loser
-        wide = dim < DIM
-        tl.store(journal_slot + program, loser.to(tl.int64))
-        tl.store(journal_position + program, tl.load(slot_position + slot))
-        tl.store(journal_log_beta + program, tl.load(slot_log_beta + slot))
-        tl.store(journal_key + program * DIM + dim, tl.load(slot_key + slot * DIM + dim, mask=wide), mask=wide)
-        tl.store(journal_value + program * DIM + dim, tl.load(slot_value + slot * DIM + dim, mask=wide), mask=wide)
-        tl.store(slot_position + slot, now, mask=enters)
-        tl.store(slot_log_beta + slot, new_log_beta, mask=enters)
-        tl.store(slot_key + slot * DIM + dim, narrowed(new_key, slot_key.dtype.element_ty), mask=enters & wide)
-        tl.store(slot_value + slot * DIM + dim, narrowed(new_value, slot_value.dtype.element_ty), mask=enters & wide)
+            intervals = spans + program // HEADS * 4
+        enter(
+            new_key, new_value, new_log_beta, now, lowest, loser, slots, journal, intervals, program, size, dim,
+            DIM, RECENT, STATIC,
+        )  # fmt: skip
+
+
+@triton.jit
+def enter(
+    new_key,
+    new_value,
+    new_log_beta,
+    now,
+    lowest,
+    loser,
+    slots,
+    journal,
+    intervals,
+    program,
+    size,
+    dim,
+    DIM: tl.constexpr,
+    RECENT: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """Write what the loser's slot of one (row, KV head) holds to the journal, and the new token there if it wins."""
+    slot_key, slot_value, slot_log_beta, slot_position = slots
+    journal_key, journal_value, journal_log_beta, journal_position, journal_slot = journal
+    own = new_log_beta
+    if not STATIC:
+        own = 2.0 * new_log_beta
+    if intervals is not None:
+        own = tl.where(_protected(now, intervals), float("inf"), own)
+    enters = (now >= 0) & (own > lowest)
+    if RECENT > 0:
+        enters = now >= 0
+    slot = program * size + loser
+    wide = dim < DIM
+    tl.store(journal_slot + program, loser.to(tl.int64))
+    tl.store(journal_position + program, tl.load(slot_position + slot))
+    tl.store(journal_log_beta + program, tl.load(slot_log_beta + slot))
+    tl.store(journal_key + program * DIM + dim, tl.load(slot_key + slot * DIM + dim, mask=wide), mask=wide)
+    tl.store(journal_value + program * DIM + dim, tl.load(slot_value + slot * DIM + dim, mask=wide), mask=wide)
+    tl.store(slot_position + slot, now, mask=enters)
+    tl.store(slot_log_beta + slot, new_log_beta, mask=enters)
+    tl.store(slot_key + slot * DIM + dim, narrowed(new_key, slot_key.dtype.element_ty), mask=enters & wide)
+    tl.store(slot_value + slot * DIM + dim, narrowed(new_value, slot_value.dtype.element_ty), mask=enters & wide)

@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,21 @@ class Operations(NamedTuple):
 
     decode: Callable[..., Tensor]
     prefill: Callable[..., Tensor]
+
+
+class StepOperations(NamedTuple):
+    """The operations of a whole decode step between its matrix products; `step_reference` says what they do."""
+
+    add_norm: Callable[..., Tensor]
+    rotate: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
+    activate: Callable[..., Tensor]
+    evict: Callable[..., None]
+
+    @classmethod
+    def of(cls, module: Any) -> StepOperations:
+        """Take those of `step_reference`, or of `step`."""
+        return cls(*(getattr(module, name) for name in cls._fields))
 
 
 class Obstacle(NamedTuple):
@@ -38,6 +53,15 @@ def operations_for(device: torch.device) -> Operations:
     from trimkv_kernels.prefill import prefill
 
     return Operations(decode, prefill)
+
+
+def step_operations_for(device: torch.device) -> StepOperations | None:
+    """Return the Triton operations of a step on a CUDA device on which Triton runs, elsewhere none."""
+    if device.type != "cuda" or triton_obstacle(device) is not None:
+        return None
+    from trimkv_kernels import step
+
+    return StepOperations.of(step)
 
 
 @cache

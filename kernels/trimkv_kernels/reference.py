@@ -63,7 +63,7 @@ def decode(
     """
     rows, undo = slots.rows(0, query.shape[0]), journal.rows(0, query.shape[0])
     how: dict[str, Any] = {"dense": dense, "scale": scale, "window": window, "sinks": sinks}
-    output = _attend_one(query, key, value, position, rows.head(fill), **how)
+    output = attend_one(query, key, value, position, rows.head(fill), **how)
     if evict:
         candidates = rows.head(min(fill + 1, rows.position.shape[2]))
         ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
@@ -112,7 +112,7 @@ def prefill(
     return output
 
 
-def _attend_one(
+def attend_one(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -122,8 +122,9 @@ def _attend_one(
     dense: bool,
     scale: float,
     window: int | None,
-    sinks: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
+    """Attend from one new token per row to some slots and itself; all is as `decode` takes it."""
     batch, num_heads, head_dim = query.shape
     grouped = query.view(batch, key.shape[1], -1, head_dim).float() * scale
     kept_value = slots.value.float()
@@ -153,14 +154,49 @@ def _evict_one(
     static: bool,
     spans: Tensor | None,
 ) -> None:
+    ranks: dict[str, Any] = {"recent": recent, "static": static, "spans": spans}
+    lowest, loser = find_loser(position, slots, window=window, **ranks)
+    enter(key, value, log_beta, position, slots, journal, lowest=lowest, loser=loser, **ranks)
+
+
+def find_loser(
+    position: Tensor,
+    slots: Slots,
+    *,
+    window: int | None,
+    recent: int,
+    static: bool,
+    spans: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the lowest score of each head's slots `[B, Hkv]` float32, and the slot that has it, int64."""
     now = position[:, None, None]
     scores = _scores(slots.log_beta, slots.position, now, window, recent, static=static, spans=spans)
     lowest = scores.amin(dim=-1, keepdim=True)
-    loser = torch.where(scores == lowest, slots.position, -_NEVER).argmax(dim=-1, keepdim=True)  # ties: the newest goes
+    loser = torch.where(scores == lowest, slots.position, -_NEVER).argmax(dim=-1)  # ties: the newest goes
+    return lowest[..., 0], loser
+
+
+def enter(
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    position: Tensor,
+    slots: Slots,
+    journal: Journal,
+    *,
+    lowest: Tensor,
+    loser: Tensor,
+    recent: int,
+    static: bool,
+    spans: Tensor | None,
+) -> None:
+    """Write what the losers' slots hold to the journal, and new tokens there where they win, both in place."""
+    now = position[:, None, None]
     own = log_beta[..., None] * (1.0 if static else 2.0)
     if spans is not None:
         own = own.masked_fill(protected(now, spans), torch.inf)
-    enters = (now >= 0) & ((own > lowest) | (recent > 0))
+    enters = (now >= 0) & ((own > lowest[..., None]) | (recent > 0))
+    loser = loser[..., None].long()
     wide = loser[..., None].expand(-1, -1, -1, key.shape[-1])
     new = (key, value, log_beta, position[:, None].expand_as(log_beta))
     # Everything is allocated before anything changes: what fails here has displaced nothing.
