@@ -130,7 +130,9 @@ class SpareRows:
         fault = sent.fault
         assert fault is not None
         if sent.tries == _TRIES or isinstance(fault, Closing):
-            raise fault if isinstance(fault, TrimkvError) else TrimkvError(f"{type(fault).__name__}: {fault}")
+            if not isinstance(fault, TrimkvError):
+                fault = TrimkvError(f"{type(fault).__name__}: {fault}", hint="the next server goes on with the batch")
+            raise fault
         sent.tries, sent.fault = sent.tries + 1, None
         sent.restarted()
         self._submit(sent)
