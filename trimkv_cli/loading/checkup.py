@@ -249,6 +249,7 @@ import json, sys
 import torch, transformers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 import trimkv_cli.loading.loader, trimkv_cli.jobs.job, trimkv_cli.commands.answers
+import trimkv_cli.serve.app, trimkv_cli.serve.server
 from trimkv_cli.engine.devices import nvml_bytes, peak_rss
 from trimkv_cli.engine.text import Text
 try:
