@@ -217,6 +217,7 @@ def test_a_turn_that_is_refused_leaves_the_conversation_as_it_was(served: Endpoi
     refused = served.chat(messages, max_tokens=10**6)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
     assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "exceeds the model's maximum context length" in refused.json()["error"]["message"]  # as litellm knows it
     talk.goes_on("Go on.")
 
 

@@ -10,6 +10,8 @@ from trimkv_cli.jobs.lines import BadLine
 from trimkv_cli.serve.worker import Busy, Closing
 
 RETRY_AFTER_S = 2
+# Words by which programs know that a history has to become shorter: litellm looks for them, not for the code.
+_TOO_LONG = "the requested token count exceeds the model's maximum context length"
 
 
 class ApiError(Exception):
@@ -45,6 +47,8 @@ class ApiError(Exception):
             return cls(500, f"{type(error).__name__}: {error}")
         param = limit_key if error.param == "max_tokens" else error.param
         message = f"{error.message} ({error.hint})" if error.hint else error.message
+        if isinstance(error, ContextOverflow):
+            message = f"{_TOO_LONG}: {message}"
         for kind, status, code in _STATUSES:
             if isinstance(error, kind):
                 headers = {"retry-after": str(RETRY_AFTER_S)} if status == 429 else {}
