@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.fake_engine import FakeText
 from helpers.serving import SAID, Endpoint, Scripted, endpoint
 from trimkv_cli.jobs.bodies import HARMLESS, IDLE, Body
 from trimkv_cli.jobs.lines import Rules
@@ -208,6 +209,26 @@ def test_nothing_is_passed_over_without_a_word(served: Endpoint) -> None:
         refused = strict.chat(stream=True, stream_options={"include_usag": True})
         assert refused.status_code == 400
         assert strict.chat(max_tokens=1, model="mini").status_code == 200
+
+
+def test_a_text_that_no_row_holds_is_not_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catch 16 MiB of text that become gigabytes of tokens before they are refused."""
+    lengths: list[int] = []
+    encode = FakeText.encode
+
+    def noted(text: FakeText, said: str, **more: Any) -> list[int]:
+        lengths.append(len(said))
+        return encode(text, said, **more)
+
+    monkeypatch.setattr(FakeText, "encode", noted)
+    with endpoint(lambda: Scripted(max_positions=100_000), max_body_bytes=1 << 24) as served:
+        refused = served.client.post("/v1/completions", json={"prompt": "a" * 10_000_000})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert sum(lengths) < 200_000
+        assert served.chat([{"role": "user", "content": "a" * 300_000}]).status_code == 400
+        assert max(lengths) < 100_000
+    with endpoint(lambda: Scripted(max_positions=400_000), max_body_bytes=1 << 24) as served:
+        assert served.chat([{"role": "user", "content": "a" * 300_000}], max_tokens=1).status_code == 200
 
 
 def test_what_is_not_there_is_told(served: Endpoint) -> None:

@@ -12,6 +12,10 @@ from trimkv_cli.jobs.lines import BadLine, Item, derive_seed
 from trimkv_cli.jobs.tool_formats import CallFormat
 from trimkv_cli.request import Request, SamplingParams, check_token_ids
 
+_LONG_TEXT = 1 << 18  # characters
+_PIECE = 1 << 16
+_BORDER_TOKENS = 16  # that a cut, and what begins and ends a text, may add to a piece
+
 
 class RenderedPrompt(Protocol):
     """Token ids, and where their system message ends."""
@@ -54,6 +58,22 @@ def make_requests(item: Item, text: Tokenizer | None) -> list[Request] | BadLine
     if not token_ids:
         return _bad(item, "the prompt holds no tokens")
     return _choices(replace(item, params=params), token_ids, prefix_len=prefix_len, shown=shown)
+
+
+def check_length(item: Item, text: Tokenizer, most: int) -> None:
+    """Raise when pieces of a long text have more than `most` tokens: at once it would take its hundredfold.
+
+    Raises:
+        ContextOverflow: they have.
+    """
+    said = item.prompt or "".join(str(message.get("content") or "") for message in item.messages or ())
+    if len(said) < _LONG_TEXT:
+        return
+    tokens = 0
+    for start in range(0, len(said), _PIECE):
+        tokens += len(text.encode(said[start : start + _PIECE])) - _BORDER_TOKENS
+        if tokens > most:
+            raise ContextOverflow(f"the prompt has more than {tokens} tokens, and there are {most} positions at most")
 
 
 def with_warnings(item: Item, text: Tokenizer | None) -> Item:

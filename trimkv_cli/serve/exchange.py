@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trimkv_cli.errors import TrimkvError
 from trimkv_cli.events import Answer, TokenEvent
 from trimkv_cli.jobs.lines import BadLine, Item
-from trimkv_cli.jobs.requests import call_params, definitions, fitted, make_requests
+from trimkv_cli.jobs.requests import call_params, check_length, definitions, fitted, make_requests
 from trimkv_cli.jobs.tool_calls import answer_message
 from trimkv_cli.request import Request
 from trimkv_cli.serve.errors import ApiError
@@ -154,6 +154,11 @@ class Exchange:
             self.mailbox.close(ApiError(503, "the answer is not read: too much of it waits", code="slow_client"))
 
     def _render(self) -> list[Request]:
+        try:
+            if self._text is not None:
+                check_length(self.item, self._text, self._worker.gauge.positions)
+        except TrimkvError as error:
+            raise ApiError.of(error) from error
         requests = make_requests(self.item, self._text)
         if isinstance(requests, BadLine):
             raise ApiError.of_line(requests)

@@ -79,6 +79,7 @@ class Gauge:
 
     loaded: bool = False
     rows: int = 0
+    positions: int = sys.maxsize  # that a prompt may take
     running: int = 0
     waiting: int = 0
     kept: int = 0
@@ -330,6 +331,7 @@ class Worker:
         if self._engine is None:
             self._engine = self._load()
             self._before.loads += 1
+            self.gauge.positions = self._engine.room(Request(id="none", prompt_token_ids=())) - 1
         return self._engine
 
     def _unload(self) -> None:
