@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import orjson
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -21,6 +22,10 @@ from helpers.programs import COMMAND, ENVIRONMENT
 from trimkv_cli.events import RunStats, TokenEvent
 from trimkv_cli.jobs.lines import Rules
 from trimkv_cli.jobs.records import Recorder
+from trimkv_cli.mini import MODEL_FOLDER
+from trimkv_cli.model.spec import ModelSpec, streaming_gate
+from trimkv_cli.plan.choices import PlanOptions
+from trimkv_cli.plan.plan import make_plan
 from trimkv_cli.serve.app import Trust, make_app
 from trimkv_cli.serve.completions import Completions
 from trimkv_cli.serve.histories import Histories
@@ -41,15 +46,20 @@ class Scripted(FakeEngine):
         self.stats = RunStats(
             prefill_tokens=0, decode_tokens=0, shared_prefix_tokens=0, steps=0, prefill_s=0, decode_s=0
         )
-        run = SimpleNamespace(total_bytes=0, kv_budget=64, prefill_chunk=512, form="none")
+        spec = ModelSpec.from_config(orjson.loads((MODEL_FOLDER / "config.json").read_bytes()))
+        plan = make_plan(spec, streaming_gate(), PlanOptions(kv_budget=64, max_inflight=max_rows))
         self.facts = SimpleNamespace(
             model_id="fake",
-            plan=SimpleNamespace(budget_bytes=None, run=run),
+            plan=plan,
+            gate=plan.run.gate,
+            weight_bytes=0,
+            gate_bytes=0,
             sampling_defaults={},
-            max_positions=5000,
+            max_positions=max_positions,
+            eos_token_ids=frozenset(),
+            notes=(),
             warnings=(),
         )
-        self.fingerprint = {"weights": "fake"}
         self.ran: list[str] = []
         self.aborted: list[str] = []
         self.closed = False
