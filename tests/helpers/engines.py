@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 
+from trimkv_cli.cache import retention_cache
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
-from trimkv_cli.engine import filters
+from trimkv_cli.engine import cuda, filters
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.sampler import Sampler
+from trimkv_cli.loading import assemble as assembling
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, ModelSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.request import Request, SamplingParams
+from trimkv_kernels import StepOperations, step_reference
 
 NO_PINS = Pins()
 
@@ -77,6 +81,22 @@ def make_engine(model: Any, shape: Shape, *, text: Any = None, pins: Pins = NO_P
     facts = EngineFacts.of(model, gates, plan=plan, model_id="tiny", eos_token_ids=shape.eos)
     how: dict[str, Any] = {"deterministic": shape.deterministic, "rebases": shape.rebases, "fast_path": fast_path}
     return assemble(model, list(gates), facts, text=text, kv_dtype=torch.float32, **how)
+
+
+@contextmanager
+def as_on_a_gpu(module: Any = step_reference) -> Iterator[None]:
+    """Let engines on the CPU decode as on a GPU: fused, by the operations of a module, over layers that lie alone."""
+
+    def make_decoder(*parts: Any, rows: int, **how: Any) -> cuda.Decoder:
+        decoder = cuda.make_decoder(*parts, **how, operations=StepOperations.of(module))
+        assert decoder is not None, "its form is not known"
+        return decoder
+
+    with (
+        mock.patch.object(retention_cache, "_make_pools", return_value={}),
+        mock.patch.object(assembling, "_make_decoder", make_decoder),
+    ):
+        yield
 
 
 def gate_tensors(gate: GateSpec, spec: ModelSpec) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +14,22 @@ from trimkv_cli.cache.attention import LongRope, RetentionView, Step
 from trimkv_cli.cache.releases import all_logits, forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.ahead import Ahead
-from trimkv_cli.engine.cpu import Decoder
 from trimkv_cli.engine.graphs import Forward, GraphedForward
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 from trimkv_cli.model.pins import Pins, PromptSpan
+
+
+class Decoder(Protocol):
+    """Decode without the modules of transformers, over one cache and in place."""
+
+    def step(
+        self, ids: Tensor, position: Tensor, *, dense: bool, shown: Tensor | None = None, spans: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Feed a token to each of the first B rows; return logits `[B, V]` and log_beta `[L, B, Hkv]`."""
+
+    def forget(self) -> None:
+        """Let go of where slots lie, before they move."""
 
 
 class ModelRunner:
@@ -234,11 +245,9 @@ class ModelRunner:
         if self._decoder is not None:
             self._rotate(long=batch.rows[0].long_rope)
             dense = held >= self.cache.kv_budget
-            shown = (
-                None if self.cache.rebase is None else self.cache.rebase.model_positions(position[:, None], None)[:, 0]
-            )
             fed = self._tensor(ids, torch.int64)
-            logits, log_beta = self._decoder.step(fed, position, dense=dense, shown=shown, spans=spans)
+            how: dict[str, Any] = {"dense": dense, "shown": self._shown(position), "spans": spans}
+            logits, log_beta = self._decoder.step(fed, position, **how)
             for layer, traced in enumerate(self.trace or ()):
                 traced.append(log_beta[layer, :, :, None])
         else:
@@ -266,6 +275,9 @@ class ModelRunner:
     def _forward_static(self, ids: Tensor, position: Tensor, count: int) -> Tensor:
         """Decode the first `count` rows over all their slots, whatever is in them, reading nothing on the host."""
         spans = self._spans(slice(count))  # a view: a graph reads what they are then
+        if self._decoder is not None:
+            fed, position = ids[:count], position[:count]
+            return self._decoder.step(fed, position, dense=False, shown=self._shown(position), spans=spans)[0]
         step = Step(positions=position[:count, None], rows=None, longest=sys.maxsize, shortest=0, spans=spans)
         return self._forward(ids[:count, None], step, long_rope=False)
 
@@ -288,6 +300,11 @@ class ModelRunner:
         """Return the positions `[B, T]` that the model sees."""
         positions = step.positions.clamp(min=0).long()
         return positions if self.cache.rebase is None else self.cache.rebase.model_positions(positions, step.rows)
+
+    def _shown(self, position: Tensor) -> Tensor | None:
+        """Return the positions `[B]` that the model sees in a decode, when they are others."""
+        rebase = self.cache.rebase
+        return None if rebase is None else rebase.model_positions(position[:, None], None)[:, 0]
 
     def _sample(self, logits: Tensor, places: Sequence[tuple[int, Row]]) -> list[tuple[Row, int]]:
         """Sample the rows of the batch that have a next token, each from its place in `logits`."""

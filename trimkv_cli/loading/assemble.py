@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +13,10 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.attention import LongRope, install
 from trimkv_cli.cache.rebase import make_rebase
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.cpu import make_decoder
+from trimkv_cli.engine import cpu, cuda
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.grammars import Grammars
-from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.model_runner import Decoder, ModelRunner
 from trimkv_cli.engine.row_files import make_fingerprint
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.scheduler import Scheduler, SchedulerOptions
@@ -40,9 +41,9 @@ def assemble(
 
     The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
     bounds rows × chunk of one prefill, by default one chunk. With `rebases` sequences may outgrow the model's
-    positions. `evicts` is false only to measure what eviction
-    costs: nothing that is generated then has a meaning. `fast_path` is false to decode on a CPU as elsewhere. A model
-    serves one engine at a time: closing it gives model and gates back as they were, for the next.
+    positions. `evicts` is false only to measure what eviction costs: nothing that is generated then has a meaning.
+    `fast_path` is false to decode with the modules of transformers. A model serves one engine at a time: closing it
+    gives model and gates back as they were, for the next.
     """
     plan, spec = facts.plan, facts.spec
     rows = DETERMINISTIC_ROWS if deterministic else plan.run.rows
@@ -86,7 +87,7 @@ def assemble(
             Sampler(rows, spec.vocab_size, model.device, grammars, None if text is None else text.think_tags),
             decode_rows=DETERMINISTIC_ROWS if deterministic else None,
             long_rope=LongRope(model, undo) if LongRope.used_by(model.config) else None,
-            decoder=make_decoder(model, gates, cache, rows=rows, sinks=facts.pins.sinks, evicts=evicts, undo=undo)
+            decoder=_make_decoder(model, gates, cache, rows=rows, sinks=facts.pins.sinks, evicts=evicts, undo=undo)
             if fast_path and not deterministic
             else None,
             pins=facts.pins,
@@ -105,3 +106,12 @@ def assemble(
     except BaseException:
         undo.close()
         raise
+
+
+def _make_decoder(
+    model: PreTrainedModel, gates: Sequence[nn.Module], cache: RetentionCache, *, rows: int, **how: Any
+) -> Decoder | None:
+    """Return what decodes faster than the modules of transformers on this device, if anything does."""
+    if model.device.type == "cpu":
+        return cpu.make_decoder(model, gates, cache, rows=rows, **how)
+    return cuda.make_decoder(model, gates, cache, **how)

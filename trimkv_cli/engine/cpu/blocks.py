@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from trimkv_cli.cache.releases import decoder_layers, frequencies, rotary_embedding
-from trimkv_cli.engine.cpu.packed import PackedLinear, lay_together, make_parts, multiply_int4, multiply_int8
-from trimkv_cli.model.families import SEQUENTIAL_FAMILIES
+from trimkv_cli.cache.releases import decoder_layers
+from trimkv_cli.engine.cpu.packed import PackedLinear, lay_together, multiply_int4, multiply_int8
+from trimkv_cli.engine.layers import Layer, NormParts, find_layers, is_plain, norm_parts
+from trimkv_cli.engine.together import one_bias, one_matrix
 
 _PIECE = 64  # outputs of a piece of a matrix
 _FEW = 3  # rows for which pieces are faster than the whole
@@ -25,9 +26,8 @@ class Projection:
     """Multiply by the weights of linear layers that read the same input: `[B, K]` → `[B, N]`, N over all of them."""
 
     def __init__(self, linears: Sequence[nn.Linear], undo: ExitStack) -> None:
-        self.weight = _lay_together(linears, undo)
-        biases: list[Tensor] = [linear.bias.detach() for linear in linears if "bias" in dict(linear.named_parameters())]
-        self.bias = torch.cat(biases) if biases else None
+        self.weight = one_matrix(linears, undo)
+        self.bias = one_bias(linears)
         outputs, inputs = self.weight.shape
         # A batch of pieces times one vector crosses memory two or three times as fast as MKL's product of the whole.
         self._pieces = self.weight.view(-1, _PIECE, inputs) if outputs % _PIECE == 0 else None
@@ -119,45 +119,25 @@ class Block:
 
 
 def make_blocks(model: PreTrainedModel, undo: ExitStack) -> list[Block] | None:
-    """Take the layers of a model apart, its weights views until `undo`; None when its form is not one known here."""
-    known = getattr(model.config, "model_type", None) in SEQUENTIAL_FAMILIES
-    layers: Any = decoder_layers(model)
-    linears = [module for module in layers.modules() if "Linear" in type(module).__name__]
-    plain = all(type(linear) in (ReorderedLinear, PackedLinear) or _is_plain(linear) for linear in linears)
-    if not (known and plain) or getattr(model.config, "final_logit_softcapping", None) is not None:
-        return None
-    try:
-        kinds = {_rotation(layer.self_attn) for layer in layers}
-        sizes = {2 * frequencies(rotary_embedding(model), kind)[0].numel() for kind in kinds}
-        return [_make_block(layer, undo) for layer in layers] if sizes == {_head_dim(layers[0].self_attn)} else None
-    except AttributeError:  # a release with other names: transformers' own forward serves it
-        return None
+    """Lay the layers of a model out, its weights views until `undo`; None when its form is not one known here."""
+    layers = find_layers(model, lambda linear: type(linear) in (ReorderedLinear, PackedLinear) or is_plain(linear))
+    return None if layers is None else [_make_block(layer, undo) for layer in layers]
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Tell a linear layer whose weight holds numbers, and nothing of a library that quantised it."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
-
-
-def _make_block(layer: Any, undo: ExitStack) -> Block:
-    attention, mlp = layer.self_attn, layer.mlp
-    fused = hasattr(attention, "qkv_proj")  # Phi-3
-    qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
-    four = hasattr(layer, "pre_feedforward_layernorm")  # Gemma: what is added has norms as well
+def _make_block(layer: Layer, undo: ExitStack) -> Block:
     return Block(
-        attention_norm=make_norm(layer.input_layernorm),
-        qkv=project(qkv, undo),
-        head_norm=_head_norm(attention),
-        rotation=_rotation(attention),
-        out=project([attention.o_proj], undo),
-        out_norm=make_norm(layer.post_attention_layernorm) if four else None,
-        mlp_norm=make_norm(layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm),
-        gate_up=project(gate_up, undo),
-        down=project([mlp.down_proj], undo),
-        down_norm=make_norm(layer.post_feedforward_layernorm) if four else None,
-        activation=_plain(mlp.activation_fn if fused else mlp.act_fn),
-        scale=attention.scaling,
+        attention_norm=_norm(layer.attention_norm),
+        qkv=project(layer.qkv, undo),
+        head_norm=_head_norm(layer),
+        rotation=layer.rotation,
+        out=project([layer.out], undo),
+        out_norm=None if layer.out_norm is None else _norm(layer.out_norm),
+        mlp_norm=_norm(layer.mlp_norm),
+        gate_up=project(layer.gate_up, undo),
+        down=project([layer.down], undo),
+        down_norm=None if layer.down_norm is None else _norm(layer.down_norm),
+        activation=_plain(layer.activation),
+        scale=layer.scale,
     )
 
 
@@ -168,42 +148,19 @@ def _plain(activation: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def make_norm(module: Any) -> Norm:
     """Return the norm of a module of transformers."""
-    return Norm(*_norm_of(module))
+    return _norm(norm_parts(module))
 
 
-def _norm_of(module: Any) -> tuple[Tensor, float]:
-    weight: Tensor = module.weight.detach()
-    return (1 + weight, module.eps) if "Gemma" in type(module).__name__ else (weight, module.variance_epsilon)
+def _norm(parts: NormParts) -> Norm:
+    return Norm(parts.weight + parts.offset, parts.eps)
 
 
-def _rotation(attention: Any) -> str | None:
-    """Return the kind of a layer where each kind rotates in its own way."""
-    kind: str | None = getattr(attention, "layer_type", None)
-    return kind if attention.config.model_type == "gemma3_text" else None
-
-
-def _head_norm(attention: Any) -> Norm | None:
-    if not hasattr(attention, "q_norm"):
+def _head_norm(layer: Layer) -> Norm | None:
+    if layer.query_norm is None or layer.key_norm is None:
         return None
-    config, dim = attention.config, _head_dim(attention)
-    (query, eps), (key, _) = _norm_of(attention.q_norm), _norm_of(attention.k_norm)
-    heads = query.expand(config.num_attention_heads, dim), key.expand(config.num_key_value_heads, dim)
-    return Norm(torch.cat(heads), eps)
-
-
-def _head_dim(attention: Any) -> int:
-    dim: int = attention.head_dim
-    return dim
-
-
-def _lay_together(linears: Sequence[nn.Linear], undo: ExitStack) -> Tensor:
-    """Return the weights as one matrix `[N, K]`, of which each layer's own is a part until `undo`."""
-    weights = [linear.weight for linear in linears]
-    if len(weights) == 1 and weights[0].is_contiguous():
-        return weights[0].detach()
-    matrix = torch.cat([weight.detach() for weight in weights])
-    make_parts(weights, torch.split(matrix, [len(weight) for weight in weights]), undo)
-    return matrix
+    query, key = layer.query_norm.weight, layer.key_norm.weight
+    heads = query.expand(layer.num_heads, layer.head_dim), key.expand(layer.num_kv_heads, layer.head_dim)
+    return Norm(torch.cat(heads) + layer.query_norm.offset, layer.query_norm.eps)
 
 
 WORTH_PACKING = 4  # rows
@@ -240,7 +197,7 @@ def pack(model: PreTrainedModel, undo: ExitStack) -> None:
     """Pack the decoder layers of a model, until `undo`."""
     layers: Any = decoder_layers(model)
     # One layer after the other, so that only one matrix is there twice.
-    for name in [name for name, module in layers.named_modules() if _is_plain(module)]:
+    for name in [name for name, module in layers.named_modules() if is_plain(module)]:
         layers.set_submodule(name, ReorderedLinear(layers.get_submodule(name)))
         undo.callback(_unpack, layers, name)
 

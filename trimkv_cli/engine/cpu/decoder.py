@@ -12,13 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from trimkv_cli.cache.gates import FullGate, KeydiffGate, MlpGate, StreamingGate
 from trimkv_cli.cache.releases import frequencies
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.cache.retention_gate import RetentionGate
 from trimkv_cli.engine.cpu.blocks import (
     WORTH_WAKING,
     Block,
@@ -30,8 +27,8 @@ from trimkv_cli.engine.cpu.blocks import (
     project,
 )
 from trimkv_cli.engine.cpu.graphs import Graphs
-from trimkv_cli.engine.cpu.packed import make_parts
 from trimkv_cli.engine.devices import on_threads, tidy_heap
+from trimkv_cli.engine.together import GatesTogether
 
 _NO_MASK = torch.empty(0)
 
@@ -179,45 +176,3 @@ def _project(
         rotated = block.head_norm(rotated)
     rotated = torch.addcmul(rotated * cos, rotated.roll(cos.shape[-1] // 2, dims=-1), sin)
     return rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:], value
-
-
-class GatesTogether:
-    """Score one token per row in every layer: what gates read `[L, B, input]` → log_beta `[L, B, Hkv]`, float32."""
-
-    def __init__(self, gates: Sequence[nn.Module], undo: ExitStack) -> None:
-        self._gates: list[Any] = list(gates)
-        self.read_kv = any(isinstance(gate, RetentionGate) and gate.reads_kv for gate in gates)
-        self._constant = all(isinstance(gate, StreamingGate | KeydiffGate | FullGate) for gate in gates)
-        # Gates of two linear layers are stacked; the third of rg10 is one tensor for all layers and stays as it is.
-        self._stacked = all(isinstance(gate, MlpGate) and gate.linear3 is None for gate in gates)
-        if self._stacked:
-            self._activation = self._gates[0].activation
-            self._weight1 = self._stack("linear1", "weight", undo)
-            self._bias1 = self._stack("linear1", "bias", undo)[:, None]
-            self._weight2 = self._stack("linear2", "weight", undo)
-            self._bias = torch.stack([gate.bias.detach() for gate in self._gates])[:, None]
-
-    def __call__(self, hidden: Tensor, position: Tensor) -> Tensor:
-        if self._constant:
-            same: Tensor = self._gates[0](hidden[0][:, None], position[:, None])[:, 0]
-            return same.expand(len(hidden), -1, -1)
-        if not self._stacked:
-            each = zip(self._gates, hidden, strict=True)
-            return torch.stack([gate(states[:, None], position[:, None])[:, 0] for gate, states in each])
-        inner = self._activation(_products(hidden, self._weight1) + self._bias1)
-        logits = _products(inner, self._weight2).float() + self._bias
-        return -functional.softplus(-logits)
-
-    def _stack(self, layer: str, name: str, undo: ExitStack) -> Tensor:
-        """Return one tensor `[L, …]`, of which each gate's own is a part until `undo`."""
-        own = [getattr(getattr(gate, layer), name) for gate in self._gates]
-        stacked = torch.stack([parameter.detach() for parameter in own])
-        make_parts(own, stacked, undo)
-        return stacked
-
-
-def _products(x: Tensor, weights: Tensor) -> Tensor:
-    """Multiply `[L, B, K]` by `[L, N, K]`, layer by layer."""
-    if x.shape[1] == 1:  # the wide side first: a batch of one vector each is what MKL is fast at
-        return torch.bmm(weights, x.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(x, weights.transpose(1, 2))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trimkv_cli.engine.together import make_parts
 from trimkv_cli.model.packing import GROUP, INT8_TOKENS, Packed
 
 _MIDDLE = 8  # the code of four bits that stands for a zero point
@@ -285,17 +286,6 @@ def lay_together(linears: Sequence[PackedLinear], undo: ExitStack) -> tuple[Tens
     make_parts(weights, torch.split(weight, sizes), undo)
     make_parts(scales, torch.split(scale, sizes, dim=by), undo)
     return weight, scale
-
-
-def make_parts(parameters: Iterable[Tensor], parts: Iterable[Tensor], undo: ExitStack) -> None:
-    """Let parameters lie where equal parts of one tensor do, and alone again after `undo`."""
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.data = part
-        undo.callback(_lie_alone, parameter)
-
-
-def _lie_alone(parameter: Tensor) -> None:
-    parameter.data = parameter.data.clone()
 
 
 _SIZE = 1536  # of the matrix that is measured with
