@@ -299,8 +299,20 @@ def test_graphs_keep_logits_and_two_workspaces(capability: tuple[int, int] | Non
     for rows, captured in ((1, 1), (6, 1 + 2 + 4 + 6), (64, 127)):
         asked = PlanOptions(device="cuda", machine=machine, max_inflight=rows, dtype="bf16")
         logits = captured * SPEC.vocab_size * 2
-        assert make_plan(SPEC, GATE, asked).run.part_bytes("graphs") == 64 * 2**20 + logits + 2 * workspace
+        through = rows * 6 * (256 + 2 * 2 * 32) * 2  # hidden states, keys and values of all layers
+        planned = make_plan(SPEC, GATE, asked).run.part_bytes("graphs")
+        assert planned == 64 * 2**20 + logits + through + 2 * workspace
     assert make_plan(SPEC, GATE, PlanOptions()).run.part_bytes("graphs") == 0
+
+
+@pytest.mark.parametrize(("family", "matrices"), [("qwen3", 2), ("phi3", 0), ("olmo2", 0)])
+def test_matrices_that_become_one_are_there_twice_before_a_gpu_decodes(family: str, matrices: int) -> None:
+    """Catches a model that runs within its budget and cannot be loaded within it."""
+    wide = replace(SPEC, model_type=family, hidden_size=5120, intermediate_size=51_200)
+    run = make_plan(wide, full_gate(), PlanOptions(device="cuda", dtype="bf16", kv_budget=9)).run
+    steps = sum(run.part_bytes(name) for name in ("workspace", "logits", "graphs"))
+    assert run.part_bytes("loading") == max(0, matrices * 5120 * 51_200 * 2 - steps)
+    assert steps < 2 * 5120 * 51_200 * 2
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])

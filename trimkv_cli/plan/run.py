@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trimkv_cli.model.families import SEQUENTIAL_FAMILIES
 from trimkv_cli.model.machine import MIB, Machine
 from trimkv_cli.model.packing import Packing
 from trimkv_cli.model.pins import Pins
@@ -106,7 +107,9 @@ class Run:
             Part("graphs", _graph_bytes(self)),
         ]
         weights, *others = (part.bytes for part in parts)
-        loading = _loading_bytes(self, later=sum(others))
+        steps = ("workspace", "logits", "graphs")
+        joining = _joining_bytes(self) - sum(part.bytes for part in parts if part.name in steps)
+        loading = max(_loading_bytes(self, later=sum(others)), joining)
         parts.append(Part("loading", max(loading, _built_bytes(self) - weights - sum(others))))
         if self.counts_runtime:
             parts.append(Part("slack", _slack_bytes(sum(part.bytes for part in parts), self.device)))
@@ -232,7 +235,16 @@ def _graph_bytes(run: Run) -> int:
     logits = sum(sizes) * run.spec.vocab_size * run.dtype_bytes
     capability = run.machine.cuda_capability
     workspace = _HOPPER_BLAS_BYTES if capability is None or capability[0] == _HOPPER else _BLAS_BYTES
-    return _GRAPH_BYTES + logits + _STREAMS * workspace
+    return _GRAPH_BYTES + logits + _STREAMS * workspace + _kept_through_bytes(run)
+
+
+def _kept_through_bytes(run: Run) -> int:
+    """Count what a step keeps from layer to layer until gates and eviction of all come: hidden states, keys, values."""
+    spec = run.spec
+    if spec.model_type not in SEQUENTIAL_FAMILIES:
+        return 0
+    each = spec.hidden_size + 2 * spec.num_kv_heads * spec.head_dim
+    return run.rows * spec.num_kv_layers * each * run.dtype_bytes
 
 
 def _slack_bytes(allocated: int, device: str) -> int:
@@ -268,6 +280,18 @@ def _loading_bytes(run: Run, *, later: int) -> int:
     if stored_so is not None and not stored_so.streams:
         transit += stored_so.stored_bytes  # mapped while it is copied
     return max(0, transit - later)
+
+
+def _joining_bytes(run: Run) -> int:
+    """Count what becomes one tensor before a GPU decodes, and is there twice meanwhile, beside the cache."""
+    spec = run.spec
+    if run.device != "cuda" or run.form != "none" or spec.model_type not in SEQUENTIAL_FAMILIES:
+        return 0
+    outputs = [rows for rows, _ in spec.matrices]
+    if spec.model_type == "phi3":  # whose matrices are one as they are
+        outputs = []
+    matrix = max(sum(outputs[:3]), sum(outputs[4:6])) * spec.hidden_size * run.dtype_bytes
+    return max(matrix, gate_bytes(spec, run.gate, run.dtype))
 
 
 def _reordered_bytes(run: Run) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from bench.gpu_stages.stage import Check, Evidence, Setting
-from helpers.engines import Shape, greedy, make_engine, run
+from helpers.engines import Shape, as_on_a_gpu, greedy, make_engine, run
 from helpers.tiny_models import make_model
+from trimkv_cli.engine.cuda import Decoder
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.row_files import read_row, write_row
 from trimkv_cli.loading.loader import load_engine
@@ -72,10 +73,11 @@ def full_budget(setting: Setting) -> Iterator[Evidence]:
         want = [_generate(plain, prompt, 16) for prompt in prompts]
         for way in WAYS:
             with _closing(_engine(setting.device, way, Shape(rows=3, prefill_chunk=16), family)) as engine:
+                fused = isinstance(engine._runner._decoder, Decoder)
                 got = run(engine, [greedy(str(n), prompt, 16) for n, prompt in enumerate(prompts)])
             equal = sum(got[str(n)] == ids for n, ids in enumerate(want))
-            facts = {"equal": equal, "of": len(want)}
-            yield Evidence(check=f"full budget {family}, {way}", ok=equal == len(want), facts=facts)
+            facts = {"equal": equal, "of": len(want), "fused": fused}
+            yield Evidence(check=f"full budget {family}, {way}", ok=fused and equal == len(want), facts=facts)
 
 
 def _generate(model: Any, prompt: Sequence[int], count: int) -> list[int]:
@@ -123,8 +125,9 @@ def _closing(engine: Engine) -> Iterator[Engine]:
 
 
 def _engine(device: torch.device, way: Way, shape: Shape, family: str) -> Engine:
-    """Return an engine around a tiny model; what `assemble` chooses decides how a GPU runs ahead."""
-    engine = make_engine(make_model(family).to(device), shape)
+    """Return an engine around a tiny model that decodes as on a GPU, there as `assemble` chooses."""
+    with as_on_a_gpu() if device.type == "cpu" else nullcontext():
+        engine = make_engine(make_model(family).to(device), shape)
     if way == "in step":
         engine._runner._ahead = None
     elif device.type == "cpu":

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from bench.gpu_stages.stage import Check, Evidence, Setting
-from trimkv_kernels import Journal, Operations, Slots, operations_for, reference
+from trimkv_kernels import (
+    Journal,
+    Operations,
+    Slots,
+    StepOperations,
+    operations_for,
+    reference,
+    step_operations_for,
+    step_reference,
+)
+from trimkv_kernels.step_reference import LayerTable, Norm
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of an output vector's length: what rounding the weights and the result to this dtype may come to.
@@ -165,6 +175,75 @@ def compare(operations: Operations, shape: Shape, device: torch.device) -> Itera
                              f"{'' if shape.window is None else ' window'}", ok=ok, facts=facts)  # fmt: skip
 
 
+def compare_steps(run: StepOperations, shape: Shape, device: torch.device) -> Iterator[Evidence]:
+    """Run what stands between the products of a whole step once, in two layers, and its reference beside it."""
+    plain = StepOperations.of(step_reference)
+    inputs = make_inputs(shape, device)
+    got, after = _step(run, inputs, shape)
+    want, expected = _step(plain, inputs, shape)
+    # Of another's rounding, as often as something is rounded on the way.
+    worst = {name: _worst(got[name], value) for name, value in want.items()}
+    same = all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(after, expected, strict=True))
+    changed = int((after[3] != inputs.slots.position).sum())
+    ok = same and changed > 0 and all(error <= TOLERANCE[shape.dtype] for error in worst.values())
+    facts = {"errors": worst, "slots_equal": same, "slots_changed": changed, **asdict(shape)}
+    yield Evidence(check=f"step {shape.dtype} rows {shape.rows} M {shape.slots} D {shape.head_dim}"
+                         f"{'' if shape.window is None else ' window'}", ok=ok, facts=facts)  # fmt: skip
+
+
+def _worst(got: Tensor, want: Tensor) -> float:
+    rows = got.double().flatten(1), want.double().flatten(1)
+    return float(((rows[0] - rows[1]).norm(dim=-1) / rows[1].norm(dim=-1)).max().item())
+
+
+def _step(run: StepOperations, inputs: Inputs, shape: Shape) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return what each operation makes of the first token of those rows that have one, and the last layer's slots."""
+    layers = []
+    for _ in range(2):
+        slots = Slots(*(tensor.clone() for tensor in inputs.slots))
+        layers.append((slots, Journal.beside(slots)))
+    fed = max(1, shape.rows - 1)
+    position, dtype = inputs.positions[:, 0].contiguous(), inputs.query.dtype
+    query, key, value = (each[:, :, 0].flatten(1) for each in (inputs.query, inputs.key, inputs.value))
+    qkv, width = torch.cat([query, key, value], dim=1), query.shape[1]
+    wide, narrow = (
+        Norm(torch.linspace(0.5, 1.5, size, device=query.device).to(dtype), 1e-6, 1.0)
+        for size in (width, shape.head_dim)
+    )
+    stream = query.clone()
+    made = {"norm": run.add_norm(stream, query.flip(1).contiguous(), wide, before=wide), "stream": stream}
+    angles = position.float()[:, None] / torch.arange(1, shape.head_dim // 2 + 1, device=query.device)
+    cos, sin = torch.cat((angles.cos(),) * 2, dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    keys, values = (query.new_empty(2, shape.rows, shape.num_kv_heads, shape.head_dim) for _ in range(2))
+    lowest = torch.empty(2, shape.rows, shape.num_kv_heads, device=query.device)
+    loser = lowest.int()
+    for layer, (slots, _) in enumerate(layers):
+        new = {"key": keys[layer], "value": values[layer], "query_norm": narrow, "key_norm": narrow}
+        turned = run.rotate(qkv, cos, sin, **new)
+        given = inputs.query[:, :, 0], inputs.key[:, :, 0], inputs.value[:, :, 0]
+        found = {"lowest": lowest[layer], "loser": loser[layer]}
+        how: dict[str, Any] = {"scale": shape.head_dim**-0.5, "window": shape.window, **found}
+        made["attended"] = run.attend(*given, position, slots, **how)
+    made |= {"query": turned, "key": keys[1].clone(), "value": values[1].clone()}
+    made |= {"active": run.activate(qkv, "silu"), "active too": run.activate(qkv, "gelu_tanh")}
+    for new, given in ((keys, inputs.key), (values, inputs.value)):  # exactly the same for both to evict with
+        new.copy_(given[:, :, 0])
+    log_beta = inputs.log_beta[:, :, 0].expand(2, -1, -1)
+    run.evict(keys, values, log_beta, position, LayerTable.of(layers), lowest=lowest, loser=loser)
+    return {name: tensor[:fed] for name, tensor in made.items()}, [
+        *layers[1][0],
+        *(each[:fed] for each in layers[1][1]),
+    ]
+
+
+def steps(setting: Setting) -> Iterator[Evidence]:
+    """Compare a whole step's operations at every shape."""
+    chosen = step_operations_for(setting.device)
+    yield Evidence(check="a step has its own kernels", ok=(chosen is not None) == setting.on_gpu, facts={})
+    for shape in shapes(setting):
+        yield from compare_steps(chosen or StepOperations.of(step_reference), shape, setting.device)
+
+
 def operations(setting: Setting) -> Iterator[Evidence]:
     """Compare what this device gets, at every shape."""
     chosen = operations_for(setting.device)
@@ -187,16 +266,18 @@ def interpreted(setting: Setting) -> Iterator[Evidence]:
 
 def _interpret() -> int:
     """Compare Triton's operations in the interpreter, on the CPU."""
+    from trimkv_kernels import step
     from trimkv_kernels.decode import decode as triton_decode
     from trimkv_kernels.prefill import prefill as triton_prefill
 
     shape = Shape(rows=2, num_kv_heads=1, groups=2, head_dim=16, slots=9, fill=5, chunk=3, dtype="fp32")
     found = list(compare(Operations(triton_decode, triton_prefill), shape, torch.device("cpu")))
+    found += compare_steps(StepOperations.of(step), shape, torch.device("cpu"))
     print(*found, sep="\n")
-    return int(len(found) < 2 or any(not one.ok for one in found))
+    return int(len(found) < 3 or any(not one.ok for one in found))
 
 
-CHECKS: tuple[Check, ...] = (operations, interpreted)
+CHECKS: tuple[Check, ...] = (operations, steps, interpreted)
 
 if __name__ == "__main__":
     sys.exit(_interpret())
