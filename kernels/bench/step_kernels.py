@@ -23,7 +23,7 @@ from bench.record import write_record
 from trimkv_cli.cache.gates import MlpGate
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.cuda import make_decoder
-from trimkv_kernels import StepOperations, decode, step
+from trimkv_kernels import StepOperations
 
 SLOTS = 1024
 _META = torch.device("meta")
@@ -61,6 +61,8 @@ def counted(form: str, *, rows: int) -> dict[str, Any]:
 
 def names_of_step(form: str, *, layers: int, rows: int) -> list[str]:
     """Return the names of all kernels of a decode step, in their order."""
+    from trimkv_kernels import step
+
     config = AutoConfig.for_model(
         form, **FORMS[form], num_key_value_heads=KV_HEADS[form], num_hidden_layers=layers, vocab_size=32_768
     )
@@ -93,6 +95,8 @@ def names_of_step(form: str, *, layers: int, rows: int) -> list[str]:
 @contextmanager
 def recorded() -> Iterator[list[str]]:
     """Collect the names of kernels; those of Triton do not run."""
+    from trimkv_kernels import decode, step
+
     names: list[str] = []
     with ExitStack() as patches:
         for module, kernels in ((decode, ("_scan", "_merge")), (step, ("_add_norm", "_rotate", "_activate", "_evict"))):

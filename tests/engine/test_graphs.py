@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.engines import Shape, greedy, make_engine, run
+from helpers.engines import Shape, as_on_a_gpu, greedy, make_engine, run
 from trimkv_cli.commands.answers import say_warnings
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.model_runner import ModelRunner
@@ -115,9 +115,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return state
 
 
-def graphed(model: Any, shape: Shape = SHAPE) -> Engine:
+def graphed(model: Any, shape: Shape = SHAPE, *, fast_path: bool = False) -> Engine:
     """Return an engine that decodes as on a GPU."""
-    engine = make_engine(model, shape, fast_path=False)
+    engine = make_engine(model, shape, fast_path=fast_path)
     runner, device = engine._runner, engine._runner.device
     runner.device = torch.device("cuda")
     runner.run_ahead(shape.eos)
@@ -162,6 +162,22 @@ def test_nothing_of_a_closed_engine_lives(gpu: Gpu, tiny_model: TinyModel) -> No
         assert (parts[0](), slots()) == (None, None)
     finally:
         gc.enable()
+
+
+def test_fused_steps_are_captured(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches a graph of the modules where there is a decoder, and one that reads slots from before a resize."""
+    requests = asked()
+    results = []
+    for fused in (False, True):
+        with as_on_a_gpu() if fused else nullcontext():
+            engine = graphed(tiny_model("gemma3"), fast_path=fused)
+        said = [run(engine, requests)]
+        engine.resize(12)
+        said.append(run(engine, requests))
+        assert (len(gpu.alive) > 0, engine._runner._decoder is not None) == (True, fused)
+        results.append(said)
+        engine.close()
+    assert results[1] == results[0]
 
 
 def test_slots_that_lie_elsewhere_are_captured_anew(gpu: Gpu, tiny_model: TinyModel) -> None:

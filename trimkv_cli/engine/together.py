@@ -42,9 +42,13 @@ def one_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
 
 
 class GatesTogether:
-    """Score one token per row in every layer: what gates read `[L, B, input]` → log_beta `[L, B, Hkv]`, float32."""
+    """Score one token per row in every layer: what gates read `[L, B, input]` → log_beta `[L, B, Hkv]`, float32.
 
-    def __init__(self, gates: Sequence[nn.Module], undo: ExitStack) -> None:
+    Gates that are neither constant nor of two linear layers are called one after the other, or, where operations cost
+    more than what they compute, `at_once`.
+    """
+
+    def __init__(self, gates: Sequence[nn.Module], undo: ExitStack, *, at_once: bool = False) -> None:
         self._gates: list[Any] = list(gates)
         self.read_kv = any(isinstance(gate, RetentionGate) and gate.reads_kv for gate in gates)
         self._constant = all(isinstance(gate, StreamingGate | KeydiffGate | FullGate) for gate in gates)
@@ -56,11 +60,15 @@ class GatesTogether:
             self._bias1 = self._stack("linear1", "bias", undo)[:, None]
             self._weight2 = self._stack("linear2", "weight", undo)
             self._bias = torch.stack([gate.bias.detach() for gate in self._gates])[:, None]
+        alike = len({type(gate) for gate in gates}) == 1 and not (self._constant or self._stacked)
+        self._states = self._all_states(undo) if at_once and alike else None
 
     def __call__(self, hidden: Tensor, position: Tensor) -> Tensor:
         if self._constant:
             same: Tensor = self._gates[0](hidden[0][:, None], position[:, None])[:, 0]
             return same.expand(len(hidden), -1, -1)
+        if self._states is not None:
+            return self._at_once(self._states, hidden, position)
         if not self._stacked:
             each = zip(self._gates, hidden, strict=True)
             return torch.stack([gate(states[:, None], position[:, None])[:, 0] for gate, states in each])
@@ -68,12 +76,31 @@ class GatesTogether:
         logits = _products(inner, self._weight2).float() + self._bias
         return -functional.softplus(-logits)
 
+    def _at_once(self, all_states: dict[str, Tensor], hidden: Tensor, position: Tensor) -> Tensor:
+        """Call one gate with the tensors of all as another dimension of every operation."""
+
+        def call(states: dict[str, Tensor], read: Tensor) -> Tensor:
+            scored: Tensor = torch.func.functional_call(self._gates[0], states, (read[:, None], position[:, None]))
+            return scored[:, 0]
+
+        log_beta: Tensor = torch.func.vmap(call)(all_states, hidden)
+        return log_beta
+
+    def _all_states(self, undo: ExitStack) -> dict[str, Tensor]:
+        """Return each parameter and buffer of all gates as one tensor `[L, …]`, of which their own are parts."""
+        named = [{**dict(gate.named_parameters()), **dict(gate.named_buffers())} for gate in self._gates]
+        return {name: _stacked([own[name] for own in named], undo) for name in named[0]}
+
     def _stack(self, layer: str, name: str, undo: ExitStack) -> Tensor:
         """Return one tensor `[L, …]`, of which each gate's own is a part until `undo`."""
-        own = [getattr(getattr(gate, layer), name) for gate in self._gates]
-        stacked = torch.stack([parameter.detach() for parameter in own])
-        make_parts(own, stacked, undo)
-        return stacked
+        return _stacked([getattr(getattr(gate, layer), name) for gate in self._gates], undo)
+
+
+def _stacked(own: list[Tensor], undo: ExitStack) -> Tensor:
+    """Return one tensor `[L, …]`, of which each of those given is a part until `undo`."""
+    together = torch.stack([tensor.detach() for tensor in own])
+    make_parts(own, together, undo)
+    return together
 
 
 def _products(x: Tensor, weights: Tensor) -> Tensor:

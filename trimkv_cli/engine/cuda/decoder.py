@@ -65,7 +65,7 @@ class Decoder:
     ) -> None:
         decoder: Any = model.get_decoder()
         self._blocks = blocks
-        self._gates = GatesTogether(gates, undo)
+        self._gates = GatesTogether(gates, undo, at_once=True)
         self._cache = cache
         self._operations = operations
         self._sinks = sinks  # the first tokens of a sequence, which are pinned
