@@ -40,7 +40,7 @@ def answer(engine: Engine, stream: BinaryIO, *, moves: bool, tokens: int) -> tup
             meter.generated += len(event.token_ids)
         before = time.perf_counter()
         if meter.due:
-            meter.draw(read=engine.stats.prefill_tokens, to_read=3)
+            meter.draw((engine.stats.prefill_tokens, 3))
         line_s += time.perf_counter() - before
     view.close()
     return time.perf_counter() - started, line_s

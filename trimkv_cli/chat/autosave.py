@@ -9,8 +9,8 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from trimkv_cli.chat.conversation import Conversation
 from trimkv_cli.chat.store import SessionStore, Transcript
+from trimkv_cli.chat.talk import Talk
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.request import SamplingParams
 
@@ -36,7 +36,7 @@ class Autosave:
         self._created = 0.0
         self._lock: BaseFileLock | None = None
 
-    def save(self, conversation: Conversation) -> None:
+    def save(self, conversation: Talk) -> None:
         """Keep the state after the newest turn, and the transcript.
 
         Raises:
@@ -48,7 +48,7 @@ class Autosave:
         conversation.save_state()
         self.write(conversation)
 
-    def write(self, conversation: Conversation) -> None:
+    def write(self, conversation: Talk) -> None:
         """Write the transcript alone: turns were taken back, or settings changed.
 
         Raises:
@@ -57,11 +57,10 @@ class Autosave:
         """
         if self.name is None:
             return
-        llm = conversation.llm
         transcript = Transcript(
             name=self.name,
-            model=llm.facts.model_id,
-            fingerprint=llm.fingerprint,
+            model=conversation.model_id,
+            fingerprint=conversation.fingerprint,
             system=conversation.system,
             think=conversation.think,
             sampling=asdict(conversation.params),
@@ -73,7 +72,7 @@ class Autosave:
         )
         self.store.write(transcript)
 
-    def save_as(self, name: str, conversation: Conversation) -> None:
+    def save_as(self, name: str, conversation: Talk) -> None:
         """Give the conversation a name of its own: a stored session is renamed, another one stored.
 
         Raises:
@@ -90,7 +89,7 @@ class Autosave:
                 conversation.snapshots.open(self.store.path(name), conversation.snapshots.files)
         self.write(conversation)
 
-    def fork(self, name: str | None, conversation: Conversation) -> str:
+    def fork(self, name: str | None, conversation: Talk) -> str:
         """Go on in a copy, and leave the session as it is; returns the copy's name.
 
         Raises:
@@ -105,7 +104,7 @@ class Autosave:
             conversation.snapshots.open(self.store.path(copy), conversation.snapshots.files)
         return copy
 
-    def open(self, name: str, conversation: Conversation) -> str | None:
+    def open(self, name: str, conversation: Talk) -> str | None:
         """Go on with a stored session; returns why its turns have to be read again, or None.
 
         Raises:
@@ -134,7 +133,7 @@ class Autosave:
         """Let other processes have the session."""
         self._let_go()
 
-    def _create(self, name: str | None, conversation: Conversation) -> None:
+    def _create(self, name: str | None, conversation: Talk) -> None:
         name = self.store.create(name)
         self._take(name)
         self._created = time.time()
@@ -166,7 +165,7 @@ def params_of(transcript: Transcript) -> SamplingParams:
         raise InputError(f"session {transcript.name}: {error}", hint="it was made by another version") from None
 
 
-def _why_not(conversation: Conversation, transcript: Transcript) -> str | None:
+def _why_not(conversation: Talk, transcript: Transcript) -> str | None:
     conversation.load(transcript.turns)
     if conversation.must_reread:
         return conversation.why_lost or "its cache was not saved"

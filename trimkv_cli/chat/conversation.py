@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trimkv_cli.chat.snapshots import Snapshots
-from trimkv_cli.chat.turns import Turn, seed_of, to_messages
+from trimkv_cli.chat.talk import Asked, Held, Steps
+from trimkv_cli.chat.turns import Turn, seed_of, take_back, to_messages
 from trimkv_cli.errors import CacheMismatch, InputError, TrimkvError, UnsupportedModel, UsageError
 from trimkv_cli.events import Answer, RequestStats, TokenEvent
 from trimkv_cli.request import Request, SamplingParams
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
     from trimkv_cli.engine.row_files import RowState
     from trimkv_cli.engine.text import Detokenizer, Text
-
-Steps = Iterator[Sequence[TokenEvent]]
-Asked = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +54,30 @@ class Conversation:
         self.turns: list[Turn] = []
         self.snapshots = Snapshots(undo_depth, model_id=llm.facts.model_id, fingerprint=llm.fingerprint)
         self.why_lost: str | None = None  # why the state after the last turn could not be read, where there was one
-        self.tokens_to_read = 0
         self._row: str | None = None
         self._last_token: int | None = None
         self._ids = 0
+        self._to_read = self._read_before = 0
         self._stats: dict[int, RequestStats] = {}  # turns behind it → what the last of them cost
+
+    @property
+    def model_id(self) -> str:
+        return self.llm.facts.model_id
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        return self.llm.fingerprint
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """Say in words what answers."""
+        facts = self.llm.facts
+        return {
+            "model": facts.model_id,
+            "gates": facts.gate.id,
+            "kv_budget": f"{facts.plan.run.kv_budget} slots per head",
+            "positions": f"{facts.max_positions:,}",
+        }
 
     @property
     def row(self) -> str | None:
@@ -82,13 +99,31 @@ class Conversation:
         return self.llm.kept.seen(self._row) if self._row is not None else 0
 
     @property
+    def held(self) -> Held:
+        """Say what the row holds, and what memory the process takes."""
+        llm, row = self.llm, self._row
+        return Held(
+            kept=llm.kept.per_head(row) if row is not None else 0,
+            seen=self.seen,
+            slots=llm.facts.plan.run.kv_budget,
+            horizon=llm.kept.horizon(row)[0] if row is not None else None,
+            budget_bytes=llm.facts.plan.budget_bytes,
+            peak_bytes=llm.peak_bytes,
+        )
+
+    @property
+    def slow(self) -> bool:
+        return self.llm.facts.plan.run.device == "cpu"
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Count the tokens that the running turn has read, and those it has to read."""
+        return self.llm.stats.prefill_tokens - self._read_before, self._to_read
+
+    @property
     def starts_in_thought(self) -> bool:
         """Say whether the template opens `<think>` itself, so that answers begin inside of it."""
-        text = self.llm.text
-        if text is None or not text.supports_chat:
-            return False
-        prompt = text.render_chat([{"role": "user", "content": "a"}], think=self.think).token_ids
-        return str(text.tokenizer.decode(list(prompt[-8:]))).rstrip().endswith("<think>")
+        return starts_in_thought(self.llm.text, think=self.think)
 
     def say(self, user: str, stopped: Asked, *, attempt: int = 0) -> Steps:
         """Run one turn, step by step; it ends early, with what there is of an answer, once `stopped()` is true.
@@ -126,11 +161,7 @@ class Conversation:
         Raises:
             UsageError: there are not that many.
         """
-        if not 1 <= count <= len(self.turns):
-            have = f"there are {len(self.turns)} turns" if self.turns else "nothing has been said yet"
-            raise UsageError(f"cannot take back {count}: {have}")
-        kept = len(self.turns) - count
-        gone, self.turns = self.turns[kept:], self.turns[:kept]
+        self.turns, gone = take_back(self.turns, count)
         self.go_to_state()
         return gone
 
@@ -213,7 +244,7 @@ class Conversation:
 
     def _run(self, request: Request, begun: _Begun, stopped: Asked) -> Steps:
         answer, decoder = Answer(request), self._decoder_after(begun.before, request)
-        self.tokens_to_read = len(request.prompt_token_ids)
+        self._to_read, self._read_before = len(request.prompt_token_ids), self.llm.stats.prefill_tokens
         read_again = self.must_reread
         self.llm.add(request)
         self._row = request.id
@@ -291,6 +322,14 @@ def need_chat(text: Text | None) -> Text:
     if not text.supports_chat:
         raise UnsupportedModel("the model has no chat template, so it cannot chat", hint="trimkv ask --raw")
     return text
+
+
+def starts_in_thought(text: Text | None, *, think: bool | None) -> bool:
+    """Say whether a template opens `<think>` itself."""
+    if text is None or not text.supports_chat:
+        return False
+    prompt = text.render_chat([{"role": "user", "content": "a"}], think=think).token_ids
+    return str(text.tokenizer.decode(list(prompt[-8:]))).rstrip().endswith("<think>")
 
 
 def _decoded(event: TokenEvent, decoder: Detokenizer) -> TokenEvent:

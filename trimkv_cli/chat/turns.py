@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from trimkv_cli.errors import InputError
+from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.events import FinishReason
 
+THINKS: Mapping[bool | None, str] = {True: "on", False: "off", None: "auto"}  # a template's own way
 _SEED_STEP = 1_000_003  # far more than a conversation has turns, so that no two attempts share a seed
 
 
@@ -52,6 +53,19 @@ class Turn:
 def seed_of(seed: int, turn: int, attempt: int) -> int:
     """Return the seed of the `turn`-th turn (from 1): its own, and another one for every new attempt at it."""
     return (seed + turn + attempt * _SEED_STEP) % 2**63
+
+
+def take_back(turns: list[Turn], count: int) -> tuple[list[Turn], list[Turn]]:
+    """Return the turns without the last ones, and those.
+
+    Raises:
+        UsageError: there are not that many.
+    """
+    if not 1 <= count <= len(turns):
+        have = f"there are {len(turns)} turns" if turns else "nothing has been said yet"
+        raise UsageError(f"cannot take back {count}: {have}")
+    kept = len(turns) - count
+    return turns[:kept], turns[kept:]
 
 
 def split_thought(answer: str, *, inside: bool = False) -> tuple[str, str]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimkv_cli.chat.conversation import starts_in_thought
+from trimkv_cli.chat.turns import THINKS
 from trimkv_cli.loading.options import EngineOptions, SamplingOptions
 from trimkv_cli.loading.sources import find_here
 from trimkv_cli.model.profiles import MINI, find_profile
@@ -51,7 +53,14 @@ def about_server(
         notes=list(facts.notes),
         warnings=[asdict(each) for each in facts.warnings],
         thinks=getattr(completions.text, "think_tags", None) is not None,
+        in_thought=_in_thought(completions.text),
     )
+
+
+def _in_thought(text: Any) -> dict[str, bool]:
+    if text is None or not text.supports_chat:
+        return {}
+    return {said: starts_in_thought(text, think=think) for think, said in THINKS.items()}
 
 
 def _without_budget(facts: EngineFacts, engine: EngineOptions) -> Run | None:

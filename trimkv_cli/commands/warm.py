@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from typing import Any
@@ -33,25 +33,32 @@ class Question:
 
     def body(self, params: SamplingParams, *, max_tokens: bool) -> dict[str, Any]:
         """Return a request that leaves nothing to the server's own defaults."""
-        sent: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-        names = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "seed"]
-        names += ["max_tokens"] if max_tokens else []
-        names += ["top_h"] if params.top_h is not None else []
-        sent |= {name: getattr(params, name) for name in names}
-        if params.think_budget is not None:
-            sent["reasoning_budget"] = params.think_budget
-        sent["stop"] = list(params.stop)
         if self.raw:
+            sent = request_body(params, max_tokens=max_tokens)
             return {**sent, "prompt": self.user, "special_tokens": self.special_tokens}
-        if self.think is not None:
-            sent["chat_template_kwargs"] = {"enable_thinking": self.think}
         first = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return {**sent, "messages": [*first, {"role": "user", "content": self.user}]}
+        messages = [*first, {"role": "user", "content": self.user}]
+        return {**request_body(params, max_tokens=max_tokens, think=self.think), "messages": messages}
 
     @property
     def path(self) -> str:
         """Return where such a request goes."""
         return "/v1/completions" if self.raw else "/v1/chat/completions"
+
+
+def request_body(params: SamplingParams, *, max_tokens: bool, think: bool | None = None) -> dict[str, Any]:
+    """Return what a streamed request says beside its prompt; `max_tokens` only where that is not a default."""
+    sent: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    names = ["temperature", "top_p", "top_k", "min_p", "ignore_eos", "seed"]
+    names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
+    names += ["max_tokens"] if max_tokens else []
+    names += ["top_h"] if params.top_h is not None else []
+    sent |= {name: getattr(params, name) for name in names}
+    if params.think_budget is not None:
+        sent["reasoning_budget"] = params.think_budget
+    if think is not None:
+        sent["chat_template_kwargs"] = {"enable_thinking": think}
+    return {**sent, "stop": list(params.stop)}
 
 
 @dataclass(slots=True)
@@ -137,6 +144,19 @@ class Warm:
         return self.said
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A running server that means the same as a command."""
+
+    url: str
+    api_key: str | None
+    about: About
+
+    def client(self) -> Client:
+        """Return a connection of its own to it."""
+        return Client(self.url, self.api_key)
+
+
 def ask_server(
     question: Question, server: str, api_key: str | None, *, engine: EngineOptions, sampling: SamplingOptions
 ) -> Warm | None:
@@ -147,29 +167,45 @@ def ask_server(
         NoAnswer: it does not answer.
         TrimkvError: what a server says of the question.
     """
+    for found in find_servers(server, api_key, think=question.think, engine=engine, sampling=sampling):
+        with suppress(NoAnswer) if server == "auto" else nullcontext():
+            return _put(found, question, sampling)
+    return None
+
+
+def find_servers(
+    server: str, api_key: str | None, *, think: bool | None, engine: EngineOptions, sampling: SamplingOptions
+) -> Iterator[Server]:
+    """Yield the server that `server` names, or with `auto` those that are there and would answer the same.
+
+    Raises:
+        UsageError: the one that it names runs something else than these options say.
+        NoAnswer: it does not answer.
+    """
+    if server == "off":
+        return
     if server != "auto":
-        client = Client(server, api_key or next((n.api_key for n in running() if n.url == server.rstrip("/")), None))
+        key = api_key or next((note.api_key for note in running() if note.url == server.rstrip("/")), None)
+        client = Client(server, key)
         about = client.about()
+        client.close()
         said = {each.name for each in fields(engine) if getattr(engine, each.name) != each.default}
         contradicted = (what for flag, what in about.differences(engine) if flag in said)
         if (first := next(contradicted, None)) is not None:
             raise UsageError(f"{client.url}: {first}", hint="leave it out, or --server off")
         if sampling.think_budget is not None and not about.thinks:
             raise UsageError(f"{about.model} knows no reasoning", hint="leave out --think-budget")
-        return _put(client, about, question, sampling)
+        yield Server(url=client.url, api_key=key, about=about)
+        return
     for note in running():
-        if _same(note.about, question, engine, sampling):
-            client = Client(note.url, note.api_key)
-            with suppress(NoAnswer):
-                if _is_there(client):
-                    return _put(client, note.about, question, sampling)
-    return None
+        if _same(note.about, think, engine, sampling) and _is_there(Client(note.url, note.api_key)):
+            yield Server(url=note.url, api_key=note.api_key, about=note.about)
 
 
-def _same(about: About, question: Question, engine: EngineOptions, sampling: SamplingOptions) -> bool:
+def _same(about: About, think: bool | None, engine: EngineOptions, sampling: SamplingOptions) -> bool:
     """Say whether a server would answer as this command does by itself."""
     fixed = about.fixed
-    if question.think is None and "think" in fixed:
+    if think is None and "think" in fixed:
         return False
     if sampling.max_tokens is None and "max_tokens" in fixed:
         return False
@@ -186,22 +222,23 @@ def _is_there(client: Client) -> bool:
     try:
         client.get("/v1/models")
     except TrimkvError:
-        client.close()
         return False
+    finally:
+        client.close()
     return True
 
 
-def _put(client: Client, about: About, question: Question, sampling: SamplingOptions) -> Warm:
+def _put(server: Server, question: Question, sampling: SamplingOptions) -> Warm:
     """Send the question and wait for the first piece of its answer."""
-    params = sampling.resolve(about.defaults)
+    about, params = server.about, sampling.resolve(server.about.defaults)
     body = question.body(params, max_tokens=sampling.max_tokens is not None)
-    chunks = client.stream(question.path, body, headers=_READ_ALL)
+    chunks = server.client().stream(question.path, body, headers=_READ_ALL)
     first = []
     for chunk in chunks:
         first.append(chunk)
-        if Said(client.url, about, params).take(chunk):
+        if Said(server.url, about, params).take(chunk):
             break
-    return Warm(said=Said(client.url, about, params), chunks=chain(first, chunks))
+    return Warm(said=Said(server.url, about, params), chunks=chain(first, chunks))
 
 
 def say_before(about: About, *, notes: bool, quiet: bool) -> None:
@@ -228,9 +265,14 @@ def say_after(said: Said, *, quiet: bool, stats: bool) -> None:
     if stats:
         for line in _stats(said):
             print_note(line)
-    budget = said.extra.get("budget") or {}
+    check_server_budget(said.extra)
+
+
+def check_server_budget(extra: Mapping[str, Any]) -> None:
+    """Raise a TrimkvError when the server's process has used more than its budget, as an answer's `extra` says."""
+    budget = extra.get("budget") or {}
     if budget.get("honoured") is False:
-        peak, allowed = format_sizes(said.extra["memory"]["peak_bytes"], budget["bytes"])
+        peak, allowed = format_sizes(extra["memory"]["peak_bytes"], budget["bytes"])
         raise TrimkvError(f"the server did not hold its budget: {peak} at the peak, of {allowed}", hint="trimkv stop")
 
 

@@ -25,7 +25,8 @@ class About:
     `said` are its options as they were given, `resolved` the sizes and formats that came of them, `reduced` those of
     them that its budget made other than they are without one. `defaults` are the model's own of sampling; `fixed` is
     what a request cannot take back: `max_tokens`, `top_h` and `think_budget` where the server was started with them,
-    and `think`. `thinks` says whether the model knows reasoning.
+    and `think`. `thinks` says whether the model knows reasoning, `in_thought` whether its template begins answers
+    inside of it, for `on`, `off` and `auto`; it is empty where the model cannot chat.
     `stamps` say when the files that were loaded had last changed.
     """
 
@@ -41,6 +42,7 @@ class About:
     notes: list[str] = field(default_factory=list)
     warnings: list[dict[str, str]] = field(default_factory=list)
     thinks: bool = False
+    in_thought: Mapping[str, bool] = field(default_factory=dict)
     version: str = __version__
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "version": str,
     "thinks": bool,
     "budget_bytes": (int, type(None)),
-    **dict.fromkeys(("said", "resolved", "gates", "defaults", "fixed", "stamps"), dict),
+    **dict.fromkeys(("said", "resolved", "gates", "defaults", "fixed", "stamps", "in_thought"), dict),
     **dict.fromkeys(("reduced", "notes", "warnings"), list),
 }
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import queue
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +16,7 @@ from trimkv_cli import __version__
 from trimkv_cli.errors import ContextOverflow, OutOfDeviceMemory, TrimkvError, UsageError
 from trimkv_cli.serve.about import About
 
+_LOOK_S = 0.1  # for the next chunk, before the caller may do something else
 _PATIENCE_S = 5.0  # for a server to say what it is; an answer may wait for other requests
 
 
@@ -40,6 +44,8 @@ class Client:
         self._connection = kind(parts.hostname, port, timeout=patience_s)
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers["user-agent"] = f"trimkv/{__version__}"
+        self._socket: socket.socket | None = None
+        self._hung_up = False
 
     def about(self) -> About:
         """Ask what the server runs.
@@ -68,7 +74,9 @@ class Client:
         except ValueError:
             return body.decode("utf-8", "replace")
 
-    def stream(self, path: str, body: Mapping[str, Any], *, headers: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    def stream(
+        self, path: str, body: Mapping[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Yield the chunks of an answer; to leave off is to end the request.
 
         Raises:
@@ -93,6 +101,44 @@ class Client:
             self.close()
         raise NoAnswer(f"{self.url} broke off its answer", hint="trimkv ps shows whether it still runs")
 
+    def listen(
+        self, path: str, body: Mapping[str, Any], stopped: Callable[[], bool]
+    ) -> Iterator[dict[str, Any] | None]:
+        """Yield chunks as `stream` does, and None while none comes; once `stopped()` is true, end the request."""
+        heard: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
+
+        def hear() -> None:
+            try:
+                for chunk in self.stream(path, body):
+                    heard.put(chunk)
+            except Exception as error:  # noqa: BLE001  raised below
+                heard.put(error)
+            else:
+                heard.put(None)
+
+        threading.Thread(target=hear, name="trimkv-client", daemon=True).start()
+        try:
+            while not stopped():
+                try:
+                    news = heard.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    yield None
+                    continue
+                if news is None:
+                    return
+                if isinstance(news, Exception):
+                    raise news
+                yield news
+        finally:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """End the connection while another thread listens, which then hears that the server broke off."""
+        self._hung_up = True
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """End the connection, and what the server does for it."""
         self._connection.close()
@@ -104,6 +150,9 @@ class Client:
         if body is not None:
             sent["content-type"] = "application/json"
         self._connection.connect() if self._connection.sock is None else None
+        self._socket = self._connection.sock
+        if self._hung_up:
+            raise NoAnswer(f"{self.url} is not asked any more")
         if body is not None:
             _wait_forever(self._connection.sock)
         self._connection.request(method, path, body, sent)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from signal import SIGINT
 from typing import TYPE_CHECKING, Protocol
 
+from trimkv_cli.chat.conversation import Conversation
 from trimkv_cli.errors import UsageError
 from trimkv_cli.streams import Interrupts
 
 if TYPE_CHECKING:
     from trimkv_cli.chat.autosave import Autosave
-    from trimkv_cli.chat.conversation import Conversation, Steps
+    from trimkv_cli.chat.talk import Steps, Talk
     from trimkv_cli.ui.look import Look
 
 
@@ -42,7 +43,7 @@ class Chat:
     Ctrl-C was pressed.
     """
 
-    conversation: Conversation
+    conversation: Talk
     autosave: Autosave
     display: Display
     run: Callable[[Callable[[Callable[[], bool]], Steps]], None]
@@ -52,6 +53,21 @@ class Chat:
     encoding: str | None = None  # of files; None: as each shows itself
     draft: str = ""  # what the next input line begins with
     ended: bool = False
+
+    @property
+    def here(self) -> Conversation | None:
+        """Return the conversation with its cache, where that lies in this process and not in a server's."""
+        return self.conversation if isinstance(self.conversation, Conversation) else None
+
+    def need_cache(self, command: str) -> Conversation:
+        """Return the conversation with its cache.
+
+        Raises:
+            UsageError: it lies in a server's process.
+        """
+        if self.here is None:
+            raise UsageError(f"/{command} needs --server off: a server does not hand out its cache")
+        return self.here
 
     def say(self, text: str, *, attempt: int = 0) -> None:
         """Send a message, and whatever files are attached."""

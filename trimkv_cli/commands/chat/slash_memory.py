@@ -32,8 +32,10 @@ def _stats(chat: Chat, _: str) -> None:
         _stats_of_before(chat)
     else:
         _stats_of_last(chat, stats)
-    run = conversation.llm.stats
-    chat.display.print(f"weights    {weights_line(conversation.llm)}")
+    if chat.here is None:
+        return
+    run = chat.here.llm.stats
+    chat.display.print(f"weights    {weights_line(chat.here.llm)}")
     read = f"{run.prefill_tokens:,} tokens read in {run.prefill_s:.1f} s"
     chat.display.print(f"all turns  {read}, {run.decode_tokens:,} generated in {run.decode_s:.1f} s")
 
@@ -41,13 +43,12 @@ def _stats(chat: Chat, _: str) -> None:
 def _stats_of_before(chat: Chat) -> None:
     """Say what is known of a turn that an earlier run made."""
     conversation = chat.conversation
-    turn, row = conversation.turns[-1], conversation.row
+    turn, held = conversation.turns[-1], conversation.held
     chat.display.print(
         f"last turn  {turn.prompt_tokens} tokens read, {len(turn.token_ids)} generated, in an earlier run"
     )
-    if row is not None:
-        kept = conversation.llm.kept.per_head(row)
-        chat.display.print(f"cache      {kept} of {conversation.seen} tokens kept per head")
+    if held.seen and not conversation.must_reread:
+        chat.display.print(f"cache      {held.kept} of {held.seen} tokens kept per head")
 
 
 def _stats_of_last(chat: Chat, stats: RequestStats) -> None:
@@ -64,16 +65,17 @@ def _stats_of_last(chat: Chat, stats: RequestStats) -> None:
 
 
 def _cache(chat: Chat, _: str) -> None:
-    retained, look = _retained(chat), chat.display.look
+    retained, look = _retained(chat, "cache"), chat.display.look
     pieces = _pieces(chat)
     chat.display.print(headline(retained, look))
-    chat.display.print(look.paint(cache_panel(memory_use(chat.conversation.llm, seen=retained.seen), look)))
+    llm = chat.need_cache("cache").llm
+    chat.display.print(look.paint(cache_panel(memory_use(llm, seen=retained.seen), look)))
     chat.display.print(look.paint(head_strip(retained, look)))
     chat.display.print(next_out_line(retained, pieces, look))
 
 
 def _map(chat: Chat, _: str) -> None:
-    retained, look = _retained(chat), chat.display.look
+    retained, look = _retained(chat, "map"), chat.display.look
     chat.display.print(headline(retained, look))
     chat.display.print(look.paint(memory_map(retained, look)))
     chat.display.print(look.paint(turn_map(retained, list(_spans(chat)), look)))
@@ -83,7 +85,7 @@ def _map(chat: Chat, _: str) -> None:
 
 
 def _why(chat: Chat, argument: str) -> None:
-    retained, look, pieces = _retained(chat), chat.display.look, _pieces(chat)
+    retained, look, pieces = _retained(chat, "why"), chat.display.look, _pieces(chat)
     places = find_text(pieces, argument, command="why") if argument else [_last_turn(chat, retained)]
     rows = _MOST_ROWS
     for number, (start, stop) in enumerate(places, start=1):
@@ -111,11 +113,11 @@ def _where(chat: Chat, position: int) -> str:
 
 
 def _pin(chat: Chat, argument: str) -> None:
-    retained, pieces = _retained(chat), _pieces(chat)
+    retained, pieces = _retained(chat, "pin"), _pieces(chat)
     if argument:
-        chat.conversation.pin(range(*find_text(pieces, argument, command="pin")[-1]))
+        chat.need_cache("pin").pin(range(*find_text(pieces, argument, command="pin")[-1]))
         chat.autosave.save(chat.conversation)
-        retained = _retained(chat)
+        retained = _retained(chat, "pin")
     held, line = retained.pinned(), pinned_line(retained, chat.display.look)
     if line is None:
         raise UsageError("nothing is pinned", hint="/pin with words of a message keeps them for good")
@@ -156,17 +158,17 @@ def _spans(chat: Chat) -> Iterator[Span]:
             yield Span("model", turn.answer, middle, turn.seen)
 
 
-def _retained(chat: Chat) -> Retained:
-    row = chat.conversation.row
-    if row is None:
+def _retained(chat: Chat, command: str) -> Retained:
+    conversation = chat.need_cache(command)
+    if conversation.row is None:
         raise UsageError("the cache is empty", hint="send a message first")
-    return chat.conversation.llm.kept.retained(row)
+    return conversation.llm.kept.retained(conversation.row)
 
 
 def _pieces(chat: Chat) -> list[str]:
-    row = chat.conversation.row
-    assert row is not None, "_retained comes first"
-    return pieces_of(chat.conversation.llm, chat.conversation.llm.kept.token_ids(row))
+    assert chat.here is not None, "_retained comes first"
+    assert chat.here.row is not None, "_retained comes first"
+    return pieces_of(chat.here.llm, chat.here.llm.kept.token_ids(chat.here.row))
 
 
 MEMORY = (

@@ -34,6 +34,8 @@ def _save(chat: Chat, argument: str) -> None:
 def _load(chat: Chat, argument: str) -> None:
     if not argument:
         raise UsageError("/load needs a name", hint="/sessions lists them")
+    if chat.here is None and chat.autosave.store.read(argument).states:
+        raise UsageError(f"{argument}, which was stored with its cache, needs --server off")
     why = chat.autosave.open(argument, chat.conversation)
     say_opened(chat, why)
 
@@ -45,8 +47,11 @@ def say_opened(chat: Chat, why_reread: str | None) -> None:
         last = conversation.turns[-1]
         chat.display.print(neutralise(f"> {last.user}\n{split_thought(last.answer)[1]}"))
     turns = f"{chat.autosave.name}: {len(conversation.turns)} turns"
+    if chat.here is None:
+        chat.display.note(f"{turns}; what of them the server does not hold it reads again, and answers may differ")
+        return
     if why_reread is None:
-        chat.display.note(f"{turns}, {conversation.seen:,} tokens in the cache, nothing to read again")
+        chat.display.note(f"{turns}, {conversation.held.seen:,} tokens in the cache, nothing to read again")
         return
     chat.display.note(
         f"{turns}; {why_reread}: the next message makes the model read them again, and answers may differ"
@@ -97,8 +102,10 @@ def _file(chat: Chat, argument: str) -> None:
 
 
 def _check_room(chat: Chat, name: str, text: str) -> None:
-    """Refuse a file that no message could be sent with."""
-    conversation = chat.conversation
+    """Refuse a file that no message could be sent with; a server counts its tokens when it is sent."""
+    conversation = chat.here
+    if conversation is None:
+        return
     ids = need_chat(conversation.llm.text).encode("\n\n".join([*(content for _, content in chat.attached), text]))
     left = conversation.llm.room(
         Request(id="file", prompt_token_ids=tuple(ids), params=conversation.params, continues=conversation.row)
@@ -129,8 +136,8 @@ def _transcript(chat: Chat) -> Transcript:
     now = time.time()
     return Transcript(
         name=chat.autosave.name or "conversation",
-        model=conversation.llm.facts.model_id,
-        fingerprint=conversation.llm.fingerprint,
+        model=conversation.model_id,
+        fingerprint=conversation.fingerprint,
         system=conversation.system,
         think=conversation.think,
         sampling=asdict(conversation.params),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
+from trimkv_cli.chat.turns import THINKS
 from trimkv_cli.commands.chat.slash_command import Chat, SlashCommand, whole_number
 from trimkv_cli.errors import TrimkvError, UsageError
 from trimkv_cli.files import check_encoding
@@ -74,7 +75,7 @@ def _show(chat: Chat, argument: str) -> None:
 def _show_settings(chat: Chat) -> Iterable[str]:
     params = chat.conversation.params
     yield from (_line(name, getattr(params, name)) for name in _sampling_names())
-    yield _line("think", {True: "on", False: "off", None: "auto"}[chat.conversation.think])
+    yield _line("think", THINKS[chat.conversation.think])
     yield _line("encoding", chat.encoding or "auto")
     yield _line("markdown", "on" if chat.shown.markdown else "off")
     yield _line("thoughts", chat.shown.thoughts)
@@ -91,11 +92,7 @@ def _session_lines(chat: Chat) -> Iterable[str]:
 
 
 def _model_lines(chat: Chat) -> Iterable[str]:
-    facts = chat.conversation.llm.facts
-    yield _line("model", facts.model_id)
-    yield _line("gates", facts.gate.id)
-    yield _line("kv_budget", f"{facts.plan.run.kv_budget} slots per head")
-    yield _line("positions", f"{facts.max_positions:,}")
+    yield from (_line(name, value) for name, value in chat.conversation.facts.items())
 
 
 def _line(name: str, value: object) -> str:
@@ -145,7 +142,8 @@ def _complete_show(_: Chat, __: str) -> Iterable[str]:
 
 
 def _budget(chat: Chat, argument: str) -> None:
-    conversation, llm = chat.conversation, chat.conversation.llm
+    conversation = chat.need_cache("budget")
+    llm = conversation.llm
     if not argument:
         raise UsageError("/budget needs a size", hint="/budget 6GiB for all memory, /budget 256 for slots per head")
     if argument.isdecimal():

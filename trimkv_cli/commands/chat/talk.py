@@ -18,7 +18,7 @@ from trimkv_cli.ui.chat.screen import Screen, Status, status_line
 from trimkv_cli.ui.plain import neutralise
 
 if TYPE_CHECKING:
-    from trimkv_cli.chat.conversation import Steps
+    from trimkv_cli.chat.talk import Steps
     from trimkv_cli.ui.chat.prompt import ChatPrompt, Typed
 
 
@@ -87,15 +87,8 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
         thoughts=cast("ThoughtStyle", chat.shown.thoughts),
         in_thought=conversation.starts_in_thought,
     )
-    llm = conversation.llm
-    read_before = llm.stats.prefill_tokens
-    meter = Meter(
-        screen,
-        view,
-        seen=conversation.seen,
-        slots=llm.facts.plan.run.kv_budget,
-        interval_s=1.0 if llm.facts.plan.run.device == "cpu" else 0.25,
-    )
+    held = conversation.held
+    meter = Meter(screen, view, seen=held.seen, slots=held.slots, interval_s=1.0 if conversation.slow else 0.25)
     steps = begin(chat.interrupts.noted)
     try:
         for events in steps:
@@ -103,30 +96,30 @@ def run_turn(chat: Chat, screen: Screen, begin: Callable[[Callable[[], bool]], S
                 view.push(event.text)
                 meter.generated += len(event.token_ids)
             if meter.due:
-                meter.draw(read=llm.stats.prefill_tokens - read_before, to_read=conversation.tokens_to_read)
+                meter.draw(conversation.progress)
     finally:
         view.close()
-    reason = conversation.turns[-1].finish_reason
+    reason, goes_on = conversation.turns[-1].finish_reason, "; /continue goes on" if chat.here is not None else ""
     if reason == "length":
-        screen.note(f"stopped after {len(conversation.turns[-1].token_ids)} tokens; /continue goes on")
+        screen.note(f"stopped after {len(conversation.turns[-1].token_ids)} tokens{goes_on}")
     elif reason == "abort":
-        screen.note("stopped; /continue goes on")
+        screen.note(f"stopped{goes_on}")
     chat.autosave.save(conversation)
 
 
 def status_of(chat: Chat) -> Status:
     """Gather what the toolbar says between two turns."""
     conversation = chat.conversation
-    llm, stats, seen = conversation.llm, conversation.last_stats, conversation.seen
+    held, stats = conversation.held, conversation.last_stats
     return Status(
-        model=llm.facts.model_id,
-        kept=llm.kept.per_head(conversation.row) if conversation.row is not None else 0,
-        seen=seen,
-        slots=llm.facts.plan.run.kv_budget,
-        horizon=llm.kept.horizon(conversation.row)[0] if conversation.row is not None else None,
+        model=conversation.model_id,
+        kept=held.kept,
+        seen=held.seen,
+        slots=held.slots,
+        horizon=held.horizon,
         tps=_speed(stats.completion_tokens, stats.ttft_s, stats.total_s) if stats is not None else None,
-        budget_bytes=llm.facts.plan.budget_bytes,
-        peak_bytes=llm.peak_bytes,
+        budget_bytes=held.budget_bytes,
+        peak_bytes=held.peak_bytes,
         attached=len(chat.attached),
         must_reread=conversation.must_reread,
     )

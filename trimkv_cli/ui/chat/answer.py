@@ -179,15 +179,18 @@ class Meter:
             self._first_token = now
         return now >= self._next and self._screen.moves and not self._view.mid_line
 
-    def draw(self, *, read: int, to_read: int) -> None:
-        """Draw the line for so many tokens of the prompt that have been read."""
+    def draw(self, progress: tuple[int, int] | None) -> None:
+        """Draw the line for so many tokens of the prompt that have been read, of so many; None = not known."""
         now = time.monotonic()
         self._next = now + self._interval_s
         if not self.generated:
-            self._screen.passing(f"reading {read:,} of {to_read:,} tokens")
+            waits = "waiting" if progress is None else f"reading {progress[0]:,} of {progress[1]:,} tokens"
+            self._screen.passing(waits)
             return
-        look, seen = self._screen.look, self._seen + read + self.generated
-        facts = [f"kept {min(seen, self._slots):,}/{seen:,}"]
+        look, facts = self._screen.look, []
+        if progress is not None:
+            seen = self._seen + progress[0] + self.generated
+            facts.append(f"kept {min(seen, self._slots):,}/{seen:,}")
         if self.generated > 1 and now > self._first_token:
             facts.append(f"{(self.generated - 1) / (now - self._first_token):.1f} tok/s")
         counts = look.dot.join(facts)
