@@ -41,7 +41,7 @@ class Stage:
 # What is lost last when time runs out is what matters least.
 STAGES = (
     Stage(number=0, name="env", limit_s=60),
-    Stage(number=1, name="smoke", limit_s=90),
+    Stage(number=1, name="smoke", limit_s=120),
     Stage(number=2, name="engine", limit_s=180),
     Stage(number=3, name="mini", limit_s=90),
 )

@@ -8,7 +8,7 @@ Models of real sizes are made without memory, and kernels are named instead of l
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.record import write_record
 from trimkv_cli.cache.gates import MlpGate
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.cuda import make_decoder
@@ -42,6 +41,8 @@ KV_HEADS = {"qwen3": 8, "qwen2": 4, "llama": 8, "mistral": 8, "phi3": 32, "gemma
 
 def main() -> None:
     """Count the kernels of every form."""
+    from bench.record import write_record  # more of the program than `gpu_run.py` finds on a bare machine
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--out", type=Path)
@@ -50,12 +51,12 @@ def main() -> None:
     write_record("bench.step_kernels", {"rows": given.rows, "slots": SLOTS, "steps": steps}, given.out)
 
 
-def counted(form: str, *, rows: int) -> dict[str, Any]:
+def counted(form: str, *, rows: int, layers: int = 2) -> dict[str, Any]:
     """Return the kernels of one layer in their order, and those beside the layers, by name."""
-    few, more = (names_of_step(form, layers=layers, rows=rows) for layers in (2, 3))
+    few, more = (names_of_step(form, layers=count, rows=rows) for count in (layers, layers + 1))
     first, per_layer = few.index("_add_norm"), len(more) - len(few)
-    layer, last = more[first : first + per_layer], first + 3 * per_layer
-    assert more[first:last] == 3 * layer, "one layer is not as the other"
+    layer, last = more[first : first + per_layer], first + (layers + 1) * per_layer
+    assert more[first:last] == (layers + 1) * layer, "one layer is not as the other"
     return {"per_layer": per_layer, "layer": layer, "before": more[:first], "after": more[last:]}
 
 
@@ -63,33 +64,41 @@ def names_of_step(form: str, *, layers: int, rows: int) -> list[str]:
     """Return the names of all kernels of a decode step, in their order."""
     from trimkv_kernels import step
 
+    with real_step(form, layers=layers, rows=rows, device=_META, operations=StepOperations.of(step)) as run:
+        with recorded():
+            run()  # the first one lists where slots lie
+        with recorded() as names:
+            run()
+    return names
+
+
+@contextmanager
+def real_step(
+    form: str, *, layers: int, rows: int, device: torch.device, operations: StepOperations | None = None
+) -> Iterator[Callable[[], object]]:
+    """Make a model of real sizes with any weights, and gates; yield what does a decode step of it."""
     config = AutoConfig.for_model(
         form, **FORMS[form], num_key_value_heads=KV_HEADS[form], num_hidden_layers=layers, vocab_size=32_768
     )
-    with torch.device(_META):
+    heads = KV_HEADS[form]
+    with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    dim, heads = model.get_decoder().layers[0].self_attn.head_dim, KV_HEADS[form]
-    cache = RetentionCache(
-        rows=rows, kv_budget=SLOTS, num_kv_heads=heads, head_dim=dim, windows=[None] * layers, dtype=torch.bfloat16,
-        device=_META,
-    )  # fmt: skip
-    with torch.device(_META):
         shape: dict[str, Any] = {"input_size": config.hidden_size, "hidden": 512, "num_kv_heads": heads}
         gates = [MlpGate(variant="rg", activation=nn.SiLU(), **shape) for _ in range(layers)]
+        ids, position = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
     for gate in gates:
         gate.linear1.bfloat16()
         gate.linear2.bfloat16()
+    sizes: dict[str, Any] = {"num_kv_heads": heads, "head_dim": model.get_decoder().layers[0].self_attn.head_dim}
+    cache = RetentionCache(
+        rows=rows, kv_budget=SLOTS, windows=[None] * layers, dtype=torch.bfloat16, device=device, **sizes
+    )
     with ExitStack() as undo:
-        how: dict[str, Any] = {"sinks": 0, "evicts": True, "undo": undo, "operations": StepOperations.of(step)}
+        how: dict[str, Any] = {"sinks": 0, "evicts": True, "undo": undo, "operations": operations}
         decoder = make_decoder(model, gates, cache, **how)
         assert decoder is not None, "a form that is not known"
-        ids, position = torch.zeros(rows, dtype=torch.int64, device=_META), torch.zeros(rows, device=_META).int()
         with torch.inference_mode():
-            with recorded():
-                decoder.step(ids, position, dense=False)  # the first one lists where slots lie
-            with recorded() as names:
-                decoder.step(ids, position, dense=False)
-    return names
+            yield lambda: decoder.step(ids, position, dense=False)
 
 
 @contextmanager

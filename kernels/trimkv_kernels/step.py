@@ -223,7 +223,7 @@ def evict(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _evict(
     keys,
     values,

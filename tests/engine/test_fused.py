@@ -15,9 +15,12 @@ import torch
 from bench.step_kernels import FORMS as REAL_FORMS
 from bench.step_kernels import counted
 from helpers.engines import Shape, as_on_a_gpu, greedy, make_engine, run
+from trimkv_cli.cache.gates import MlpGate
+from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.cuda import make_decoder
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.model.pins import Pins
+from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.request import Request, SamplingParams
 from trimkv_kernels import StepOperations, step_reference
 
@@ -123,6 +126,37 @@ def test_what_other_tests_of_engines_do_works_fused(tiny_model: TinyModel) -> No
         results.append((tokens, said, engine.kept.positions("0")))
         engine.close()
     assert results[1] == results[0]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "phi3"])
+def test_in_16_bits_it_rounds_no_worse_than_transformers(family: str, tiny_model: TinyModel) -> None:
+    """Catches what is kept in another dtype than the model's, and a sum or a norm that is rounded too early."""
+    plain, half = tiny_model(family), tiny_model(family).bfloat16()
+    half.get_decoder().rotary_emb.float()  # as when it is loaded
+    ids = torch.tensor([PROMPTS[2]])
+    spec = ModelSpec.from_config(plain.config.to_dict())
+    shape: dict[str, Any] = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "windows": spec.windows}
+    with as_on_a_gpu():
+        cache = RetentionCache(rows=1, kv_budget=96, dtype=torch.bfloat16, device=torch.device("cpu"), **shape)
+    gate = {"input_size": spec.hidden_size, "hidden": 8, "num_kv_heads": spec.num_kv_heads}
+    gates = [MlpGate(variant="rg", activation=torch.nn.SiLU(), **gate) for _ in spec.windows]
+    for each in gates:
+        each.linear1.bfloat16()
+        each.linear2.bfloat16()
+    with ExitStack() as undo:
+        want, own = plain(ids).logits[0], half(ids).logits[0].float()
+        how: dict[str, Any] = {"sinks": 0, "evicts": True, "undo": undo}
+        decoder = make_decoder(half, gates, cache, **how, operations=StepOperations.of(step_reference))
+        assert decoder is not None
+        logits = []
+        with torch.inference_mode():
+            for n, token in enumerate(PROMPTS[2]):
+                position = torch.tensor([n], dtype=torch.int32)
+                made, log_beta = decoder.step(torch.tensor([token]), position, dense=False)
+                logits.append(made[0])
+        assert (made.dtype, log_beta.dtype) == (torch.bfloat16, torch.float32)
+    error = (torch.stack(logits).float() - want).norm()
+    assert error <= 1.1 * (own - want).norm()
 
 
 @INTERPRETED

@@ -244,6 +244,35 @@ def steps(setting: Setting) -> Iterator[Evidence]:
         yield from compare_steps(chosen or StepOperations.of(step_reference), shape, setting.device)
 
 
+def kernels(setting: Setting) -> Iterator[Evidence]:
+    """Count the kernels of one layer at real sizes: what the GPU ran, those of a product counted singly."""
+    from bench.step_kernels import counted  # transformers, which the other checks do without
+
+    for form in ("qwen3", "llama", "gemma3_text"):
+        for rows in (1, 8):
+            if setting.on_gpu:
+                few, more = (_ran(form, layers=layers, rows=rows, device=setting.device) for layers in (2, 3))
+                facts: dict[str, Any] = {"per_layer": len(more) - len(few), "step": few}
+            else:
+                facts = counted(form, rows=rows)
+            yield Evidence(check=f"kernels {form} rows {rows}", ok=facts["per_layer"] <= 12, facts=facts)
+
+
+def _ran(form: str, *, layers: int, rows: int, device: torch.device) -> list[str]:
+    """Return the names of what a decode step ran on a GPU."""
+    from bench.step_kernels import real_step
+
+    with real_step(form, layers=layers, rows=rows, device=device) as run:
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+    ran = [event for event in profile.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event.name[:80] for event in sorted(ran, key=lambda event: event.time_range.start)]
+
+
 def operations(setting: Setting) -> Iterator[Evidence]:
     """Compare what this device gets, at every shape."""
     chosen = operations_for(setting.device)
@@ -277,7 +306,7 @@ def _interpret() -> int:
     return int(len(found) < 3 or any(not one.ok for one in found))
 
 
-CHECKS: tuple[Check, ...] = (operations, steps, interpreted)
+CHECKS: tuple[Check, ...] = (operations, steps, kernels, interpreted)
 
 if __name__ == "__main__":
     sys.exit(_interpret())
