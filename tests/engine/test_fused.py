@@ -19,7 +19,7 @@ from trimkv_cli.cache.gates import MlpGate
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.cuda import make_decoder
 from trimkv_cli.engine.engine import Engine
-from trimkv_cli.model.pins import Pins
+from trimkv_cli.model.pins import Ends, Pins
 from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.request import Request, SamplingParams
 from trimkv_kernels import StepOperations, step_reference
@@ -80,6 +80,7 @@ CASES = {
     "random": ("qwen3", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins()),
     "rg": ("gemma3", Shape(kv_budget=16, gate="rg", rows=3, prefill_chunk=16), Pins(sinks=2)),
     "rg2": ("llama", Shape(kv_budget=16, gate="rg2", rows=3, prefill_chunk=16), Pins(recent=3)),
+    "prompt": ("qwen2", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins(prompt=Ends(4))),
     "streaming": ("mistral", Shape(kv_budget=16, gate="streaming", rows=3, prefill_chunk=16), Pins()),
 }
 
@@ -124,6 +125,20 @@ def test_what_other_tests_of_engines_do_works_fused(tiny_model: TinyModel) -> No
                 if len(tokens["0"]) in (4, 8) and event.request_id == "0":
                     said.append(engine.resize(next(sizes)).evicted)
         results.append((tokens, said, engine.kept.positions("0")))
+        engine.close()
+    assert results[1] == results[0]
+
+
+def test_positions_given_anew_are_those_that_are_rotated_to(tiny_model: TinyModel) -> None:
+    """Catches a token that stands where the sequence is, and not where its row was renumbered to."""
+    shape = Shape(kv_budget=16, gate="random", rows=2, prefill_chunk=16, rebases=True)
+    requests = [greedy(str(n), prompt, 70) for n, prompt in enumerate(PROMPTS[:2])]
+    results = []
+    for make in (partial(make_engine, fast_path=False), fused):
+        engine = make(tiny_model("qwen3", max_position_embeddings=48), shape)
+        if make is fused:
+            engine._runner.run_ahead(())
+        results.append(run(engine, requests))
         engine.close()
     assert results[1] == results[0]
 
