@@ -46,8 +46,8 @@ def attend(
     position: Tensor,
     slots: Slots,
     *,
-    lowest: Tensor,
-    loser: Tensor,
+    lowest: Tensor | None = None,
+    loser: Tensor | None = None,
     scale: float,
     window: int | None,
     recent: int = 0,
@@ -56,7 +56,11 @@ def attend(
 ) -> Tensor:
     """Do what `step_reference.attend` does: the first half of a decode, whose other half `step.evict` is."""
     what: dict[str, Any] = {"scale": scale, "window": window, "recent": recent, "static": static, "spans": spans}
-    return _decode(query, key, value, position, slots, fill=slots.position.shape[2], found=(lowest, loser), **what)
+    if lowest is None or loser is None:
+        what["evict"] = False
+    else:
+        what["found"] = lowest, loser
+    return _decode(query, key, value, position, slots, fill=slots.position.shape[2], **what)
 
 
 def _decode(

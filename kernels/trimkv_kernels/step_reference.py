@@ -111,8 +111,8 @@ def attend(
     position: Tensor,
     slots: Slots,
     *,
-    lowest: Tensor,
-    loser: Tensor,
+    lowest: Tensor | None = None,
+    loser: Tensor | None = None,
     scale: float,
     window: int | None,
     recent: int = 0,
@@ -123,13 +123,15 @@ def attend(
 
     Args:
         lowest, loser: `[B, Hkv]` float32 and int32, written here: the lowest score of each head's slots, and the slot
-            that has it. Of a row without a token they have no meaning.
+            that has it. Of a row without a token they have no meaning. Without them nothing is scored.
     """
     rows = slots.rows(0, len(query))
     output = reference.attend_one(query, key, value, position, rows, dense=False, scale=scale, window=window)
-    ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
-    for target, found in zip((lowest, loser), reference.find_loser(position, rows, **ranks), strict=True):
-        target.copy_(found)
+    if lowest is not None and loser is not None:
+        ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
+        found_lowest, found_loser = reference.find_loser(position, rows, **ranks)
+        lowest.copy_(found_lowest)
+        loser.copy_(found_loser)
     return output
 
 

@@ -78,7 +78,7 @@ def test_with_a_slot_for_each_token_the_tokens_are_those_of_transformers(form: s
 
 CASES = {
     "random": ("qwen3", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins()),
-    "rg": ("gemma3", Shape(kv_budget=16, gate="rg", rows=3, prefill_chunk=16), Pins(sinks=2)),
+    "rg": ("gemma3", Shape(kv_budget=16, gate="rg", rows=3, prefill_chunk=16), Pins(sinks=8)),
     "rg2": ("llama", Shape(kv_budget=16, gate="rg2", rows=3, prefill_chunk=16), Pins(recent=3)),
     "prompt": ("qwen2", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins(prompt=Ends(4))),
     "streaming": ("mistral", Shape(kv_budget=16, gate="streaming", rows=3, prefill_chunk=16), Pins()),
@@ -92,7 +92,7 @@ def test_evictions_are_those_of_one_layer_after_the_other(case: str, tiny_model:
     results = []
     for make in (partial(make_engine, fast_path=False), fused):
         engine = make(tiny_model(family), shape, pins=pins)
-        tokens, held = run(engine, asked()), kept(engine)
+        tokens, held = run(engine, asked(20)), kept(engine)
         engine.kept.release("0")
         engine.start_trace()
         run(engine, asked()[:1])

@@ -138,6 +138,8 @@ def test_two_halves_are_one_decode(recent: int, static: bool, protects: bool, ke
             want = reference.decode(*token, *rest, fill=fill, dense=False, **how)
             torch.testing.assert_close(got[::2], want[::2], atol=2e-5, rtol=2e-5)
             assert torch.equal(layers[i][0].key, before[i])
+            plain = kernels.attend(*token, position, layers[i][0], **how)
+            assert torch.equal(plain[::2], got[::2])
         kernels.evict(keys, values, log_beta, position, table, lowest=lowest, loser=loser, **ranks)
         assert any(not torch.equal(slots.key, old) for (slots, _), old in zip(layers, before, strict=True))
         for mine, other in zip(layers, copies, strict=True):

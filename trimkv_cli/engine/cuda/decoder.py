@@ -116,7 +116,7 @@ class Decoder:
             hidden = run.add_norm(x, added, block.attention_norm, before=before, out=entering[i])
             new = {"key": keys[i], "value": values[i]}
             query = run.rotate(block.qkv(hidden), *rotations[block.rotation], **new, **block.head_norms)
-            found = {"lowest": lowest[i], "loser": loser[i]}
+            found = {"lowest": lowest[i], "loser": loser[i]} if self._evicts else {}
             how: dict[str, Any] = {"scale": block.scale, "window": layer.window, **ranks}
             attended = run.attend(query, keys[i], values[i], position, layer.slots, **found, **how)
             hidden = run.add_norm(x, block.out(attended.flatten(1)), block.mlp_norm, before=block.out_norm)
