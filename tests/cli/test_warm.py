@@ -20,7 +20,12 @@ import psutil
 import pytest
 
 from helpers.programs import COMMAND, ENVIRONMENT, Run, trimkv
-from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.commands.summarize.remote import Asking
+from trimkv_cli.commands.summarize.sheet import Summed
+from trimkv_cli.commands.warm import Said, Server
+from trimkv_cli.errors import ContextOverflow
+from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.request import SamplingParams
 from trimkv_cli.serve.about import About, said_by, stamp
 from trimkv_cli.serve.client import Client
 from trimkv_cli.serve.notes import Note, noted, process_start, running
@@ -38,6 +43,7 @@ _ABOUT = About(
         "device": "cpu",
     },
     budget_bytes=2 << 30,
+    in_thought={"auto": False},
 )
 
 
@@ -97,15 +103,96 @@ def test_a_record_is_the_one_without_a_server(server: tuple[str, dict[str, str]]
 
 
 @pytest.mark.slow
-def test_nothing_heavy_is_imported(server: tuple[str, dict[str, str]]) -> None:
+def test_summaries_are_those_without_a_server(
+    server: tuple[str, dict[str, str]], here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catch a prompt that is another one, summaries out of order, and a broken file that stops the others."""
+    monkeypatch.chdir(tmp_path)
+    for index in range(3):
+        text = f"My cat is called Zubo. The box is in room {index}.\n" * (9 - 2 * index)
+        (tmp_path / f"{index}.txt").write_text(text)
+    (tmp_path / "broken.txt").write_bytes(b"\x89PNG\0\0")
+    for words in (("*.txt", "--length", "short"), ("1.txt", "--raw"), ("*.txt", "--combine", "--format", "json")):
+        line = ("summarize", *words, "-n", "9", "--seed", "4", "--temperature", "1.5")
+        warm = here(*line, "--server", server[0], environment=server[1])
+        alone = here(*line, "--server", "off", "--threads", "1")
+        assert (warm.returncode, warm.stdout) == (alone.returncode, alone.stdout)
+        assert warm.returncode == (0 if "--raw" in words else 3)
+        assert (b"broken.txt is binary" in warm.stderr) == (b"broken.txt is binary" in alone.stderr)
+
+
+@pytest.mark.slow
+def test_a_record_of_a_summary_is_the_one_without_a_server(
+    server: tuple[str, dict[str, str]], here: Run, tmp_path: Path
+) -> None:
+    """Catch keys and counts that go missing through a server."""
+    (tmp_path / "a.txt").write_text("My cat is called Zubo. " * 9)
+    line = ("summarize", tmp_path / "a.txt", "--json", "--greedy", "--seed", "1", "-n", "4")
+    warm = json.loads(here(*line, environment=server[1]).stdout)
+    alone = json.loads(here(*line, "--server", "off", "--threads", "1").stdout)
+    assert warm["trimkv"].pop("server") == server[0]
+    assert (warm["id"], warm["choices"], warm["usage"]) == (alone["id"], alone["choices"], alone["usage"])
+    assert warm["trimkv"].keys() == alone["trimkv"].keys()
+    for key in ("input", "parts", "rounds", "sampling"):
+        assert warm["trimkv"][key] == alone["trimkv"][key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("-n", "100000"), 4, "--on-overflow map-reduce (part by part"),
+        (("--save-cache", "x.kv"), 2, "--save-cache needs --server off"),
+        (("--live",), 2, "--live needs --server off"),
+        (("--on-overflow", "map-reduce"), 2, "--on-overflow is map-reduce here, and error at the server"),
+    ],
+)
+def test_what_a_named_server_cannot_summarize(
+    server: tuple[str, dict[str, str]], here: Run, tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    """Catch an option of `summarize` that a named server passes over."""
+    (tmp_path / "a.txt").write_text("My cat is called Zubo.")
+    done = here("summarize", tmp_path / "a.txt", "--server", server[0], *arguments, environment=server[1])
+    assert (done.returncode, done.stdout) == (code, b"")
+    assert said in done.stderr.decode()
+
+
+def test_a_summary_without_room_is_refused() -> None:
+    """Catch a summary of a few tokens, cut off, of a text that fills the positions."""
+    chunk = {
+        "choices": [{"index": 0, "delta": {"content": "It"}, "finish_reason": "length"}],
+        "usage": {"completion_tokens": 1},
+        "trimkv": {"warnings": [{"code": "max_tokens_reduced", "message": ""}]},
+    }
+    said = Said("", _ABOUT, SamplingParams())
+    said.take(chunk)
+    asking = Asking(
+        server=Server(url="", api_key=None, about=_ABOUT),
+        instruction="",
+        raw=False,
+        think=None,
+        sampling=SamplingOptions(),
+        quiet=True,
+        stats=False,
+    )
+    assert isinstance(asking.summed(said, "a.txt"), ContextOverflow)
+    said.finish_reason = "stop"
+    assert isinstance(asking.summed(said, "a.txt"), Summed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("ask", "Hello"), ("summarize", "-")])
+def test_nothing_heavy_is_imported(server: tuple[str, dict[str, str]], words: tuple[str, str]) -> None:
     """Catch an import on the way to a server that costs more than the answer."""
     script = (
-        "import sys; from trimkv_cli.app import _exit_code; code = _exit_code(['ask', 'Hello', '-n', '3']);"
+        f"import sys; from trimkv_cli.app import _exit_code; code = _exit_code([*{words}, '-n', '3']);"
         "print(*sorted({'torch', 'transformers', 'jinja2', 'starlette', 'httpx', 'numpy'} & {*sys.modules}));"
         "sys.exit(code)"
     )
     environment = {**ENVIRONMENT, **server[1]}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, check=False, input=b"Hello"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(b"\n\n"), done.stdout
 

@@ -12,7 +12,7 @@ import pytest
 
 from trimkv_cli.commands.documents import Reader, expand, html_to_text
 from trimkv_cli.commands.prompts import gather, read_system, read_template
-from trimkv_cli.commands.summarize.command import Inputs, combined
+from trimkv_cli.commands.summarize.inputs import Inputs, combined
 from trimkv_cli.errors import InputError, UsageError
 from trimkv_cli.files import check_encoding
 from trimkv_cli.streams import say_if_nothing_comes

@@ -137,12 +137,13 @@ def _ask_server(
 
 def _hear(warm: Warm, form: AskOptions, engine: EngineOptions) -> None:
     """Write the answer of a server as it comes."""
-    from trimkv_cli.commands.warm import say_after, say_before
+    from trimkv_cli.commands.warm import check_server_budget, say_after, say_before
 
     said = warm.said
     say_before(said.about, notes=engine.model is None and engine.profile is None, quiet=form.quiet)
     _answer(warm.answer, form, lambda heard: heard.to_completion("ask"), model=said.about.model)
     say_after(said, quiet=form.quiet, stats=form.stats)
+    check_server_budget(said.extra)
 
 
 def _ask_here(

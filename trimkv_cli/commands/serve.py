@@ -110,10 +110,10 @@ def serve(name: ModelName = None, *, form: ServeOptions, engine: EngineOptions, 
 
     Requests are read as `trimkv run` reads its lines: /v1/chat/completions, /v1/completions, /v1/models, /v1/files,
     /v1/batches, /health and /metrics. A history that begins with a conversation that was answered here is not read
-    again: only what is new is; x-trimkv-cache says "continued" then, else "read". `trimkv ask` and `trimkv chat` ask
-    a running server that was started with the same model, gates and settings, unless --server off. A batch runs in rows
-    that nobody else asks for, and goes on after a restart with the same model and settings. Ctrl-C or SIGTERM finish
-    what runs (--grace), a second ends at once.
+    again: only what is new is; x-trimkv-cache says "continued" then, else "read". `trimkv ask`, `trimkv chat` and
+    `trimkv summarize` ask a running server that was started with the same model, gates and settings, unless --server
+    off. A batch runs in rows that nobody else asks for, and goes on after a restart with the same model and settings.
+    Ctrl-C or SIGTERM finish what runs (--grace), a second ends at once.
     """
     from trimkv_cli.serve.server import bind
 

@@ -167,16 +167,27 @@ def ask_server(
         NoAnswer: it does not answer.
         TrimkvError: what a server says of the question.
     """
-    for found in find_servers(server, api_key, think=question.think, engine=engine, sampling=sampling):
+    found = find_servers(
+        server, api_key, think=question.think, chats=not question.raw, engine=engine, sampling=sampling
+    )
+    for each in found:
         with suppress(NoAnswer) if server == "auto" else nullcontext():
-            return _put(found, question, sampling)
+            return put(each, each.client(), question, sampling)
     return None
 
 
 def find_servers(
-    server: str, api_key: str | None, *, think: bool | None, engine: EngineOptions, sampling: SamplingOptions
+    server: str,
+    api_key: str | None,
+    *,
+    think: bool | None,
+    chats: bool,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
 ) -> Iterator[Server]:
     """Yield the server that `server` names, or with `auto` those that are there and would answer the same.
+
+    With `chats` it is sent messages, for which its model needs a template.
 
     Raises:
         UsageError: the one that it names runs something else than these options say.
@@ -195,9 +206,13 @@ def find_servers(
             raise UsageError(f"{client.url}: {first}", hint="leave it out, or --server off")
         if sampling.think_budget is not None and not about.thinks:
             raise UsageError(f"{about.model} knows no reasoning", hint="leave out --think-budget")
+        if chats and not about.in_thought:
+            raise UsageError(f"{about.model} has no chat template", hint="--raw, where a command has it")
         yield Server(url=client.url, api_key=key, about=about)
         return
     for note in running():
+        if chats and not note.about.in_thought:
+            continue
         if _same(note.about, think, engine, sampling) and _is_there(Client(note.url, note.api_key)):
             yield Server(url=note.url, api_key=note.api_key, about=note.about)
 
@@ -228,11 +243,11 @@ def _is_there(client: Client) -> bool:
     return True
 
 
-def _put(server: Server, question: Question, sampling: SamplingOptions) -> Warm:
+def put(server: Server, client: Client, question: Question, sampling: SamplingOptions) -> Warm:
     """Send the question and wait for the first piece of its answer."""
     about, params = server.about, sampling.resolve(server.about.defaults)
     body = question.body(params, max_tokens=sampling.max_tokens is not None)
-    chunks = server.client().stream(question.path, body, headers=_READ_ALL)
+    chunks = client.stream(question.path, body, headers=_READ_ALL)
     first = []
     for chunk in chunks:
         first.append(chunk)
@@ -250,11 +265,7 @@ def say_before(about: About, *, notes: bool, quiet: bool) -> None:
 
 
 def say_after(said: Said, *, quiet: bool, stats: bool) -> None:
-    """Say what a user should know of an answer, and with `stats` what it cost.
-
-    Raises:
-        TrimkvError: the server's process has used more than its budget.
-    """
+    """Say what a user should know of an answer, and with `stats` what it cost."""
     for warning in said.extra.get("warnings", ()):
         if warning.get("code") == "max_tokens_reduced":
             print_note(str(warning.get("message"))) if not quiet else None
@@ -265,7 +276,6 @@ def say_after(said: Said, *, quiet: bool, stats: bool) -> None:
     if stats:
         for line in _stats(said):
             print_note(line)
-    check_server_budget(said.extra)
 
 
 def check_server_budget(extra: Mapping[str, Any]) -> None:

@@ -177,9 +177,8 @@ def find_server(engine: EngineOptions, opening: Opening, stored: Transcript | No
         return None
     from trimkv_cli.commands.warm import find_servers
 
-    named, own = chosen.server != "auto", _own_cache(opening, stored)
-    if own is not None:
-        if named:
+    if (own := _own_cache(opening, stored)) is not None:
+        if chosen.server != "auto":
             raise UsageError(f"{own} needs --server off: a server does not hand out its cache")
         return None
     think = chosen.think
@@ -190,12 +189,8 @@ def find_server(engine: EngineOptions, opening: Opening, stored: Transcript | No
         params = params_of(stored)
         sampling = replace(sampling, top_h=_either(sampling.top_h, params.top_h))
         sampling = replace(sampling, think_budget=_either(sampling.think_budget, params.think_budget))
-    for server in find_servers(chosen.server, chosen.api_key, think=think, engine=engine, sampling=sampling):
-        if server.about.in_thought:
-            return server
-        if named:
-            raise UsageError(f"{server.about.model} has no chat template, so it cannot chat", hint="trimkv ask --raw")
-    return None
+    found = find_servers(chosen.server, chosen.api_key, think=think, chats=True, engine=engine, sampling=sampling)
+    return next(found, None)
 
 
 def _own_cache(opening: Opening, stored: Transcript | None) -> str | None:

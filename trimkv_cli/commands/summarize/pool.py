@@ -7,15 +7,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trimkv_cli.commands.summarize.texts import cut
+from trimkv_cli.commands.summarize.texts import LEAST_ROOM, TOO_LONG, cut
 from trimkv_cli.errors import ContextOverflow, TrimkvError
 from trimkv_cli.events import Answer, TokenEvent
 from trimkv_cli.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
-
-_LEAST_ROOM = 64  # tokens that must be left for a summary whose length nobody said
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +88,11 @@ def _requests(llm: Engine, label: str, text: str, task: Task) -> tuple[Request, 
         return (_request(llm, label, text, task),)
     except ContextOverflow as error:
         if not task.map_reduce:
-            hint = "--on-overflow map-reduce (part by part, then the summaries) or --on-overflow rebase (one pass)"
-            raise ContextOverflow(error.message, hint=hint) from error
+            raise ContextOverflow(error.message, hint=TOO_LONG) from error
     assert llm.text is not None, "a prompt was rendered"
     frame = len(_render(llm, "", task))
     room = llm.facts.max_positions - frame - task.params.max_tokens + 1
-    if room < _LEAST_ROOM:
+    if room < LEAST_ROOM:
         raise ContextOverflow(
             f"{llm.facts.max_positions} positions leave no room for a part of the text and a summary of it",
             hint="--max-tokens with fewer tokens, or a larger --context",
@@ -107,7 +104,7 @@ def _requests(llm: Engine, label: str, text: str, task: Task) -> tuple[Request, 
 def _request(llm: Engine, label: str, text: str, task: Task) -> Request:
     request = Request(id=label, prompt_token_ids=_render(llm, text, task), params=task.params, keep=True)
     if not task.max_tokens_said:
-        request = request.fitted(llm.room(request), least=_LEAST_ROOM)
+        request = request.fitted(llm.room(request), least=LEAST_ROOM)
     llm.check(request)
     return request
 

@@ -15,6 +15,8 @@ from trimkv_cli.ui.plain import to_json
 Format = Literal["bullets", "prose", "json"]
 
 TL_DR = "TL;DR:"  # what a model without a chat template continues with a summary
+TOO_LONG = "--on-overflow map-reduce (part by part, then the summaries) or --on-overflow rebase (one pass)"
+LEAST_ROOM = 64  # tokens that must be left for a summary whose length nobody said
 _BASE = "Summarize the text above. Keep to what it says; list its main points."
 _PROSE = "Summarize the text above. Keep to what it says; write its main points as flowing text."
 _BULLETS = 'Write one point a line, each beginning with "- ".'
