@@ -6,18 +6,21 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
+from helpers import tiny_tokenizers
 from helpers.engines import Shape, as_on_a_gpu, greedy, make_engine, run
 from trimkv_cli.commands.answers import say_warnings
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import is_out_of_memory
-from trimkv_cli.events import Answer
+from trimkv_cli.events import Answer, TokenEvent
+from trimkv_cli.request import Request, SamplingParams
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16)
@@ -36,6 +39,7 @@ class Gpu:
     captured_on: list[tuple[Any, Any]] = field(default_factory=list)  # stream and pool of each capture
     forwards: list[tuple[str, Any, int]] = field(default_factory=list)  # how, on which stream, for how many rows
     capturing: Any = None
+    replays: int = 0
     reset: int = 0
     alive: Any = field(default_factory=weakref.WeakSet)  # the graphs that were captured
     failure: Exception | None = None  # of the next capture's end
@@ -58,6 +62,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
             self.logits: list[torch.Tensor] = []
 
         def replay(self) -> None:
+            state.replays += 1
             for step, logits in zip(self.steps, self.logits, strict=True):
                 logits.copy_(step())
 
@@ -115,9 +120,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return state
 
 
-def graphed(model: Any, shape: Shape = SHAPE, *, fast_path: bool = False) -> Engine:
+def graphed(model: Any, shape: Shape = SHAPE, text: Text | None = None, *, fast_path: bool = False) -> Engine:
     """Return an engine that decodes as on a GPU."""
-    engine = make_engine(model, shape, fast_path=fast_path)
+    engine = make_engine(model, shape, text=text, fast_path=fast_path)
     runner, device = engine._runner, engine._runner.device
     runner.device = torch.device("cuda")
     runner.run_ahead(shape.eos)
@@ -235,3 +240,101 @@ def test_a_failing_graph_takes_those_of_its_stream_with_it(gpu: Gpu, tiny_model:
 def test_memory_that_cannot_be_pinned_counts_as_short() -> None:
     """Catches an allocation by CUDA itself, which says so in its message alone, taken for a fault of the program."""
     assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"))
+
+
+@contextmanager
+def counted_decodes(model: Any) -> Iterator[list[None]]:
+    """Count the forwards that feed one token to each row."""
+    forwards: list[None] = []
+
+    def count(_: Any, args: tuple[Any, ...]) -> None:
+        if args[0].shape[1] == 1:
+            forwards.append(None)
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(count)
+    yield forwards
+    hook.remove()
+
+
+def assert_only_graphs(gpu: Gpu, forwards: list[None]) -> None:
+    assert {how for how, _, _ in gpu.forwards} == {"warm-up", "capture"}
+    assert len(forwards) == len(gpu.forwards) + gpu.replays
+
+
+def events_of(engine: Engine, requests: list[Request]) -> dict[str, list[TokenEvent]]:
+    events: dict[str, list[TokenEvent]] = {}
+    for event in engine.generate(requests):
+        events.setdefault(event.request_id, []).append(event)
+    return events
+
+
+def test_no_row_costs_the_others_their_graph(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches a step without a graph, tokens behind a stop in the cache, and a choice before the host was asked."""
+    text = Text(tiny_tokenizers.chatml())
+    model = tiny_model("qwen3", vocab_size=len(text.tokenizer))
+    shape = replace(SHAPE, rows=6, eos=frozenset({text.tokenizer.eos_token_id}))
+    in_step = make_engine(model, shape, text=text, fast_path=False)
+    plain = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    said = "".join(
+        event.text for event in events_of(in_step, [Request(id="", prompt_token_ids=(5, 9), params=plain)])[""]
+    )
+    thinks = tuple(text._encode("<|im_start|>assistant\n<think>\n"))
+    digits = "%llguidance {}\nstart: /[0-9]{9}/"
+    kinds: dict[str, tuple[tuple[int, ...], SamplingParams]] = {
+        "stop": ((5, 9), replace(plain, stop=(said[-3:],))),
+        "logprobs": ((7, 3), replace(plain, logprobs=2, max_tokens=40)),
+        "digits": ((8, 4), replace(plain, ignore_eos=False, grammar=digits)),
+        "thinks": (thinks, replace(plain, think_budget=4)),
+        "greedy": ((6, 2), replace(plain, max_tokens=30)),
+        "sampled": ((3, 4), replace(plain, temperature=1.5, seed=4)),
+    }
+    requests = [Request(id=id_, prompt_token_ids=ids, params=how, keep=True) for id_, (ids, how) in kinds.items()]
+    want = events_of(in_step, requests)
+    engine = graphed(model, shape, text)
+    ahead: Any = engine._runner._ahead
+    launch, waiting = ahead._launch_ahead, []
+    ahead._launch_ahead = lambda rows: (waiting.extend(row.request.id for row in rows), launch(rows))[1]
+    with counted_decodes(model) as forwards:
+        got = events_of(engine, requests)
+    assert_only_graphs(gpu, forwards)
+    assert {"stop", "logprobs", "greedy", "sampled", "thinks"} == set(waiting)
+    for name, events in want.items():
+        assert [event.token_ids for event in got[name]] == [event.token_ids for event in events]
+        assert "".join(event.text for event in got[name]) == "".join(event.text for event in events)
+        assert engine.kept.seen(name) == in_step.kept.seen(name)
+        assert engine.kept.positions(name) == in_step.kept.positions(name)
+    assert got["stop"][-1].finish_reason == "stop"
+    for one, other in zip(got["logprobs"], want["logprobs"], strict=True):
+        assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-4)
+        assert [token for token, _ in one.logprobs[0].top] == [token for token, _ in other.logprobs[0].top]
+
+
+def test_factors_of_rope_change_under_a_graph(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches factors that a graph has taken for good, and rows of one kind that a step of the other kind feeds."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        "original_max_position_embeddings": 64,
+    }
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 64, "max_position_embeddings": 256}
+    asked = [greedy("a", range(3, 20), 30), greedy("long", range(3, 80), 12), greedy("b", range(5, 9), 20)]
+    asked.append(greedy("longer", range(9, 50), 30))
+    want = run(make_engine(tiny_model("phi3", **changes), SHAPE, fast_path=False), asked)
+    model = tiny_model("phi3", **changes)
+    with counted_decodes(model) as forwards:
+        assert run(graphed(model), asked) == want
+    assert_only_graphs(gpu, forwards)
+
+
+def test_new_positions_reach_a_graph(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches a step without a graph where positions are given anew, and a graph that shows the model the old ones."""
+    shape = replace(SHAPE, rebases=True)
+    asked = [greedy(str(i), range(3, 21 + 3 * i), 90 + i) for i in range(2)]
+    model = tiny_model("qwen3", max_position_embeddings=48)
+    want = run(make_engine(model, shape, fast_path=False), asked)
+    engine = graphed(model, shape)
+    with counted_decodes(model) as forwards:
+        assert run(engine, asked) == want
+    assert_only_graphs(gpu, forwards)

@@ -67,7 +67,9 @@ def test_log_probabilities_are_the_models_own() -> None:
     for row, params in enumerate((hot, PLAIN, replace(PLAIN, logprobs=0))):
         sampler.set_row(row, params, [1])
     tokens = sampler(logits, [0, 1, 2])
-    said = sampler.logprobs(logits, [0, 1, 2], tokens)
+    on_their_way = sampler.logprobs(logits, [0, 1, 2], tokens)
+    assert on_their_way is not None
+    said = on_their_way.read()
     want = logits.log_softmax(-1)
     assert sorted(said) == [0, 2]
     assert said[0].logprob == pytest.approx(float(want[0, tokens[0]]))

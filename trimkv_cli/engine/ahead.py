@@ -1,8 +1,9 @@
 """Decoding one step ahead of the host: the device feeds what it has sampled, and the host reads it one step behind.
 
 Everything that decides the next step lies on the device: ids, positions, how many tokens a row may still get, and which
-tokens end it. A row that has ended there is at position −1: nothing is fed or evicted after its last token. Rows whose
-end or next token only the host can see (stop strings, grammars, budgets of reasoning) run in step.
+tokens end it. A row that has ended there is at position −1: nothing is fed or evicted after its last token. Where only
+the host sees an end (a stop string), what was fed behind it is taken back. Where it has to know a token before the next
+one is chosen (grammars, budgets of reasoning), all rows run in step: the same forward, and nothing ahead of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.graphs import Forward
-from trimkv_cli.engine.sampler import Sampler
+from trimkv_cli.engine.sampler import NO_TOKEN, Logprobs, Sampler
 from trimkv_cli.engine.scheduler import Row
 from trimkv_cli.errors import is_out_of_memory
 
@@ -37,19 +38,24 @@ class _Host:
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """A step on its way: its rows, and their tokens `[rows]`, on the host once `done`."""
+    """A step on its way: its rows, and what it brought, on the host once `done`."""
 
     rows: tuple[Row, ...]
-    tokens: Tensor
+    tokens: Tensor  # [rows]
+    logprobs: Logprobs | None
     done: Any  # a CUDA event; None where nothing is asynchronous
 
     def has(self, row: Row) -> bool:
         return _among(row, self.rows)
 
     def wait(self) -> list[int]:
+        """Return the tokens once they are there, and leave their log probabilities at the rows."""
         if self.done is not None:
             self.done.synchronize()
         tokens: list[int] = self.tokens.tolist()
+        logprobs = {} if self.logprobs is None else self.logprobs.read()
+        for place, row in enumerate(self.rows):
+            row.logprob = logprobs.get(place)
         return tokens
 
 
@@ -73,18 +79,18 @@ class Ahead:
         # One is read while the next step fills the other.
         self._hosts = deque(_Host.empty(rows) for _ in range(2)) if device.type == "cuda" else None
 
-    def step(self, rows: Sequence[Row], *, in_step: bool = False) -> list[tuple[Row, int]] | None:
-        """Return the next token of the rows that have one by now; None when these rows must run in step."""
-        free = not in_step and all(self._runs_free(row) for row in rows)
+    def step(self, rows: Sequence[Row], *, in_step: bool = False) -> list[tuple[Row, int]]:
+        """Return the next token of the rows that have one by now; with `in_step` nothing is fed beyond that."""
+        free = not in_step and not any(self._sampler.must_be_told(row.index) for row in rows)
         pending = self._take_pending(rows)
-        if pending is None and not free:
-            self.forget()
-            return None
         self._tell(rows)
         current = pending or self._launch(rows)
         going_on = [row for row in rows if _left(row) > current.has(row)] if free else []
         failed = bool(going_on) and not self._launch_ahead(going_on)
         ready = [(row, token) for row, token in zip(current.rows, current.wait(), strict=True) if _among(row, rows)]
+        for row, token in ready:
+            if token != NO_TOKEN:
+                self._sampler.advance(row.index, token)
         if failed:
             self._take_back(going_on, {row.index: token for row, token in ready})
         return ready
@@ -172,23 +178,20 @@ class Ahead:
         count = max(indices) + 1
         at = self._on_device(indices, torch.int64)
         logits = self._forward(self.ids, self.position, count)
-        tokens = self._sampler(logits[at], indices)
+        logits = logits[at]
+        tokens = self._sampler(logits, indices)
+        logprobs = self._sampler.logprobs(logits, indices, tokens)
         left, position = self._left[at] - 1, self.position[at]
         ended = (left <= 0) | (self._watch[at] & torch.isin(tokens, self._eos)) | (position < 0) | (tokens < 0)
         self.ids[at] = tokens.clamp(min=0)
         self._left[at] = left
         self.position[at] = torch.where(ended, -1, position + 1)
         if self._hosts is None:
-            return _Launch(tuple(rows), tokens, None)
+            return _Launch(tuple(rows), tokens, logprobs, None)
         self._hosts.rotate()
         host = self._hosts[0].tokens[: len(indices)].copy_(tokens, non_blocking=True)
         self._hosts[0].done.record()
-        return _Launch(tuple(rows), host, self._hosts[0].done)
-
-    def _runs_free(self, row: Row) -> bool:
-        """Tell whether the device sees by itself what comes next in a row, and its end."""
-        params = row.request.params
-        return not params.stop and params.logprobs is None and not self._sampler.must_be_told(row.index)
+        return _Launch(tuple(rows), host, logprobs, self._hosts[0].done)
 
     def _on_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         host = torch.tensor(values, dtype=dtype)

@@ -61,11 +61,11 @@ class ModelRunner:
         self._pins = pins or Pins()
         self.trace = trace
         self._ahead: Ahead | None = None
+        self._long = False  # which factors of RoPE the last step ahead had
         self._graphs: GraphedForward | None = None
 
     def run_ahead(self, eos_token_ids: Collection[int]) -> None:
         """Decode one step ahead of the host from now on; on a GPU each step is a graph."""
-        assert self._long_rope is None, "which factors are used is decided on the host, step by step"
         forward: Forward = self._forward_static
         if self.device.type == "cuda":
             forward = self._graphs = GraphedForward(forward)
@@ -198,7 +198,8 @@ class ModelRunner:
             lengths=tuple(len(chunk.token_ids) for chunk in batch.chunks),
         )
         fed = self._tensor(ids, torch.int64)
-        logits = self._forward(fed, step, long_rope=batch.chunks[0].row.long_rope, forward=forward)
+        self._rotate(long=batch.chunks[0].row.long_rope)
+        logits = self._forward(fed, step, forward=forward)
         for chunk in batch.chunks:
             self.cache.seen[chunk.row.index] += len(chunk.token_ids)
             chunk.row.fed += len(chunk.token_ids)
@@ -226,14 +227,11 @@ class ModelRunner:
         return spans[rows] if isinstance(rows, slice) else spans[self._tensor(rows, torch.int64)]
 
     def _decode(self, batch: Decode) -> list[tuple[Row, int]]:
-        in_step = self.trace is not None or self._is_full(batch.rows)
-        ready = None if self._ahead is None else self._ahead.step(batch.rows, in_step=in_step)
-        if ready is not None:
-            for row, _ in ready:
-                self.cache.seen[row.index] = row.seen + 1
-                row.logprob = None
-            return ready
         self._make_room((row, 1) for row in batch.rows)
+        if self._ahead is not None:
+            if self.trace is None:
+                return self._decode_ahead(self._ahead, batch.rows)
+            self._ahead.undo_pending()
         count = self._decode_rows or batch.rows[-1].index + 1
         ids, positions = [0] * count, [-1] * count
         for row in batch.rows:
@@ -242,8 +240,8 @@ class ModelRunner:
         held = min(self.cache.held(row.index) for row in batch.rows)
         position = self._tensor(positions, torch.int32)
         spans = self._spans(slice(count))
+        self._rotate(long=batch.rows[0].long_rope)
         if self._decoder is not None:
-            self._rotate(long=batch.rows[0].long_rope)
             dense = held >= self.cache.kv_budget
             fed = self._tensor(ids, torch.int64)
             how: dict[str, Any] = {"dense": dense, "shown": self._shown(position), "spans": spans}
@@ -253,16 +251,22 @@ class ModelRunner:
         else:
             longest = sys.maxsize if self._decode_rows else max(seen)
             step = Step(positions=position[:, None], rows=None, longest=longest, shortest=held, spans=spans)
-            logits = self._forward(self._tensor(ids, torch.int64)[:, None], step, long_rope=batch.rows[0].long_rope)
+            logits = self._forward(self._tensor(ids, torch.int64)[:, None], step)
         for row in batch.rows:
             self.cache.seen[row.index] += 1
         return self._sample(logits, [(row.index, row) for row in batch.rows])
 
-    def _forward(
-        self, ids: Tensor, step: Step, *, long_rope: bool, forward: Callable[..., Tensor] = forward_logits
-    ) -> Tensor:
+    def _decode_ahead(self, ahead: Ahead, rows: Sequence[Row]) -> list[tuple[Row, int]]:
+        """Decode by what runs ahead, or in step where the host has to change the next step before it begins."""
+        turns, self._long = rows[0].long_rope is not self._long, rows[0].long_rope
+        self._rotate(long=self._long)
+        ready = ahead.step(rows, in_step=turns or self._is_full(rows))
+        for row, _ in ready:
+            self.cache.seen[row.index] = row.seen + 1
+        return ready
+
+    def _forward(self, ids: Tensor, step: Step, *, forward: Callable[..., Tensor] = forward_logits) -> Tensor:
         """Return the logits, `[B, V]` of the last column unless `forward` returns others."""
-        self._rotate(long=long_rope)
         positions = step.positions
         return forward(
             self._model,
@@ -279,7 +283,7 @@ class ModelRunner:
             fed, position = ids[:count], position[:count]
             return self._decoder.step(fed, position, dense=False, shown=self._shown(position), spans=spans)[0]
         step = Step(positions=position[:count, None], rows=None, longest=sys.maxsize, shortest=0, spans=spans)
-        return self._forward(ids[:count, None], step, long_rope=False)
+        return self._forward(ids[:count, None], step)
 
     def _rotate(self, *, long: bool) -> None:
         if self._long_rope is not None:
@@ -314,12 +318,13 @@ class ModelRunner:
             logits = logits[self._tensor([place for place, _ in places], torch.int64)]
         rows = [row for _, row in places]
         tokens = self.sampler(logits, [row.index for row in rows])
-        logprobs = self.sampler.logprobs(logits, [row.index for row in rows], tokens)
+        scored = self.sampler.logprobs(logits, [row.index for row in rows], tokens)
         chosen: list[int] = tokens.tolist()
-        for row, token in zip(rows, chosen, strict=True):
+        logprobs = {} if scored is None else scored.read()
+        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             if token != NO_TOKEN:
                 self.sampler.advance(row.index, token)
-            row.logprob = logprobs.get(row.index)
+            row.logprob = logprobs.get(place)
         return list(zip(rows, chosen, strict=True))
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,12 @@
 """Each row's next token, chosen on the device from its logits, parameters, seed and step alone, unless it is forced.
 
 Stages and their order are those of transformers' `GenerationMixin._get_logits_processor`; nothing here reads the
-device, except for rows that ask for log probabilities.
+device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -78,6 +78,24 @@ class SamplerRow:
     counts: RowCounts
     matcher: Any | None  # where its grammar stands
     thought: Thought | None  # and its budget of reasoning
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log probabilities of some rows' tokens, and the likeliest ones, on the host once the device has come so far."""
+
+    counts: Mapping[int, int]  # how many of the likeliest, by the row's place in its step
+    own: Tensor  # [B']
+    values: Tensor  # [B', most]
+    ids: Tensor  # [B', most]
+
+    def read(self) -> dict[int, TokenLogprob]:
+        """Return them by place."""
+        own, values, ids = self.own.tolist(), self.values.tolist(), self.ids.tolist()
+        return {
+            place: TokenLogprob(logprob=own[i], top=tuple(zip(ids[i], values[i], strict=True))[:count])
+            for i, (place, count) in enumerate(self.counts.items())
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,24 +234,20 @@ class Sampler:
         """Say why `row` cannot go on; None while it can."""
         return self._matchers.failure(row)
 
-    def logprobs(self, logits: Tensor, rows: Sequence[int], tokens: Tensor) -> dict[int, TokenLogprob]:
-        """Return the log probability of each row's token and of the likeliest ones, for the rows that ask for them.
+    def logprobs(self, logits: Tensor, rows: Sequence[int], tokens: Tensor) -> Logprobs | None:
+        """Start the way of log probabilities to the host, for the rows that ask for them; None when none does.
 
-        They are the model's own, before any parameter changes them. Reads the device when there is such a row.
+        They are the model's own, before any parameter changes them.
         """
-        wanted = {place: self._host[row].logprobs for place, row in enumerate(rows)}
-        wanted = {place: count for place, count in wanted.items() if count is not None}
+        asked = {place: self._host[row].logprobs for place, row in enumerate(rows)}
+        wanted = {place: count for place, count in asked.items() if count is not None}
         if not wanted:
-            return {}
+            return None
         places = to_device(list(wanted), self.device)
         scores = logits[places].float().log_softmax(-1)  # [B', V]
-        own = scores.gather(-1, tokens[places, None].clamp(min=0)).squeeze(-1).tolist()
-        top = scores.topk(min(self.vocab_size, max(count or 0 for count in wanted.values())), dim=-1)
-        values, ids = top.values.tolist(), top.indices.tolist()
-        return {
-            rows[place]: TokenLogprob(logprob=own[i], top=tuple(zip(ids[i], values[i], strict=True))[:count])
-            for i, (place, count) in enumerate(wanted.items())
-        }
+        own = scores.gather(-1, tokens[places, None].clamp(min=0)).squeeze(-1)
+        top = scores.topk(min(self.vocab_size, max(wanted.values())), dim=-1)
+        return Logprobs(wanted, *(part.to("cpu", non_blocking=True) for part in (own, *top)))
 
     def _adjusted(self, logits: Tensor, chosen: _Selection) -> Tensor:
         params = chosen.params

@@ -92,7 +92,7 @@ def assemble(
             else None,
             pins=facts.pins,
         )
-        if model.device.type == "cuda" and not LongRope.used_by(model.config):
+        if model.device.type == "cuda":
             runner.run_ahead(facts.eos_token_ids)
         return Engine(
             facts=facts,
