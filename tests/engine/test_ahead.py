@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -46,11 +47,14 @@ def assert_same_cache(one: Engine, other: Engine, request_id: str) -> None:
 
 
 def test_running_ahead_changes_no_token(tiny_model: TinyModel) -> None:
-    """Catches a token fed twice or after an end, a row told wrongly to the device, a draw too many."""
+    """Catches a token fed twice or after an end, one taken back there, a row told wrongly, a draw too many."""
     in_step, ahead = make_pair(tiny_model, replace(SHAPE, eos=EOS))
     want = run(in_step, make_requests())
     assert any(len(ids) < 1 + 5 * int(i) for i, ids in want.items()), "no request ends early"
-    assert run(ahead, make_requests()) == want
+    cache = ahead._runner.cache
+    with mock.patch.object(cache, "undo_decode", wraps=cache.undo_decode) as undo:
+        assert run(ahead, make_requests()) == want
+    assert not undo.called  # nothing was fed behind an end
 
 
 def test_positions_given_anew_change_no_token(tiny_model: TinyModel) -> None:

@@ -73,6 +73,7 @@ class Ahead:
         self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._left = torch.zeros(rows, dtype=torch.int32, device=device)
         self._watch = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._ends = frozenset(eos_token_ids)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
         self._known: dict[int, Row] = {}  # as the device has them, by index
         self._pending: _Launch | None = None
@@ -97,10 +98,14 @@ class Ahead:
 
     def leave(self, row: Row) -> None:
         """Take back what was fed ahead to a row that has ended; nothing was where the device saw the end."""
-        if self._pending is not None and self._pending.has(row):
+        if self._pending is not None and self._pending.has(row) and not self._saw_end(row):
             self._undo({row.index: row.seen})
         if self._known.pop(row.index, None) is not None:
             self.position[row.index] = -1
+
+    def _saw_end(self, row: Row) -> bool:
+        """Tell whether the device knew a row's last token for its end."""
+        return bool(row.output) and row.output[-1] in self._ends and not row.request.params.ignore_eos
 
     def forget(self) -> None:
         """Take nothing for known: the host says everything anew."""
