@@ -20,6 +20,7 @@ from trimkv_cli.cache.releases import cache_argument
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.errors import ContextOverflow, UsageError
 from trimkv_cli.model.spec import ModelSpec
+from trimkv_cli.plan import choices
 from trimkv_cli.request import Request, SamplingParams
 
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"]
@@ -209,6 +210,21 @@ def test_what_cannot_be_honoured_is_refused(tiny_model: TinyModel) -> None:
         engine.check(greedy("foreign", [5, 128], 4))
     with pytest.raises(ContextOverflow, match="evict nothing"):
         make_engine(tiny_model("qwen3"), Shape(kv_budget=64, rows=1)).check(greedy("full", [5] * 60, 6))
+
+
+def test_chunks_that_are_read_together_change_no_token(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a plan for several chunks that the engine reads one by one, and chunks that are cut elsewhere."""
+    requests = [greedy(str(i), range(3 + i, 43 + 7 * i), 5) for i in range(4)]
+    shape = Shape(kv_budget=24, rows=4, prefill_chunk=16, gate="random")
+    alone, together = make_engine(tiny_model("qwen3"), shape), []
+    want = run(alone, requests)
+    monkeypatch.setattr(choices, "PREFILL_TOKENS", {"cpu": 64})
+    engine = make_engine(tiny_model("qwen3"), shape)
+    read = engine._runner._prefill
+    engine._runner._prefill = lambda batch: (together.append(len(batch.chunks)), read(batch))[1]  # type: ignore[method-assign]
+    assert run(engine, requests) == want
+    assert max(together) == 4
+    assert engine.stats.steps < alone.stats.steps
 
 
 def test_long_rope_sets_are_chosen_per_sequence(tiny_model: TinyModel) -> None:

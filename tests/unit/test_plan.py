@@ -309,7 +309,7 @@ def test_graphs_keep_logits_and_two_workspaces(capability: tuple[int, int] | Non
 def test_matrices_that_become_one_are_there_twice_before_a_gpu_decodes(family: str, matrices: int) -> None:
     """Catches a model that runs within its budget and cannot be loaded within it."""
     wide = replace(SPEC, model_type=family, hidden_size=5120, intermediate_size=51_200)
-    run = make_plan(wide, full_gate(), PlanOptions(device="cuda", dtype="bf16", kv_budget=9)).run
+    run = make_plan(wide, full_gate(), PlanOptions(device="cuda", dtype="bf16", kv_budget=9, max_inflight=1)).run
     steps = sum(run.part_bytes(name) for name in ("workspace", "logits", "graphs"))
     assert run.part_bytes("loading") == max(0, matrices * 5120 * 51_200 * 2 - steps)
     assert steps < 2 * 5120 * 51_200 * 2
@@ -384,3 +384,17 @@ def test_a_refusal_that_is_close_says_by_how_much() -> None:
     with pytest.raises(DoesNotFit, match=r"40\.0 KiB short") as caught:
         make_plan(SPEC, GATE, replace(asked, budget=needed - 40 * 2**10)).ensure_fits()
     assert len(set(re.findall(r"[0-9.]+ [MG]iB", caught.value.message))) == 2
+
+
+def test_a_gpu_reads_chunks_together_as_far_as_the_budget_goes() -> None:
+    """Catches a workspace of one chunk beside forwards of eight, and chunks or precision given up for speed."""
+    wide = make_plan(SPEC, GATE, PlanOptions(device="cuda", max_inflight=8)).run
+    assert (wide.step_tokens, wide.prefill_chunk) == (4096, 512)
+    assert make_plan(SPEC, GATE, PlanOptions(device="cuda", max_inflight=3)).run.step_tokens == 3 * 512
+    assert make_plan(SPEC, GATE, PlanOptions(device="cuda", prefill_chunk=5000)).run.step_tokens == 5000
+    assert make_plan(SPEC, GATE, PlanOptions(max_inflight=8)).run.step_tokens == 512
+    narrow = replace(wide, prefill_rows=1)
+    assert narrow.workspace_bytes < wide.workspace_bytes / 4
+    tight = PlanOptions(device="cuda", max_inflight=8, budget=replace(narrow, counts_runtime=True).total_bytes)
+    found = make_plan(SPEC, GATE, tight).run
+    assert (found.step_tokens, found.prefill_chunk, found.kv_budget, found.dtype) == (512, 512, 512, "bf16")

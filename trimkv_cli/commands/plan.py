@@ -210,6 +210,11 @@ def _as_text(plan: Plan, model: str, context: int) -> str:
     return "\n".join([f"{model} with {run.gate.id}", *(line.rstrip() for line in table), "", *_remarks(plan)])
 
 
+def _chunks(run: Run) -> str:
+    together = min(run.rows, run.prefill_rows)
+    return "one chunk" if together == 1 else f"{together} chunks"
+
+
 def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
     run = plan.run
     measured = "measured" if run.machine.calibrated(run.device) else "not measured: trimkv doctor --measure"
@@ -221,7 +226,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "rebase": "the positions of tokens that outgrow the model's",
         "journal": "what one step displaces, to undo it",
         "undo": "copies of a sequence, to undo turns",
-        "workspace": f"one chunk of {run.prefill_chunk or context} prompt tokens",
+        "workspace": f"{_chunks(run)} of {run.prefill_chunk or context} prompt tokens",
         "logits": "sampling, beyond the workspace",
         "reordered": "16-bit matrices once more, as this CPU reads them for several rows",
         "dequantised": "the largest matrix, unpacked",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.graphs import Forward
-from trimkv_cli.engine.sampler import NO_TOKEN, Logprobs, Sampler
+from trimkv_cli.engine.sampler import NO_TOKEN, Logprobs, Sampler, to_device
 from trimkv_cli.engine.scheduler import Row
 from trimkv_cli.errors import is_out_of_memory
 
@@ -199,8 +199,7 @@ class Ahead:
         return _Launch(tuple(rows), host, logprobs, self._hosts[0].done)
 
     def _on_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        return host.pin_memory().to(self.ids.device, non_blocking=True) if self.ids.is_cuda else host
+        return to_device(values, self.ids.device, dtype)
 
 
 def _among(row: Row, rows: Sequence[Row]) -> bool:

@@ -15,7 +15,7 @@ from trimkv_cli.cache.releases import all_logits, forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.ahead import Ahead
 from trimkv_cli.engine.graphs import Forward, GraphedForward
-from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
+from trimkv_cli.engine.sampler import NO_TOKEN, Sampler, to_device
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 from trimkv_cli.model.pins import Pins, PromptSpan
 
@@ -328,4 +328,4 @@ class ModelRunner:
         return list(zip(rows, chosen, strict=True))
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        return to_device(values, self.device, dtype)

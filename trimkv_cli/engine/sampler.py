@@ -410,7 +410,7 @@ def penalize(logits: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(counts > 0, torch.where(logits < 0, logits * factor, logits / factor), logits)
 
 
-def to_device(ids: Sequence[int], device: torch.device) -> Tensor:
+def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Copy without waiting: only pinned memory is copied to a GPU asynchronously."""
-    host = torch.tensor(ids, dtype=torch.int64)
+    host = torch.tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -40,7 +40,7 @@ def assemble(
     """Install the gates in `model`, allocate the cache that the plan describes, and return the engine.
 
     The cache has one row more than sequences may run, to keep a shared prefix, when several may. `prefill_tokens`
-    bounds rows × chunk of one prefill, by default one chunk. With `rebases` sequences may outgrow the model's
+    bounds rows × chunk of one prefill, by default as planned. With `rebases` sequences may outgrow the model's
     positions. `evicts` is false only to measure what eviction costs: nothing that is generated then has a meaning.
     `fast_path` is false to decode with the modules of transformers. A model serves one engine at a time: closing it
     gives model and gates back as they were, for the next.
@@ -72,7 +72,7 @@ def assemble(
         SchedulerOptions(
             max_rows=plan.run.rows,
             prefill_chunk=plan.run.prefill_chunk,
-            prefill_tokens=prefill_tokens or plan.run.prefill_chunk,
+            prefill_tokens=prefill_tokens or plan.run.prefill_chunk * plan.run.prefill_rows,
             prefill_rows=1 if deterministic else plan.run.rows,
             prefix_row=rows if shares else None,
             long_rope_from=spec.original_max_positions,

@@ -28,6 +28,7 @@ UNTRAINED_KV_BUDGET = 1024
 SMALLEST_KV_BUDGET = 32
 FULL_CACHE_CONTEXT = 4096
 MOST_ROWS = {"cpu": 8, "cuda": 64}
+PREFILL_TOKENS = {"cuda": 4096}  # read together at most, where that is more than one chunk
 FP8_CAPABILITY = (8, 9)
 SMALLEST: Mapping[str, Quantisation] = {"cpu": "int4", "cuda": "nf4"}  # form of the devices that quantise
 
@@ -118,13 +119,19 @@ class Choices:
         sizes = range(min(SMALLEST_KV_BUDGET, fewest), fewest)
         return next((n for n in sizes if self.full_cache or replace(self.base, kv_budget=n).most_pinned < n), fewest)
 
-    def run(self, kv_budget: int, precision: Precision, chunk: int, rows: int) -> Run:
+    def prefill_rows(self, chunk: int) -> tuple[int, ...]:
+        """List how many rows' chunks may be read together: a GPU is faster with more, and the results are the same."""
+        most = PREFILL_TOKENS.get(self.base.device, 0) // chunk if chunk else 1
+        return halvings(max(1, most), 1)
+
+    def run(self, kv_budget: int, precision: Precision, chunk: int, rows: int, prefill_rows: int = 1) -> Run:
         dtype, quantize = precision
         return replace(
             self.base,
             kv_budget=kv_budget,
             prefill_chunk=chunk,
             rows=rows,
+            prefill_rows=prefill_rows,
             dtype=dtype,
             quantize=quantize,
             kv_dtype=self.kv_dtype or dtype,

@@ -27,6 +27,7 @@ from trimkv_cli.plan.run import Run
 from trimkv_cli.units import SequenceBytes, format_size, format_sizes
 
 FAR_BELOW = 4  # the KV budget that gates were trained for over the one in use, from which on it is warned about
+_NEARLY_ALL = 7 / 8
 _OF_A_STEP = ("workspace", "logits", "dequantised", "loading")  # parts that are free between steps
 
 
@@ -268,12 +269,17 @@ def solve(choices: Choices) -> Run | None:
     """Find the best run within the budget.
 
     What costs least is given up first: rows, then slots beyond what the gate was trained for, then precision, then the
-    chunk (which changes results), and last slots that the gate was trained for.
+    chunk (which changes results), and last slots that the gate was trained for. Chunks are read together as far as that
+    leaves nearly all rows.
     """
     for kv_budget, precision, chunk in _by_worth(choices):
-        runs = [choices.run(kv_budget, precision, chunk, rows) for rows in choices.rows]
-        if choices.fits(runs[-1]):
-            return next(filter(choices.fits, runs))
+        fitting = []
+        for together in choices.prefill_rows(chunk):
+            runs = [choices.run(kv_budget, precision, chunk, rows, together) for rows in choices.rows]
+            if choices.fits(runs[-1]):
+                fitting.append(next(filter(choices.fits, runs)))
+        if fitting:
+            return next(run for run in fitting if run.rows >= _NEARLY_ALL * fitting[-1].rows)
     return None
 
 

@@ -72,6 +72,7 @@ class Run:
     quantize: Quantisation
     device: str  # cpu, cuda or mps
     longest_prompt: int
+    prefill_rows: int = 1  # whose chunks are read together
     padded_rows: int = 0  # rows that every decode has, whatever runs
     snapshots: int = 0  # of whole rows, to undo turns; in host memory
     rebases: bool = False  # sequences may outgrow the model's positions
@@ -194,7 +195,7 @@ class Run:
     @property
     def step_tokens(self) -> int:
         """The tokens of prompts that are read together."""
-        return self.prefill_chunk or self.longest_prompt
+        return self.prefill_chunk * min(self.rows, self.prefill_rows) or self.longest_prompt
 
     @property
     def shares_prefix(self) -> bool:
