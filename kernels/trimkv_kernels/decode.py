@@ -87,7 +87,7 @@ def _decode(
     num_kv_heads, size = slots.position.shape[1:]
     span, groups = min(fill + 1, size), num_heads // num_kv_heads
     programs = batch * num_kv_heads
-    launch = decode_launch(programs=programs, span=span, head_dim=head_dim, element_size=query.element_size())
+    launch = decode_launch(programs=programs, size=size, head_dim=head_dim, element_size=query.element_size())
     tile, wide = padded(groups), padded(head_dim)
     part_acc = query.new_empty(programs, launch.splits, tile, wide, dtype=torch.float32)
     part_stats = query.new_empty(programs, launch.splits, 2, tile, dtype=torch.float32)
@@ -143,7 +143,7 @@ def _decode(
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "span"])
 def _scan(
     query,
     slot_key,
@@ -240,7 +240,7 @@ def _protected(held, spans):
     return (held >= 0) & (first | second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _merge(
     query,
     key,

@@ -21,17 +21,18 @@ class DecodeLaunch:
     warps: int
 
 
-def decode_launch(*, programs: int, span: int, head_dim: int, element_size: int) -> DecodeLaunch:
+def decode_launch(*, programs: int, size: int, head_dim: int, element_size: int) -> DecodeLaunch:
     """Split the slots when rows × KV heads (`programs`) are too few to fill a GPU.
 
+    How many of the `size` slots are in use changes nothing: each other split is a kernel to compile, while all wait.
     Wider keys mean fewer of them at a time, and a padded width costs masks: more would spill registers.
     """
     wide_bytes = padded(head_dim) * element_size
     block = 64 if wide_bytes <= 256 else 32 if wide_bytes <= 512 and padded(head_dim) == head_dim else 16
-    blocks = -(-span // block)
+    blocks = -(-size // block)
     splits = max(1, min(_MOST_SPLITS, blocks, -(-_FEW_PROGRAMS // programs)))
     split_slots = -(-blocks // splits) * block
-    return DecodeLaunch(block=block, splits=-(-span // split_slots), split_slots=split_slots, warps=4)
+    return DecodeLaunch(block=block, splits=-(-size // split_slots), split_slots=split_slots, warps=4)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def prefill(
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "fill", "length"])
 def _attend(
     query,
     key,
@@ -160,7 +160,7 @@ def _add_tile(
     return higher, total * shrink + tl.sum(weights, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "length"])
 def _move(
     key,
     value,

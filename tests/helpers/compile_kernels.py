@@ -42,7 +42,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
         for dim in (128,) if dtype == "fp16" else (64, 80, 128, 256):
             width = {"head_dim": dim, "element_size": SIZES[dtype]}
             for window in (0, 1024) if dim == 128 else (0,):
-                chosen = decode_launch(programs=8, span=4096, **width)
+                chosen = decode_launch(programs=8, size=4096, **width)
                 shape = {"HEADS": 8, "GROUPS": 4, "TILE": 16, "DIM": dim, "WIDE": padded(dim), "EVICT": True}
                 scan = {
                     **shape,
@@ -104,7 +104,7 @@ def eight_bits() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
 
 def extremes() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """Yield the most slots and queries per KV head, with eviction and without."""
-    chosen = decode_launch(programs=1, span=16_384, head_dim=128, element_size=2)
+    chosen = decode_launch(programs=1, size=16_384, head_dim=128, element_size=2)
     for evict in (True, False):
         shape = {"HEADS": 1, "GROUPS": 16, "TILE": 16, "DIM": 128, "WIDE": 128, "RECENT": 0, "EVICT": evict}
         shape |= {"STATIC": False, "spans": None}
