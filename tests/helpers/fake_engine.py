@@ -30,6 +30,7 @@ class FakeText:
 
     template = ""  # which tells the form of calls
     template_hash = ""
+    supports_chat = False
 
     def added_id(self, token: str) -> int | None:
         return None

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PYPROJECT = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONTRACTS = {
     "the fast path of a CPU has one door",
+    "the fast path of a GPU has one door",
     "one staircase down",
     "what goes in, what comes out and what it costs is plain Python",
     "jobs, conversations and the endpoint know no display and nothing heavy",
