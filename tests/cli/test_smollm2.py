@@ -39,20 +39,19 @@ def trimkv(*arguments: str | Path, stdin: str = "", cwd: Path) -> subprocess.Com
 
 def test_the_capital_of_france(file: Path, tmp_path: Path) -> None:
     """Catches weights, a tokenizer or a template that are not those of the file."""
-    for model in (NAME, str(file)):
-        done = trimkv("ask", "-m", model, "What is the capital of France?", "--greedy", "-n", "12", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
+    done = trimkv("ask", "-m", str(file), "What is the capital of France?", "--greedy", "-n", "12", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
 
 
 def test_a_long_text_is_read_within_the_budget_and_asked_again(file: Path, tmp_path: Path) -> None:
-    """Catches memory that grows with a text of 3,000 tokens, and a saved read that answers as another model."""
+    """Catches memory that grows with a text of 2,000 tokens, and a saved read that answers as another model."""
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("LICENSE", "CONTRIBUTING.md", "README.md"))
-    (tmp_path / "long.txt").write_text(text[:13_000], encoding="utf-8")
+    (tmp_path / "long.txt").write_text(text[:8_500], encoding="utf-8")
     asked = ["-m", NAME, "--gates", "streaming", "--kv-budget", "256", "-b", BUDGET, "--greedy", "-n", "24"]
     read = trimkv("summarize", "long.txt", *asked, "--json", "--save-cache", "long.kv", cwd=tmp_path)
     assert read.returncode == 0, read.stderr
     record = json.loads(read.stdout)
-    assert record["usage"]["prompt_tokens"] > 2700
+    assert record["usage"]["prompt_tokens"] > 1600
     assert record["trimkv"]["budget"]["honoured"] is True
     assert record["trimkv"]["cache"]["kept_per_head"] == 256
     again = trimkv("ask", "--cache", "long.kv", "What is this text about?", *asked, cwd=tmp_path)
@@ -146,7 +145,7 @@ def test_packed_weights_say_nearly_what_unpacked_ones_do(file: Path) -> None:
     assert abs(said["perplexity"] / said["perplexity_fp32"] - 1) < 0.02
 
 
-@pytest.mark.parametrize("form", ["stored", "int4", "int8"])
+@pytest.mark.parametrize("form", ["stored", "int4"])
 def test_what_a_plan_says_is_enough(form: str, file: Path, tmp_path: Path) -> None:
     """Catches matrices that are whole while they are packed, and products that nobody counted."""
     sizes = ["-m", NAME, "--gates", "streaming", "--kv-budget", "256", "--quantize", form, "--prefill-chunk", "512"]

@@ -142,8 +142,8 @@ def test_a_record_of_a_summary_is_the_one_without_a_server(
     ("arguments", "code", "said"),
     [
         (("-n", "100000"), 4, "--on-overflow map-reduce (part by part"),
-        (("--save-cache", "x.kv"), 2, "--save-cache needs --server off"),
-        (("--live",), 2, "--live needs --server off"),
+        (("--save-cache", "x.kv"), 2, "--save-cache: a server does not"),
+        (("--live",), 2, "--live: a server does not"),
         (("--on-overflow", "map-reduce"), 2, "--on-overflow is map-reduce here, and error at the server"),
     ],
 )

@@ -108,7 +108,7 @@ def _check(names: Sequence[str], asked: SummaryOptions, style: SummaryStyle, eng
         raise UsageError("--json and --format json are both given", hint="--format json prints the points alone")
     for flag, given in (("--save-cache", asked.save_cache is not None), ("--live", asked.live)):
         if given and asked.server not in ("auto", "off"):
-            raise UsageError(f"{flag} needs --server off: a server does not hand out its cache")
+            raise UsageError(f"{flag}: a server does not hand out its cache", hint="--server off")
     if asked.save_cache is None:
         return
     if len(names) > 1 and not asked.combine:
