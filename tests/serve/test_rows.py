@@ -97,7 +97,7 @@ def test_rows_taken_back_change_no_answer(taken_back: int) -> None:
 def test_what_failed_through_no_fault_of_its_own_is_tried_again() -> None:
     """Catches a fault of the engine, which another request may have brought about, ending lines of a batch."""
     expected, _ = run_alone(LINES, order="input", recorder=replace(RECORDER, reproducible=True))
-    assert run_over(ScriptedWorker(faults=3), LINES) == expected
+    assert run_over(ScriptedWorker(faults=1), LINES) == expected
 
 
 def test_an_engine_that_fails_whatever_it_gets_ends_the_job() -> None:
