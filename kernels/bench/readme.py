@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.gpu_table import gpu_table
 from bench.llama_table import llama_tables
-from bench.recall_table import recall_tables
+from bench.recall_table import kvpress_table, recall_tables
 from bench.tables import batch_table, headline, mini_plot, mini_tables, speed_table
 
 _ROOT = Path(__file__).parents[2]
@@ -30,6 +30,7 @@ def all_tables() -> str:
     own = [_engine_table(), _display_table()]
     tables = [
         recall_tables(_RESULTS),
+        kvpress_table(_RESULTS),
         llama_tables(_RESULTS),
         mini_tables(_RESULTS),
         mini_plot(_RESULTS),

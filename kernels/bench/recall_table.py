@@ -60,6 +60,33 @@ def recall_tables(results: Path) -> str:
     return "\n\n".join(_table(json.loads(path.read_bytes())) for path in paths)
 
 
+def kvpress_table(results: Path) -> str:
+    """Return what kvpress's presses and our scorers remember of the same questions, in as many bytes; "" before."""
+    paths = [results / f"{name}-smollm2.json" for name in ("kvpress", "beside-kvpress")]
+    if not all(path.is_file() for path in paths):
+        return ""
+    rows: list[_Row] = [row for path in paths for row in json.loads(path.read_bytes())["rows"]]
+    full = next(row for row in rows if row["policy"] == "kvpress-full")
+    sizes = sorted({row["kv_budget"] for row in rows if row["kv_budget"]})
+    lines = [
+        f"| SmolLM2, {full['n']} questions, full cache {full['accuracy']:.0%} | "
+        + " | ".join(f"{size} tokens per head" for size in sizes)
+        + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for policy in dict.fromkeys(row["policy"] for row in rows if row["kv_budget"]):
+        found = {row["kv_budget"]: row for row in rows if row["policy"] == policy}
+        theirs = policy.startswith("kvpress-")
+        name = f"kvpress: {policy.removeprefix('kvpress-')}" if theirs else f"trimkv: {_NAMES[policy]}"
+        cells = (f"{found[size]['accuracy']:.0%} ({_interval(found[size])})" if size in found else "" for size in sizes)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(row: _Row) -> str:
+    return "–".join(f"{end:.0%}" for end in row["ci95"] or ())
+
+
 def _table(record: dict[str, Any]) -> str:
     lines = [
         f"| {record['model']} | cache | score | 95 % interval | of the full one's | questions | tokens of an answer |",
@@ -81,7 +108,7 @@ def _line(row: _Row, full: _Row) -> str:
         score = f"{math.exp(row['nats']):.2f}"
     else:
         ratio = f"{row['accuracy'] / full['accuracy']:.0%}" if full["accuracy"] and row is not full else ""
-        ends = [f"{end:.0%}" for end in row["ci95"] or ()]
+        ends = [_interval(row)]
         score = f"{row['accuracy']:.1%}"
     said = "" if row["answer_tokens"] is None else f"{row['answer_tokens']:.0f}"
     return f"| {what}: {policy} | {size} | {score} | {'–'.join(ends)} | {ratio} | {row['n']} | {said} |"
