@@ -227,9 +227,14 @@ def _same(about: About, think: bool | None, engine: EngineOptions, sampling: Sam
     if sampling.think_budget is not None and not about.thinks:
         return False
     params = sampling.resolve(about.defaults)
-    if any(name in fixed and getattr(params, name) is None for name in ("top_h", "think_budget")):
+    if unsaid(params, fixed):
         return False
     return next(about.differences(engine), None) is None
+
+
+def unsaid(params: SamplingParams, fixed: Mapping[str, Any]) -> list[str]:
+    """Name what a server was started with and a request does not say."""
+    return [name for name in ("top_h", "think_budget") if name in fixed and getattr(params, name) is None]
 
 
 def _is_there(client: Client) -> bool:
@@ -268,7 +273,8 @@ def say_after(said: Said, *, quiet: bool, stats: bool) -> None:
     """Say what a user should know of an answer, and with `stats` what it cost."""
     for warning in said.extra.get("warnings", ()):
         if warning.get("code") == "max_tokens_reduced":
-            print_note(str(warning.get("message"))) if not quiet else None
+            if not quiet:
+                print_note(str(warning.get("message")))
         else:
             print_warning(str(warning.get("message")))
     if not quiet and said.finish_reason == "length":

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,6 +18,7 @@ from starlette.types import ASGIApp
 
 from trimkv_cli.serve.completions import CACHE_HEADER, Completions, Gone
 from trimkv_cli.serve.errors import ApiError
+from trimkv_cli.serve.files import json_response
 from trimkv_cli.serve.guard import Guard
 from trimkv_cli.serve.metrics import metrics_text
 
@@ -47,7 +47,9 @@ def make_app(
 
     async def health(_: Request) -> Response:
         gauge = worker.gauge
-        return _json({"status": "ok", "loaded": gauge.loaded, "running": gauge.running, "waiting": gauge.waiting})
+        return json_response(
+            {"status": "ok", "loaded": gauge.loaded, "running": gauge.running, "waiting": gauge.waiting}
+        )
 
     async def metrics(_: Request) -> Response:
         return Response(metrics_text(worker.gauge), media_type="text/plain; version=0.0.4")
@@ -88,25 +90,21 @@ class _Models:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     async def all(self, _: Request) -> Response:
-        return _json({"object": "list", "data": [self._about(self.model_id)]})
+        return json_response({"object": "list", "data": [self._about(self.model_id)]})
 
     async def one(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.model_id and name not in self.names:
             raise ApiError(404, f"the model {name[:64]!r} does not run here", param="model", code="model_not_found")
-        return _json(self._about(name))
+        return json_response(self._about(name))
 
     def _about(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "trimkv", **self.more}
 
 
-def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(value), status, headers, media_type="application/json")
-
-
 async def _refuse(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _json(error.to_json(), error.status, error.headers)
+    return json_response(error.to_json(), error.status, error.headers)
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:

@@ -149,7 +149,8 @@ class Client:
         sent = {**self._headers, **(headers or {})}
         if body is not None:
             sent["content-type"] = "application/json"
-        self._connection.connect() if self._connection.sock is None else None
+        if self._connection.sock is None:
+            self._connection.connect()
         self._socket = self._connection.sock
         if self._hung_up:
             raise NoAnswer(f"{self.url} is not asked any more")

@@ -98,7 +98,7 @@ class Exchange:
             placeholder = fresh or Request(id=f"line-{self.item.line}", prompt_token_ids=(), params=self.item.params)
             self.answers.append(Answer(placeholder))
             ticket = Ticket(
-                take=partial(self._take, index),
+                take=partial(self._put, index),
                 fail=self._fail,
                 begun=partial(self._begun, index),
                 find=self._find if self._continues else _nothing,
@@ -144,9 +144,6 @@ class Exchange:
 
     def _fail(self, error: Exception) -> None:
         self.mailbox.close(ApiError.of(error, limit_key=self.item.limit_key))
-
-    def _take(self, index: int, event: TokenEvent) -> None:
-        self._put(index, event)
 
     def _put(self, index: int, news: News) -> None:
         if not self.mailbox.put(index, news):

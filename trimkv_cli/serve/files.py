@@ -254,9 +254,9 @@ class Files:
         return ApiError(413, message, param="file", code="file_too_large", headers=headers)
 
 
-def json_response(value: object) -> Response:
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return an object as JSON."""
-    return Response(orjson.dumps(value), media_type="application/json")
+    return Response(orjson.dumps(value), status, headers, media_type="application/json")
 
 
 def page(request: Request, found: Sequence[dict[str, Any]], *, limit: int, most: int) -> Response:

@@ -63,7 +63,6 @@ class Ticket:
     batch: bool = False
     restarted: Callable[[], None] = lambda: None
     running: Request | None = None
-    started: float | None = None
     pieces: list[str] = field(default_factory=list)
 
     def hear(self, event: TokenEvent) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from trimkv_cli.chat.snapshots import Snapshots
 from trimkv_cli.chat.talk import Asked, Held, Steps
 from trimkv_cli.chat.turns import THINKS, Turn, seed_of, take_back, to_messages
-from trimkv_cli.commands.warm import Said, Server, request_body
+from trimkv_cli.commands.warm import Said, Server, request_body, unsaid
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import CacheStats, FinishReason, RequestStats, TokenEvent
 from trimkv_cli.request import SamplingParams
@@ -27,7 +27,7 @@ class RemoteConversation:
         self.system = system
         fixed = server.about.fixed
         self.think = fixed.get("think") if think is None else think
-        self.params = replace(params, **{name: fixed[name] for name in _missing(params, fixed)})
+        self.params = replace(params, **{name: fixed[name] for name in unsaid(params, fixed)})
         self.fits_rest = fits_rest
         self.turns: list[Turn] = []
         self.snapshots = Snapshots(0, model_id=server.about.model, fingerprint={})  # it never gets a state
@@ -170,17 +170,12 @@ class RemoteConversation:
 
     def _check_fixed(self) -> None:
         fixed = self.server.about.fixed
-        for name in (*_missing(self.params, fixed), *(["think"] if self.think is None and "think" in fixed else [])):
+        for name in (*unsaid(self.params, fixed), *(["think"] if self.think is None and "think" in fixed else [])):
             value = THINKS[fixed[name]] if name == "think" else fixed[name]
             raise UsageError(
                 f"the server was started with {name} {value}, and no request takes that back",
                 hint=f"/set {name} {value}, or --server off",
             )
-
-
-def _missing(params: SamplingParams, fixed: Mapping[str, Any]) -> list[str]:
-    """Name what a server was started with and a request does not say."""
-    return [name for name in ("top_h", "think_budget") if name in fixed and getattr(params, name) is None]
 
 
 def _stats(said: Said) -> RequestStats:
