@@ -164,3 +164,10 @@ def test_profiles_are_listed_shown_and_found() -> None:
     assert str(ROOT / "profiles") in trimkv("profiles", "path").stdout
     missing = trimkv("profiles", "show", "qwen3-4b-maths")
     assert (missing.returncode, "did you mean qwen3-4b-math?" in missing.stderr) == (6, True)
+
+
+def test_a_gpu_that_is_not_here_is_planned_for_and_named() -> None:
+    """Catches a plan that looks as if it had been compared with a GPU that nobody asked."""
+    done = trimkv("plan", "mini", "--device", "cuda:9")
+    assert done.returncode == 0
+    assert "no cuda:9 here" in done.stderr

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.commands.options import JSON, ModelName
-from trimkv_cli.errors import UsageError
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.settings import option
 
 if TYPE_CHECKING:
+    from trimkv_cli.model.driver import Gpu
     from trimkv_cli.plan.compare import Alternative, Solved
     from trimkv_cli.plan.plan import Plan
     from trimkv_cli.plan.run import Run
@@ -49,12 +49,14 @@ def plan(
 
     asked = replace(engine, model=name or engine.model)  # a configured default gives way to the argument
     found = find_source(asked, weights=False)
-    kind = _local_device(asked.device)
+    kind, index = _local_device(asked.device)
+    gpu = _gpu(index) if kind == "cuda" else None
+    memory = _machine_bytes(kind) if gpu is None else (gpu.total_bytes, gpu.free_bytes)
     padded = DETERMINISTIC_ROWS if asked.deterministic else 0
-    options = found.plan_options(asked, device=kind, memory_bytes=_machine_bytes(kind), padded_rows=padded)
+    options = found.plan_options(asked, device=kind, memory_bytes=memory, padded_rows=padded)
     options = replace(options, command=_command(found.name or found.model_id, asked))
-    if kind == "cuda":
-        options = replace(options, machine=replace(options.machine, cuda_capability=_gpu_capability()))
+    if gpu is not None:
+        options = replace(options, machine=replace(options.machine, cuda_capability=gpu.capability))
     solved = solve_for(solve, found.spec, found.gate, options) if solve is not None else None
     others = list(alternatives(found.spec, found.gate, options)) if compare else None
     made = solved.plan if solved is not None else make_plan(found.spec, found.gate, options)
@@ -83,52 +85,34 @@ def _command(model: str, options: EngineOptions) -> str:
     return shlex.join([*words, *(["--offline"] if options.offline else [])])
 
 
-def _local_device(name: str) -> str:
-    """Return the kind of device to plan for; auto is a GPU where an NVIDIA driver is loaded, else the CPU.
+def _local_device(name: str) -> tuple[str, int]:
+    """Return the kind of device to plan for, and which; auto is a GPU where NVIDIA's driver is loaded, else the CPU."""
+    if name == "auto":
+        return ("cuda" if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists() else "cpu"), 0
+    kind, _, index = name.partition(":")
+    return kind, int(index or 0)
 
-    Raises:
-        UsageError: no device that trimkv runs on.
-    """
-    kind = name.partition(":")[0]
-    if kind == "auto":
-        return "cuda" if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists() else "cpu"
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"{name!r} is not a device that trimkv runs on", hint="auto, cpu, cuda, cuda:1 or mps")
-    return kind
+
+def _gpu(index: int) -> Gpu | None:
+    """Return a GPU of this machine; one that is not here can be planned for, which is said."""
+    from trimkv_cli.model.driver import gpus_here
+    from trimkv_cli.ui.plain import print_note
+
+    here = gpus_here()
+    if index < len(here):
+        return here[index]
+    named = "; ".join(f"cuda:{place}, {gpu.name}" for place, gpu in enumerate(here)) or "no GPU that can be asked"
+    print_note(f"there is no cuda:{index} here ({named}): the plan is compared with no GPU's memory")
+    return None
 
 
 def _machine_bytes(kind: str) -> tuple[int | None, int | None]:
-    """Return this machine's memory, all and free; of a GPU as its driver says, where it can be asked without torch."""
-    if kind == "cuda":
-        return _gpu_bytes()
+    """Return this machine's memory, all and free."""
     if kind != "cpu" or not hasattr(os, "sysconf"):
         return None, None
     from trimkv_cli.model.machine import memory_bytes
 
     return memory_bytes()
-
-
-def _gpu_bytes() -> tuple[int | None, int | None]:
-    memory = _ask_driver("nvmlDeviceGetMemoryInfo")
-    return (None, None) if memory is None else (int(memory.total), int(memory.free))
-
-
-def _gpu_capability() -> tuple[int, int] | None:
-    found = _ask_driver("nvmlDeviceGetCudaComputeCapability")
-    return None if found is None else (int(found[0]), int(found[1]))
-
-
-def _ask_driver(question: str) -> Any:
-    """Ask NVML something of the first GPU; None where it cannot be asked."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return getattr(pynvml, question)(pynvml.nvmlDeviceGetHandleByIndex(0))
-    except (ImportError, OSError):
-        return None
-    except pynvml.NVMLError:
-        return None
 
 
 def _say_solved(solved: Solved) -> str:
