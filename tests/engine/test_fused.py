@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from bench.step_kernels import counted
 from helpers.engines import Shape, as_on_a_gpu, greedy, make_engine, run
 from trimkv_cli.cache.gates import MlpGate
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.cuda import make_decoder
+from trimkv_cli.engine.cuda import Decoder, make_decoder
 from trimkv_cli.engine.engine import Engine
+from trimkv_cli.loading.loader import load_engine
+from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.model.pins import Ends, Pins
 from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.request import Request, SamplingParams
@@ -82,6 +85,7 @@ CASES = {
     "rg2": ("llama", Shape(kv_budget=16, gate="rg2", rows=3, prefill_chunk=16), Pins(recent=3)),
     "prompt": ("qwen2", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins(prompt=Ends(4))),
     "streaming": ("mistral", Shape(kv_budget=16, gate="streaming", rows=3, prefill_chunk=16), Pins()),
+    "keydiff": ("gemma3", Shape(kv_budget=16, gate="keydiff", rows=3, prefill_chunk=16), Pins(sinks=2)),
 }
 
 
@@ -201,14 +205,30 @@ def test_a_layer_is_ten_kernels(form: str) -> None:
     assert len(found["before"]) + len(found["after"]) <= 24
 
 
-@pytest.mark.parametrize("what", ["family", "keydiff", "activation", "quantised"])
+@pytest.mark.parametrize("form", ["qwen2", "phi3"])
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_weights_that_a_library_quantised_stay_with_it(
+    quantize: str, form: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Catches packed numbers that are multiplied as if they were weights, and a bias that is added twice."""
+    tiny_model(form).save_pretrained(tmp_path)
+    options = EngineOptions(model=str(tmp_path), gates="streaming", quantize=quantize, dtype="fp32", max_inflight=3)
+    results = []
+    for fast in (False, True):
+        with as_on_a_gpu() if fast else nullcontext():
+            engine = load_engine(options)
+        assert isinstance(engine._runner._decoder, Decoder) == fast
+        results.append(run(engine, asked(6)))
+        engine.close()
+    assert results[1] == results[0]
+
+
+@pytest.mark.parametrize("what", ["family", "activation"])
 def test_a_form_that_is_not_known_is_left_to_transformers(what: str, tiny_model: TinyModel) -> None:
-    """Catches layers taken for others, and scores that need all keys before each eviction."""
+    """Catches layers taken for others."""
     changes = {"hidden_act": "relu"} if what == "activation" else {}
     model = tiny_model("olmo2" if what == "family" else "qwen3", **changes)
-    if what == "quantised":
-        model.get_decoder().layers[1].mlp.down_proj.__class__ = type("Linear4bit", (torch.nn.Linear,), {})
-    engine = make_engine(model, Shape(gate="keydiff" if what == "keydiff" else "none"), fast_path=False)
+    engine = make_engine(model, Shape(), fast_path=False)
     parts = model, [], engine._runner.cache
     with ExitStack() as undo:
         how: dict[str, Any] = {"sinks": 0, "evicts": True, "undo": undo}

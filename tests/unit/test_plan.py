@@ -15,7 +15,7 @@ from helpers.products import PRODUCTS
 from trimkv_cli.errors import ContextOverflow, DoesNotFit, UsageError
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.model.profiles import load_profile
-from trimkv_cli.model.spec import GateSpec, GgufForm, ModelSpec, full_gate, streaming_gate
+from trimkv_cli.model.spec import GateSpec, GgufForm, ModelSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.compare import alternatives
 from trimkv_cli.plan.plan import Plan, make_plan
@@ -303,6 +303,13 @@ def test_graphs_keep_logits_and_two_workspaces(capability: tuple[int, int] | Non
         planned = make_plan(SPEC, GATE, asked).run.part_bytes("graphs")
         assert planned == 64 * 2**20 + logits + through + 2 * workspace
     assert make_plan(SPEC, GATE, PlanOptions()).run.part_bytes("graphs") == 0
+    graphs = [
+        make_plan(SPEC, gate, PlanOptions(device="cuda", max_inflight=2, kv_budget=7, dtype="bf16")).run.part_bytes(
+            "graphs"
+        )
+        for gate in (keydiff_gate(), full_gate())
+    ]
+    assert graphs[0] - graphs[1] == 2 * 8 * 2 * (32 * 6 + 16)  # keys of slots and of new tokens, joined and widened
 
 
 @pytest.mark.parametrize(("family", "matrices"), [("qwen3", 2), ("phi3", 0), ("olmo2", 0)])

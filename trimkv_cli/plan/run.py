@@ -21,6 +21,7 @@ from trimkv_cli.model.spec import (
 )
 from trimkv_cli.plan.step import (
     GRAPH_ROWS,
+    compared_bytes,
     dequantising_bytes,
     forward_bytes,
     sampling_bytes,
@@ -236,7 +237,8 @@ def _graph_bytes(run: Run) -> int:
     logits = sum(sizes) * run.spec.vocab_size * run.dtype_bytes
     capability = run.machine.cuda_capability
     workspace = _HOPPER_BLAS_BYTES if capability is None or capability[0] == _HOPPER else _BLAS_BYTES
-    return _GRAPH_BYTES + logits + _STREAMS * workspace + _kept_through_bytes(run)
+    compared = compared_bytes(run, run.rows * (run.kv_budget + 1))  # in the graphs' own pool, beside that of prompts
+    return _GRAPH_BYTES + logits + _STREAMS * workspace + _kept_through_bytes(run) + compared
 
 
 def _kept_through_bytes(run: Run) -> int:

@@ -199,7 +199,7 @@ def _attend_bytes(run: Run, layer: int, rows: int) -> int:
     length = max(1, run.step_tokens // rows)
     candidates = rows * slots + run.step_tokens
     if run.device == "cuda":
-        return candidates * spec.num_kv_heads * _EVICTION_BYTES + _compared_bytes(run, candidates)
+        return candidates * spec.num_kv_heads * _EVICTION_BYTES + compared_bytes(run, candidates)
     sees = slots + length
     masks = spec.num_heads if spec.windows[layer] is not None else 1
     masked = rows * length * sees * (run.dtype_bytes + 2) * masks
@@ -208,10 +208,10 @@ def _attend_bytes(run: Run, layer: int, rows: int) -> int:
         wide = 2 * (candidates + rows) * spec.num_kv_heads + 2 * run.step_tokens * spec.num_heads
         joined += wide * (spec.head_dim + 1) * run.dtype_bytes
     packed = _packed_bytes(run, rows=rows, queries=length, sees=sees)
-    return max(joined + packed + _block_bytes(run, sees), _compared_bytes(run, candidates))
+    return max(joined + packed + _block_bytes(run, sees), compared_bytes(run, candidates))
 
 
-def _compared_bytes(run: Run, candidates: int) -> int:
+def compared_bytes(run: Run, candidates: int) -> int:
     """Count the keys of slots and new tokens where scores are found from them: taken and joined, then in float32."""
     if not run.gate.compares_keys:
         return 0
@@ -247,13 +247,13 @@ def _decode_bytes(run: Run) -> int:
     vectors = _mlp_bytes(run, rows) + rows * 3 * spec.num_heads * spec.head_dim * 4
     if run.device == "cuda":
         partial = rows * spec.num_heads * spec.head_dim * 4 * 16  # sums of a split over slots
-        return vectors + partial + _compared_bytes(run, rows * (most + 1))
+        return vectors + partial + compared_bytes(run, rows * (most + 1))
     if _decodes_together(run):
         slots = sum(spec.slots(layer, run.kv_budget) + 1 for layer in range(spec.num_kv_layers))
         return vectors + rows * spec.num_kv_heads * slots * 16
     copies = 3 if run.kv_dtype != "fp32" else 1
     attended = rows * most * (copies * spec.num_kv_heads * spec.head_dim * 4 + spec.num_heads * 12)
-    return vectors + max(attended, _compared_bytes(run, rows * (most + 1)))
+    return vectors + max(attended, compared_bytes(run, rows * (most + 1)))
 
 
 def _decodes_together(run: Run) -> bool:

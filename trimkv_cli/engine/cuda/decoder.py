@@ -1,8 +1,9 @@
 """Decode steps on a GPU, one token per row, with ten kernels a layer.
 
 The modules of transformers launch sixty. Here matrices that read the same vector are one, what stands between two
-products is one kernel, and retention gates and eviction of all layers come together after the last one. A step reads
-nothing on the host, so that a CUDA graph can be made of it.
+products is one kernel, and retention gates and eviction of all layers come together after the last one. Weights that a
+library quantised stay with its modules, and keys that are compared are so layer by layer: both cost kernels more. A
+step reads nothing on the host, so that a CUDA graph can be made of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.layers import Layer, NormParts, find_layers, is_plain, norm_parts
 from trimkv_cli.engine.together import GatesTogether, one_bias, one_matrix
 from trimkv_kernels import StepOperations, step_operations_for
+from trimkv_kernels.keydiff import compare_keys
 from trimkv_kernels.step_reference import LayerTable, Norm
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
@@ -111,11 +113,16 @@ class Decoder:
         keys, values = x.new_empty(2, layers, rows, heads, dim)
         lowest = torch.empty(layers, rows, heads, dtype=torch.float32, device=x.device)
         loser = torch.empty(layers, rows, heads, dtype=torch.int32, device=x.device)
+        compared = torch.zeros_like(lowest) if self._evicts and self._cache.layers[0].compares_keys else None
         added, before = None, None
         for i, (block, layer) in enumerate(zip(self._blocks, self._cache.layers, strict=True)):
             hidden = run.add_norm(x, added, block.attention_norm, before=before, out=entering[i])
             new = {"key": keys[i], "value": values[i]}
             query = run.rotate(block.qkv(hidden), *rotations[block.rotation], **new, **block.head_norms)
+            if compared is not None:  # scores of all keys, so that a loser can be found
+                where: dict[str, Any] = {"rows": None, "fill": layer.size, "window": layer.window}
+                new_key, unpinned = keys[i, :, :, None], compared[i, ..., None]
+                compared[i] = compare_keys(new_key, unpinned, position[:, None], layer.slots, **where)[..., 0]
             found = {"lowest": lowest[i], "loser": loser[i]} if self._evicts else {}
             how: dict[str, Any] = {"scale": block.scale, "window": layer.window, **ranks}
             attended = run.attend(query, keys[i], values[i], position, layer.slots, **found, **how)
@@ -124,7 +131,8 @@ class Decoder:
         logits: Tensor = self._head(run.add_norm(x, added, self._norm, before=before))
         read = torch.cat((keys.flatten(2), values.flatten(2)), dim=-1) if self._gates.read_kv else entering
         log_beta = self._gates(read, position)
-        ranked = log_beta.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else log_beta
+        ranked = log_beta if compared is None else compared
+        ranked = ranked.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else ranked
         if self._evicts:
             run.evict(keys, values, ranked, position, self._table, lowest=lowest, loser=loser, **ranks)
         return logits, log_beta
@@ -152,10 +160,9 @@ def make_decoder(
     `operations` are those of the model's device unless others are given. `undo` gives the model back as it was.
     """
     operations = operations or step_operations_for(model.device)
-    # Scores that are found from all keys before each eviction need the loser only then.
-    if operations is None or cache.states or any(layer.compares_keys for layer in cache.layers):
+    if operations is None or cache.states:
         return None
-    layers = find_layers(model, is_plain)
+    layers = find_layers(model, lambda _: True)
     if layers is None or any(type(layer.activation).__name__ not in _ACTIVATIONS for layer in layers):
         return None
     blocks = [_make_block(layer, undo) for layer in layers]
@@ -182,8 +189,15 @@ def _make_block(layer: Layer, undo: ExitStack) -> Block:
     )
 
 
-def _product(linears: Sequence[nn.Linear], undo: ExitStack) -> Product:
+def _product(linears: Sequence[Any], undo: ExitStack) -> Product:
+    """Return one product for all, or, of weights that a library quantised, one after the other."""
+    if not all(map(is_plain, linears)):
+        return linears[0] if len(linears) == 1 else partial(_each, linears)
     return partial(functional.linear, weight=one_matrix(linears, undo), bias=one_bias(linears))
+
+
+def _each(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
+    return torch.cat([linear(x) for linear in linears], dim=-1)
 
 
 def _norm(parts: NormParts | None) -> Norm | None:
