@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from trimkv_cli.bench.shapes import Network
 from trimkv_cli.bench.speed import CHUNK, MEASURED_TOKENS, Case, EngineName, Timing, measured_steps, row_peak_bytes
 from trimkv_cli.cache.releases import cache_argument, forward_logits
-from trimkv_cli.engine.devices import reset_peak
+from trimkv_cli.engine.devices import reset_peak, wait_for
 from trimkv_cli.plan.run import Run
 
 
@@ -35,6 +36,7 @@ class Transformers:
         """Measure on the network's own model and device."""
         model: Any = self.network.model
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        gc.collect()  # engines are circles, and hold their caches
         reset_peak(model.device)
         ids = prompts.to(model.device)
         cache, clock = DynamicCache(config=model.config), _Clock()
@@ -71,7 +73,6 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        if input_ids.device.type == "cuda":
-            torch.cuda.synchronize(input_ids.device)
+        wait_for(input_ids.device)
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,8 +22,9 @@ from torch import Tensor
 
 import trimkv_cli
 from trimkv_cli.bench.shapes import Network
-from trimkv_cli.engine.devices import reset_peak
+from trimkv_cli.engine.devices import reset_peak, wait_for
 from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.scheduler import Decode
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.model.machine import Machine
 from trimkv_cli.plan.choices import PlanOptions
@@ -109,15 +112,21 @@ class SpeedRow:
     predicted_bytes: int | None
     peak_bytes: int | None
     eviction: bool
+    no_graph: str | None = None  # why a GPU decoded without a graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedOptions:
-    """How to measure; prompts are cut from `text`, token ids of any number, or random where there is none."""
+    """How to measure; prompts are cut from `text`, token ids of any number, or random where there is none.
+
+    With `warm_up` each case begins with prompts that do not count: what is compiled, loaded or captured when it is
+    first needed, as on a GPU, belongs to no measurement.
+    """
 
     eviction: bool = True
     repeats: int = 1
     text: Sequence[int] = ()
+    warm_up: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +137,7 @@ class Timing:
     ttft_s: float
     step_s: list[float]
     peak_bytes: int | None = None
+    no_graph: str | None = None
 
 
 class Peer(Protocol):
@@ -193,7 +203,7 @@ def measure(
         own: list[Timing] = []
         other: list[Timing] = []
         for _ in range(options.repeats):
-            own.append(_run_own(network, case, options, prompts))
+            own.append(run_own(network, case, options, prompts))
             other += [] if beside is None else [beside.run(prompts)]
         run = predict(network, case)
         yield _row(
@@ -232,6 +242,7 @@ def _row(engine: EngineName, case: Case, timings: Sequence[Timing], **known: Any
         ttft_s=median(timing.ttft_s for timing in timings),
         steps=len(steps),
         peak_bytes=max(peaks, default=None),
+        no_graph=next((timing.no_graph for timing in timings if timing.no_graph), None),
         **known,
     )
 
@@ -263,26 +274,76 @@ def make_engine(network: Network, case: Case, options: SpeedOptions) -> Engine:
     )
 
 
-def _run_own(network: Network, case: Case, options: SpeedOptions, prompts: Tensor) -> Timing:
+def run_own(network: Network, case: Case, options: SpeedOptions, prompts: Tensor) -> Timing:
+    """Measure trimkv once, with an engine of its own; nothing of one before it counts for the peak."""
+    gc.collect()  # engines are circles, and hold their caches
     reset_peak(network.model.device)
     engine = make_engine(network, case, options)
-    params = SamplingParams(max_tokens=case.answer_tokens, temperature=0.0, ignore_eos=True)
+    try:
+        if options.warm_up:
+            _answer(engine, prompts[:, : case.kv_budget + 2 * CHUNK], _WARM_UP)
+        return _time(engine, case, prompts)
+    finally:
+        engine.close()
+
+
+def _answer(engine: Engine, prompts: Tensor, count: int) -> None:
+    """Answer each prompt with so many tokens, to the end."""
+    _add(engine, prompts, count)
+    while engine.has_work:
+        engine.step()
+
+
+def _add(engine: Engine, prompts: Tensor, count: int) -> None:
+    params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
     for row, ids in enumerate(prompts.tolist()):
         engine.add(Request(id=str(row), prompt_token_ids=tuple(ids), params=params))
-    started = time.perf_counter()
+
+
+def _time(engine: Engine, case: Case, prompts: Tensor) -> Timing:
+    _add(engine, prompts, case.answer_tokens)
     first: float | None = None
     begun: set[str] = set()
-    while len(begun) < case.rows:
-        begun |= {event.request_id for event in engine.step()}
-        first = first or (time.perf_counter() - started if begun else None)
-    prefill_s = engine.stats.prefill_s
+    started = time.perf_counter()
+    with _decodes(engine) as decodes:
+        while len(begun) < case.rows:
+            begun |= {event.request_id for event in engine.step()}
+            read_s = time.perf_counter() - started - sum(decodes)  # the first tokens are on the host: all is read
+            first = read_s if first is None and begun else first
     seconds = measured_steps([_timed(engine.step) for _ in range(_WARM_UP + _STEPS)])
     for row in range(case.rows):
         engine.abort(str(row))
-    engine.close()
     return Timing(
-        prefill_s=prefill_s, ttft_s=first or 0.0, step_s=seconds, peak_bytes=row_peak_bytes(network.model.device)
+        prefill_s=read_s,
+        ttft_s=first or 0.0,
+        step_s=seconds,
+        peak_bytes=row_peak_bytes(engine._runner.device),
+        no_graph=engine._runner.no_graph,
     )
+
+
+@contextmanager
+def _decodes(engine: Engine) -> Iterator[list[float]]:
+    """Collect the seconds of decodes apart from those of prefills, which a GPU still computes when they begin."""
+    runner = engine._runner
+    run, seconds = runner.run, list[float]()
+
+    def timed(batch: Any) -> Any:
+        if not isinstance(batch, Decode):
+            return run(batch)
+        wait_for(runner.device)
+        started = time.perf_counter()
+        try:
+            return run(batch)
+        finally:
+            wait_for(runner.device)
+            seconds.append(time.perf_counter() - started)
+
+    runner.run = timed  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        runner.run = run  # type: ignore[method-assign]
 
 
 def _timed(step: Callable[[], Any]) -> float:

@@ -143,7 +143,8 @@ def _announce(network: Network, cases: Sequence[Case]) -> None:
 def _measure(network: Network, cases: Sequence[Case], chosen: BenchOptions, peer: Peer | None) -> Iterator[SpeedRow]:
     from trimkv_cli.bench.speed import SpeedOptions, measure
 
-    return measure(network, cases, SpeedOptions(eviction=chosen.evict, repeats=chosen.repeats), peer)
+    warm_up = network.model.device.type == "cuda"  # on a CPU nothing is compiled, and a prompt takes seconds
+    return measure(network, cases, SpeedOptions(eviction=chosen.evict, repeats=chosen.repeats, warm_up=warm_up), peer)
 
 
 def _show(rows: Iterator[SpeedRow], about: Mapping[str, Any], *, json: bool) -> None:

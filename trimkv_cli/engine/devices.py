@@ -221,6 +221,12 @@ def give_back(device: torch.device) -> None:
         heap.malloc_trim(0)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin a new peak, where the system lets it be set back."""
     if device.type == "cuda":
