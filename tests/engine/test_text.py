@@ -176,7 +176,7 @@ def test_the_prefix_is_never_longer_than_what_the_prompt_shares(texts: dict[str,
 
 def test_thinking_is_passed_to_templates_that_know_it(texts: dict[str, Text]) -> None:
     chatml, llama3 = texts["chatml"], texts["llama3"]
-    assert (chatml.supports_thinking, llama3.supports_thinking) == (True, False)
+    assert (chatml.template.supports_thinking, llama3.template.supports_thinking) == (True, False)
     assert chatml.tokenizer.decode(chatml.render_chat([user("x")], think=False).token_ids).endswith("</think>\n\n")
     assert chatml.render_chat([user("x")], think=True) == chatml.render_chat([user("x")])
     assert llama3.render_chat([user("x")], think=False) == llama3.render_chat([user("x")])
@@ -195,7 +195,7 @@ def test_a_template_that_refuses_is_a_usage_error_in_its_own_words(texts: dict[s
 
 def test_a_model_without_a_template_points_to_raw() -> None:
     text = Text(tiny.byte_level())
-    assert not text.supports_chat
+    assert not text.template
     for call in (lambda: text.render_chat([user("x")]), lambda: text.render_turn("x", last_token_id=None)):
         with pytest.raises(UnsupportedModel) as caught:
             call()
@@ -256,11 +256,11 @@ BUGS = {
 def test_a_bug_of_a_template_is_the_models_fault(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a bug that is told as a mistake of the user's messages, an internal error, and a wait without an end."""
     if "more than" in BUGS[template]:
-        monkeypatch.setattr("trimkv_cli.engine.text._TEMPLATE_S", 0.001)
+        monkeypatch.setattr("trimkv_cli.engine.chat_template._TEMPLATE_S", 0.001)
     tokenizer = tiny.chatml()
     tokenizer.chat_template = template
     with pytest.raises(BrokenModel, match=BUGS[template]) as caught:
-        Text(tokenizer, name="some/model").check_chat(instead="--raw goes without")
+        Text(tokenizer, name="some/model").template.check(instead="--raw goes without")
     assert caught.value.message.startswith("the chat template of some/model has a bug: ")
     assert (caught.value.hint or "").endswith("; --raw goes without")
     assert caught.value.exit_code == 6
@@ -271,12 +271,12 @@ def test_a_template_may_refuse_messages_and_may_be_missing() -> None:
     tokenizer = tiny.chatml()
     tokenizer.chat_template = "{{ raise_exception('a system message comes first') }}"
     text = Text(tokenizer)
-    text.check_chat(instead="")
+    text.template.check(instead="")
     with pytest.raises(UsageError, match="refuses: a system message comes first"):
         text.render_chat([user("Hi")])
     tokenizer.chat_template = None
     with pytest.raises(UnsupportedModel, match="has no chat template") as caught:
-        Text(tokenizer).check_chat(instead="--raw goes without")
+        Text(tokenizer).template.check(instead="--raw goes without")
     assert caught.value.hint == "--raw goes without"
 
 
@@ -293,7 +293,7 @@ def test_a_job_that_begins_with_messages_needs_a_template() -> None:
 def test_what_is_wrong_with_a_template_is_found_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a wait of many seconds for a model that cannot be asked like that."""
     monkeypatch.setattr("trimkv_cli.loading.loader.load_model", lambda *_, **__: pytest.fail("weights are read"))
-    monkeypatch.setattr("trimkv_cli.engine.text._template_of", lambda _: None)
+    monkeypatch.setattr("trimkv_cli.engine.chat_template._template_of", lambda _: None)
     with pytest.raises(UnsupportedModel, match="mini has no chat template") as caught:
         open_engine(EngineOptions(kv_budget="8"), quiet=True, check=needs(raw=False))
     assert caught.value.hint == "--raw continues a text as it stands"

@@ -74,8 +74,8 @@ def test_ids_become_what_a_template_takes() -> None:
 def test_a_template_without_tools_refuses_them() -> None:
     """Catches tools that go unsaid, and a result that the template takes for a message of an unknown speaker."""
     text = Text(tiny.chatml())
-    assert not text.supports_tools
-    assert not text.supports_calls
+    assert not text.template.supports_tools
+    assert not text.template.supports_calls
     with pytest.raises(UsageError, match="knows no tools") as refused:
         text.render_chat([ASKED], tools=[tool(name="How")])
     assert refused.value.param == "tools"

@@ -70,7 +70,7 @@ def test_a_forced_answer_is_a_call_that_follows_its_schema(
 ) -> None:
     """Catches a grammar and a parser that differ, and markers that are special tokens and get lost on the way."""
     text = Text(make())
-    form = CallFormat.of(text.template + further)
+    form = CallFormat.of(text.template.text + further)
     assert form is not None
     seen = set()
     for seed in range(6):
@@ -88,7 +88,7 @@ def test_a_forced_answer_is_a_call_that_follows_its_schema(
 def test_several_calls_may_be_forced_where_a_form_has_them(name: str) -> None:
     make, further = FORMS[name]
     text = Text(make())
-    form = CallFormat.of(text.template + further)
+    form = CallFormat.of(text.template.text + further)
     assert form is not None
     counts = {len(speak(text, form, tools("now", parallel=True), seed)[1]) for seed in range(8)}
     assert max(counts) > 1

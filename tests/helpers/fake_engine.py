@@ -25,12 +25,22 @@ class FakePrompt:
         self.prefix_len = prefix_len
 
 
+class FakeTemplate:
+    """None that the commands would ask for, and none that tells the form of calls."""
+
+    hash = ""
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class FakeText:
     """One token per character; a template that marks each message's beginning with 0."""
 
-    template = ""  # which tells the form of calls
-    template_hash = ""
-    supports_chat = False
+    template = FakeTemplate()
 
     def added_id(self, token: str) -> int | None:
         return None

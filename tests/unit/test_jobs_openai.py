@@ -18,7 +18,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 from openai.types.shared_params import ResponseFormatJSONSchema
 
-from helpers.fake_engine import RECORDER, FakeEngine, FakeText, run
+from helpers.fake_engine import RECORDER, FakeEngine, FakeTemplate, FakeText, run
 from helpers.tiny_tokenizers import HERMES
 from trimkv_cli.events import Answer, FinishReason, TokenEvent, TokenLogprob
 from trimkv_cli.jobs.chunks import Chunks
@@ -168,7 +168,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param:
 class CallingText(FakeText):
     """A template of Hermes' form."""
 
-    template = HERMES
+    template = FakeTemplate(HERMES)
 
 
 class ScriptedEngine(FakeEngine):

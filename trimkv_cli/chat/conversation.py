@@ -319,14 +319,14 @@ def need_chat(text: Text | None) -> Text:
         raise UnsupportedModel(
             "the model has no tokenizer, so it cannot chat", hint='trimkv run, with lines of "prompt_token_ids"'
         )
-    if not text.supports_chat:
+    if not text.template:
         raise UnsupportedModel("the model has no chat template, so it cannot chat", hint="trimkv ask --raw")
     return text
 
 
 def starts_in_thought(text: Text | None, *, think: bool | None) -> bool:
     """Say whether a template opens `<think>` itself."""
-    if text is None or not text.supports_chat:
+    if text is None or not text.template:
         return False
     prompt = text.render_chat([{"role": "user", "content": "a"}], think=think).token_ids
     return str(text.tokenizer.decode(list(prompt[-8:]))).rstrip().endswith("<think>")

@@ -123,7 +123,7 @@ def needs(
     def check(found: Text | None) -> None:
         text = need_text(found)
         if not raw:
-            text.check_chat(instead=instead)
+            text.template.check(instead=instead)
         if thinks:
             text.check_thinking()
 

@@ -58,7 +58,7 @@ def about_server(
 
 
 def _in_thought(text: Any) -> dict[str, bool]:
-    if text is None or not text.supports_chat:
+    if text is None or not text.template:
         return {}
     return {said: starts_in_thought(text, think=think) for think, said in THINKS.items()}
 

@@ -120,7 +120,7 @@ def _draw_real(task: str, real: RealText, text: Text, options: EvalOptions) -> l
         return len(text.tokenizer.encode(f" {sentence}", add_special_tokens=False))
 
     drawn = draw_documents(
-        task, text=real, tokens=options.context, seed=options.seed, count=count, chat=text.supports_chat
+        task, text=real, tokens=options.context, seed=options.seed, count=count, chat=bool(text.template)
     )
     return list(islice(drawn, options.samples or _SAMPLES))
 

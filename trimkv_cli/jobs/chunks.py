@@ -20,7 +20,7 @@ class Chunks:
         self._text = text
         self._include_usage = include_usage
         self._head = recorder.head(item, chunk=True)
-        template = "" if text is None else text.template
+        template = "" if text is None else text.template.text
         self._parsers = [CallParser.of(item, template, choice=choice) for choice in range(item.choices)]
         self._offsets = [0] * item.choices  # characters of the tokens so far, as a completion's logprobs count them
 

@@ -38,7 +38,7 @@ class BackendFacts:
         return cls(
             model_id=facts.model_id,
             fingerprint=dict(engine.fingerprint),
-            template="" if engine.text is None else engine.text.template_hash,
+            template="" if engine.text is None else engine.text.template.hash,
             sampling_defaults=dict(facts.sampling_defaults),
             kv_budget=facts.plan.run.kv_budget,
             prefill_chunk=facts.plan.run.prefill_chunk,

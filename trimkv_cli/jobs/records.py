@@ -142,7 +142,7 @@ class _Said:
 def _said(item: Item, index: int, answer: Answer, text: Tokenizer | None) -> _Said:
     if text is None:
         return _Said(content=None)
-    parser = CallParser.of(item, text.template, choice=index)
+    parser = CallParser.of(item, text.template.text, choice=index)
     if parser is None:
         return _Said(content=answer.text)
     content, calls = gather([*parser.push(answer.text), *parser.finish()])

@@ -26,11 +26,18 @@ class RenderedPrompt(Protocol):
     def prefix_len(self) -> int: ...
 
 
+class Template(Protocol):
+    """What tells the form in which a model calls tools."""
+
+    @property
+    def text(self) -> str: ...
+
+
 class Tokenizer(Protocol):
     """The part of the engine's tokenizer that a job needs."""
 
     @property
-    def template(self) -> str: ...
+    def template(self) -> Template: ...
     def added_id(self, token: str) -> int | None: ...
     def encode(self, text: str, *, special: bool = False) -> Sequence[int]: ...
     def named_tokens(self, text: str) -> Sequence[str]: ...
@@ -78,7 +85,12 @@ def check_length(item: Item, text: Tokenizer, most: int) -> None:
 
 def with_warnings(item: Item, text: Tokenizer | None) -> Item:
     """Warn of a prompt that names special tokens and has them read as text, and of calls that are not read."""
-    if text is not None and item.tools is not None and item.tools.callable and CallFormat.of(text.template) is None:
+    if (
+        text is not None
+        and item.tools is not None
+        and item.tools.callable
+        and CallFormat.of(text.template.text) is None
+    ):
         message = "calls in the form of this model's template are not read: they stay text"
         item = replace(item, warnings=(*item.warnings, Notice(code="tool_calls_as_text", message=message)))
     if text is None or item.prompt is None or item.special_tokens or not (named := text.named_tokens(item.prompt)):
@@ -138,7 +150,7 @@ def call_params(item: Item, text: Tokenizer) -> tuple[SamplingParams, tuple[int,
     tools = item.tools
     if tools is None or not tools.callable:
         return item.params, ()
-    form = CallFormat.of(text.template)
+    form = CallFormat.of(text.template.text)
     if form is None:
         if not tools.forced:
             return item.params, ()

@@ -205,7 +205,7 @@ class Exchange:
         return tuple(rest)
 
     def _left(self, engine: Engine, request: Request, last_token: int | None, text: str) -> History:
-        template = "" if engine.text is None else engine.text.template
+        template = "" if engine.text is None else engine.text.template.text
         return History(
             id=request.id,
             fed=engine.kept.token_ids(request.id),

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_cli.engine.text import Text, unused_characters
+from trimkv_cli.engine.chat_template import unused_characters
+from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import InputError, NotUtf8, UsageError
 from trimkv_cli.files import as_text
 
@@ -214,8 +215,8 @@ def _render(text: Text, messages: Sequence[dict[str, str]], mark: str) -> Iterat
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = text.render_marked(messages[:index], mark, answer_next=True)
-        after = text.render_marked(messages[: index + 1], mark, answer_next=False)
+        before = text.template.render(messages[:index], mark=mark, answer_next=True)
+        after = text.template.render(messages[: index + 1], mark=mark, answer_next=False)
         if answers and _common(whole, after) < answers[-1][1]:
             yield _Rendered(whole, answers)
             answers = []

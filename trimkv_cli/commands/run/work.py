@@ -217,7 +217,7 @@ def check_template(stream: BinaryIO, text: Text | None, *, thinks: bool) -> None
     if thinks:
         text.check_thinking()
     try:
-        text.check_chat(instead='lines with "prompt" need no template')
+        text.template.check(instead='lines with "prompt" need no template')
     except ModelError:
         if begins_with_messages(stream):
             raise
