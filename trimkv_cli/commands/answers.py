@@ -12,6 +12,7 @@ from trimkv_cli.commands.memory import budget_report, memory_line, memory_report
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import Answer, Notice
 from trimkv_cli.request import Request, SamplingParams
+from trimkv_cli.ui.cost import print_cost
 from trimkv_cli.ui.plain import print_note, print_warning, to_json
 
 if TYPE_CHECKING:
@@ -72,24 +73,13 @@ def say_warnings(finished: Answer) -> None:
         print_warning(warning.message)
 
 
-def say_if_cut(finished: Answer) -> None:
-    """Say on stderr that an answer ended because of its length."""
-    if finished.finish_reason == "length":
-        print_note(f"stopped after {len(finished.token_ids)} tokens; --max-tokens N allows more")
-
-
 def print_stats(engine: Engine, finished: Answer, *, tokens: tuple[int, int] | None = None) -> None:
     """Print what the request cost to stderr; `tokens` read and written, where it was the last of several."""
-    cache = finished.stats.cache
-    timing = _timing(engine, finished)
-    read, written = tokens or (finished.stats.prompt_tokens, finished.stats.completion_tokens)
-    last = " in the last pass" if read != finished.stats.prompt_tokens else ""
-    decode = f", decode {timing['decode_tps']:.1f} tok/s" if timing["decode_tps"] else ""
-    print_note(f"tokens   {read} prompt + {written} generated")
-    print_note(
-        f"cache    {cache.kept_per_head} of {cache.seen_tokens} tokens kept per head{last}, {cache.evicted} evictions"
-    )
-    print_note(f"speed    prefill {timing['prefill_tps']:.1f} tok/s{decode}")
+    own = (finished.stats.prompt_tokens, finished.stats.completion_tokens)
+    read, written = tokens or own
+    last = " in the last pass" if read != own[0] else ""
+    cache, timing = asdict(finished.stats.cache), _timing(engine, finished)
+    print_cost(read=read, written=written, cache=cache, timing=timing, last=last)
     print_note(memory_line(engine))
 
 

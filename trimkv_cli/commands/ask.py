@@ -155,7 +155,6 @@ def _ask_here(
         next_turn,
         open_engine,
         print_stats,
-        say_if_cut,
         say_warnings,
         to_completion,
         within_room,
@@ -163,6 +162,7 @@ def _ask_here(
     from trimkv_cli.commands.memory import check_budget
     from trimkv_cli.commands.prompts import draw_seed, names_tokens, needs, render
     from trimkv_cli.request import Request
+    from trimkv_cli.ui.cost import say_cut
 
     options = replace(engine, max_inflight=1)
     llm = open_engine(options, quiet=form.quiet, check=needs(raw=form.raw, thinks=sampling.think_budget is not None))
@@ -192,7 +192,7 @@ def _ask_here(
     )
     say_warnings(finished)
     if not form.quiet:
-        say_if_cut(finished)
+        say_cut(finished.finish_reason, len(finished.token_ids))
     if form.stats:
         print_stats(llm, finished)
     check_budget(llm)

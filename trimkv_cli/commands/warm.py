@@ -15,6 +15,7 @@ from trimkv_cli.request import SamplingParams
 from trimkv_cli.serve.about import About
 from trimkv_cli.serve.client import Client, NoAnswer
 from trimkv_cli.serve.notes import running
+from trimkv_cli.ui.cost import print_cost, say_cut
 from trimkv_cli.ui.plain import print_note, print_warning
 from trimkv_cli.units import format_size, format_sizes
 
@@ -277,11 +278,10 @@ def say_after(said: Said, *, quiet: bool, stats: bool) -> None:
                 print_note(str(warning.get("message")))
         else:
             print_warning(str(warning.get("message")))
-    if not quiet and said.finish_reason == "length":
-        print_note(f"stopped after {said.usage.get('completion_tokens')} tokens; --max-tokens N allows more")
+    if not quiet:
+        say_cut(said.finish_reason, said.usage.get("completion_tokens", 0))
     if stats:
-        for line in _stats(said):
-            print_note(line)
+        _print_stats(said)
 
 
 def check_server_budget(extra: Mapping[str, Any]) -> None:
@@ -292,18 +292,15 @@ def check_server_budget(extra: Mapping[str, Any]) -> None:
         raise TrimkvError(f"the server did not hold its budget: {peak} at the peak, of {allowed}", hint="trimkv stop")
 
 
-def _stats(said: Said) -> Iterator[str]:
-    cache, timing, memory = said.extra.get("cache", {}), said.timing(), said.extra.get("memory") or {}
-    decode = f", decode {timing['decode_tps']:.1f} tok/s" if timing["decode_tps"] else ""
-    yield f"tokens   {said.usage.get('prompt_tokens')} prompt + {said.usage.get('completion_tokens')} generated"
-    yield (
-        f"cache    {cache.get('kept_per_head')} of {cache.get('seen_tokens')} tokens kept per head,"
-        f" {cache.get('evicted')} evictions"
-    )
-    yield f"speed    prefill {timing['prefill_tps']:.1f} tok/s{decode}"
+def _print_stats(said: Said) -> None:
+    """Print what an answer cost, and the server's memory."""
+    cache, memory = said.extra.get("cache", {}), said.extra.get("memory") or {}
+    read, written = (said.usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens"))
+    if cache:
+        print_cost(read=read, written=written, cache=cache, timing=said.timing())
     if memory:
         peak = format_size(memory["peak_bytes"])
         allowed = (said.extra.get("budget") or {}).get("bytes")
         held = "" if allowed is None else f", budget {format_size(allowed)}"
-        yield f"memory   {memory['kv_bytes']:,} bytes of cache, {peak} at the server's peak{held}"
-    yield f"server   {said.url}"
+        print_note(f"memory   {memory['kv_bytes']:,} bytes of cache, {peak} at the server's peak{held}")
+    print_note(f"server   {said.url}")

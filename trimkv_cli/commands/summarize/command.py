@@ -291,11 +291,12 @@ class Summaries:
         )
 
     def _say(self, summed: DocumentSummary) -> None:
-        from trimkv_cli.commands.answers import print_stats, say_if_cut, say_warnings
+        from trimkv_cli.commands.answers import print_stats, say_warnings
+        from trimkv_cli.ui.cost import say_cut
 
         say_warnings(summed.answer)
         if not self._asked.quiet:
-            say_if_cut(summed.answer)
+            say_cut(summed.answer.finish_reason, len(summed.answer.token_ids))
             if summed.parts > 1:
                 print_note(f"summarized in {summed.parts} parts, {summed.rounds} rounds")
         if self._asked.stats:
