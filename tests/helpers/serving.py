@@ -27,6 +27,7 @@ from trimkv_cli.model.spec import ModelSpec, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import make_plan
 from trimkv_cli.serve.app import Trust, make_app
+from trimkv_cli.serve.bodies import Bodies
 from trimkv_cli.serve.completions import Completions
 from trimkv_cli.serve.histories import Histories
 from trimkv_cli.serve.server import Server, bind
@@ -138,7 +139,7 @@ def endpoint(
         text=engines[0].text,
         rules=rules or Rules(),
         recorder=Recorder(model="mini", run_seed=0, kv_budget=64, prefill_chunk=512),
-        max_body_bytes=max_body_bytes,
+        bodies=Bodies(max_body_bytes),
         continues=continues,
     )
     app = make_app(

@@ -103,7 +103,7 @@ def start(tmp_path: Path) -> Start:
                 choices={"deterministic": True},
                 run_seed=0,
             )
-            made.append(Batches(tmp_path / "batches", files.store, work, max_body_bytes=MOST))
+            made.append(Batches(tmp_path / "batches", files.store, work, bodies=completions.bodies))
             return [*files.routes, *made[0].routes]
 
         with endpoint(load, others=others) as server, closing(made[0]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import orjson
@@ -15,8 +15,9 @@ from starlette.requests import Request
 from helpers.serving import SAID, Scripted, endpoint
 from trimkv_cli.events import TokenEvent
 from trimkv_cli.jobs.records import Record
-from trimkv_cli.serve import completions
-from trimkv_cli.serve.completions import EventStream, Gone, read_body, while_there
+from trimkv_cli.serve import bodies
+from trimkv_cli.serve.bodies import Bodies
+from trimkv_cli.serve.completions import EventStream, Gone, while_there
 from trimkv_cli.serve.errors import ApiError
 from trimkv_cli.serve.exchange import Begun, Mailbox
 from trimkv_cli.serve.worker import WorkerOptions
@@ -157,20 +158,8 @@ def test_work_for_a_client_that_leaves_is_cancelled() -> None:
     assert ended == [True]
 
 
-@pytest.mark.parametrize(("parts", "said", "status"), [
-    ([b"ab", b"cd"], None, None),
-    ([b"ab", b"cde"], None, 413),
-    ([b"abcd"], b"4", None),
-    ([], b"5", 413),
-    ([], b"9" * 19, 413),
-    ([b"ab"], "²".encode("latin-1"), None),
-    ([b"ab", None], None, 408),
-])  # fmt: skip
-def test_a_body_is_bounded_whatever_is_said_of_it(
-    parts: list[bytes | None], said: bytes | None, status: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catch a body without an end, in bytes or in time, and one that is refused only when it has been read."""
-    monkeypatch.setattr(completions, "_BODY_S", 0.05)
+def request(parts: Sequence[bytes | None], said: bytes | None = None) -> Request:
+    """Make a request whose body comes in parts; after None nothing comes any more."""
     coming = iter(parts)
 
     async def receive() -> Message:
@@ -179,16 +168,68 @@ def test_a_body_is_bounded_whatever_is_said_of_it(
             await asyncio.sleep(30)
         return {"type": "http.request", "body": part, "more_body": part != parts[-1]}
 
-    headers = [] if said is None else [(b"content-length", said)]
-    request = Request({"type": "http", "headers": headers}, receive)
+    return Request({"type": "http", "headers": [] if said is None else [(b"content-length", said)]}, receive)
+
+
+@pytest.mark.parametrize(("parts", "said", "status"), [
+    ([b"12", b"34"], None, None),
+    ([b"12", b"345"], None, 413),
+    ([b"1234"], b"4", None),
+    ([], b"5", 413),
+    ([], b"9" * 19, 413),
+    ([b"12"], "²".encode("latin-1"), None),
+    ([b"ab"], b"2", 400),
+    ([b"12", None], None, 408),
+])  # fmt: skip
+def test_a_body_is_bounded_whatever_is_said_of_it(
+    parts: list[bytes | None], said: bytes | None, status: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catch a body without an end, in bytes or in time, and one that is refused only when it has been read."""
+    monkeypatch.setattr(bodies, "_ARRIVES_S", 0.05)
 
     async def work() -> None:
         if status is None:
-            assert await read_body(request, 4) == b"".join(part or b"" for part in parts)
+            async with Bodies(4).json(request(parts, said)) as body:
+                assert body == int(b"".join(part or b"" for part in parts))
             return
         with pytest.raises(ApiError) as caught:
-            await read_body(request, 4)
+            async with Bodies(4).json(request(parts, said)):
+                pass
         assert caught.value.status == status
+
+    run(work)
+
+
+def test_long_bodies_wait_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catch a budget that many large requests together break, room that one which is given up keeps, and a queue."""
+    monkeypatch.setattr(bodies, "_SMALL", 1)
+    read: list[int] = []
+    leave = {number: asyncio.Event() for number in (11, 12, 13, 14, 5)}
+
+    async def one(room: Bodies, number: int, *, told: bool = True) -> None:
+        text = str(number).encode()
+        async with room.json(request([text], str(len(text)).encode() if told else None)) as body:
+            read.append(body)
+            await leave[number].wait()
+
+    async def work() -> None:
+        room = Bodies(4)
+        tasks = [asyncio.create_task(one(room, number)) for number in (11, 12, 13)]
+        tasks += [asyncio.create_task(one(room, 14, told=False)), asyncio.create_task(one(room, 5))]
+        await asyncio.sleep(0.01)
+        assert read == [11, 12, 5]
+        tasks[0].cancel()
+        await asyncio.sleep(0.01)
+        assert read == [11, 12, 5, 13]
+        leave[12].set()
+        await asyncio.sleep(0.01)
+        assert read == [11, 12, 5, 13], "of how many bytes it is not told"
+        leave[13].set()
+        await asyncio.sleep(0.01)
+        assert read == [11, 12, 5, 13, 14]
+        for event in leave.values():
+            event.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     run(work)
 

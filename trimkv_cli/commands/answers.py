@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trimkv_cli.commands.memory import budget_report, memory_line, memory_report
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import Answer, Notice
+from trimkv_cli.loading.options import NOTHING_BESIDE, Beside, EngineOptions
 from trimkv_cli.request import Request, SamplingParams
 from trimkv_cli.ui.cost import print_cost
 from trimkv_cli.ui.plain import print_note, print_warning, to_json
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from trimkv_cli.engine.engine import Engine
     from trimkv_cli.engine.row_files import RowState
     from trimkv_cli.engine.text import Text
-    from trimkv_cli.loading.options import EngineOptions
 
 
 def answer(engine: Engine, request: Request, on_text: Callable[[str], None] = lambda _: None) -> Answer:
@@ -44,7 +44,11 @@ def within_room(engine: Engine, request: Request, *, said: bool, quiet: bool) ->
 
 
 def open_engine(
-    options: EngineOptions, *, quiet: bool, snapshots: int = 0, check: Callable[[Text | None], object] | None = None
+    options: EngineOptions,
+    *,
+    quiet: bool,
+    beside: Beside = NOTHING_BESIDE,
+    check: Callable[[Text | None], object] | None = None,
 ) -> Engine:
     """Load the engine and say on stderr what the user should know before the answer.
 
@@ -59,7 +63,7 @@ def open_engine(
 
     from trimkv_cli.loading.loader import load_source
 
-    engine = load_source(source, options, snapshots=snapshots, check=check)
+    engine = load_source(source, options, beside=beside, check=check)
     for note in engine.facts.notes if not quiet else ():
         print_note(note)
     for warning in engine.facts.warnings:

@@ -210,6 +210,7 @@ def _rows(plan: Plan, context: int) -> Iterator[tuple[str, int, str]]:
         "rebase": "the positions of tokens that outgrow the model's",
         "journal": "what one step displaces, to undo it",
         "undo": "copies of a sequence, to undo turns",
+        "requests": "what a server is asked, while it is read",
         "workspace": f"{_chunks(run)} of {run.prefill_chunk or context} prompt tokens",
         "logits": "sampling, beyond the workspace",
         "reordered": "16-bit matrices once more, as this CPU reads them for several rows",

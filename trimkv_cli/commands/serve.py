@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from trimkv_cli.commands.options import QUIET, SPECIAL_TOKENS, THINK, ModelName
 from trimkv_cli.errors import UsageError
-from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.loading.options import Beside, EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
 from trimkv_cli.units import parse_duration, parse_size
 
@@ -44,7 +44,7 @@ class ServeOptions:
     kept: int = _serve(4, "Conversations to keep in memory beside those in rows; part of the budget.", "N", least=0)
     idle: str | None = _serve(None, "Give the model up after this time without a request; the next loads it.", "TIME")
     max_queue: int = _serve(256, "Requests that may wait for a row; more are refused (429).", "N", least=0)
-    max_body: str = _serve("16MiB", "Refuse larger requests (413).", "SIZE")
+    max_body: str = _serve("4MiB", "Refuse larger requests (413), and hold so much of long ones at a time.", "SIZE")
     max_file: str = _serve("512MiB", "Refuse larger files for batches (413).", "SIZE")
     grace: str = option("30s", "For requests in flight when the server ends.", "TIME", panel="Server")
     strict: bool = option(
@@ -194,15 +194,17 @@ def _serve_on(
 def _start_worker(form: ServeOptions, engine: EngineOptions) -> Worker:
     """Load the model in the thread that will own it."""
     from trimkv_cli.commands.answers import open_engine
+    from trimkv_cli.serve.bodies import BYTES_EACH
     from trimkv_cli.serve.histories import Histories
     from trimkv_cli.serve.worker import Worker, WorkerOptions
 
     kept = form.kept if form.continue_ else 0
+    # Beside those that are kept, one more is copied while a request that goes on has not got its first token.
+    beside = Beside(snapshots=kept + 1, requests_bytes=parse_size(form.max_body) * BYTES_EACH)
     first = iter([form.quiet])
 
     def load() -> Engine:
-        # Beside those that are kept, one more is copied while a request that goes on has not got its first token.
-        return open_engine(engine, quiet=next(first, True), snapshots=kept + 1)
+        return open_engine(engine, quiet=next(first, True), beside=beside)
 
     idle_s = None if form.idle is None else parse_duration(form.idle)
     worker = Worker(load, Histories(kept), options=WorkerOptions(most_waiting=form.max_queue, idle_s=idle_s))
@@ -215,6 +217,7 @@ def _completions(worker: Worker, form: ServeOptions, engine: EngineOptions, samp
     from trimkv_cli.jobs.lines import Rules
     from trimkv_cli.jobs.records import Recorder
     from trimkv_cli.loading.sources import find_here, model_names
+    from trimkv_cli.serve.bodies import Bodies
     from trimkv_cli.serve.completions import Completions
 
     llm = worker.ask(lambda loaded: loaded).result()
@@ -240,7 +243,7 @@ def _completions(worker: Worker, form: ServeOptions, engine: EngineOptions, samp
         text=llm.text,
         rules=rules,
         recorder=recorder,
-        max_body_bytes=parse_size(form.max_body),
+        bodies=Bodies(parse_size(form.max_body)),
         continues=form.continue_,
     )
 
@@ -268,4 +271,4 @@ def _batches(completions: Completions, files: Files, engine: EngineOptions, samp
         run_seed=sampling.resolve({}).seed,
     )
     folder = files.store.folder.with_name("batches")
-    return Batches(folder, files.store, work, max_body_bytes=completions.max_body_bytes)
+    return Batches(folder, files.store, work, bodies=completions.bodies)

@@ -49,7 +49,7 @@ from trimkv_cli.events import Notice
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer, gguf_weights
 from trimkv_cli.loading.measuring import with_products
-from trimkv_cli.loading.options import DETERMINISTIC_ROWS, EngineOptions
+from trimkv_cli.loading.options import DETERMINISTIC_ROWS, NOTHING_BESIDE, Beside, EngineOptions
 from trimkv_cli.loading.packed import PackingConfig, make_scratch
 from trimkv_cli.loading.packed_cache import PackedForm
 from trimkv_cli.loading.placing import PlacingConfig, forget_placing, placing_config
@@ -99,10 +99,10 @@ def load_engine(options: EngineOptions) -> Engine:
 
 
 def load_source(
-    source: Source, options: EngineOptions, *, snapshots: int = 0, check: CheckText | None = None
+    source: Source, options: EngineOptions, *, beside: Beside = NOTHING_BESIDE, check: CheckText | None = None
 ) -> Engine:
     """Load a model and gates that have been found; raises as `load_parts` does."""
-    parts = load_parts(source, options, snapshots=snapshots, check=check)
+    parts = load_parts(source, options, beside=beside, check=check)
     with _short_of_memory(source):
         return assemble(
             parts.model,
@@ -145,8 +145,10 @@ class Parts:
     kv_dtype: torch.dtype
 
 
-def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, check: CheckText | None = None) -> Parts:
-    """Load a model and gates that have been found, planned with so many copies of a row in host memory.
+def load_parts(
+    source: Source, options: EngineOptions, *, beside: Beside = NOTHING_BESIDE, check: CheckText | None = None
+) -> Parts:
+    """Load a model and gates that have been found, planned with what a command keeps beside them.
 
     `check` looks at the tokenizer, and may raise, before weights are read.
 
@@ -158,7 +160,7 @@ def load_parts(source: Source, options: EngineOptions, *, snapshots: int = 0, ch
     if source.spec.quantised is not None:
         source.spec.quantised.ensure_runs(device.type)
     _check_deterministic(options, device)
-    plan = plan_for(source, options, device, snapshots=snapshots)
+    plan = plan_for(source, options, device, beside=beside)
     text = load_text(source, trust_remote_code=options.trust_remote_code)
     if source.spec.gguf is not None:
         gc.collect()
@@ -203,7 +205,7 @@ def load_text(source: Source, *, trust_remote_code: bool) -> Text | None:
     return Text.from_pretrained(source.folder, offline=True, trust_remote_code=trust_remote_code, name=source.model_id)
 
 
-def plan_for(source: Source, options: EngineOptions, device: torch.device, *, snapshots: int = 0) -> Plan:
+def plan_for(source: Source, options: EngineOptions, device: torch.device, *, beside: Beside = NOTHING_BESIDE) -> Plan:
     """Plan the run; the budget must hold it, and what is free now of the device's memory.
 
     Where weights are to be packed, how fast this processor multiplies is measured once.
@@ -220,7 +222,7 @@ def plan_for(source: Source, options: EngineOptions, device: torch.device, *, sn
         device=device.type,
         memory_bytes=(total, free),
         padded_rows=padded,
-        snapshots=snapshots,
+        beside=beside,
     )
     if device.type == "cuda":
         asked = replace(asked, machine=replace(asked.machine, cuda_capability=cuda_capability(device)))

@@ -23,6 +23,17 @@ DETERMINISTIC_ROWS = 8  # every deterministic decode has this many rows, so that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What a command holds in host memory beside the engine: copies of rows, and requests that it reads."""
+
+    snapshots: int = 0
+    requests_bytes: int = 0
+
+
+NOTHING_BESIDE = Beside()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """Choose a model, its gates, and the memory that it may use; None leaves the choice to profile and plan."""
 

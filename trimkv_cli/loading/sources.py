@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.errors import GateMismatch, ModelError, UsageError
 from trimkv_cli.events import Notice
-from trimkv_cli.loading.options import EngineOptions
+from trimkv_cli.loading.options import NOTHING_BESIDE, Beside, EngineOptions
 from trimkv_cli.mini import MODEL_FOLDER
 from trimkv_cli.model.folders import read_gate_spec, read_model_spec
 from trimkv_cli.model.machine import Machine
@@ -104,7 +104,7 @@ class Source:
         device: str,
         memory_bytes: tuple[int | None, int | None],
         padded_rows: int = 0,
-        snapshots: int = 0,
+        beside: Beside = NOTHING_BESIDE,
     ) -> PlanOptions:
         """Fill in what the profile says where the user said nothing; `memory_bytes` is the device's, all and free.
 
@@ -126,7 +126,8 @@ class Source:
             quantize=options.quantize,
             kv_dtype=options.kv_dtype,
             can_quantise=find_spec("bitsandbytes") is not None,
-            snapshots=snapshots,
+            snapshots=beside.snapshots,
+            requests_bytes=beside.requests_bytes,
             machine=replace(here, threads=options.threads_or(here.threads)),
             device=device,
             padded_rows=padded_rows,

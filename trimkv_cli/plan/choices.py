@@ -52,6 +52,7 @@ class PlanOptions:
     device: str = "cpu"  # cpu, cuda or mps
     can_quantise: bool = True  # bitsandbytes is there, which a CPU needs for nf4 alone
     snapshots: int = 0  # of whole rows, to undo turns and to start a failed one again; 0 = no turn follows another
+    requests_bytes: int = 0  # of a server, for what it is asked
     machine: Machine = field(default_factory=Machine)
     rebases: bool = False  # sequences may outgrow the model's positions
     pins: Pins | None = None  # None = what the scorer protects by itself
@@ -194,6 +195,7 @@ def make_choices(spec: ModelSpec, gate: GateSpec, options: PlanOptions) -> Choic
             longest_prompt=options.context or spec.max_positions,
             padded_rows=options.padded_rows,
             snapshots=options.snapshots,
+            requests_bytes=options.requests_bytes,
             rebases=options.rebases,
             pins=options.pins or Pins(),
             counts_runtime=options.budget is not None,

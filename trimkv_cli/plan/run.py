@@ -76,6 +76,7 @@ class Run:
     prefill_rows: int = 1  # whose chunks are read together
     padded_rows: int = 0  # rows that every decode has, whatever runs
     snapshots: int = 0  # of whole rows, to undo turns; in host memory
+    requests_bytes: int = 0  # of a server: requests that are read, in host memory
     rebases: bool = False  # sequences may outgrow the model's positions
     pins: Pins = field(default_factory=Pins)
     counts_runtime: bool = False  # what the process holds without a model is part of the budget
@@ -102,6 +103,7 @@ class Run:
             Part("rebase", (rows + shared) * self._rank_bytes if self.rebases else 0),
             Part("journal", (rows + shared) * spec.journal_bytes_per_row(DTYPE_BYTES[self.kv_dtype])),
             Part("undo", self.snapshots * self.kv_bytes_per_row if cpu else 0),
+            Part("requests", self.requests_bytes if cpu else 0),
             Part("workspace", forward),
             Part("logits", max(0, sampling - forward) + rows * spec.vocab_size * _PENALTY_BYTES),
             Part("dequantised", max(0, dequantising_bytes(self) - forward)),

@@ -26,7 +26,7 @@ from trimkv_cli.jobs.progress import Stop, Summary
 from trimkv_cli.jobs.resuming import locked
 from trimkv_cli.jobs.selection import Earlier
 from trimkv_cli.serve.batch_work import KINDS, BatchFault, BatchWork, count_lines, forget, split
-from trimkv_cli.serve.completions import read_json
+from trimkv_cli.serve.bodies import Bodies
 from trimkv_cli.serve.errors import ApiError
 from trimkv_cli.serve.files import FileStore, json_response, make_private, new_id, page
 from trimkv_cli.serve.worker import Closing
@@ -122,11 +122,11 @@ class _Held:
 class Batches:
     """Take batches, and run them one after the other; what is not over goes on when the next server starts."""
 
-    def __init__(self, folder: Path, files: FileStore, work: BatchWork, *, max_body_bytes: int) -> None:
+    def __init__(self, folder: Path, files: FileStore, work: BatchWork, *, bodies: Bodies) -> None:
         self.folder = folder
         self._files = files
         self._work = work
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
         self._held: dict[str, _Held] = {}
         self._lock = threading.RLock()
         self._closing = False
@@ -160,7 +160,8 @@ class Batches:
 
     async def create(self, request: Request) -> Response:
         """Take a batch."""
-        said = _read(await read_json(request, self._max_body_bytes))
+        async with self._bodies.json(request) as data:
+            said = _read(data)
         try:
             source = self._files.find(said.input_file_id)
         except ApiError as error:

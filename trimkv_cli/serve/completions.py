@@ -18,16 +18,16 @@ from starlette.types import Receive, Scope, Send
 
 from trimkv_cli.jobs.bodies import Strict, explain
 from trimkv_cli.jobs.chunks import Chunks
-from trimkv_cli.jobs.lines import BadLine, Kind, Rules, from_json, parse_body
+from trimkv_cli.jobs.lines import BadLine, Kind, Rules, parse_body
 from trimkv_cli.jobs.records import Record, Recorder, encode
 from trimkv_cli.jobs.requests import Tokenizer, with_warnings
+from trimkv_cli.serve.bodies import Bodies
 from trimkv_cli.serve.errors import ApiError
 from trimkv_cli.serve.exchange import Exchange
 from trimkv_cli.serve.worker import Worker
 
 T = TypeVar("T")
 
-_BODY_S = 60.0  # for a body to arrive
 CACHE_HEADER = "x-trimkv-cache"
 
 
@@ -53,7 +53,7 @@ class Completions:
     text: Tokenizer | None
     rules: Rules
     recorder: Recorder
-    max_body_bytes: int
+    bodies: Bodies
     continues: bool = True
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -66,19 +66,19 @@ class Completions:
         return await self._answer(request, "completion")
 
     async def _answer(self, request: HttpRequest, kind: Kind) -> Response:
-        data = await read_json(request, self.max_body_bytes)
-        streaming = _take_streaming(data)
-        item = parse_body(next(self.numbers), data, kind, self.rules, custom_id=uuid.uuid4().hex)
-        if isinstance(item, BadLine):
-            raise ApiError.of_line(item)
-        item = with_warnings(item, self.text)
-        continues = self.continues and request.headers.get(CACHE_HEADER) != "read"
-        exchange = Exchange(self.worker, item, self.text, continues=continues)
-        try:
-            continued = await while_there(request.receive, exchange.open())
-        except BaseException:
-            exchange.close()
-            raise
+        async with self.bodies.json(request) as data:
+            streaming = _take_streaming(data)
+            item = parse_body(next(self.numbers), data, kind, self.rules, custom_id=uuid.uuid4().hex)
+            if isinstance(item, BadLine):
+                raise ApiError.of_line(item)
+            item = with_warnings(item, self.text)
+            continues = self.continues and request.headers.get(CACHE_HEADER) != "read"
+            exchange = Exchange(self.worker, item, self.text, continues=continues)
+            try:
+                continued = await while_there(request.receive, exchange.open())
+            except BaseException:
+                exchange.close()
+                raise
         headers = {CACHE_HEADER: "continued" if continued else "read"}
         if not streaming.stream:
             return await self._whole(request.receive, exchange, headers)
@@ -171,47 +171,6 @@ async def while_there(receive: Receive, work: Awaitable[T]) -> T:
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def read_json(request: HttpRequest, most: int) -> Any:
-    """Read the body as JSON.
-
-    Raises:
-        ApiError: it is none, larger than `most` bytes, or does not arrive.
-    """
-    body = await read_body(request, most)
-    try:
-        return from_json(body.decode())
-    except UnicodeDecodeError:
-        raise ApiError(400, "the body is not UTF-8") from None
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not JSON: {error.msg} at column {error.colno}") from None
-
-
-async def read_body(request: HttpRequest, most: int) -> bytes:
-    """Read the body.
-
-    Raises:
-        ApiError: it is larger than `most` bytes, or does not arrive.
-    """
-    said = request.headers.get("content-length", "")
-    parts: list[bytes] = []
-    size = int(said) if said.isascii() and said.isdigit() else 0
-    try:
-        async with asyncio.timeout(_BODY_S):
-            if size <= most:
-                size = 0
-                async for part in request.stream():
-                    size += len(part)
-                    if size > most:
-                        break
-                    parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {_BODY_S:g} s") from None
-    if size > most:
-        headers = {"connection": "close"}
-        raise ApiError(413, f"the body is larger than {most:,} bytes", code="body_too_large", headers=headers)
-    return b"".join(parts)
 
 
 def _take_streaming(data: Any) -> Streaming:

@@ -25,7 +25,7 @@ from trimkv_cli.commands.options import (
 )
 from trimkv_cli.errors import UsageError
 from trimkv_cli.files import can_write
-from trimkv_cli.loading.options import EngineOptions, SamplingOptions
+from trimkv_cli.loading.options import Beside, EngineOptions, SamplingOptions
 from trimkv_cli.settings import option
 from trimkv_cli.ui.look import ColourChoice, Look
 
@@ -217,7 +217,7 @@ def _begin_here(engine: EngineOptions, opening: Opening) -> tuple[Conversation, 
         replace(engine, max_inflight=1),
         quiet=chosen.quiet,
         # In memory all states to which /undo goes back, or of stored ones the copy that is written.
-        snapshots=2 if chosen.history and chosen.save_cache else chosen.undo_depth + 2,
+        beside=Beside(snapshots=2 if chosen.history and chosen.save_cache else chosen.undo_depth + 2),
         check=needs(raw=False, thinks=sampling.think_budget is not None, instead="trimkv ask --raw goes without"),
     )
     need_chat(llm.text)
