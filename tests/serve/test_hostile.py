@@ -297,6 +297,8 @@ def test_what_comes_over_a_connection_is_answered_or_refused(served: Endpoint, d
     """Catch headers that lie, and programs that speak something else."""
     said = talk(served, data).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").removeprefix(b"HTTP/1.1 100 \r\n\r\n")
     assert said.split(b" ", 2)[1] == status, said[:300]
+    if status != b"200":
+        assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["message"]
     assert served.chat(max_tokens=1).status_code == 200
 
 

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+import orjson
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from trimkv_cli.errors import TrimkvError, UsageError
+from trimkv_cli.serve.errors import ApiError
 from trimkv_cli.streams import Interrupts
 
 _WAIT_S = 0.5
@@ -122,7 +124,7 @@ class Server:
 
 
 class _Connection(H11Protocol):
-    """Close a connection on which no whole header arrives in time: one byte now and then is no request."""
+    """One connection, closed where no whole header arrives in time: one byte now and then is no request."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -134,6 +136,13 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
         if self._timer is not None:
             self._timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as everything else is answered: with an error object."""
+        body = orjson.dumps(ApiError(400, f"this is no HTTP that is understood here: {msg}").to_json())
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         self._expect()
