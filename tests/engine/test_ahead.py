@@ -117,7 +117,7 @@ def test_running_out_of_memory_ahead_loses_nothing(failing: int, tiny_model: Tin
     in_step, ahead = make_pair(tiny_model)
     want = run(in_step, make_requests())
     loop: Any = ahead._runner._ahead
-    forward, calls = loop._forward, []
+    forward, calls = loop._device._forward, []
 
     def failing_forward(*arguments: Any) -> torch.Tensor:
         logits: torch.Tensor = forward(*arguments)
@@ -126,7 +126,7 @@ def test_running_out_of_memory_ahead_loses_nothing(failing: int, tiny_model: Tin
             raise torch.OutOfMemoryError("CUDA out of memory")
         return logits
 
-    loop._forward = failing_forward
+    loop._device._forward = failing_forward
     assert run(ahead, make_requests()) == want
 
 

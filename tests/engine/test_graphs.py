@@ -15,8 +15,11 @@ import torch
 from helpers import tiny_tokenizers
 from helpers.engines import Shape, as_on_a_gpu, greedy, make_engine, run
 from trimkv_cli.commands.answers import say_warnings
+from trimkv_cli.engine.ahead import Ahead
 from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.graphs import Graphs
 from trimkv_cli.engine.model_runner import ModelRunner
+from trimkv_cli.engine.sampler import Form
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import is_out_of_memory
 from trimkv_cli.events import Answer, TokenEvent
@@ -39,7 +42,8 @@ class Gpu:
     captured_on: list[tuple[Any, Any]] = field(default_factory=list)  # stream and pool of each capture
     forwards: list[tuple[str, Any, int]] = field(default_factory=list)  # how, on which stream, for how many rows
     capturing: Any = None
-    replays: int = 0
+    replaying: bool = False
+    replays: int = 0  # of forwards
     reset: int = 0
     alive: Any = field(default_factory=weakref.WeakSet)  # the graphs that were captured
     failure: Exception | None = None  # of the next capture's end
@@ -59,12 +63,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     class Graph:
         def __init__(self) -> None:
             self.steps: list[Callable[[], torch.Tensor]] = []
-            self.logits: list[torch.Tensor] = []
+            self.made: list[torch.Tensor] = []
 
         def replay(self) -> None:
-            state.replays += 1
-            for step, logits in zip(self.steps, self.logits, strict=True):
-                logits.copy_(step())
+            state.replaying = True
+            for step, made in zip(self.steps, self.made, strict=True):
+                made.copy_(step())
+            state.replaying = False
 
         def reset(self) -> None:
             state.reset += 1
@@ -105,17 +110,27 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     cuda |= {"graph_pool_handle": lambda: next(pools), "synchronize": lambda: None}
     for name, fake in cuda.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    forward = ModelRunner._forward_static
+    forward, capture = ModelRunner._forward_static, Graphs._capture
+
+    def captured(self: Graphs, run: Callable[[], torch.Tensor]) -> Any:
+        def kept() -> torch.Tensor:
+            made = run()
+            if state.capturing is not None:
+                state.capturing.steps.append(run)
+                state.capturing.made.append(made)
+            return made
+
+        return capture(self, kept)
 
     def recorded(self: ModelRunner, ids: Any, position: Any, count: int) -> torch.Tensor:
+        if state.replaying:
+            state.replays += 1
+            return forward(self, ids, position, count)
         how = "capture" if state.capturing is not None else "warm-up" if (position < 0).all() else "eager"
         state.forwards.append((how, state.stream, count))
-        logits = forward(self, ids, position, count)
-        if state.capturing is not None:
-            state.capturing.steps.append(lambda: forward(self, ids, position, count))
-            state.capturing.logits.append(logits)
-        return logits
+        return forward(self, ids, position, count)
 
+    monkeypatch.setattr(Graphs, "_capture", captured)
     monkeypatch.setattr(ModelRunner, "_forward_static", recorded)
     return state
 
@@ -144,7 +159,8 @@ def test_each_engine_captures_on_one_stream_of_its_own(gpu: Gpu, tiny_model: Tin
         gpu.forwards.clear()
         engine = graphed(model)
         assert run(engine, asked()) == want
-        assert len({count for _, _, count in gpu.forwards}) == len(gpu.captured_on) == 3
+        assert len({count for _, _, count in gpu.forwards}) == 3
+        assert len(gpu.captured_on) == 6  # each with its choice of greedy tokens
         (where,) = {*gpu.captured_on, *((stream, gpu.captured_on[0][1]) for _, stream, _ in gpu.forwards)}
         used.append(where)
         engine.close()
@@ -192,7 +208,7 @@ def test_slots_that_lie_elsewhere_are_captured_anew(gpu: Gpu, tiny_model: TinyMo
     for each in (in_step, engine):
         run(each, asked())
         each.resize(12)
-    assert (gpu.reset, len(gpu.alive)) == (3, 0)
+    assert (gpu.reset, len(gpu.alive)) == (6, 0)
     assert run(engine, asked()) == run(in_step, asked())
     assert len({pool for _, pool in gpu.captured_on}) == 2
 
@@ -234,7 +250,7 @@ def test_a_failing_graph_takes_those_of_its_stream_with_it(gpu: Gpu, tiny_model:
     run(engine, asked(1))
     assert gpu.captured_on[-1][0] is not first[0]
     assert gpu.captured_on[-1][1] != first[1]
-    assert len(gpu.alive) == 1
+    assert len(gpu.alive) == 2
 
 
 def test_memory_that_cannot_be_pinned_counts_as_short() -> None:
@@ -338,3 +354,47 @@ def test_new_positions_reach_a_graph(gpu: Gpu, tiny_model: TinyModel) -> None:
     with counted_decodes(model) as forwards:
         assert run(engine, asked) == want
     assert_only_graphs(gpu, forwards)
+
+
+def test_tokens_are_chosen_in_graphs(gpu: Gpu, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a choice that goes through the host, a draw that rows beside it shift, and a form that skips a stage."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.5, "seed": 4},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "seed": 5},
+        {"temperature": 1.2, "min_p": 0.02, "seed": 6},
+        {"top_h": 0.7, "seed": 7},
+        {"temperature": 1.1, "repetition_penalty": 1.3, "seed": 8, "max_tokens": 6},
+    ]
+    asked = [
+        Request(
+            id=str(i), prompt_token_ids=tuple(range(3, 9 + i)), params=SamplingParams(**{"max_tokens": 8 + 5 * i} | how)
+        )
+        for i, how in enumerate(kinds)
+    ]
+    want = run(make_engine(tiny_model("qwen3"), SHAPE, fast_path=False), asked)
+    engine, called, choose = graphed(tiny_model("qwen3")), [], Ahead._choose
+    monkeypatch.setattr(Ahead, "_choose", lambda self, *given: (called.append(1), choose(self, *given))[1])
+    assert run(engine, asked) == want
+    forms = {key[0] for key in engine._runner._graphs or () if isinstance(key, tuple)}
+    assert forms == {Form.DRAWN, Form.FILTERED, Form.ENTROPY}  # a greedy row is never alone
+    assert len(called) == 5  # beside a penalty
+
+
+def test_a_choice_without_a_graph_costs_no_forward(gpu: Gpu, tiny_model: TinyModel) -> None:
+    """Catches a forward without a graph, and a wrong token, where only the choice of tokens cannot be captured."""
+    params = SamplingParams(max_tokens=9, temperature=1.3, top_k=7, seed=1)
+    sampled = [Request(id="", prompt_token_ids=(5, 9), params=params)]
+    want = run(make_engine(tiny_model("qwen3"), SHAPE, fast_path=False), sampled)
+    model = tiny_model("qwen3")
+    engine, replay = graphed(model), Graphs.replay
+    with counted_decodes(model) as forwards, pytest.MonkeyPatch.context() as patched:
+
+        def failing(self: Graphs, key: Any, step: Any) -> Any:
+            gpu.failure = BROKEN[0] if isinstance(key, tuple) and key not in self._plain else None
+            return replay(self, key, step)
+
+        patched.setattr(Graphs, "replay", failing)
+        assert run(engine, sampled) == want
+    assert_only_graphs(gpu, forwards)
+    assert engine._runner.no_graph == str(BROKEN[0]).splitlines()[0]

@@ -12,7 +12,7 @@ import torch
 from transformers.generation.logits_process import SequenceBiasLogitsProcessor
 
 from helpers import tiny_tokenizers
-from helpers.engines import Shape, drawn, make_engine, run
+from helpers.engines import Shape, adjusted, make_engine, run
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import UsageError
@@ -33,11 +33,11 @@ def test_a_bias_is_that_of_transformers_and_leaves_other_rows_alone() -> None:
     sampler.set_row(0, SamplingParams(), [])
     sampler.set_row(2, SamplingParams(logit_bias=bias), [])
     oracle = SequenceBiasLogitsProcessor({(i,): b for i, b in bias})
-    biased, plain = drawn(sampler, logits, [2, 0])[0]
+    biased, plain = adjusted(sampler, logits, [2, 0])[0]
     assert torch.equal(biased, oracle(torch.zeros(1, 0, dtype=torch.int64), logits[:1].clone())[0])
     assert torch.equal(plain, logits[1])
     sampler.set_row(2, SamplingParams(), [])
-    assert torch.equal(drawn(sampler, logits, [2, 0])[0], logits)
+    assert torch.equal(adjusted(sampler, logits, [2, 0])[0], logits)
 
 
 def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
@@ -54,7 +54,7 @@ def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
         if step == 20:
             sampler.move_row(1, 2)
         rows = [2 if step >= 20 else 1]
-        scores, chosen = drawn(sampler, logits, rows)
+        scores, chosen = adjusted(sampler, logits, rows)
         assert torch.allclose(scores[0], want, atol=1e-5)
         made.append(int(chosen))
     assert len(set(made)) > 3

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -16,8 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from helpers.engines import drawn
-from trimkv_cli.engine.filters import draw, fraction_of, locate, random_fraction
+from trimkv_cli.engine.filters import draw, fraction_of, locate, random_fraction, weigh
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.request import SamplingParams
 
@@ -37,6 +41,14 @@ sampling_params = st.builds(
 
 def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def drawn(sampler: Sampler, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Return the probabilities `[B, V]` that a sampler draws from."""
+    with mock.patch("trimkv_cli.engine.sampler.draw", wraps=draw) as drawing:
+        sampler(logits, rows)
+    weights = torch.cat([call.args[0] for call in drawing.call_args_list]).double()
+    return (weights / weights.sum(-1, keepdim=True)).float()
 
 
 def expected(logits: torch.Tensor, params: SamplingParams, seen: list[int]) -> torch.Tensor:
@@ -65,7 +77,7 @@ def test_a_mixed_batch_filters_each_row_as_transformers_does_alone(batch: list[S
     seen = [[(7 * row + i * i) % VOCAB for i in range(9)] for row in rows]
     for row, params, ids in zip(rows, batch, seen, strict=True):
         sampler.set_row(row, params, ids)
-    got = drawn(sampler, logits, rows)[0].softmax(-1)
+    got = drawn(sampler, logits, rows)
     for row, params in enumerate(batch):
         want = expected(logits[row], params, seen[row])
         # A token whose running sum lies within rounding of a cut may fall on either side of it: never more than one.
@@ -149,7 +161,7 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
     """Catches an inverse CDF that is off by one or drops the rest of a block."""
     logits = torch.log(torch.tensor([[0.5, 0.0, 0.25, 0.125, 0.125]])).expand(20_000, -1)
     steps = torch.arange(20_000)
-    tokens = draw(logits, random_fraction(torch.zeros_like(steps), steps))
+    tokens = draw(weigh(logits, torch.zeros(1)), random_fraction(torch.zeros_like(steps), steps))
     share = torch.bincount(tokens, minlength=5) / 20_000
     assert share[1] == 0
     assert torch.allclose(share, logits[0].exp(), atol=0.015)
@@ -211,3 +223,55 @@ def test_counts_are_allocated_only_for_a_penalty_and_one_sort_serves_all(monkeyp
     sampler.set_row(1, SamplingParams(top_k=5, top_p=0.5, top_h=0.5), [1])
     sampler(random_logits(2), [0, 1])
     assert len(sorts) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(sampling_params, min_size=1, max_size=6), st.integers(0, 10**6), st.booleans())
+def test_what_a_graph_chooses_is_what_a_call_chooses(batch: list[SamplingParams], seed: int, coarse: bool) -> None:
+    """Catches a stage that a form leaves out, a tie cut elsewhere, and a random number that an idle row uses up."""
+    called, captured = (Sampler(len(batch) + 1, VOCAB, "cpu") for _ in range(2))
+    batch = [replace(params, repetition_penalty=1.0) for params in batch]
+    for sampler in (called, captured):
+        for row, params in enumerate(batch):
+            sampler.set_row(row, params, [])
+    form = captured.form(range(len(batch)))
+    assert form is not None
+    live = torch.arange(len(batch) + 1) < len(batch)
+    for step in range(3):
+        logits = random_logits(len(batch) + 1, seed + step)
+        logits = logits.round() if coarse else logits.bfloat16()
+        idle = captured.choose(logits, form, live=live & (torch.arange(len(live)) > 0))
+        assert idle.shape == (len(live),)
+        captured.replay(0, [5] * step)
+        captured._step[1 : len(batch)] -= 1
+        want = called(logits[:-1], range(len(batch)))
+        assert torch.equal(captured.choose(logits, form, live=live)[:-1], want)
+
+
+def test_a_choice_takes_few_operations_and_reads_nothing_on_the_host() -> None:
+    """Catches a read of the device, which no graph can hold, and a stage that is done twice."""
+    logits, live = random_logits(1), torch.ones(1, dtype=torch.bool)
+    forms = {10: {"temperature": 0.0}, 70: {"min_p": 0.1}, 105: {"top_k": 20, "top_p": 0.8}}
+    for most, how in forms.items():
+        sampler = Sampler(1, VOCAB, "cpu")
+        sampler.set_row(0, SamplingParams(**how), [])  # type: ignore[arg-type]
+        kind = sampler.form([0])
+        assert kind is not None
+        with Operations() as done:
+            sampler.choose(logits, kind, live=live)
+        assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2"} & set(done.names)
+        assert len(done.names) <= most
+
+
+class Operations(TorchDispatchMode):
+    """List the operations that would each be a kernel or more on a GPU: those that return no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.empty_like.default:
+            self.names.append(func._schema.name)
+        return made

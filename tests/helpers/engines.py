@@ -12,7 +12,8 @@ import torch
 
 from trimkv_cli.cache import retention_cache
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
-from trimkv_cli.engine import cuda, filters
+from trimkv_cli.engine import cuda
+from trimkv_cli.engine import sampler as sampling
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.loading import assemble as assembling
@@ -120,17 +121,11 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
     return output
 
 
-def drawn(sampler: Sampler, logits: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scores `[B, V]` that a sampler draws from, and what it chooses; some row must not be greedy."""
-    given: list[torch.Tensor] = []
-
-    def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        given.append(scores)
-        return filters.draw(scores, uniform)
-
-    with mock.patch("trimkv_cli.engine.sampler.draw", draw):
+def adjusted(sampler: Sampler, logits: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores `[B, V]` that penalties and biases leave, and what a sampler chooses."""
+    with mock.patch.object(sampling, "_choose", wraps=sampling._choose) as choose:
         chosen = sampler(logits, rows)
-    return given[0], chosen
+    return torch.cat([call.args[0] for call in choose.call_args_list]), chosen
 
 
 def greedy(identifier: str, ids: Sequence[int], count: int, **more: Any) -> Request:

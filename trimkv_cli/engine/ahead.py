@@ -1,9 +1,9 @@
 """Decoding one step ahead of the host: the device feeds what it has sampled, and the host reads it one step behind.
 
-Everything that decides the next step lies on the device: ids, positions, how many tokens a row may still get, and which
-tokens end it. A row that has ended there is at position −1: nothing is fed or evicted after its last token. Where only
-the host sees an end (a stop string), what was fed behind it is taken back. Where it has to know a token before the next
-one is chosen (grammars, budgets of reasoning), all rows run in step: the same forward, and nothing ahead of it.
+Everything that decides the next step lies on the device, in `DeviceRows`. Nothing is fed or evicted after a row's last
+token where the device knows it for that. Where only the host sees an end (a stop string), what was fed behind it is
+taken back. Where it has to know a token before the next one is chosen (grammars, budgets of reasoning), all rows run in
+step: the same forward, and nothing ahead of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from trimkv_cli.cache.retention_cache import RetentionCache
-from trimkv_cli.engine.graphs import Forward
+from trimkv_cli.engine.device_rows import DeviceRows, Forward
+from trimkv_cli.engine.graphs import Graphs
 from trimkv_cli.engine.sampler import NO_TOKEN, Logprobs, Sampler, to_device
 from trimkv_cli.engine.scheduler import Row
 from trimkv_cli.errors import is_out_of_memory
@@ -41,7 +42,8 @@ class _Launch:
     """A step on its way: its rows, and what it brought, on the host once `done`."""
 
     rows: tuple[Row, ...]
-    tokens: Tensor  # [rows]
+    places: tuple[int, ...]  # of these rows in `tokens`
+    tokens: Tensor
     logprobs: Logprobs | None
     done: Any  # a CUDA event; None where nothing is asynchronous
 
@@ -52,33 +54,40 @@ class _Launch:
         """Return the tokens once they are there, and leave their log probabilities at the rows."""
         if self.done is not None:
             self.done.synchronize()
-        tokens: list[int] = self.tokens.tolist()
+        arrived: list[int] = self.tokens.tolist()
+        tokens = [arrived[place] for place in self.places]
         logprobs = {} if self.logprobs is None else self.logprobs.read()
-        for place, row in enumerate(self.rows):
-            row.logprob = logprobs.get(place)
+        for number, row in enumerate(self.rows):
+            row.logprob = logprobs.get(number)
         return tokens
 
 
 class Ahead:
-    """Own the device's view of the rows that decode."""
+    """Own the step that is on its way, and know which rows the device knows."""
 
     def __init__(
-        self, forward: Forward, sampler: Sampler, cache: RetentionCache, *, rows: int, eos_token_ids: Collection[int]
+        self,
+        forward: Forward,
+        sampler: Sampler,
+        cache: RetentionCache,
+        *,
+        eos_token_ids: Collection[int],
+        graphed: bool,
     ) -> None:
-        device = sampler.device
-        self._forward = forward
+        rows, device = sampler.max_rows, sampler.device
         self._sampler = sampler
         self._cache = cache
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.position = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self._left = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._watch = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._device = DeviceRows(forward, sampler, rows=rows, eos_token_ids=eos_token_ids, graphed=graphed)
         self._ends = frozenset(eos_token_ids)
-        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
         self._known: dict[int, Row] = {}  # as the device has them, by index
         self._pending: _Launch | None = None
         # One is read while the next step fills the other.
         self._hosts = deque(_Host.empty(rows) for _ in range(2)) if device.type == "cuda" else None
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """What was captured of the steps; None where nothing is."""
+        return self._device.graphs
 
     def step(self, rows: Sequence[Row], *, in_step: bool = False) -> list[tuple[Row, int]]:
         """Return the next token of the rows that have one by now; with `in_step` nothing is fed beyond that."""
@@ -101,7 +110,7 @@ class Ahead:
         if self._pending is not None and self._pending.has(row) and not self._saw_end(row):
             self._undo({row.index: row.seen})
         if self._known.pop(row.index, None) is not None:
-            self.position[row.index] = -1
+            self._device.end([row.index])
 
     def _saw_end(self, row: Row) -> bool:
         """Tell whether the device knew a row's last token for its end."""
@@ -111,7 +120,7 @@ class Ahead:
         """Take nothing for known: the host says everything anew."""
         self._pending = None
         self._known.clear()
-        self.position.fill_(-1)
+        self._device.position.fill_(-1)
 
     def undo_pending(self) -> None:
         """Take back what was fed ahead, as something else will happen to these rows."""
@@ -147,16 +156,14 @@ class Ahead:
             self._sampler.set_row(row.index, row.request.params, prompt)
             self._sampler.replay(row.index, output)
             self._known.pop(row.index, None)
-            self.position[row.index] = -1
+        self._device.end([row.index for row in rows])
 
     def _undo(self, positions: Mapping[int, int]) -> None:
-        self._cache.undo_decode([positions.get(index, -1) for index in range(len(self.position))])
+        self._cache.undo_decode([positions.get(index, -1) for index in range(len(self._device))])
 
     def move(self, source: int, target: int) -> None:
         """Follow a row to another place."""
-        for tensor in (self.ids, self.position, self._left, self._watch):
-            tensor[target] = tensor[source]
-        self.position[source] = -1
+        self._device.move(source, target)
         row = self._known.pop(source, None)
         if row is not None:
             self._known[target] = row
@@ -167,39 +174,38 @@ class Ahead:
         gone = [index for index, row in self._known.items() if here.get(index) is not row]
         new = [row for row in rows if self._known.get(row.index) is not row]
         self._known = here
-        if gone:
-            self.position[self._on_device(gone, torch.int64)] = -1
+        self._device.end(gone)
         if new:
-            at = self._on_device([row.index for row in new], torch.int64)
-            self.ids[at] = self._on_device([row.output[-1] for row in new], torch.int64)
-            self.position[at] = self._on_device([row.seen for row in new], torch.int32)
-            self._left[at] = self._on_device([_left(row) for row in new], torch.int32)
-            self._watch[at] = self._on_device([not row.request.params.ignore_eos for row in new], torch.bool)
+            self._device.tell(
+                [row.index for row in new],
+                ids=[row.output[-1] for row in new],
+                seen=[row.seen for row in new],
+                left=[_left(row) for row in new],
+                watch=[not row.request.params.ignore_eos for row in new],
+            )
 
     @torch.inference_mode()
     def _launch(self, rows: Sequence[Row]) -> _Launch:
         """Start one step of these rows; nothing here waits for the device."""
-        indices = [row.index for row in rows]
-        count = max(indices) + 1
-        at = self._on_device(indices, torch.int64)
-        logits = self._forward(self.ids, self.position, count)
-        logits = logits[at]
-        tokens = self._sampler(logits, indices)
-        logprobs = self._sampler.logprobs(logits, indices, tokens)
-        left, position = self._left[at] - 1, self.position[at]
-        ended = (left <= 0) | (self._watch[at] & torch.isin(tokens, self._eos)) | (position < 0) | (tokens < 0)
-        self.ids[at] = tokens.clamp(min=0)
-        self._left[at] = left
-        self.position[at] = torch.where(ended, -1, position + 1)
+        places = tuple(row.index for row in rows)
+        form = self._sampler.form(places)
+        logits = self._device.feed(max(places) + 1)
+        tokens = self._choose(logits, places) if form is None else self._device.choose(logits, form)
+        logprobs = self._sampler.logprobs(logits, places, tokens, places)
         if self._hosts is None:
-            return _Launch(tuple(rows), tokens, logprobs, None)
+            return _Launch(tuple(rows), places, tokens.clone(), logprobs, None)
         self._hosts.rotate()
-        host = self._hosts[0].tokens[: len(indices)].copy_(tokens, non_blocking=True)
+        host = self._hosts[0].tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         self._hosts[0].done.record()
-        return _Launch(tuple(rows), host, logprobs, self._hosts[0].done)
+        return _Launch(tuple(rows), places, host, logprobs, self._hosts[0].done)
 
-    def _on_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        return to_device(values, self.ids.device, dtype)
+    def _choose(self, logits: Tensor, places: Sequence[int]) -> Tensor:
+        """Choose tokens where the host has a say in it; others than those of `places` have no meaning."""
+        at = to_device(places, self._sampler.device)
+        tokens = logits.new_zeros(len(logits), dtype=torch.int64)
+        tokens[at] = self._sampler(logits[at], places)
+        self._device.take(tokens)
+        return tokens
 
 
 def _among(row: Row, rows: Sequence[Row]) -> bool:

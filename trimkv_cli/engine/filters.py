@@ -19,18 +19,36 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-def keep_likeliest(scores: Tensor, *, top_h: Tensor, top_k: Tensor, tail: Tensor) -> Tensor:
-    """Cut by top-h, then top-k, then top-p: each keeps the first tokens of one sorted order (ties: lower id first)."""
+def weigh(scores: Tensor, min_p: Tensor) -> Tensor:
+    """Turn scores into integer weights, int64 in units of 2^-36 of the likeliest token; rarer ones than that get 0.
+
+    So do tokens less likely than `min_p` [B] times the likeliest one.
+    """
+    relative = (scores - scores.amax(-1, keepdim=True)).exp_()
+    relative.masked_fill_(relative < min_p[:, None], 0.0)
+    return relative.mul_(_WEIGHT_ONE).long()
+
+
+def weigh_likeliest(scores: Tensor, *, top_h: Tensor | None, top_k: Tensor, tail: Tensor, min_p: Tensor) -> Tensor:
+    """Do as `weigh`, after cuts by top-h, top-k and top-p, each of which keeps the first tokens of one sorted order.
+
+    Of equal tokens the lower id comes first. Without `top_h` no row is cut by that.
+    """
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    kept = torch.minimum(count_top_h(ordered, top_h), count_top_k(ordered, top_k))
-    kept = count_top_p(ordered, kept, tail)
-    mask = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, _first(kept, ordered))
-    return scores.masked_fill(~mask, -torch.inf)
+    cut = ordered < ordered.gather(-1, top_k[:, None] - 1)  # more than `top_k` stay when that one is tied
+    relative = ordered.sub_(ordered[:, :1].clone()).exp_()
+    weights = (relative * _WEIGHT_ONE).long()
+    if top_h is not None:
+        cut |= ~_first(count_top_h(weights, top_h), weights)
+    weights.masked_fill_(cut, 0)
+    weights.masked_fill_(~_first(count_top_p(weights, tail), weights), 0)
+    weights.masked_fill_(relative < min_p[:, None], 0)
+    return torch.empty_like(weights).scatter_(-1, order, weights)
 
 
 def count_top_h(ordered: Tensor, top_h: Tensor) -> Tensor:
     """Count the tokens [B] whose summed entropy stays within the fraction `top_h` [B] of that of the top 100."""
-    weights = weigh(ordered[:, :_TOP_H_TOKENS])
+    weights = ordered[:, :_TOP_H_TOKENS]
     probs = weights.float() / weights.sum(-1, keepdim=True).float()
     entropy = (torch.special.entr(probs) * _WEIGHT_ONE).long()
     limit = fraction_of(entropy.sum(-1), top_h)
@@ -38,32 +56,15 @@ def count_top_h(ordered: Tensor, top_h: Tensor) -> Tensor:
     return torch.where(top_h > 0, kept, ordered.shape[-1])
 
 
-def count_top_k(ordered: Tensor, top_k: Tensor) -> Tensor:
-    """Count the tokens [B] at least as likely as the `top_k`-th: more than `top_k` when it is tied."""
-    return (ordered >= ordered.gather(-1, top_k[:, None] - 1)).sum(-1)
+def count_top_p(ordered: Tensor, tail: Tensor) -> Tensor:
+    """Count the tokens [B] left when the least likely go, up to the mass `tail` [B]; `ordered` are their weights."""
+    total = ordered.sum(-1)
+    return 1 + locate(ordered, total - fraction_of(total, tail) - 1)
 
 
-def count_top_p(ordered: Tensor, kept: Tensor, tail: Tensor) -> Tensor:
-    """Count the tokens [B] left when the least likely of the first `kept` [B] go, up to the mass `tail` [B]."""
-    weights = weigh(ordered).masked_fill(~_first(kept, ordered), 0)
-    total = weights.sum(-1)
-    return 1 + locate(weights, total - fraction_of(total, tail) - 1)
-
-
-def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """Cut the tokens less likely than `min_p` [B] times the likeliest one."""
-    return scores.masked_fill(_relative(scores) < min_p[:, None], -torch.inf)
-
-
-def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one id per row [B] from softmax(`scores` [B, V]): the inverse CDF at the fraction `uniform` [B]."""
-    weights = weigh(scores)
-    return locate(weights, fraction_of(weights.sum(-1), uniform)).clamp(0, scores.shape[-1] - 1)
-
-
-def weigh(scores: Tensor) -> Tensor:
-    """Turn scores into integer weights, int64 in units of 2^-36 of the likeliest token; rarer ones than that get 0."""
-    return (_relative(scores) * _WEIGHT_ONE).long()
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one id per row [B] by its share of `weights` [B, V]: the inverse CDF at the fraction `uniform` [B]."""
+    return locate(weights, fraction_of(weights.sum(-1), uniform)).clamp(0, weights.shape[-1] - 1)
 
 
 def locate(weights: Tensor, target: Tensor) -> Tensor:
@@ -100,10 +101,6 @@ def _mix(bits: Tensor) -> Tensor:
 def _shift_right(bits: Tensor, count: int) -> Tensor:
     mask: int = (1 << (64 - count)) - 1
     return (bits >> count) & mask
-
-
-def _relative(scores: Tensor) -> Tensor:
-    return (scores - scores.amax(-1, keepdim=True)).exp()
 
 
 def _first(count: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from trimkv_cli.cache.attention import LongRope, RetentionView, Step
 from trimkv_cli.cache.releases import all_logits, forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine.ahead import Ahead
-from trimkv_cli.engine.graphs import Forward, GraphedForward
+from trimkv_cli.engine.graphs import Graphs
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler, to_device
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row
 from trimkv_cli.model.pins import Pins, PromptSpan
@@ -62,14 +62,13 @@ class ModelRunner:
         self.trace = trace
         self._ahead: Ahead | None = None
         self._long = False  # which factors of RoPE the last step ahead had
-        self._graphs: GraphedForward | None = None
+        self._graphs: Graphs | None = None
 
     def run_ahead(self, eos_token_ids: Collection[int]) -> None:
-        """Decode one step ahead of the host from now on; on a GPU each step is a graph."""
-        forward: Forward = self._forward_static
-        if self.device.type == "cuda":
-            forward = self._graphs = GraphedForward(forward)
-        self._ahead = Ahead(forward, self.sampler, self.cache, rows=self.sampler.max_rows, eos_token_ids=eos_token_ids)
+        """Decode one step ahead of the host from now on; on a GPU each step is two graphs."""
+        how: dict[str, Any] = {"eos_token_ids": eos_token_ids, "graphed": self.device.type == "cuda"}
+        self._ahead = Ahead(self._forward_static, self.sampler, self.cache, **how)
+        self._graphs = self._ahead.graphs
 
     @property
     def no_graph(self) -> str | None:

@@ -1,7 +1,7 @@
 """Each row's next token, chosen on the device from its logits, parameters, seed and step alone, unless it is forced.
 
 Stages and their order are those of transformers' `GenerationMixin._get_logits_processor`; nothing here reads the
-device.
+device. What a row has not asked for changes nothing, so that all rows may go through the stages that some need.
 """
 
 from __future__ import annotations
@@ -9,20 +9,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimkv_cli.engine.filters import FRACTION_ONE, draw, keep_likeliest, keep_min_p, random_fraction
+from trimkv_cli.engine.filters import FRACTION_ONE, draw, random_fraction, weigh, weigh_likeliest
 from trimkv_cli.engine.grammars import Grammars, Matchers
 from trimkv_cli.engine.thoughts import ThinkTags, Thought, no_thoughts
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import TokenLogprob
+from trimkv_cli.plan.step import SAMPLED_ROWS
 from trimkv_cli.request import SamplingParams
 
 NO_TOKEN = -1  # instead of an id: the logits of that row are no numbers
 _IDLE = SamplingParams(temperature=0.0)
+
+
+class Form(IntEnum):
+    """Which stages follow the penalties; each form has those of the ones before it."""
+
+    GREEDY = 0
+    DRAWN = 1  # temperature, min-p
+    FILTERED = 2  # top-k, top-p: by a sort
+    ENTROPY = 3  # top-h
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Form:
+        """Return the least that a request needs."""
+        if params.greedy:
+            return cls.GREEDY
+        if params.top_h is not None:
+            return cls.ENTROPY
+        return cls.FILTERED if params.top_k or params.top_p < 1.0 else cls.DRAWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +84,8 @@ class RowParams:
         self.min_p[row] = params.min_p
         self.seed[row] = params.seed
 
-    def take(self, index: Tensor) -> RowParams:
-        """Gather the rows that `index` [B] names."""
+    def at(self, index: Tensor | slice) -> RowParams:
+        """Return some of the rows: a view of a slice, a copy of those that a tensor [B] names."""
         return RowParams(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
@@ -84,17 +104,17 @@ class SamplerRow:
 class Logprobs:
     """Log probabilities of some rows' tokens, and the likeliest ones, on the host once the device has come so far."""
 
-    counts: Mapping[int, int]  # how many of the likeliest, by the row's place in its step
+    counts: Mapping[int, int]  # how many of the likeliest, by the row's number in its step
     own: Tensor  # [B']
     values: Tensor  # [B', most]
     ids: Tensor  # [B', most]
 
     def read(self) -> dict[int, TokenLogprob]:
-        """Return them by place."""
+        """Return them by number."""
         own, values, ids = self.own.tolist(), self.values.tolist(), self.ids.tolist()
         return {
-            place: TokenLogprob(logprob=own[i], top=tuple(zip(ids[i], values[i], strict=True))[:count])
-            for i, (place, count) in enumerate(self.counts.items())
+            number: TokenLogprob(logprob=own[i], top=tuple(zip(ids[i], values[i], strict=True))[:count])
+            for i, (number, count) in enumerate(self.counts.items())
         }
 
 
@@ -135,7 +155,7 @@ class Sampler:
         self._matchers = Matchers()
         self._tags = tags
         self._thoughts: dict[int, Thought] = {}
-        self._selection: _Selection | None = None
+        self._selections: dict[tuple[int, ...], _Selection] = {}
         for row in range(max_rows):
             self.clear_row(row)
 
@@ -208,16 +228,28 @@ class Sampler:
 
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Choose one token id per row, int64 [B], from `logits` [B, V] of these distinct rows; advances their steps."""
-        chosen = self._select(rows)
-        scores = self._adjusted(logits, chosen)
-        highest, tokens = scores.max(-1)  # NaN is higher than anything
-        if not all(params.greedy for params in chosen.host):
-            uniform = random_fraction(chosen.params.seed, self._step[chosen.index])
-            tokens = torch.where(chosen.params.greedy, tokens, draw(_warped(scores, chosen), uniform))
-            self._step[chosen.index] += 1
-        tokens = self._forced(tokens, chosen.rows)
-        self._penalties.count(chosen.index, chosen.host, tokens)
-        return torch.where(highest.isfinite(), tokens, NO_TOKEN)
+        parts = [self._call(logits[part], rows[part]) for part in _parts(len(rows), self.form(rows))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def form(self, rows: Sequence[int]) -> Form | None:
+        """Say in which form `choose` can choose for these rows; None when it cannot.
+
+        It knows no grammar, no budget of reasoning, and nothing that changes logits.
+        """
+        if any(self.must_be_told(row) or _changes_logits(self._host[row]) for row in rows):
+            return None
+        return self._form(rows)
+
+    def choose(self, logits: Tensor, form: Form, *, live: Tensor) -> Tensor:
+        """Choose as a call does, for the first B rows, `logits` [B, V], whoever they are; nothing depends on the host.
+
+        The steps of the rows that are not `live` [B] stay, and their ids have no meaning.
+        """
+        rows = len(logits)
+        parts = [_choose(logits[part], self._params.at(part), self._step[part], form) for part in _parts(rows, form)]
+        if form is not Form.GREEDY:
+            self._step[:rows] += live
+        return torch.cat(parts)
 
     def advance(self, row: int, token: int) -> None:
         """Tell `row`, on the host, which token came."""
@@ -234,20 +266,35 @@ class Sampler:
         """Say why `row` cannot go on; None while it can."""
         return self._matchers.failure(row)
 
-    def logprobs(self, logits: Tensor, rows: Sequence[int], tokens: Tensor) -> Logprobs | None:
+    def logprobs(
+        self, logits: Tensor, rows: Sequence[int], tokens: Tensor, places: Sequence[int] | None = None
+    ) -> Logprobs | None:
         """Start the way of log probabilities to the host, for the rows that ask for them; None when none does.
 
-        They are the model's own, before any parameter changes them.
+        They are the model's own, before any parameter changes them. Row i is at `places[i]` of `logits` and `tokens`,
+        or at i.
         """
-        asked = {place: self._host[row].logprobs for place, row in enumerate(rows)}
-        wanted = {place: count for place, count in asked.items() if count is not None}
+        asked = {index: self._host[row].logprobs for index, row in enumerate(rows)}
+        wanted = {index: count for index, count in asked.items() if count is not None}
         if not wanted:
             return None
-        places = to_device(list(wanted), self.device)
-        scores = logits[places].float().log_softmax(-1)  # [B', V]
-        own = scores.gather(-1, tokens[places, None].clamp(min=0)).squeeze(-1)
+        at = to_device([index if places is None else places[index] for index in wanted], self.device)
+        scores = logits[at].float().log_softmax(-1)  # [B', V]
+        own = scores.gather(-1, tokens[at, None].clamp(min=0)).squeeze(-1)
         top = scores.topk(min(self.vocab_size, max(wanted.values())), dim=-1)
         return Logprobs(wanted, *(part.to("cpu", non_blocking=True) for part in (own, *top)))
+
+    def _call(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        chosen, form = self._select(rows), self._form(rows)
+        tokens = _choose(self._adjusted(logits, chosen), chosen.params, self._step[chosen.index], form)
+        if form is not Form.GREEDY:
+            self._step[chosen.index] += 1
+        tokens = self._forced(tokens, chosen.rows)
+        self._penalties.count(chosen.index, chosen.host, tokens)
+        return tokens
+
+    def _form(self, rows: Sequence[int]) -> Form:
+        return max(Form.of(self._host[row]) for row in rows)
 
     def _adjusted(self, logits: Tensor, chosen: _Selection) -> Tensor:
         params = chosen.params
@@ -261,37 +308,44 @@ class Sampler:
         forced = {place: token for place, token in thoughts if token is not None}
         if not forced:
             return tokens
-        return tokens.index_put((to_device(list(forced), self.device),), to_device(list(forced.values()), self.device))
+        at = to_device(list(forced), self.device)
+        return tokens.index_put((at,), to_device(list(forced.values()), self.device).where(tokens[at] >= 0, NO_TOKEN))
 
     def _select(self, rows: Sequence[int]) -> _Selection:
-        if self._selection is None or self._selection.rows != tuple(rows):
-            index = to_device(rows, self.device)
-            self._selection = _Selection(
-                rows=tuple(rows),
-                index=index,
-                params=self._params.take(index),
-                host=tuple(self._host[row] for row in rows),
-            )
-        return self._selection
+        key = tuple(rows)
+        if key not in self._selections:
+            index, host = to_device(rows, self.device), tuple(self._host[row] for row in rows)
+            self._selections[key] = _Selection(rows=key, index=index, params=self._params.at(index), host=host)
+        return self._selections[key]
 
     def _write(self, row: int, params: SamplingParams) -> None:
         self._host[row] = params
         self._params.write(row, params, self.vocab_size)
         self._matchers.put(row, None)
         self._thoughts.pop(row, None)
-        self._selection = None
+        self._selections.clear()
 
 
-def _warped(scores: Tensor, chosen: _Selection) -> Tensor:
-    """Apply the stages that only sampled rows have, leaving out those that no row needs."""
-    params, sampled = chosen.params, [host for host in chosen.host if not host.greedy]
-    if any(host.temperature != 1.0 for host in sampled):
-        scores = scores / params.temperature[:, None]
-    if any(host.top_h is not None or host.top_k or host.top_p < 1.0 for host in sampled):
-        scores = keep_likeliest(scores, top_h=params.top_h, top_k=params.top_k, tail=params.tail)
-    if any(host.min_p > 0.0 for host in sampled):
-        scores = keep_min_p(scores, params.min_p)
-    return scores
+def _parts(rows: int, form: Form | None) -> list[slice]:
+    """Split rows, as those that are chosen for at once take memory at once; only greedy ones take none."""
+    most = rows if form is Form.GREEDY else SAMPLED_ROWS
+    return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
+
+
+def _choose(scores: Tensor, params: RowParams, step: Tensor, form: Form) -> Tensor:
+    """Return one id per row [B] for adjusted `scores` [B, V]; `NO_TOKEN` where they are no numbers."""
+    highest, tokens = scores.max(-1)  # NaN is higher than anything
+    if form is not Form.GREEDY:
+        weights = _weigh(scores.float() / params.temperature[:, None], params, form)
+        tokens = torch.where(params.greedy, tokens, draw(weights, random_fraction(params.seed, step)))
+    return torch.where(highest.isfinite(), tokens, NO_TOKEN)
+
+
+def _weigh(scores: Tensor, params: RowParams, form: Form) -> Tensor:
+    if form is Form.DRAWN:
+        return weigh(scores, params.min_p)
+    top_h = params.top_h if form is Form.ENTROPY else None
+    return weigh_likeliest(scores, top_h=top_h, top_k=params.top_k, tail=params.tail, min_p=params.min_p)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,6 +456,10 @@ class Penalties:
 def uses_output(params: SamplingParams) -> bool:
     """Say whether a request's penalties look at what it has made."""
     return params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+def _changes_logits(params: SamplingParams) -> bool:
+    return bool(params.logit_bias) or params.repetition_penalty != 1.0 or uses_output(params)
 
 
 def penalize(logits: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from trimkv_cli.model.spec import (
 )
 from trimkv_cli.plan.step import (
     GRAPH_ROWS,
+    SAMPLED_ROWS,
     compared_bytes,
     dequantising_bytes,
     forward_bytes,
@@ -232,15 +233,19 @@ class Run:
 
 
 def _graph_bytes(run: Run) -> int:
-    """Count what decodes as graphs keep on a GPU: pools, logits of each number of rows, workspaces of products."""
+    """Count what decodes as graphs keep on a GPU: pools, logits of each number of rows, workspaces of products.
+
+    What choosing tokens takes is kept once for each number of rows that are chosen for at once.
+    """
     if run.device != "cuda":
         return 0
     sizes = {*(rows for rows in GRAPH_ROWS if rows <= run.rows), run.rows}
     logits = sum(sizes) * run.spec.vocab_size * run.dtype_bytes
+    sampling = sum(sampling_bytes(run.spec, rows, "cuda") for rows in {min(size, SAMPLED_ROWS) for size in sizes})
     capability = run.machine.cuda_capability
     workspace = _HOPPER_BLAS_BYTES if capability is None or capability[0] == _HOPPER else _BLAS_BYTES
     compared = compared_bytes(run, run.rows * (run.kv_budget + 1))  # in the graphs' own pool, beside that of prompts
-    return _GRAPH_BYTES + logits + _STREAMS * workspace + _kept_through_bytes(run) + compared
+    return _GRAPH_BYTES + logits + sampling + _STREAMS * workspace + _kept_through_bytes(run) + compared
 
 
 def _kept_through_bytes(run: Run) -> int:

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from trimkv_cli.plan.run import Run
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64)  # that decode as one graph on a GPU; others take the next larger one
-_SAMPLING_BYTES = 44  # per logit, with every filter on: scores, their order, weights in 64 bits, running sums
+SAMPLED_ROWS = 4  # whose tokens are chosen at once
+_SAMPLING_BYTES = 42  # per logit, with every filter on: scores, their order, weights in 64 bits, padded once more
 _CUDA_SAMPLING_BYTES = 70  # and on a GPU, whose sorts have buffers; an estimate
+_WAITING_BYTES = 8  # per logit of the other rows: it, and where some rows were taken its copy
 _BLOCK_LOGITS = 1024  # of which sums are taken: a vocabulary is padded to a multiple
 _INT8_BYTES = 16  # per output of a product of 8 bits: its sums in 32 bits, scaled twice, and cast
 _PLANES_BYTES = 18  # per input of a packed one: what is rounded, twice, joined, and in 8 bits
@@ -80,9 +82,10 @@ def dequantising_bytes(run: Run) -> int:
 
 def sampling_bytes(spec: ModelSpec, rows: int, device: str) -> int:
     """Count what choosing one token per row takes at most."""
-    padded = -(-spec.vocab_size // _BLOCK_LOGITS) * _BLOCK_LOGITS
+    padded, at_once = -(-spec.vocab_size // _BLOCK_LOGITS) * _BLOCK_LOGITS, min(rows, SAMPLED_ROWS)
     each = _CUDA_SAMPLING_BYTES if device == "cuda" else _SAMPLING_BYTES
-    return rows * ((each - 8) * spec.vocab_size + 8 * padded)
+    waiting = (rows - at_once) * spec.vocab_size * _WAITING_BYTES
+    return at_once * ((each - 8) * spec.vocab_size + 8 * padded) + waiting
 
 
 def _inputs_bytes(run: Run, tokens: int) -> int:

@@ -137,8 +137,7 @@ def _engine(device: torch.device, way: Way, shape: Shape, family: str) -> Engine
 
 def _graphs(engine: Engine) -> list[int]:
     """Return the numbers of rows for which a graph was captured."""
-    ahead = engine._runner._ahead
-    return sorted(getattr(getattr(ahead, "_forward", None), "_graphs", ()))
+    return sorted(key for key in engine._runner._graphs or () if isinstance(key, int))
 
 
 def _prompt(seed: int, length: int) -> tuple[int, ...]:
