@@ -9,10 +9,11 @@ from trimkv_kernels.operations import (
     triton_obstacle,
 )
 from trimkv_kernels.pool import SlotPool
-from trimkv_kernels.slots import Journal, Slots
+from trimkv_kernels.slots import Journal, LayerTable, Slots
 
 __all__ = [
     "Journal",
+    "LayerTable",
     "Obstacle",
     "Operations",
     "SlotPool",

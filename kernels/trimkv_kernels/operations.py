@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from trimkv_kernels import reference
+from trimkv_kernels.slots import LayerTable
 
 
 class Operations(NamedTuple):
-    """The operations of one device; `reference` says what they do."""
+    """The operations of one device; `reference` says what they do, and `LayerTable` what those of all layers do."""
 
     decode: Callable[..., Tensor]
     prefill: Callable[..., Tensor]
+    undo: Callable[[LayerTable, Tensor], None] = LayerTable.undo
+    clear: Callable[[LayerTable, int], None] = LayerTable.clear
 
 
 class StepOperations(NamedTuple):
@@ -51,8 +54,9 @@ def operations_for(device: torch.device) -> Operations:
         return Operations(reference.decode, reference.prefill)
     from trimkv_kernels.decode import decode
     from trimkv_kernels.prefill import prefill
+    from trimkv_kernels.rows import clear, undo
 
-    return Operations(decode, prefill)
+    return Operations(decode, prefill, undo, clear)
 
 
 def step_operations_for(device: torch.device) -> StepOperations | None:

@@ -177,6 +177,16 @@ class SlotPool:
         loser = held.masked_fill(scores > lowest, _NEVER).argmax(dim=-1)  # ties: the newest goes
         _swap(self._tensors, self.slot, self._first, loser)
 
+    def undo(self, position: Tensor) -> None:
+        """Take the token at `position` `[B]` int32 out of all layers again, as `Journal.undo` does."""
+        first = self._first[:, : len(position)]
+        at, here = (first + self.slot[:, : len(position)]).flatten(), first.flatten() + self.size
+        now = position[None, :, None].expand(first.shape).flatten()
+        entered = (now >= 0) & (_flat(self.position).index_select(0, at) == now)
+        at, here = at[entered], here[entered]
+        for tensor in map(_flat, self._tensors):
+            tensor.index_copy_(0, at, tensor.index_select(0, here))
+
     def _compare_keys(self, position: Tensor) -> None:
         """Do what `keydiff.compare_keys` does, for all layers together where the keys need no copy for it."""
         rows, now = len(position), position[:, None, None]

@@ -125,3 +125,35 @@ class Journal(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self)
+
+
+class LayerTable(NamedTuple):
+    """Slots and journals of all layers, and `addresses` `[L, 10]` int64: where their tensors begin, and the sizes.
+
+    The addresses hold as long as nobody allocates slots anew.
+    """
+
+    slots: tuple[Slots, ...]
+    journals: tuple[Journal, ...]
+    addresses: Tensor
+
+    @classmethod
+    def of(cls, layers: list[tuple[Slots, Journal]]) -> LayerTable:
+        """List the memory of layers; all tensors are contiguous, and of the same dtypes, rows, heads and widths."""
+        rows = [
+            [*(tensor.data_ptr() for tensor in (*slots, *journal)), slots.position.shape[2]]
+            for slots, journal in layers
+        ]
+        addresses = torch.tensor(rows, dtype=torch.int64).to(layers[0][0].position.device)
+        slots, journals = zip(*layers, strict=True)
+        return cls(slots, journals, addresses)
+
+    def undo(self, position: Tensor) -> None:
+        """Take the token at `position` `[B]` int32 out of all layers again, as `Journal.undo` does."""
+        for slots, journal in zip(self.slots, self.journals, strict=True):
+            journal.undo(position, slots)
+
+    def clear(self, row: int) -> None:
+        """Empty a row in all layers."""
+        for slots in self.slots:
+            slots.rows(row, 1).clear()

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.decode import attend, enter
-from trimkv_kernels.step_reference import LayerTable, Norm
+from trimkv_kernels.slots import LayerTable
+from trimkv_kernels.step_reference import Norm
 
 __all__ = ["activate", "add_norm", "attend", "evict", "rotate"]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimkv_kernels import reference
-from trimkv_kernels.slots import Journal, Slots
+from trimkv_kernels.slots import LayerTable, Slots
 
 
 class Norm(NamedTuple):
@@ -27,28 +27,6 @@ class Norm(NamedTuple):
         """Return `x` `[…, N]` in float32, normed."""
         x = x.float()
         return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (self.weight.float() + self.offset)
-
-
-class LayerTable(NamedTuple):
-    """Slots and journals of all layers, and `addresses` `[L, 10]` int64: where their tensors begin, and the sizes.
-
-    The addresses hold as long as nobody allocates slots anew.
-    """
-
-    slots: tuple[Slots, ...]
-    journals: tuple[Journal, ...]
-    addresses: Tensor
-
-    @classmethod
-    def of(cls, layers: list[tuple[Slots, Journal]]) -> LayerTable:
-        """List the memory of layers; all tensors are contiguous, and of the same dtypes, rows, heads and widths."""
-        rows = [
-            [*(tensor.data_ptr() for tensor in (*slots, *journal)), slots.position.shape[2]]
-            for slots, journal in layers
-        ]
-        addresses = torch.tensor(rows, dtype=torch.int64).to(layers[0][0].position.device)
-        slots, journals = zip(*layers, strict=True)
-        return cls(slots, journals, addresses)
 
 
 def add_norm(

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimkv_kernels import decode, prefill, step
+from trimkv_kernels import decode, prefill, rows, step
 from trimkv_kernels.launch import decode_launch, padded, prefill_launch
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
@@ -24,7 +24,7 @@ TARGETS = (80, 90)
 EIGHT_BIT_TARGETS = (89, 90)
 IN_SLOTS = {"slot_key", "slot_value", "journal_key", "journal_value", "like_key"}
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-INTEGERS = {"size": "i32", "span": "i32", "fill": "i32", "length": "i32", "batch": "i32"}
+INTEGERS = {"size": "i32", "span": "i32", "fill": "i32", "length": "i32", "batch": "i32", "row": "i32"}
 REALS = {"scale": "fp32", "eps": "fp32", "before_eps": "fp32"}
 EVICTS = {"found_lowest": None, "found_loser": None}
 FIXED = {
@@ -88,6 +88,8 @@ def steps() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
         heads: dict[str, Any] = {"HEADS": 8, "DIM": dim, "WIDE": triton.next_power_of_2(dim)}
         yield f"rotate {dtype} {dim}", (step._rotate, dtype), {**heads, "OFFSET": 1.0, "QUERIES": 32}, 1
         yield f"evict {dtype} {dim}", (step._evict, dtype), {**heads, "RECENT": 0, "STATIC": False}, 1
+    yield f"undo bf16 {dim}", (rows._undo, "bf16"), heads, 1
+    yield f"clear bf16 {dim}", (rows._clear, "bf16"), {**heads, "PIECE": 16}, 4
     evict = {"HEADS": 8, "DIM": 128, "WIDE": 128, "RECENT": 3, "STATIC": True, "spans": None}
     yield "evict fp8 128", (step._evict, "fp8"), evict, 1
     for is_silu in (True, False):

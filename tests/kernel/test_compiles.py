@@ -37,6 +37,8 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills() -> None:
         "rotate",
         "activate",
         "evict",
+        "undo",
+        "clear",
     }
     assert {row["sm"] for row in rows} == {80, 89, 90}
     assert [row for row in rows if row["spill_bytes"] or row["shared_bytes"] > row["shared_limit"]] == []

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from trimkv_kernels import Journal, Slots, reference, step_reference
-from trimkv_kernels.step_reference import LayerTable, Norm
+from trimkv_kernels import Journal, LayerTable, Slots, reference, step_reference
+from trimkv_kernels.step_reference import Norm
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
+from trimkv_kernels import rows as between
 from trimkv_kernels import step
 
 CPU = pytest.param(
@@ -152,3 +153,35 @@ def test_two_halves_are_one_decode(recent: int, static: bool, protects: bool, ke
         for (slots, _), held in zip(layers, after, strict=True):
             for tensor, then in zip(slots, held, strict=True):
                 tensor.copy_(then)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_rows_are_undone_and_emptied_in_all_layers_at_once(dtype: torch.dtype, device: str) -> None:
+    """Catches a layer with fewer slots, a row without a token, one that a token never entered, a row beside it."""
+    torch.manual_seed(0)
+    rows, heads, dim = 3, 2, 20
+    how: dict[str, Any] = {"rows": rows, "num_kv_heads": heads, "head_dim": dim, "device": torch.device(device)}
+    layers, copies = [], []
+    for size in (70, 9, 70):
+        slots = Slots.empty(slots=size, dtype=dtype, **how)
+        journal = Journal.beside(slots)
+        for kept in (*slots[:2], *journal[:2]):
+            kept.copy_(torch.randn(kept.shape).to(dtype))
+        slots.log_beta.copy_(torch.randn(slots.log_beta.shape))
+        slots.position.copy_(torch.stack([torch.randperm(size) for _ in range(rows * heads)]).view(rows, heads, size))
+        journal.slot.copy_(slots.position.argmax(2))  # the newest token entered everywhere
+        journal.slot[0, 1] = slots.position[0, 1].argmin()  # but for one head
+        layers.append((slots, journal))
+        copies.append((Slots(*map(torch.clone, slots)), journal))
+    table = LayerTable.of(layers)
+    position = torch.tensor([69, -1], dtype=torch.int32, device=device)
+    steps: list[Any] = [lambda: between.undo(table, position), lambda: between.clear(table, 1)]
+    wanted: list[Any] = [lambda: LayerTable.of(copies).undo(position), lambda: LayerTable.of(copies).clear(1)]
+    for step_, want in zip(steps, wanted, strict=True):
+        before = [tensor.clone() for tensor in layers[0][0]]
+        step_()
+        want()
+        assert not torch.equal(layers[0][0].position, before[3])
+        for (slots, _), (other, _) in zip(layers, copies, strict=True):
+            assert all(torch.equal(a.float(), b.float()) for a, b in zip(slots, other, strict=True))

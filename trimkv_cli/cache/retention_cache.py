@@ -15,7 +15,7 @@ from trimkv_cli.cache.rebase import Rebase
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import HeadMemory, LayerMemory, Retained
 from trimkv_cli.model.families import StateShape
-from trimkv_kernels import Journal, Operations, SlotPool, Slots, operations_for
+from trimkv_kernels import Journal, LayerTable, Operations, SlotPool, Slots, operations_for
 from trimkv_kernels.reference import best
 
 
@@ -95,6 +95,7 @@ class RetentionCache:
             operations = operations._replace(decode=partial(operations.decode, evict=False))
         ranks: dict[str, Any] = {"recent": recent, "static": static, "compares_keys": compares_keys}
         self.pools = _make_pools(windows, sizes, ranks, shape) if device.type == "cpu" else {}
+        self._table: LayerTable | None = None
         self.layers: list[LayerCache] = []
         for index, (window, size) in enumerate(zip(windows, sizes, strict=True)):
             if window in self.pools:
@@ -118,7 +119,7 @@ class RetentionCache:
         Fewer slots keep the best by score as it is now; more begin empty. Only one layer is there twice at a time; on a
         CPU, where layers lie together, one tensor of them all while it grows.
         """
-        lost = 0
+        lost, self._table = 0, None
         pools = [
             (pool, self._resizing(pool, size))
             for pool in self.pools.values()
@@ -160,6 +161,13 @@ class RetentionCache:
         return torch.tensor(self.seen, dtype=torch.int32).to(self.layers[0].slots.position.device)
 
     @property
+    def table(self) -> LayerTable:
+        """Where slots and journals of all layers lie, until they are resized; not for layers in pools."""
+        if self._table is None:
+            self._table = LayerTable.of([(layer.slots, layer.journal) for layer in self.layers])
+        return self._table
+
+    @property
     def nbytes(self) -> int:
         ranks = 0 if self.rebase is None else self.rebase.nbytes
         states = sum(state.now.nbytes for state in self.states)
@@ -175,9 +183,11 @@ class RetentionCache:
 
         Only the last decode of a row can be taken back, and nothing else may have happened to the row since.
         """
-        position = torch.tensor(positions, dtype=torch.int32).to(self.layers[0].slots.position.device)
-        for layer in self.layers:
-            layer.journal.undo(position, layer.slots)
+        position = _on(self.layers[0].slots.position.device, positions)
+        for pool in self.pools.values():
+            pool.undo(position)
+        if not self.pools:
+            self.layers[0].operations.undo(self.table, position)
         for state in self.states:
             state.undo(position)
         for row, seen in enumerate(positions):
@@ -191,8 +201,8 @@ class RetentionCache:
             missing[row] = 0
         for pool in self.pools.values():
             pool.clear(row)
-        for layer in (layer for layer in self.layers if layer.pool is None):
-            layer.slots.rows(row, 1).clear()
+        if not self.pools:
+            self.layers[0].operations.clear(self.table, row)
         for state in self.states:
             state.clear(row)
         if self.rebase is not None:
@@ -312,6 +322,12 @@ class RetentionCache:
 
     def _used(self, row: int, index: int) -> int:
         return min(self.seen[row] - self._missing[index][row], self.layers[index].size)
+
+
+def _on(device: torch.device, positions: Sequence[int]) -> Tensor:
+    """Copy without waiting: only pinned memory is copied to a GPU asynchronously."""
+    host = torch.tensor(positions, dtype=torch.int32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _size(kv_budget: int, window: int | None) -> int:

@@ -24,7 +24,8 @@ from trimkv_kernels import (
     step_operations_for,
     step_reference,
 )
-from trimkv_kernels.step_reference import LayerTable, Norm
+from trimkv_kernels.slots import LayerTable
+from trimkv_kernels.step_reference import Norm
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of an output vector's length: what rounding the weights and the result to this dtype may come to.

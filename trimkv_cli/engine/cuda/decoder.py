@@ -25,7 +25,7 @@ from trimkv_cli.engine.layers import Layer, NormParts, find_layers, is_plain, no
 from trimkv_cli.engine.together import GatesTogether, one_bias, one_matrix
 from trimkv_kernels import StepOperations, step_operations_for
 from trimkv_kernels.keydiff import compare_keys
-from trimkv_kernels.step_reference import LayerTable, Norm
+from trimkv_kernels.step_reference import Norm
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 
@@ -77,12 +77,9 @@ class Decoder:
         self._rotations = sorted({block.rotation for block in blocks}, key=str)
         self._norm = Norm(*norm_parts(decoder.norm))
         self._head: Any = model.get_output_embeddings()
-        self._table: LayerTable | None = None
-        undo.callback(self.forget)
 
     def forget(self) -> None:
-        """Let go of where slots lie, before they move."""
-        self._table = None
+        """Do nothing before slots move: the cache knows where they lie."""
 
     def step(
         self,
@@ -101,8 +98,6 @@ class Decoder:
         Returns:
             The logits `[B, V]`, and log_beta `[L, B, Hkv]` of the tokens.
         """
-        if self._table is None:
-            self._table = LayerTable.of([(layer.slots, layer.journal) for layer in self._cache.layers])
         ranks: dict[str, Any] = {**self._cache.layers[0].ranks, "spans": spans}
         run = self._operations
         angles = (position if shown is None else shown).clamp(min=0)[:, None].float()
@@ -134,7 +129,7 @@ class Decoder:
         ranked = log_beta if compared is None else compared
         ranked = ranked.masked_fill((position < self._sinks)[:, None], torch.inf) if self._sinks else ranked
         if self._evicts:
-            run.evict(keys, values, ranked, position, self._table, lowest=lowest, loser=loser, **ranks)
+            run.evict(keys, values, ranked, position, self._cache.table, lowest=lowest, loser=loser, **ranks)
         return logits, log_beta
 
     def _rotation(self, position: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
