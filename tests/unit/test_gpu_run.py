@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bench.gpu_stages import smoke, stage
 from bench.gpu_stages.stage import Evidence, Recorder, Setting
 from trimkv_kernels import Operations, reference
 
-STAGE = gpu_run.Stage(number=7, name="made-up", limit_s=30)
+STAGE = gpu_run.Stage(number=7, name="made-up", limit_s=30, least_s=1)
 GREEN = 'print("talk"); rows.write(json.dumps({"check": "one", "ok": True}) + "\\n")'
 
 
@@ -31,7 +32,7 @@ def play(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, limit_s
     monkeypatch.setattr(gpu_run, "CPU_TAKES", 1.0)
     monkeypatch.setattr(gpu_run, "command_for", lambda *_: [sys.executable, "-c", start + program])
     arguments = Namespace(out=folder, run="r", device="cpu", tiny=True, commit="")
-    made_up = gpu_run.Stage(number=7, name="made-up", limit_s=limit_s)
+    made_up = gpu_run.Stage(number=7, name="made-up", limit_s=limit_s, least_s=1)
     (outcome,) = gpu_run.run_all([made_up], arguments, time.monotonic() + 60)
     return outcome
 
@@ -99,6 +100,51 @@ def test_a_stage_that_is_not_reached_has_not_passed(tmp_path: Path) -> None:
     arguments = Namespace(out=tmp_path, run="r", device="cpu", tiny=True, commit="")
     (outcome,) = gpu_run.run_all([STAGE], arguments, time.monotonic() + 1)
     assert "not reached" in outcome.trouble
+
+
+def test_a_slow_stage_leaves_those_after_it_their_least() -> None:
+    """Catches a compilation that takes the time of what it is compiled for, and a stage that is given none at all."""
+    first, second = (gpu_run.Stage(number=n, name="s", limit_s=100, least_s=40) for n in range(2))
+    assert gpu_run.limit_for(first, [second], 500, 1.0) == 100
+    assert gpu_run.limit_for(first, [second], 120, 1.0) == 80
+    assert gpu_run.limit_for(first, [second], 60, 1.0) == 40
+    assert gpu_run.limit_for(first, [second], 30, 1.0) == 30
+    assert gpu_run.limit_for(first, [second], 500, 3.0) == 300
+
+
+def test_the_first_stages_have_time_in_a_run_of_five_minutes() -> None:
+    """Catches limits that do not fit the first loan of a GPU."""
+    assert sum(stage.least_s for stage in gpu_run.parse_stages("0-4")) <= 300
+    assert sum(stage.least_s for stage in gpu_run.STAGES) <= 570
+
+
+def test_every_stage_has_a_module_and_a_place() -> None:
+    """Catches a name that only the GPU's machine finds to be wrong."""
+    assert [one.number for one in gpu_run.STAGES] == list(range(len(gpu_run.STAGES)))
+    for one in gpu_run.STAGES:
+        assert find_spec(f"bench.gpu_stages.{one.name}")
+
+
+def test_what_could_not_be_shown_is_neither_a_failure_nor_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a stage that looked at nothing and is green, or whose summary counts what was left out as passed."""
+    hidden = GREEN.replace('"ok": True', '"ok": True, "not_shown": "no tool"')
+    assert play(hidden, tmp_path, monkeypatch).trouble == "no evidence"
+    outcome = play(f"{hidden}; {GREEN}", tmp_path, monkeypatch)
+    assert not outcome.trouble
+    assert gpu_run.counted(outcome.rows) == "1 of 2, 1 not shown"
+
+
+def test_a_speed_that_misses_what_is_wanted_is_said_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that fails for a slow GPU, and a miss that only a reader of numbers finds."""
+    facts = stage.wanted(0.5, least=0.7, form="{:.0%}")
+    outcome = play(GREEN.replace('"ok": True', f'"ok": True, **{facts}'), tmp_path, monkeypatch)
+    assert not outcome.trouble
+    said = gpu_run.summary([outcome], Namespace(run="r", device="cpu", tiny=True, commit=""))
+    assert "| one | 50% | ≥ 70%: missed |" in said
 
 
 @pytest.mark.parametrize(("text", "numbers"), [("0-3", [0, 1, 2, 3]), ("2", [2]), ("3,1", [1, 3])])

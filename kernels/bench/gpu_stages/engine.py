@@ -39,7 +39,7 @@ def golden(setting: Setting) -> Iterator[Evidence]:
             model=str(GOLDEN / "qwen3_base"), gates=str(GOLDEN / "qwen3_rg"), prefill_chunk=0, max_inflight=1,
             kv_budget=str(case["memory_size"]), device=str(setting.device), dtype="fp32", threads=1, offline=True,
         )  # fmt: skip
-        with _closing(load_engine(options)) as engine:
+        with closing(load_engine(options)) as engine:
             if not setting.on_gpu:
                 engine._runner.run_ahead(())
             for steps in (0, 16, 48):
@@ -69,10 +69,10 @@ def full_budget(setting: Setting) -> Iterator[Evidence]:
     """Give as many slots as tokens: the tokens are those of transformers' `generate` on the same device."""
     for family in ("qwen3", "gemma3") if setting.tiny else ("qwen3", "qwen2", "llama", "mistral", "phi3", "gemma3"):
         plain = make_model(family).to(setting.device)
-        prompts = [_prompt(n, length) for n, length in enumerate((37, 5, 60))]
+        prompts = [prompt(n, length) for n, length in enumerate((37, 5, 60))]
         want = [_generate(plain, prompt, 16) for prompt in prompts]
         for way in WAYS:
-            with _closing(_engine(setting.device, way, Shape(rows=3, prefill_chunk=16), family)) as engine:
+            with closing(tiny_engine(setting.device, way, Shape(rows=3, prefill_chunk=16), family)) as engine:
                 fused = isinstance(engine._runner._decoder, Decoder)
                 got = run(engine, [greedy(str(n), prompt, 16) for n, prompt in enumerate(prompts)])
             equal = sum(got[str(n)] == ids for n, ids in enumerate(want))
@@ -94,10 +94,10 @@ def play(scenario: Scenario, shape: Shape) -> Check:
 
     def check(setting: Setting) -> Iterator[Evidence]:
         for family in ("qwen3",) if setting.tiny else ("qwen3", "gemma3"):
-            with _closing(make_engine(make_model(family), shape, fast_path=False)) as reference:
+            with closing(make_engine(make_model(family), shape, fast_path=False)) as reference:
                 want = scenario(reference, setting.scratch)
             for way in WAYS:
-                with _closing(_engine(setting.device, way, shape, family)) as engine:
+                with closing(tiny_engine(setting.device, way, shape, family)) as engine:
                     got, graphs = scenario(engine, setting.scratch), _graphs(engine)
                 differs = [name for name in want if got[name] != want[name]]
                 # On a GPU each step ahead is a graph; those of other sizes of the cache are gone.
@@ -114,7 +114,7 @@ def play(scenario: Scenario, shape: Shape) -> Check:
 
 
 @contextmanager
-def _closing(engine: Engine) -> Iterator[Engine]:
+def closing(engine: Engine) -> Iterator[Engine]:
     """Close an engine, and free its graphs and cache before the next one captures."""
     try:
         yield engine
@@ -124,7 +124,7 @@ def _closing(engine: Engine) -> Iterator[Engine]:
         gc.collect()
 
 
-def _engine(device: torch.device, way: Way, shape: Shape, family: str) -> Engine:
+def tiny_engine(device: torch.device, way: Way, shape: Shape, family: str) -> Engine:
     """Return an engine around a tiny model that decodes as on a GPU, there as `assemble` chooses."""
     with as_on_a_gpu() if device.type == "cpu" else nullcontext():
         engine = make_engine(make_model(family).to(device), shape)
@@ -140,7 +140,7 @@ def _graphs(engine: Engine) -> list[int]:
     return sorted(key for key in engine._runner._graphs or () if isinstance(key, int))
 
 
-def _prompt(seed: int, length: int) -> tuple[int, ...]:
+def prompt(seed: int, length: int) -> tuple[int, ...]:
     return tuple(3 + (7 * n + 13 * seed) % 120 for n in range(length))
 
 
@@ -163,7 +163,7 @@ def _mixed(engine: Engine, _: Path) -> dict[str, Any]:
         more: dict[str, Any] = {"temperature": 0.0} if n % 2 else {"temperature": 1.5, "seed": n}
         more |= {"logprobs": 1} if n == 5 else {}
         params = SamplingParams(max_tokens=1 + 5 * n, ignore_eos=n == 6, **more)
-        requests.append(Request(id=str(n), prompt_token_ids=_prompt(n, 17 + 2 * n), params=params))
+        requests.append(Request(id=str(n), prompt_token_ids=prompt(n, 17 + 2 * n), params=params))
     return {"tokens": run(engine, requests)}
 
 
@@ -171,7 +171,7 @@ def _growing(engine: Engine, _: Path) -> dict[str, Any]:
     """rows from 1 to 8: every few tokens one more decodes, so that graphs of 1, 2, 4 and 8 rows follow each other."""
     tokens: dict[str, list[int]] = {}
     for n in range(8):
-        engine.add(greedy(str(n), _prompt(n, 20 + n), 40, keep=True))
+        engine.add(greedy(str(n), prompt(n, 20 + n), 40, keep=True))
         _steps(engine, tokens, lambda n=n: len(tokens.get(str(n), ())) >= 3)
     _steps(engine, tokens, _never)
     return {"tokens": tokens, "kept": [engine.kept.positions(str(n)) for n in range(8)]}
@@ -181,7 +181,7 @@ def _resize(engine: Engine, _: Path) -> dict[str, Any]:
     """a resize on the way: fewer slots, then more, while two rows decode that have begun together."""
     tokens: dict[str, list[int]] = {}
     for n in range(2):
-        engine.add(greedy(str(n), _prompt(n, 30), 30, keep=True))
+        engine.add(greedy(str(n), prompt(n, 30), 30, keep=True))
     evicted = []
     for count, slots in ((8, 9), (16, 21)):
         _steps(engine, tokens, lambda count=count: all(len(tokens.get(str(n), ())) >= count for n in range(2)))
@@ -193,8 +193,8 @@ def _resize(engine: Engine, _: Path) -> dict[str, Any]:
 def _stop(engine: Engine, _: Path) -> dict[str, Any]:
     """a stop: what was fed ahead is taken back, and a next turn goes on from there."""
     tokens: dict[str, list[int]] = {}
-    engine.add(greedy("a", _prompt(1, 40), 30, keep=True))
-    engine.add(greedy("b", _prompt(2, 30), 12))
+    engine.add(greedy("a", prompt(1, 40), 30, keep=True))
+    engine.add(greedy("b", prompt(2, 30), 12))
     _steps(engine, tokens, lambda: len(tokens.get("a", ())) >= 6)
     engine.stop("a")
     at_stop = {"seen": engine.kept.seen("a"), "kept": engine.kept.positions("a")}
@@ -205,7 +205,7 @@ def _stop(engine: Engine, _: Path) -> dict[str, Any]:
 
 def _save(engine: Engine, folder: Path) -> dict[str, Any]:
     """a row in a file: saved, read into another row, gone on with twice alike."""
-    run(engine, [greedy("a", _prompt(3, 50), 8, keep=True)])
+    run(engine, [greedy("a", prompt(3, 50), 8, keep=True)])
     state, path = engine.kept.save("a"), folder / "row.kv"
     write_row(path, state, model_id="tiny", fingerprint=engine.fingerprint)
     turn = (state.last_token or 0, 9, 8)
@@ -221,8 +221,8 @@ def _save(engine: Engine, folder: Path) -> dict[str, Any]:
 
 def _prefix(engine: Engine, _: Path) -> dict[str, Any]:
     """a shared prefix: read once for all that have it."""
-    shared = _prompt(5, 48)
-    requests = [greedy(str(n), (*shared, *_prompt(n, 6)), 12, prefix_len=len(shared)) for n in range(4)]
+    shared = prompt(5, 48)
+    requests = [greedy(str(n), (*shared, *prompt(n, 6)), 12, prefix_len=len(shared)) for n in range(4)]
     tokens = run(engine, requests)
     assert engine.stats.shared_prefix_tokens == len(shared) * 3
     return {"tokens": tokens}

@@ -15,7 +15,7 @@ import torch
 
 import trimkv_cli
 import trimkv_kernels
-from bench.gpu_stages.stage import Check, Evidence, Setting
+from bench.gpu_stages.stage import Check, Evidence, Setting, wait_for
 from trimkv_kernels import triton_obstacle
 
 ROOT = Path(__file__).parents[3]
@@ -50,11 +50,18 @@ def triton_runs(setting: Setting) -> Iterator[Evidence]:
 
 
 def copies(setting: Setting) -> Iterator[Evidence]:
-    """Measure the bandwidth of a copy, read and written bytes counted."""
+    """Measure how fast this device copies."""
+    yield Evidence(check="copy bandwidth", ok=True, facts={"bytes_per_s": copy_bandwidth(setting)})
+
+
+def copy_bandwidth(setting: Setting) -> float:
+    """Return the bytes per second of a copy, read and written bytes counted."""
     size = 2**24 if setting.tiny else 2**33
+    if setting.on_gpu:
+        size = min(size, torch.cuda.mem_get_info(setting.device)[0] // 4)
     source, target = (torch.zeros(size, dtype=torch.int8, device=setting.device) for _ in range(2))
     times, seconds = _repeat(lambda: target.copy_(source), setting, least_s=0.2)
-    yield Evidence(check="copy bandwidth", ok=True, facts={"bytes_per_s": 2 * size * times / seconds, "bytes": size})
+    return 2 * size * times / seconds
 
 
 def multiplies(setting: Setting) -> Iterator[Evidence]:
@@ -70,18 +77,13 @@ def multiplies(setting: Setting) -> Iterator[Evidence]:
 def _repeat(step: Callable[[], Any], setting: Setting, *, least_s: float) -> tuple[int, float]:
     """Return how often `step` ran in how many seconds, at least `least_s`, after one run that does not count."""
     step()
-    _wait(setting)
+    wait_for(setting.device)
     started, times = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < least_s:
         step()
-        _wait(setting)
+        wait_for(setting.device)
         times += 1
     return times, seconds
-
-
-def _wait(setting: Setting) -> None:
-    if setting.on_gpu:
-        torch.cuda.synchronize(setting.device)
 
 
 def _version(name: str) -> str | None:

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import torch
 
+Facts = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
@@ -36,10 +38,29 @@ class Evidence:
 
     check: str
     ok: bool
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
 
 
 Check = Callable[[Setting], Iterator[Evidence]]
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def not_shown(check: str, why: str) -> Evidence:
+    """Say of a check that it cannot be made here, which is no failure and no pass."""
+    return Evidence(check=check, ok=True, facts={"not_shown": why})
+
+
+def wanted(value: float, *, least: float | None = None, most: float | None = None, form: str = "{:,.0f}") -> Facts:
+    """Put what was measured beside what is wanted of it: a speed that misses it is a fact, no check that failed."""
+    sign, bound = ("≥", least) if least is not None else ("≤", most)
+    assert bound is not None, "something is wanted"
+    met = value >= bound if least is not None else value <= bound
+    return {"measured": form.format(value), "wanted": f"{sign} {form.format(bound)}", "met": met}
 
 
 class Recorder:
