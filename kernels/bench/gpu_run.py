@@ -69,6 +69,7 @@ def command_for(stage: Stage, arguments: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-W", "default", "-m", "bench.gpu_stages.stage", stage.name]
     command += ["--number", str(stage.number), "--out", str(arguments.out)]
     command += ["--run", arguments.run, "--device", arguments.device]
+    command += ["--commit", arguments.commit] if arguments.commit else []
     return [*command, "--tiny"] if arguments.tiny else command
 
 
@@ -183,7 +184,7 @@ def _said(row: dict[str, Any]) -> str:
 
 
 def _facts(row: dict[str, Any]) -> str:
-    hidden = ("run", "stage", "check", "ok")
+    hidden = ("run", "commit", "stage", "check", "ok")
     return ", ".join(f"{name} {value}" for name, value in row.items() if name not in hidden)
 
 

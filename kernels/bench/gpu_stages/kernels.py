@@ -76,7 +76,11 @@ def operations(setting: Setting) -> Iterator[Evidence]:
     triton = chosen.decode is not reference.decode
     yield Evidence(check="triton is what is timed", ok=triton == setting.on_gpu, facts={"triton": triton})
     for case in small_cases() if setting.tiny else gpu_cases():
-        seconds = time_case(case, setting, chosen)
+        try:
+            seconds = time_case(case, setting, chosen)
+        except Exception as failure:  # noqa: BLE001  the others still have something to show
+            yield Evidence(check=_name(case), ok=False, facts={"error": _first_line(failure)})
+            continue
         share = case.bytes_moved / seconds / bandwidth
         facts: Facts = {"us": seconds * 1e6, "share": share, "bytes": case.bytes_moved, "sets": sets_of(case, setting)}
         least = _WANTED.get((case.op, case.rows, case.slots))
@@ -88,6 +92,10 @@ def operations(setting: Setting) -> Iterator[Evidence]:
 def _name(case: Case) -> str:
     window = "" if case.window is None else " window"
     return f"{case.op} {case.dtype} rows {case.rows} M {case.slots} D {case.head_dim}{window}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def resized(launch: Launch, size: int, *, block: int | None = None, splits: float = 1) -> Launch:
@@ -142,7 +150,7 @@ def compare(case: Case, setting: Setting) -> Iterator[Evidence]:
                 error = ((call() - want).norm() / want.norm()).item()
                 taken = time_case(case, setting, chosen)
             except Exception as failure:  # noqa: BLE001  registers or shared memory that a GPU does not have
-                yield not_shown(check, f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+                yield not_shown(check, _first_line(failure))
                 continue
         same = torch.equal(other.position, slots.position) if case.op == "prefill" else True
         facts = {"us": taken * 1e6, "chosen_us": seconds * 1e6, "over_chosen": taken / seconds, "error": error}

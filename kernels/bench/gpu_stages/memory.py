@@ -171,7 +171,7 @@ def starved(setting: Setting) -> Iterator[Evidence]:
             after, _ = _ends(engine, asked)
         _empty(setting)
         failed = len(codes)
-        ok = short + failed == asked.requests and codes <= ["out_of_memory"] * failed and after == asked.requests
+        ok = short + failed == after == asked.requests and set(codes) <= {"out_of_memory"}
         facts = {"finished": short, "failed": failed, "codes": sorted(set(codes)), "afterwards": after}
         facts |= {"stays": stays, "peak": peak}
         yield Evidence(check=f"{part:.0%} of the workspace", ok=ok and short > 0, facts=facts)

@@ -6,20 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from statistics import median
 
-from bench.gpu_stages.speed import ONE_ROW, PAPER_TPS, network, sized, speeds
+from bench.gpu_stages.speed import ONE_ROW, PAPER_TPS, network, of, sized
 from bench.gpu_stages.stage import Check, Evidence, Facts, Setting, wanted
-from trimkv_cli.bench.hf import Transformers
 from trimkv_cli.bench.speed import Case, SpeedOptions, Timing, make_prompts, run_own
 
 SHORT, LONG = ONE_ROW[0], Case(context=131_072, rows=1, kv_budget=ONE_ROW[0].kv_budget)
-_GROWTH = 1.01  # of the peak, and of a step's time
+_GROWTH, _SLOWER = 1.01, 1.02  # of the peak, and of a step
 _BESIDE = (2048, 16_384)  # contexts that transformers reads in seconds
-
-
-def rows_of_the_paper(setting: Setting) -> Iterator[Evidence]:
-    """Repeat the paper's three measurements, the longest context first."""
-    for context, rows in PAPER_TPS:
-        yield from speeds(setting, Case(context=context, rows=rows, kv_budget=1024))
 
 
 def flat(setting: Setting) -> Iterator[Evidence]:
@@ -39,14 +32,12 @@ def flat(setting: Setting) -> Iterator[Evidence]:
     ok = growth > 0 and (not setting.on_gpu or growth <= _GROWTH)
     yield Evidence(check="peak memory, long over short", ok=ok, facts=beside)
     slower = median(long.step_s) / median(short.step_s)
-    yield Evidence(check="time of a step, long over short", ok=True, facts=wanted(slower, most=1.02, form="× {:.3f}"))
+    yield Evidence(
+        check="time of a step, long over short", ok=True, facts=wanted(slower, most=_SLOWER, form="× {:.3f}")
+    )
 
 
-def transformers(setting: Setting) -> Iterator[Evidence]:
-    """Let transformers' own generate do the same with a cache that keeps all."""
-    for context in _BESIDE:
-        case = Case(context=context, rows=1, kv_budget=SHORT.kv_budget)
-        yield from speeds(setting, case, Transformers(network=network(setting)))
+THE_PAPERS = tuple(Case(context=context, rows=rows, kv_budget=1024) for context, rows in PAPER_TPS)
+BESIDE = tuple(Case(context=context, rows=1, kv_budget=SHORT.kv_budget) for context in _BESIDE)
 
-
-CHECKS: tuple[Check, ...] = (rows_of_the_paper, flat, transformers)
+CHECKS: tuple[Check, ...] = (*map(of, THE_PAPERS), flat, *(of(case, beside=True) for case in BESIDE))

@@ -15,6 +15,7 @@ import torch
 from bench.gpu_stages.env import copy_bandwidth
 from bench.gpu_stages.stage import Check, Evidence, Facts, Setting, wanted
 from bench.gpu_stages.timing import profiled
+from trimkv_cli.bench.hf import Transformers
 from trimkv_cli.bench.shapes import Network, find_shape, random_network
 from trimkv_cli.bench.speed import (
     MEASURED_TOKENS,
@@ -101,16 +102,14 @@ def _decode_wanted(setting: Setting, case: Case, row: SpeedRow) -> Facts:
     return {"read_bytes": read, "share": share, **wanted(share, least=_SHARE, form="{:.0%} of the bandwidth limit")}
 
 
-def one_row(setting: Setting) -> Iterator[Evidence]:
-    """Measure one row, which only bandwidth should limit."""
-    for case in ONE_ROW:
-        yield from speeds(setting, case)
+def of(case: Case, *, beside: bool = False) -> Check:
+    """Return the check that measures a case, beside transformers where asked; one that breaks costs no other."""
 
+    def check(setting: Setting) -> Iterator[Evidence]:
+        yield from speeds(setting, case, Transformers(network=network(setting)) if beside else None)
 
-def several_rows(setting: Setting) -> Iterator[Evidence]:
-    """Measure as many rows as the paper does, after as long contexts."""
-    for case in SEVERAL:
-        yield from speeds(setting, case)
+    check.__name__ = _name(case)
+    return check
 
 
 def eviction(setting: Setting) -> Iterator[Evidence]:
@@ -185,4 +184,4 @@ def samplers(setting: Setting) -> Iterator[Evidence]:
             yield Evidence(check=f"sampler {name} rows {rows}", ok=right and profile.count > 0, facts=profile.facts)
 
 
-CHECKS: tuple[Check, ...] = (one_row, several_rows, eviction, profiles, samplers)
+CHECKS: tuple[Check, ...] = (*map(of, (*ONE_ROW, *SEVERAL)), eviction, profiles, samplers)

@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run", required=True)
+    parser.add_argument("--commit")
     parser.add_argument("--device", required=True)
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
@@ -127,7 +128,8 @@ def main() -> int:
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
     setting = Setting(device=device, tiny=arguments.tiny, scratch=scratch)
     with (arguments.out / "rows.jsonl").open("a", encoding="utf-8") as file:
-        recorder = Recorder(file, {"run": arguments.run, "stage": arguments.number})
+        about = {"run": arguments.run, "commit": arguments.commit, "stage": arguments.number}
+        recorder = Recorder(file, {name: value for name, value in about.items() if value is not None})
         for check in checks:
             run_check(check, setting, recorder)
     return int(recorder.failed)

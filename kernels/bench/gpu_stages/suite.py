@@ -29,6 +29,8 @@ def tests(setting: Setting) -> Iterator[Evidence]:
     if importlib.util.find_spec("pytest") is None:
         yield not_shown("tests", "there is no pytest")
         return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield not_shown("tests of int8 and nf4", "there is no bitsandbytes")
     groups = [FILES] if setting.tiny else [(name,) for name in FILES]
     running = [(files, start(files, setting)) for files in groups]
     for files, process in running:
@@ -43,6 +45,8 @@ def start(files: Sequence[str], setting: Setting) -> subprocess.Popen[bytes]:
     if setting.tiny:
         environment["PYTHONPATH"] = os.pathsep.join([str(_without(setting)), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", *files, *_FLAGS, f"--junitxml={_report(files, setting)}"]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        command += ["-k", "not int8 and not nf4"]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
 
 
