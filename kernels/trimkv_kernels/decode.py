@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.casts import narrowed, widened
-from trimkv_kernels.launch import decode_launch, padded
+from trimkv_kernels.launch import MOST_SPLITS, Chip, decode_launch, padded
 from trimkv_kernels.slots import Journal, Slots
 
 
@@ -85,39 +85,37 @@ def _decode(
     """Attend, and evict; where a loser and its score are to be `found`, write these and leave the slots as they are."""
     batch, num_heads, head_dim = query.shape
     num_kv_heads, size = slots.position.shape[1:]
-    span, groups = min(fill + 1, size), num_heads // num_kv_heads
-    programs = batch * num_kv_heads
-    launch = decode_launch(programs=programs, size=size, head_dim=head_dim, element_size=query.element_size())
-    tile, wide = padded(groups), padded(head_dim)
-    part_acc = query.new_empty(programs, launch.splits, tile, wide, dtype=torch.float32)
-    part_stats = query.new_empty(programs, launch.splits, 2, tile, dtype=torch.float32)
+    groups, programs = num_heads // num_kv_heads, batch * num_kv_heads
+    how: dict[str, int] = {"programs": programs, "size": size, "head_dim": head_dim}
+    launch = decode_launch(**how, element_size=query.element_size(), chip=Chip.of(query.device))
+    part_sum = query.new_empty(batch * num_heads, launch.splits, head_dim, dtype=torch.float32)
+    part_stats = query.new_empty(batch * num_heads, 2, launch.splits, dtype=torch.float32)
     part_score = query.new_empty(programs, launch.splits, dtype=torch.float32)
-    part_loser = query.new_empty(programs, launch.splits, 2, dtype=torch.int32)
+    part_loser = query.new_empty(programs, 2, launch.splits, dtype=torch.int32)
+    parts = part_sum, part_stats, part_score, part_loser
     query, key, value, position = (tensor.contiguous() for tensor in (query, key, value, position))
     spans = None if spans is None else spans.contiguous()
     output = torch.empty_like(query)
-    shape = {"HEADS": num_kv_heads, "GROUPS": groups, "TILE": tile, "DIM": head_dim, "WIDE": wide, "EVICT": evict}
+    shape = {"HEADS": num_kv_heads, "GROUPS": groups, "DIM": head_dim, "WIDE": padded(head_dim), "EVICT": evict}
     ranks = {"RECENT": recent, "STATIC": static}
     _scan[(programs, launch.splits)](
         query,
         *slots,
         position,
-        part_acc,
-        part_stats,
-        part_score,
-        part_loser,
+        *parts,
         spans,
         size,
-        span,
+        min(fill + 1, size),
+        launch.split_slots,
         scale,
-        SPLIT_SLOTS=launch.split_slots,
+        TILE=padded(groups),
         BLOCK=launch.block,
         WINDOW=window or 0,
         num_warps=launch.warps,
         **ranks,
         **shape,
     )
-    _merge[(programs,)](
+    _merge[(batch * num_heads,)](
         query,
         key,
         value,
@@ -126,24 +124,22 @@ def _decode(
         *((None,) * 5 if journal is None else journal),
         *(found or (None, None)),
         position,
-        part_acc,
-        part_stats,
-        part_score,
-        part_loser,
+        *parts,
         None if sinks is None else sinks.contiguous(),
         spans,
         output,
         size,
+        launch.splits,
         scale,
-        SPLITS=launch.splits,
-        num_warps=launch.warps,
+        SPLITS=MOST_SPLITS,
+        num_warps=launch.merge_warps,
         **ranks,
         **shape,
     )
     return output
 
 
-@triton.jit(do_not_specialize=["size", "span"])
+@triton.jit(do_not_specialize=["size", "span", "split_slots"])
 def _scan(
     query,
     slot_key,
@@ -151,13 +147,14 @@ def _scan(
     slot_log_beta,
     slot_position,
     position,
-    part_acc,
+    part_sum,
     part_stats,
     part_score,
     part_loser,
     spans,
     size,
     span,
+    split_slots,
     scale,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -165,24 +162,29 @@ def _scan(
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     EVICT: tl.constexpr,
-    SPLIT_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     RECENT: tl.constexpr,
     STATIC: tl.constexpr,
 ):
-    """Scan one split of the slots of one (row, KV head): online softmax for its query heads, and who would lose."""
-    program, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    now = tl.load(position + program // HEADS)
+    """Scan one split of the slots of one (row, KV head): online softmax for its query heads, and who would lose.
+
+    What is loaded depends on nothing that was loaded, so that a block is on its way while the one before is computed.
+    """
+    program, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row = program // HEADS
+    now = tl.load(position + row)
     group, dim = tl.arange(0, TILE), tl.arange(0, WIDE)
     inside = (group < GROUPS)[:, None] & (dim < DIM)[None, :]
     tokens = tl.load(query + (program * GROUPS + group[:, None]) * DIM + dim[None, :], mask=inside, other=0.0)
     highest = tl.full([TILE], -1e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, WIDE], tl.float32)
-    lowest, loser_position, loser = tl.full([], float("inf"), tl.float32), now * 0 - 2147483647, now * 0
-    first = split * SPLIT_SLOTS
-    for start in range(first, tl.minimum(first + SPLIT_SLOTS, span), BLOCK):
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
+    newest = tl.full([BLOCK], -2147483647, tl.int32)
+    loser = tl.zeros([BLOCK], tl.int32)
+    first = split * split_slots
+    for start in range(first, tl.minimum(first + split_slots, span), BLOCK):
         slot = start + tl.arange(0, BLOCK)
         there = slot < span
         at = program * size + slot
@@ -191,45 +193,60 @@ def _scan(
         if WINDOW > 0:
             alive = alive & (held > now - WINDOW)
 
-        keep = alive[:, None] & (dim < DIM)[None, :]
-        keys = tl.load(slot_key + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0)
-        keys = widened(keys, tokens)
+        keep = there[:, None] & (dim < DIM)[None, :]
+        keys = widened(tl.load(slot_key + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0), tokens)
         logits = tl.dot(tokens.to(keys.dtype), tl.trans(keys), input_precision="ieee") * scale
         logits = tl.where(alive[None, :], logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         weights = tl.exp(logits - higher[:, None])
         shrink = tl.exp(highest - higher)
-        values = tl.load(slot_value + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0)
-        values = widened(values, tokens)
+        values = widened(tl.load(slot_value + at[:, None] * DIM + dim[None, :], mask=keep, other=0.0), tokens)
         acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         highest = higher
 
         if EVICT:
-            score = tl.load(slot_log_beta + at, mask=there, other=0.0)
-            if not STATIC:
-                score = score * (now + 2 - held).to(tl.float32)
-            if RECENT > 0:
-                score = tl.where((held >= 0) & (held > now - RECENT), float("inf"), score)
+            intervals = spans
             if spans is not None:
-                score = tl.where(_protected(held, spans + program // HEADS * 4), float("inf"), score)
-            if WINDOW > 0:
-                score = tl.where(held > now - WINDOW, score, -float("inf"))
-            score = tl.where(there, score, float("inf"))
-            low = tl.min(score, 0)
-            newest = tl.max(tl.where(score == low, held, -2147483647), 0)  # ties: the newest goes
-            where = tl.max(tl.where((score == low) & (held == newest), slot, -1), 0)
-            worse = (low < lowest) | ((low == lowest) & (newest > loser_position))
-            loser_position = tl.where(worse, newest, loser_position)
-            loser = tl.where(worse, where, loser)
-            lowest = tl.minimum(low, lowest)
-    part = program * tl.num_programs(1) + split
-    tl.store(part_acc + (part * TILE + group[:, None]) * WIDE + dim[None, :], acc)
-    tl.store(part_stats + part * 2 * TILE + group, highest)
-    tl.store(part_stats + (part * 2 + 1) * TILE + group, total)
-    tl.store(part_score + part, lowest)
-    tl.store(part_loser + part * 2, loser)
-    tl.store(part_loser + part * 2 + 1, loser_position)
+                intervals = spans + row * 4
+            score = tl.load(slot_log_beta + at, mask=there, other=0.0)
+            score = tl.where(there, _score(score, held, now, intervals, WINDOW, RECENT, STATIC), float("inf"))
+            worse = (score < lowest) | ((score == lowest) & (held > newest))
+            newest = tl.where(worse, held, newest)
+            loser = tl.where(worse, slot, loser)
+            lowest = tl.where(worse, score, lowest)
+    head = program * GROUPS + group
+    tl.store(part_sum + (head[:, None] * splits + split) * DIM + dim[None, :], acc, mask=inside)
+    tl.store(part_stats + head * 2 * splits + split, highest, mask=group < GROUPS)
+    tl.store(part_stats + (head * 2 + 1) * splits + split, total, mask=group < GROUPS)
+    if EVICT:
+        low, position_of_loser, slot_of_loser = _find_loser(lowest, newest, loser)
+        tl.store(part_score + program * splits + split, low)
+        tl.store(part_loser + program * 2 * splits + split, slot_of_loser)
+        tl.store(part_loser + (program * 2 + 1) * splits + split, position_of_loser)
+
+
+@triton.jit
+def _score(log_beta, held, now, intervals, WINDOW: tl.constexpr, RECENT: tl.constexpr, STATIC: tl.constexpr):
+    """Return what `reference` ranks tokens at positions `held` by."""
+    score = log_beta
+    if not STATIC:
+        score = score * (now + 2 - held).to(tl.float32)
+    if RECENT > 0:
+        score = tl.where((held >= 0) & (held > now - RECENT), float("inf"), score)
+    if intervals is not None:
+        score = tl.where(_protected(held, intervals), float("inf"), score)
+    if WINDOW > 0:
+        score = tl.where(held > now - WINDOW, score, -float("inf"))
+    return score
+
+
+@triton.jit
+def _find_loser(score, held, slot):
+    """Return the lowest score, and position and slot of who has it: of several the newest."""
+    lowest = tl.min(score, 0)
+    newest = tl.max(tl.where(score == lowest, held, -2147483647), 0)
+    return lowest, newest, tl.max(tl.where((score == lowest) & (held == newest), slot, 0), 0)
 
 
 @triton.jit
@@ -240,7 +257,7 @@ def _protected(held, spans):
     return (held >= 0) & (first | second)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "splits"])
 def _merge(
     query,
     key,
@@ -258,7 +275,7 @@ def _merge(
     found_lowest,
     found_loser,
     position,
-    part_acc,
+    part_sum,
     part_stats,
     part_score,
     part_loser,
@@ -266,68 +283,64 @@ def _merge(
     spans,
     output,
     size,
+    splits,
     scale,
     SPLITS: tl.constexpr,
     RECENT: tl.constexpr,
     STATIC: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
-    TILE: tl.constexpr,
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Join the splits with the new token of one (row, KV head), write the output, swap the loser's slot out."""
-    program = tl.program_id(0).to(tl.int64)
-    now = tl.load(position + program // HEADS)
-    group, dim = tl.arange(0, TILE), tl.arange(0, WIDE)
-    inside = (group < GROUPS)[:, None] & (dim < DIM)[None, :]
-    at = (program * GROUPS + group[:, None]) * DIM + dim[None, :]
-    tokens = tl.load(query + at, mask=inside, other=0.0).to(tl.float32)
-    new_key = tl.load(key + program * DIM + dim, mask=dim < DIM, other=0.0)
-    new_value = tl.load(value + program * DIM + dim, mask=dim < DIM, other=0.0)
-    highest = tl.sum(tokens * new_key.to(tl.float32)[None, :], 1) * scale
-    total = tl.full([TILE], 1.0, tl.float32)
-    acc = tl.zeros([TILE, WIDE], tl.float32) + new_value.to(tl.float32)[None, :]
-    if sinks is not None:
-        place = (program % HEADS) * GROUPS + group
-        sink = tl.load(sinks + place, mask=group < GROUPS, other=0.0).to(tl.float32)
-        higher = tl.maximum(highest, sink)
-        own = tl.exp(highest - higher)
-        total, acc = own + tl.exp(sink - higher), acc * own[:, None]
-        highest = higher
-    lowest, loser_position, loser = tl.full([], float("inf"), tl.float32), now * 0 - 2147483647, now * 0
-    for split in range(SPLITS):
-        part = program * SPLITS + split
-        part_highest = tl.load(part_stats + part * 2 * TILE + group)
-        part_total = tl.load(part_stats + (part * 2 + 1) * TILE + group)
-        higher = tl.maximum(highest, part_highest)
-        shrink, part_shrink = tl.exp(highest - higher), tl.exp(part_highest - higher)
-        part_sum = tl.load(part_acc + (part * TILE + group[:, None]) * WIDE + dim[None, :])
-        acc = acc * shrink[:, None] + part_sum * part_shrink[:, None]
-        total = total * shrink + part_total * part_shrink
-        highest = higher
-        low, newest = tl.load(part_score + part), tl.load(part_loser + part * 2 + 1)
-        worse = (low < lowest) | ((low == lowest) & (newest > loser_position))
-        loser_position = tl.where(worse, newest, loser_position)
-        loser = tl.where(worse, tl.load(part_loser + part * 2), loser)
-        lowest = tl.minimum(low, lowest)
-    tl.store(output + at, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
+    """Join the splits with the new token of one query head, write its output; the first of a KV head's evicts there.
 
-    if found_lowest is not None:
-        tl.store(found_lowest + program, lowest)
-        tl.store(found_loser + program, loser)
-    elif EVICT:
-        new_log_beta = tl.load(log_beta + program)
-        slots = slot_key, slot_value, slot_log_beta, slot_position
-        journal = journal_key, journal_value, journal_log_beta, journal_position, journal_slot
-        intervals = spans
-        if spans is not None:
-            intervals = spans + program // HEADS * 4
-        enter(
-            new_key, new_value, new_log_beta, now, lowest, loser, slots, journal, intervals, program, size, dim,
-            DIM, RECENT, STATIC,
-        )  # fmt: skip
+    All splits are read at once. `SPLITS` is the most there may be: one kernel serves all numbers of rows and slots.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    program = head // GROUPS
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, WIDE)
+    there, inside = split < splits, dim < DIM
+    sums = part_sum + (head * splits + split[:, None]) * DIM + dim[None, :]
+    sums = tl.load(sums, mask=there[:, None] & inside[None, :], other=0.0)
+    highest = tl.load(part_stats + head * 2 * splits + split, mask=there, other=-1e30)
+    totals = tl.load(part_stats + (head * 2 + 1) * splits + split, mask=there, other=0.0)
+    token = tl.load(query + head * DIM + dim, mask=inside, other=0.0)
+    new_key = tl.load(key + program * DIM + dim, mask=inside, other=0.0)
+    new_value = tl.load(value + program * DIM + dim, mask=inside, other=0.0)
+    own = tl.sum(token.to(tl.float32) * new_key.to(tl.float32), 0) * scale
+    top = tl.maximum(tl.max(highest, 0), own)
+    if sinks is not None:
+        sink = tl.load(sinks + head % (HEADS * GROUPS)).to(tl.float32)
+        top = tl.maximum(top, sink)
+    shrink, own = tl.exp(highest - top), tl.exp(own - top)
+    total = tl.sum(totals * shrink, 0) + own
+    if sinks is not None:
+        total += tl.exp(sink - top)
+    result = (tl.sum(sums * shrink[:, None], 0) + own * new_value.to(tl.float32)) / total
+    tl.store(output + head * DIM + dim, result.to(output.dtype.element_ty), mask=inside)
+
+    if EVICT:  # noqa: SIM102  this is known when it is compiled, the other when it runs
+        if head % GROUPS == 0:
+            score = tl.load(part_score + program * splits + split, mask=there, other=float("inf"))
+            slot = tl.load(part_loser + program * 2 * splits + split, mask=there, other=0)
+            held = tl.load(part_loser + (program * 2 + 1) * splits + split, mask=there, other=-2147483647)
+            lowest, _, loser = _find_loser(score, held, slot)
+            if found_lowest is not None:
+                tl.store(found_lowest + program, lowest)
+                tl.store(found_loser + program, loser)
+            else:
+                slots = slot_key, slot_value, slot_log_beta, slot_position
+                journal = journal_key, journal_value, journal_log_beta, journal_position, journal_slot
+                intervals = spans
+                if spans is not None:
+                    intervals = spans + program // HEADS * 4
+                new_log_beta, now = tl.load(log_beta + program), tl.load(position + program // HEADS)
+                enter(
+                    new_key, new_value, new_log_beta, now, lowest, loser, slots, journal, intervals, program, size, dim,
+                    DIM, RECENT, STATIC,
+                )  # fmt: skip
 
 
 @triton.jit

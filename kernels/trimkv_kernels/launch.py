@@ -1,14 +1,42 @@
-"""Block sizes: plain functions of the shapes, so that results never depend on a measurement made while running.
+"""Block sizes: plain functions of shapes and the GPU, so that results never depend on a measurement made while running.
 
-No row has been measured on a GPU yet: the numbers are first guesses that compile for sm_80 and sm_90 without spills.
+No row has been measured on a GPU yet: the numbers are what compiles without spills for each kind of GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
-_FEW_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
-_MOST_SPLITS = 32
+import torch
+
+MOST_SPLITS = 32
+_MUCH_SHARED = (80, 90, 100, 103)  # 163 KiB and more; others have 99, or 64
+_WARP_GROUPS = (90,)
+_WAVES = 8  # programs for each multiprocessor, of which it holds a few at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What decides the sizes: `capability` × 10 of an NVIDIA GPU, 0 of any other, and how many processors it has."""
+
+    capability: int
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Chip:
+        """Ask a CUDA device; the interpreter gets what an unknown GPU does."""
+        return _chip(device) if device.type == "cuda" else UNKNOWN
+
+
+UNKNOWN = Chip(capability=0, multiprocessors=132)
+
+
+@cache
+def _chip(device: torch.device) -> Chip:
+    has = torch.cuda.get_device_properties(device)
+    capability = 0 if torch.version.hip else 10 * has.major + has.minor
+    return Chip(capability=capability, multiprocessors=has.multi_processor_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,39 +47,51 @@ class DecodeLaunch:
     splits: int
     split_slots: int
     warps: int
+    merge_warps: int
 
 
-def decode_launch(*, programs: int, size: int, head_dim: int, element_size: int) -> DecodeLaunch:
-    """Split the slots when rows × KV heads (`programs`) are too few to fill a GPU.
+def decode_launch(*, programs: int, size: int, head_dim: int, element_size: int, chip: Chip) -> DecodeLaunch:
+    """Split the slots so that rows × KV heads (`programs`) × splits keep all of a GPU at work, and its memory busy.
 
-    How many of the `size` slots are in use changes nothing: each other split is a kernel to compile, while all wait.
-    Wider keys mean fewer of them at a time, and a padded width costs masks: more would spill registers.
+    How many of the `size` slots are in use changes nothing, as a graph is made for them all. While one block is
+    computed, keys and values of two lie in shared memory: wider ones, or less of it, mean fewer slots at a time.
     """
     wide_bytes = padded(head_dim) * element_size
-    block = 64 if wide_bytes <= 256 else 32 if wide_bytes <= 512 and padded(head_dim) == head_dim else 16
+    has_room = element_size <= 2 and (chip.capability in _MUCH_SHARED or wide_bytes <= 128)
+    most_bytes = 16 * 1024 if has_room else 8 * 1024
+    block = min(64, max(16, most_bytes // wide_bytes))
     blocks = -(-size // block)
-    splits = max(1, min(_MOST_SPLITS, blocks, -(-_FEW_PROGRAMS // programs)))
+    splits = max(1, min(MOST_SPLITS, blocks, -(-_WAVES * chip.multiprocessors // programs)))
     split_slots = -(-blocks // splits) * block
-    return DecodeLaunch(block=block, splits=-(-size // split_slots), split_slots=split_slots, warps=4)
+    merge_warps = 4 if padded(head_dim) <= 128 else 8
+    return DecodeLaunch(block, -(-size // split_slots), split_slots, warps=4, merge_warps=merge_warps)
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillLaunch:
-    """`queries` of a chunk are held by one program, which reads `keys` at a time."""
+    """`queries` of one KV head are held by one program, which reads `keys` at a time."""
 
     queries: int
     keys: int
     warps: int
 
 
-def prefill_launch(*, head_dim: int, element_size: int) -> PrefillLaunch:
-    """Hold fewer queries and keys where a head is wide: they share registers and shared memory."""
-    wide_bytes = padded(head_dim) * element_size
-    if wide_bytes <= 128:
-        return PrefillLaunch(queries=64, keys=32, warps=4)
-    if wide_bytes <= 256 and element_size == 2:
-        return PrefillLaunch(queries=32, keys=32, warps=8)
-    return PrefillLaunch(queries=32 if wide_bytes <= 512 else 16, keys=16, warps=4)
+def prefill_launch(*, queries: int, head_dim: int, element_size: int, chip: Chip) -> PrefillLaunch:
+    """Hold as many queries and keys as registers and shared memory allow, and no more than a chunk has `queries`.
+
+    From capability 9.0 on the products are those of a warp group, four warps of 16 queries each.
+    """
+    wide = padded(head_dim)
+    if element_size > 2:
+        return PrefillLaunch(queries=16, keys=32 if wide <= 64 else 16, warps=4)
+    if chip.capability in _WARP_GROUPS:
+        if queries <= 64 and wide <= 128:
+            return PrefillLaunch(queries=64, keys=64, warps=4)
+        return PrefillLaunch(queries=128, keys=64 if wide <= 128 else 32, warps=8)
+    has_blackwell = chip.capability >= 100  # where the same sizes spill registers
+    if wide > 128:
+        return PrefillLaunch(queries=32, keys=32, warps=8 if has_blackwell else 4)
+    return PrefillLaunch(queries=64, keys=32 if wide > 64 or has_blackwell else 64, warps=4)
 
 
 def padded(size: int) -> int:

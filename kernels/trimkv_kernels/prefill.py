@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimkv_kernels.casts import narrowed, widened
-from trimkv_kernels.launch import padded, prefill_launch
+from trimkv_kernels.launch import Chip, padded, prefill_launch
 from trimkv_kernels.reference import survivors
 from trimkv_kernels.slots import Slots
 
@@ -38,12 +38,14 @@ def prefill(
     """
     batch, num_heads, length, head_dim = query.shape
     num_kv_heads, size = slots.position.shape[1:]
-    launch = prefill_launch(head_dim=head_dim, element_size=query.element_size())
+    groups = num_heads // num_kv_heads
+    how: dict[str, int] = {"queries": length * groups, "head_dim": head_dim, "element_size": query.element_size()}
+    launch = prefill_launch(**how, chip=Chip.of(query.device))
     query, key, value, log_beta, positions, rows = (
         tensor.contiguous() for tensor in (query, key, value, log_beta, positions, rows)
     )
     output = torch.empty_like(query)
-    _attend[(batch * num_heads, triton.cdiv(length, launch.queries))](
+    _attend[(triton.cdiv(length * groups, launch.queries), batch * num_kv_heads)](
         query,
         key,
         value,
@@ -58,8 +60,8 @@ def prefill(
         fill,
         length,
         scale,
-        HEADS=num_heads,
-        GROUPS=num_heads // num_kv_heads,
+        HEADS=num_kv_heads,
+        GROUPS=groups,
         QUERIES=launch.queries,
         KEYS=launch.keys,
         DIM=head_dim,
@@ -100,36 +102,38 @@ def _attend(
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Attend from a tile of queries of one (row, query head): first to the slots, then to the chunk up to the tile."""
-    program, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, kv_head = program // HEADS, (program % HEADS) // GROUPS
-    token, dim = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDE)
+    """Attend from a tile of queries of one (row, KV head): first to the slots, then to the chunk up to the tile.
+
+    A tile holds tokens one after the other, each with its `GROUPS` query heads: short chunks, too, fill one.
+    """
+    tile, program = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, kv_head = program // HEADS, program % HEADS
+    place, dim = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDE)
+    token, head = place // GROUPS, program * GROUPS + place % GROUPS
     now = tl.load(positions + row * length + token, mask=token < length, other=-1)
     mine = (now >= 0)[:, None] & (dim < DIM)[None, :]
-    at = (program * length + token[:, None]) * DIM + dim[None, :]
+    at = (head * length + token)[:, None] * DIM + dim[None, :]
     tokens = tl.load(query + at, mask=mine, other=0.0)
     highest = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, WIDE], tl.float32)
     if sinks is not None:
-        highest = tl.zeros([QUERIES], tl.float32) + tl.load(sinks + program % HEADS).to(tl.float32)
+        highest = tl.load(sinks + head % (HEADS * GROUPS)).to(tl.float32)
         total += 1.0
 
-    head = tl.load(rows + row) * (HEADS // GROUPS) + kv_head
+    kept = (tl.load(rows + row) * HEADS + kv_head) * size
     for start in range(0, fill, KEYS):
-        slot = start + tl.arange(0, KEYS)
-        held = tl.load(slot_position + head * size + slot, mask=slot < fill, other=-1)
         highest, total, acc = _add_tile(
-            tokens, now, held, slot_key + head * size * DIM, slot_value + head * size * DIM, slot,
-            highest, total, acc, scale, DIM, WIDE, WINDOW,
+            tokens, now, slot_position + kept, slot_key + kept * DIM, slot_value + kept * DIM, start, fill,
+            highest, total, acc, scale, KEYS, DIM, WIDE, WINDOW, False,
         )  # fmt: skip
-    chunk = (row * (HEADS // GROUPS) + kv_head) * length * DIM
-    for start in range(0, tl.minimum((tile + 1) * QUERIES, length), KEYS):
-        other = start + tl.arange(0, KEYS)
-        held = tl.load(positions + row * length + other, mask=other < length, other=-1)
+    chunk = program * length * DIM
+    newer = tl.minimum(((tile + 1) * QUERIES - 1) // GROUPS + 1, length)
+    for start in range(0, newer, KEYS):
         highest, total, acc = _add_tile(
-            tokens, now, held, key + chunk, value + chunk, other, highest, total, acc, scale, DIM, WIDE, WINDOW
-        )
+            tokens, now, positions + row * length, key + chunk, value + chunk, start, length,
+            highest, total, acc, scale, KEYS, DIM, WIDE, WINDOW, True,
+        )  # fmt: skip
     result = tl.where(mine, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
     inside = (token < length)[:, None] & (dim < DIM)[None, :]
     tl.store(output + at, result.to(output.dtype.element_ty), mask=inside)
@@ -137,25 +141,31 @@ def _attend(
 
 @triton.jit
 def _add_tile(
-    tokens, now, held, keys_at, values_at, place, highest, total, acc, scale,
-    DIM: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
+    tokens, now, positions, keys_at, values_at, start, end, highest, total, acc, scale,
+    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys at positions `held` to the online softmax of queries at positions `now`."""
-    dim = tl.arange(0, WIDE)
-    keep = (held >= 0)[:, None] & (dim < DIM)[None, :]
-    at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
-    keys = tl.load(keys_at + at, mask=keep, other=0.0)
-    keys = widened(keys, tokens)
+    """Add a tile of keys from `start` on to the online softmax of queries at positions `now`.
+
+    Slots are loaded without a look at what they hold, so that a tile is on its way while the one before is computed.
+    """
+    place, dim = start + tl.arange(0, KEYS), tl.arange(0, WIDE)
+    there = place < end
+    keep = there[:, None] & (dim < DIM)[None, :]
+    at = place[:, None] * DIM + dim[None, :]  # within one head: 32 bits are enough, and spare registers
+    held = tl.load(positions + place, mask=there, other=-1)
+    keys = widened(tl.load(keys_at + at, mask=keep, other=0.0), tokens)
     logits = tl.dot(tokens.to(keys.dtype), tl.trans(keys), input_precision="ieee") * scale
-    seen = (held >= 0)[None, :] & (held[None, :] <= now[:, None])
+    since = tl.where(held >= 0, held, 2147483647)  # no token is newer than every query
+    seen = since[None, :] <= now[:, None]
     if WINDOW > 0:
         seen = seen & (held[None, :] > now[:, None] - WINDOW)
     logits = tl.where(seen, logits, -float("inf"))
     higher = tl.maximum(highest, tl.max(logits, 1))
     weights = tl.exp(logits - higher[:, None])
     shrink = tl.exp(highest - higher)
-    values = tl.load(values_at + at, mask=keep, other=0.0)
-    values = widened(values, tokens)
+    if PADDED:  # what a model makes of padding may be no number
+        keep = keep & (held >= 0)[:, None]
+    values = widened(tl.load(values_at + at, mask=keep, other=0.0), tokens)
     acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
     return higher, total * shrink + tl.sum(weights, 1), acc
 

@@ -15,6 +15,9 @@ class Slots(NamedTuple):
 
     A slot is empty when its position is negative. The i-th slot starts as position −1 − i with log_beta −inf: its score
     is −inf, so it is the first to be taken, and the tie between empty slots fills them in order.
+
+    What an empty slot holds has no weight, but is read: its value is a finite number (0 · NaN is NaN), as allocated,
+    cleared or left by a token; its key may be anything.
     """
 
     key: Tensor  # [R, Hkv, M, D] cache dtype, RoPE applied
@@ -38,7 +41,7 @@ class Slots(NamedTuple):
         return made
 
     def clear(self) -> None:
-        """Empty every slot, in place; values are zero, so that one whose weight is 0 may be read."""
+        """Empty every slot, in place; values are zero, as those of an earlier sequence need not be numbers."""
         self.value.zero_()
         self._empty()
 

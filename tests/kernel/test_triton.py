@@ -13,6 +13,7 @@ from trimkv_kernels import Journal, Slots, reference
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from trimkv_kernels import decode as triton_decode
 from trimkv_kernels import prefill as triton_prefill
+from trimkv_kernels.launch import Chip
 
 CPU = pytest.param(
     "cpu",
@@ -45,12 +46,15 @@ PREFILL_SHAPES = [
 def make_slots(
     *, rows: int, heads: int, size: int, dim: int, fill: int, ties: bool, dtype: torch.dtype, device: str
 ) -> Slots:
-    """Fill the first `fill` slots in any order, some of them pinned; all others hold NaN, which must never be read."""
+    """Fill the first `fill` slots in any order, some of them pinned.
+
+    All others hold what cleared slots may: keys that are no numbers, and values that are, of which nothing may be seen.
+    """
     slots = Slots.empty(
         rows=rows, num_kv_heads=heads, slots=size, head_dim=dim, dtype=dtype, device=torch.device(device)
     )
     slots.key.fill_(torch.nan)
-    slots.value.fill_(torch.nan)
+    slots.value.fill_(96.0)
     order = torch.stack([torch.randperm(fill + 5)[:fill] for _ in range(rows * heads)]).view(rows, heads, fill)
     slots.position[:, :, :fill] = order.int().to(device)
     for tensor in (slots.key, slots.value):
@@ -71,7 +75,7 @@ def assert_same(got: Slots | Journal, want: Slots | Journal) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", DECODE_SHAPES)
 def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype, ties: bool, device: str) -> None:
-    """Catches a wrong loser or tie, a read of an empty slot, a row that ended and goes on, a lost split or sink."""
+    """Catches a wrong loser or tie, an empty slot with a weight, a row that ended and goes on, a lost split or sink."""
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     rows, heads, groups, dim, size, fill, window = shape
@@ -101,6 +105,38 @@ def test_decode_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype,
     got = triton_decode.decode(query, key, value, log_beta, position, mine, other, **settings, evict=False)
     torch.testing.assert_close(got[:fed], want[:fed], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert_same(mine, before)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="elsewhere a GPU has its own sizes")
+@pytest.mark.parametrize("capability", [0, 80, 90, 120])
+@pytest.mark.parametrize(("dim", "length"), [(24, 5), (80, 50), (136, 9)])
+def test_sizes_chosen_for_any_gpu_give_the_same(
+    dim: int, length: int, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a tile that ends within a token's queries, a split without slots, and slots that no split has."""
+    chip = Chip(capability, multiprocessors=10 if capability else 1)
+    monkeypatch.setattr(Chip, "of", lambda _: chip)
+    torch.manual_seed(0)
+    rows, heads, groups, size, fill = 2, 1, 3, 150, 140
+    half: dict[str, Any] = {"dtype": torch.float16, "device": "cpu"}
+    slots = make_slots(rows=rows, heads=heads, size=size, dim=dim, fill=fill, ties=False, **half)
+    mine = Slots(*(tensor.clone() for tensor in slots))
+    positions = torch.arange(fill + 5, fill + 5 + length, dtype=torch.int32).repeat(rows, 1)
+    chunk = [torch.randn(rows, n, length, dim).half() for n in (heads * groups, heads, heads)]
+    scores = -torch.rand(rows, heads, length)
+    settings: dict[str, Any] = {"fill": fill, "scale": dim**-0.5, "window": None}
+    one = *(tensor[:, :, 0] for tensor in (*chunk, scores)), positions[:, 0]
+    journals = Journal.beside(slots), Journal.beside(slots)
+    want = reference.decode(*one, slots, journals[0], dense=False, **settings)
+    got = triton_decode.decode(*one, mine, journals[1], dense=False, **settings)
+    torch.testing.assert_close(got, want, atol=4e-3, rtol=4e-3)
+    settings["fill"] += 1
+    rest = *(tensor[:, :, 1:] for tensor in (*chunk, scores)), positions[:, 1:]
+    want = reference.prefill(*rest, slots, rows=torch.tensor([1, 0]), **settings)
+    got = triton_prefill.prefill(*rest, mine, rows=torch.tensor([1, 0]), **settings)
+    torch.testing.assert_close(got, want, atol=4e-3, rtol=4e-3)
+    assert_same(mine, slots)
+    assert_same(*journals)
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,7 +188,7 @@ def test_eight_bits_are_read_and_kept_as_the_reference_does(device: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", PREFILL_SHAPES)
 def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype, ties: bool, device: str) -> None:
-    """Catches a wrong survivor, causality across padding, another head's sink, a slot written twice or not at all."""
+    """Catches a wrong survivor, padding that is read, another head's sink, a slot written twice or not at all."""
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     batch, heads, groups, dim, size, fill, length, window = shape
@@ -171,6 +207,8 @@ def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype
     query, key, value = (
         torch.randn(batch, n, length, dim).to(device, dtype) for n in (heads * groups, heads, heads)
     )  # fmt: skip
+    for tensor in (query, key, value):
+        tensor.masked_fill_(positions[:, None, :, None] < 0, torch.nan)
     log_beta = (0.0 if ties else -0.3) * torch.rand(batch, heads, length).to(device)
     log_beta[:, :, 2::11] = torch.inf
     settings: dict[str, Any] = {"rows": rows, "fill": fill, "scale": dim**-0.5, "window": window}

@@ -82,7 +82,7 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, device: torch.device) -> Inputs:
-    """Fill slots in any order, with NaN where no token is; the last of several rows gets no token."""
+    """Fill slots in any order; others have what may be read and not be seen. The last of several rows gets no token."""
     generator = torch.Generator().manual_seed(shape.slots + shape.head_dim)
     dtype, heads = DTYPES[shape.dtype], shape.num_kv_heads
 
@@ -92,8 +92,8 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
     slots = Slots.empty(
         rows=shape.rows, num_kv_heads=heads, slots=shape.slots, head_dim=shape.head_dim, dtype=dtype, device=device
     )
-    for tensor in (slots.key, slots.value):
-        tensor.fill_(torch.nan)
+    for tensor, empty in ((slots.key, torch.nan), (slots.value, 96.0)):
+        tensor.fill_(empty)
         tensor[:, :, : shape.fill] = normal(shape.rows, heads, shape.fill, shape.head_dim)
     order = torch.rand(shape.rows, heads, shape.fill, generator=generator).argsort(-1)
     slots.position[:, :, : shape.fill] = order.int().to(device)
