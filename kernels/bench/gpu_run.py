@@ -4,8 +4,8 @@
     python3 kernels/bench/gpu_run.py --out DIR --device cpu --tiny      # the rehearsal, without a GPU
 
 Every stage is a process of its own with a limit of its own. What it finds goes to DIR/rows.jsonl line by line, what it
-prints to DIR/log.txt, and DIR/summary.md is written anew after each stage. A later run into the same DIR adds its
-stages. Exit code 1: a stage failed, was not reached, or showed nothing; a speed that is not what is wanted is a fact.
+prints to DIR/log.txt, and DIR/summary.md is written anew after each stage. A later run into the same DIR adds to all
+three. Exit code 1: a stage failed, was not reached, or showed nothing; a speed that is not what is wanted is a fact.
 """
 
 from __future__ import annotations
@@ -224,9 +224,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a stage's processes end with this one
     arguments.out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
+    page = arguments.out / "summary.md"
+    earlier = page.read_text(encoding="utf-8") if page.exists() else ""
     for outcome in run_all(arguments.stages, arguments, deadline + arguments.limit):
         outcomes.append(outcome)
-        (arguments.out / "summary.md").write_text(summary(outcomes, arguments), encoding="utf-8")
+        page.write_text("\n".join(filter(None, (summary(outcomes, arguments), earlier))), encoding="utf-8")
         print(f"{outcome.stage.number} {outcome.stage.name}: {outcome.trouble or 'ok'}, {outcome.seconds:.1f} s, "
               f"{counted(outcome.rows)} checks", flush=True)  # fmt: skip
     return int(any(outcome.trouble for outcome in outcomes))

@@ -153,6 +153,17 @@ def test_stages_are_chosen_by_number(text: str, numbers: list[int]) -> None:
     assert [one.number for one in gpu_run.parse_stages(text)] == numbers
 
 
+def test_a_later_run_keeps_what_an_earlier_one_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the second half of the stages that takes the place of the first in the summary."""
+    monkeypatch.setattr(gpu_run, "run_all", lambda *_: [gpu_run.judge(STAGE, "", 1.0, [{"check": "a", "ok": True}])])
+    monkeypatch.setattr(gpu_run.signal, "signal", lambda *_: None)
+    for commit in ("first", "second"):
+        monkeypatch.setattr(sys, "argv", ["gpu_run.py", "--out", str(tmp_path), "--commit", commit])
+        assert gpu_run.main() == 0
+    said = (tmp_path / "summary.md").read_text()
+    assert said.index("commit: second") < said.index("commit: first")
+
+
 @pytest.mark.parametrize("text", ["", "0-99", "x", "3-1"])
 def test_stages_that_are_not_there_are_refused(text: str) -> None:
     """Catches a run of nothing that ends well."""
