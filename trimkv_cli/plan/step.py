@@ -249,7 +249,9 @@ def _decode_bytes(run: Run) -> int:
     rows, most = run.step_rows, max(spec.slots(layer, run.kv_budget) for layer in range(spec.num_kv_layers))
     vectors = _mlp_bytes(run, rows) + rows * 3 * spec.num_heads * spec.head_dim * 4
     if run.device == "cuda":
-        partial = rows * spec.num_heads * spec.head_dim * 4 * 16  # sums of a split over slots
+        heads = rows * spec.num_kv_heads
+        splits = min(32 * heads, 2048 + heads)  # of slots, as `launch` chooses for up to 256 multiprocessors
+        partial = splits * spec.num_heads // spec.num_kv_heads * (spec.head_dim + 2) * 4
         return vectors + partial + compared_bytes(run, rows * (most + 1))
     if _decodes_together(run):
         slots = sum(spec.slots(layer, run.kv_budget) + 1 for layer in range(spec.num_kv_layers))
