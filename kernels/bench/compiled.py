@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimkv_kernels import decode, prefill, rows, step
+from trimkv_kernels import decode, prefill, ranking, rows, step
 from trimkv_kernels.launch import MOST_SPLITS, Chip, decode_launch, padded, prefill_launch
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -40,7 +40,8 @@ REALS = ("scale", "eps", "before_eps")
 FIXED = {
     "slot_log_beta": "*fp32", "log_beta": "*fp32", "slot_position": "*i32", "position": "*i32", "positions": "*i32",
     "part_sum": "*fp32", "part_stats": "*fp32", "part_score": "*fp32", "part_loser": "*i32", "rows": "*i64",
-    "target": "*i64", "journal_log_beta": "*fp32", "journal_position": "*i32", "journal_slot": "*i64", "sinks": "*fp32",
+    "order": "*i32", "vacant": "*i32", "journal_log_beta": "*fp32", "journal_position": "*i32", "journal_slot": "*i64",
+    "sinks": "*fp32",
     "spans": "*i32", "cos": "*fp32", "sin": "*fp32", "lowest": "*fp32", "loser": "*i32", "found_lowest": "*fp32",
     "found_loser": "*i32", "addresses": "*i64", "like_log_beta": "*fp32", "like_position": "*i32", "like_slot": "*i64",
     **dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(REALS, "fp32"),
@@ -150,6 +151,8 @@ def _prefills(target: Target) -> Iterator[Form]:
     constants = {"HEADS": 8, "DIM": 128, "WIDE": 128}
     yield Form("move bf16 128", prefill._move, "bf16", constants, 1)
     yield Form("move fp32 256", prefill._move, "fp32", {**constants, "DIM": 256, "WIDE": 256}, 1)
+    constants = {"HEADS": 8, "WINDOW": 512, "RECENT": 3, "STATIC": False, "BLOCK": 1024}
+    yield Form("rank", ranking._rank, "fp32", constants, 8)
 
 
 def _steps() -> Iterator[Form]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimkv_kernels.casts import narrowed, widened
 from trimkv_kernels.launch import Chip, padded, prefill_launch
-from trimkv_kernels.reference import survivors
+from trimkv_kernels.ranking import survivors
 from trimkv_kernels.slots import Slots
 
 
@@ -32,10 +32,7 @@ def prefill(
     spans: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Do what `reference.prefill` does; the slots are read where they lie, and only survivors are written.
-
-    Which tokens survive is ranked by torch: a sort of M + T integers per head, once per chunk.
-    """
+    """Do what `reference.prefill` does; the slots are read where they lie, and only survivors are written."""
     batch, num_heads, length, head_dim = query.shape
     num_kv_heads, size = slots.position.shape[1:]
     groups = num_heads // num_kv_heads
@@ -70,9 +67,9 @@ def prefill(
         num_warps=launch.warps,
     )
     ranks: dict[str, Any] = {"window": window, "recent": recent, "static": static, "spans": spans}
-    target = survivors(log_beta, positions, slots, rows=rows, fill=fill, **ranks)
+    order, vacant = survivors(log_beta, positions, slots, rows=rows, fill=fill, **ranks)
     _move[(length, batch * num_kv_heads)](  # a grid's first axis alone goes beyond 65,535
-        key, value, log_beta, positions, *slots, rows, target, size, length, HEADS=num_kv_heads, DIM=head_dim,
+        key, value, log_beta, positions, *slots, rows, order, vacant, size, length, HEADS=num_kv_heads, DIM=head_dim,
         WIDE=padded(head_dim), num_warps=1,
     )  # fmt: skip
     return output
@@ -181,7 +178,8 @@ def _move(
     slot_log_beta,
     slot_position,
     rows,
-    target,
+    order,
+    vacant,
     size,
     length,
     HEADS: tl.constexpr,
@@ -192,8 +190,9 @@ def _move(
     token, program = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = program // HEADS
     source = program * length + token
-    slot = tl.load(target + source)
-    survives = slot >= 0
+    number = tl.load(order + source)
+    survives = number >= 0
+    slot = tl.load(vacant + program * length + number, mask=survives, other=0)
     place = (tl.load(rows + row) * HEADS + program % HEADS) * size + slot
     tl.store(slot_position + place, tl.load(positions + row * length + token), mask=survives)
     tl.store(slot_log_beta + place, tl.load(log_beta + source), mask=survives)

@@ -26,7 +26,7 @@ def test_every_kernel_compiles_without_spills_and_loads_ahead() -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"scan", "merge", "attend", "move", "add_norm", "rotate", "activate", "evict", "undo", "clear"}
+    kernels = {"scan", "merge", "attend", "move", "add_norm", "rotate", "activate", "evict", "rank", "undo", "clear"}
     assert {row["kernel"].split()[0] for row in rows} == kernels
     assert {row["target"] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_120", "gfx942"}
     assert [row for row in rows if row["spill_bytes"] or row["shared_bytes"] > row["shared_limit"]] == []

@@ -13,6 +13,7 @@ from trimkv_kernels import Journal, Slots, reference
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from trimkv_kernels import decode as triton_decode
 from trimkv_kernels import prefill as triton_prefill
+from trimkv_kernels import ranking
 from trimkv_kernels.launch import Chip
 
 CPU = pytest.param(
@@ -222,7 +223,7 @@ def test_prefill_equals_its_reference(shape: tuple[Any, ...], dtype: torch.dtype
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("shape", [(3, 2, 4, 16, 70, 70, 9), (2, 2, 1, 24, 37, 20, None), (3, 1, 2, 16, 5, 5, None)])
+@pytest.mark.parametrize("shape", [(2, 2, 4, 16, 70, 70, 9), (2, 2, 1, 24, 37, 20, None), (3, 1, 2, 16, 5, 5, None)])
 def test_static_scores_and_protected_intervals_equal_their_reference(
     shape: tuple[Any, ...], static: bool, device: str
 ) -> None:
@@ -301,6 +302,7 @@ def test_a_chunk_may_be_longer_than_the_second_axis_of_a_grid(monkeypatch: pytes
 
     monkeypatch.setattr(triton_prefill, "_attend", Recorded())
     monkeypatch.setattr(triton_prefill, "_move", Recorded())
+    monkeypatch.setattr(ranking, "_rank", Recorded())
     length = 70_000
     slots = Slots.empty(rows=1, num_kv_heads=1, slots=4, head_dim=16, dtype=torch.float32, device=torch.device("cpu"))
     token = torch.zeros(1, 1, length, 16)
@@ -309,5 +311,5 @@ def test_a_chunk_may_be_longer_than_the_second_axis_of_a_grid(monkeypatch: pytes
         token, token, token, -torch.ones(1, 1, length), positions, slots, rows=torch.arange(1), fill=0, scale=1.0,
         window=None,
     )  # fmt: skip
-    assert len(grids) == 2
+    assert len(grids) == 3
     assert all(size <= 65_535 for grid in grids for size in grid[1:])

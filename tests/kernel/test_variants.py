@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from trimkv_kernels import decode as triton_decode
 from trimkv_kernels import prefill as triton_prefill
+from trimkv_kernels import ranking
 
 ROWS, HEADS, GROUPS, DIM = 2, 2, 2, 16
 FILLS = (0, 1, 15, 16, 17, 64, 65, 500, 640, 699, 700)
@@ -46,6 +47,7 @@ class Variants:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Variants]:
     owners = {"_scan": triton_decode, "_merge": triton_decode, "_attend": triton_prefill, "_move": triton_prefill}
+    owners["_rank"] = ranking
     spies = {name: Variants(getattr(module, name)) for name, module in owners.items()}
     for name, module in owners.items():
         monkeypatch.setattr(module, name, spies[name])

@@ -19,7 +19,7 @@ _WAITING_BYTES = 8  # per logit of the other rows: it, and where some rows were 
 _BLOCK_LOGITS = 1024  # of which sums are taken: a vocabulary is padded to a multiple
 _INT8_BYTES = 16  # per output of a product of 8 bits: its sums in 32 bits, scaled twice, and cast
 _PLANES_BYTES = 18  # per input of a packed one: what is rounded, twice, joined, and in 8 bits
-_EVICTION_BYTES = 64  # per candidate of a chunk: score, rank, order and their intermediates
+_RANKED_BYTES = 8  # per head and token of a chunk on a GPU: which survivor it is, and the slot of one
 _PACKED_FROM = 64  # queries and keys
 _BF16_BYTES = 2
 _RECURRENT_BLOCK = 64  # tokens
@@ -202,7 +202,7 @@ def _attend_bytes(run: Run, layer: int, rows: int) -> int:
     length = max(1, run.step_tokens // rows)
     candidates = rows * slots + run.step_tokens
     if run.device == "cuda":
-        return candidates * spec.num_kv_heads * _EVICTION_BYTES + compared_bytes(run, candidates)
+        return run.step_tokens * spec.num_kv_heads * _RANKED_BYTES + compared_bytes(run, candidates)
     sees = slots + length
     masks = spec.num_heads if spec.windows[layer] is not None else 1
     masked = rows * length * sees * (run.dtype_bytes + 2) * masks
