@@ -60,8 +60,8 @@ def decode_launch(*, programs: int, size: int, head_dim: int, element_size: int,
     has_room = element_size <= 2 and (chip.capability in _MUCH_SHARED or wide_bytes <= 128)
     most_bytes = 16 * 1024 if has_room else 8 * 1024
     block = min(64, max(16, most_bytes // wide_bytes))
-    blocks = -(-size // block)
-    splits = max(1, min(MOST_SPLITS, blocks, -(-_WAVES * chip.multiprocessors // programs)))
+    blocks, wanted = -(-size // block), -(-_WAVES * chip.multiprocessors // programs)
+    splits = -(-blocks // max(1, blocks // wanted, -(-blocks // MOST_SPLITS)))
     split_slots = -(-blocks // splits) * block
     merge_warps = 4 if padded(head_dim) <= 128 else 8
     return DecodeLaunch(block, -(-size // split_slots), split_slots, warps=4, merge_warps=merge_warps)
@@ -79,7 +79,7 @@ class PrefillLaunch:
 def prefill_launch(*, queries: int, head_dim: int, element_size: int, chip: Chip) -> PrefillLaunch:
     """Hold as many queries and keys as registers and shared memory allow, and no more than a chunk has `queries`.
 
-    From capability 9.0 on the products are those of a warp group, four warps of 16 queries each.
+    At capability 9.0 the products are those of warp groups, each of four warps with 16 queries.
     """
     wide = padded(head_dim)
     if element_size > 2:

@@ -250,7 +250,7 @@ def _decode_bytes(run: Run) -> int:
     vectors = _mlp_bytes(run, rows) + rows * 3 * spec.num_heads * spec.head_dim * 4
     if run.device == "cuda":
         heads = rows * spec.num_kv_heads
-        splits = min(32 * heads, 2048 + heads)  # of slots, as `launch` chooses for up to 256 multiprocessors
+        splits = min(32 * heads, 4096 + 2 * heads)  # of slots: more are chosen for no GPU with 256 multiprocessors
         partial = splits * spec.num_heads // spec.num_kv_heads * (spec.head_dim + 2) * 4
         return vectors + partial + compared_bytes(run, rows * (most + 1))
     if _decodes_together(run):
