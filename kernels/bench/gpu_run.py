@@ -128,8 +128,8 @@ def judge(stage: Stage, trouble: str, seconds: float, rows: Sequence[dict[str, A
 
 def limit_for(stage: Stage, later: Iterable[Stage], left: float, slower: float) -> float:
     """Return how long a stage may take of the seconds that are left, on a machine that takes so many times as long."""
-    spare = left - slower * sum(other.least_s for other in later)
-    return min(left, slower * stage.limit_s, max(spare, slower * stage.least_s))
+    spare = left - sum(other.least_s for other in later)
+    return min(left, slower * stage.limit_s, max(spare, stage.least_s))
 
 
 def run_all(stages: Iterable[Stage], arguments: argparse.Namespace, deadline: float) -> Iterator[Outcome]:

@@ -14,7 +14,7 @@ from bench.gpu_stages import kernels, speed, suite, tools
 from bench.gpu_stages.stage import Setting
 from trimkv_cli.bench.shapes import Network
 from trimkv_cli.bench.speed import SpeedRow
-from trimkv_kernels.launch import DecodeLaunch
+from trimkv_kernels.launch import MOST_SPLITS, UNKNOWN, decode_launch
 
 GPU = Setting(device=torch.device("cuda", 0), tiny=True, scratch=Path())
 CPU = replace(GPU, device=torch.device("cpu"))
@@ -49,7 +49,9 @@ def test_a_measurement_beyond_its_bound_or_without_a_graph_has_failed(
 @pytest.mark.parametrize("change", [{"block": 32}, {"block": 128}, {"splits": 0.5}, {"splits": 4}])
 def test_other_launches_cover_all_slots(size: int, change: dict[str, Any]) -> None:
     """Catches a variant that is fast because it reads less."""
-    made = kernels.resized(DecodeLaunch(block=64, splits=1, split_slots=-(-size // 64) * 64, warps=4), size, **change)
+    own = decode_launch(programs=8, size=size, head_dim=128, element_size=2, chip=UNKNOWN)
+    made = kernels.resized(own, size, **change)
+    assert made.splits <= MOST_SPLITS
     assert (made.splits - 1) * made.split_slots < size <= made.splits * made.split_slots
     assert made.split_slots % made.block == 0
 
@@ -95,3 +97,35 @@ def test_counters_are_read_from_where_ncus_talk_ends() -> None:
     said = '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum"\n"","","ns"\n"0","_scan","12,345"\n'
     assert tools.parse_counters(said) == [("_scan", {"time": "12,345"})]
     assert tools.parse_counters("==ERROR== ERR_NVGPUCTRPERM") == []
+
+
+@pytest.mark.parametrize(
+    ("program", "ok", "code"),
+    [
+        ("echo '========= ERROR SUMMARY: 0 errors'", True, 0),
+        ("echo '========= ERROR SUMMARY: 1 error'; exit 99", False, 99),
+        ("exec sleep 60", False, None),
+    ],
+)
+def test_a_sanitizer_that_finds_something_or_hangs_is_no_pass(
+    program: str, ok: bool, code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a finding that is taken for talk, and a tool that takes the other stages' time."""
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(f"#!/bin/sh\n{program}\n", encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(tools, "_TOOL_S", 0.5)
+    found = list(tools.sanitizers(replace(GPU, scratch=tmp_path)))
+    assert [(one.check, one.ok, one.facts["exit_code"]) for one in found] == [
+        ("memcheck", ok, code),
+        ("racecheck", ok, code),
+    ]
+
+
+def test_tools_that_are_not_installed_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stage that is green for what nobody has looked at."""
+    monkeypatch.setattr(tools, "find", lambda _: None)
+    found = [*tools.sanitizers(GPU), *tools.counters(GPU)]
+    assert [one.check for one in found] == ["memcheck", "racecheck", "ncu"]
+    assert all("not_shown" in one.facts for one in found)

@@ -22,6 +22,7 @@ from bench.gpu_stages.smoke import DTYPES, TOLERANCE
 from bench.gpu_stages.stage import Check, Evidence, Facts, Setting, not_shown, wanted
 from bench.gpu_stages.timing import seconds_each
 from trimkv_kernels import Journal, Operations, Slots, operations_for, reference
+from trimkv_kernels.launch import MOST_SPLITS
 
 _COLD_BYTES = 2**28  # several times the L2 cache of any GPU
 _MOST_SETS = 64
@@ -102,7 +103,7 @@ def resized(launch: Launch, size: int, *, block: int | None = None, splits: floa
     """Return a decode's launch that reads other numbers of slots at a time, and has so many times the splits."""
     block = block or launch.block
     blocks = -(-size // block)
-    per_split = -(-blocks // max(1, min(blocks, round(launch.splits * splits)))) * block
+    per_split = -(-blocks // max(1, min(blocks, MOST_SPLITS, round(launch.splits * splits)))) * block
     return replace(launch, block=block, splits=-(-size // per_split), split_slots=per_split)
 
 

@@ -90,6 +90,7 @@ def _watched(tool: Sequence[str], setting: Setting, size: str) -> tuple[int | No
             code = process.wait(_TOOL_S if setting.on_gpu else None)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
             code = None
     said = path.read_text(encoding="utf-8", errors="replace")
     print(said)
