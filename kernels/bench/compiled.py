@@ -152,7 +152,7 @@ def _prefills(target: Target) -> Iterator[Form]:
     yield Form("move bf16 128", prefill._move, "bf16", constants, 1)
     yield Form("move fp32 256", prefill._move, "fp32", {**constants, "DIM": 256, "WIDE": 256}, 1)
     constants = {"HEADS": 8, "WINDOW": 512, "RECENT": 3, "STATIC": False, "BLOCK": 1024}
-    yield Form("rank", ranking._rank, "fp32", constants, 8)
+    yield Form("rank", ranking._rank, "bf16", constants, 8)
 
 
 def _steps() -> Iterator[Form]:
