@@ -88,10 +88,7 @@ def prefill_launch(*, queries: int, head_dim: int, element_size: int, chip: Chip
         if queries <= 64 and wide <= 128:
             return PrefillLaunch(queries=64, keys=64, warps=4)
         return PrefillLaunch(queries=128, keys=64 if wide <= 128 else 32, warps=8)
-    has_blackwell = chip.capability >= 100  # where the same sizes spill registers
-    if wide > 128:
-        return PrefillLaunch(queries=32, keys=32, warps=8 if has_blackwell else 4)
-    return PrefillLaunch(queries=64, keys=32 if wide > 64 or has_blackwell else 64, warps=4)
+    return PrefillLaunch(queries=64 if wide <= 128 else 32, keys=64 if wide <= 64 else 32, warps=4)
 
 
 def padded(size: int) -> int:
