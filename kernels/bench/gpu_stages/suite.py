@@ -21,6 +21,7 @@ FILES = (
 )
 # Of what tests may import these are not everywhere; a rehearsal has none of them.
 MISSING = ("hypothesis", "openai", "pexpect", "pyte", "httpx", "llguidance", "pypdfium2")
+_WORKERS = 4  # for each file
 _FLAGS = ("-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-o", "filterwarnings=")
 
 
@@ -45,6 +46,8 @@ def start(files: Sequence[str], setting: Setting) -> subprocess.Popen[bytes]:
     if setting.tiny:
         environment["PYTHONPATH"] = os.pathsep.join([str(_without(setting)), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", *files, *_FLAGS, f"--junitxml={_report(files, setting)}"]
+    if setting.on_gpu and importlib.util.find_spec("xdist") is not None:  # most of the time goes to compiling
+        command += ["-p", "xdist.plugin", "-n", str(_WORKERS)]
     if importlib.util.find_spec("bitsandbytes") is None:
         command += ["-k", "not int8 and not nf4"]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)

@@ -99,7 +99,7 @@ def _watched(tool: Sequence[str], setting: Setting, size: str) -> tuple[int | No
 
 def quantised(setting: Setting) -> Iterator[Evidence]:
     """Decode with the matrices of bitsandbytes from graphs, and in step: the tokens are the same."""
-    for quantize in ("int8", "nf4"):
+    for quantize in ("nf4",) if setting.tiny else ("int8", "nf4"):
         check, why = f"{quantize} from a graph", obstacle(quantize)
         if why is not None:
             yield not_shown(check, why)
