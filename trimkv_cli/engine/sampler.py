@@ -246,7 +246,9 @@ class Sampler:
         The steps of the rows that are not `live` [B] stay, and their ids have no meaning.
         """
         rows = len(logits)
-        parts = [_choose(logits[part], self._params.at(part), self._step[part], form) for part in _parts(rows, form)]
+        params = self._params.at(slice(rows))
+        uniform = self._uniform(params, slice(rows), form)
+        parts = [_choose(logits[part], params.at(part), uniform[part], form) for part in _parts(rows, form)]
         if form is not Form.GREEDY:
             self._step[:rows] += live
         return torch.cat(parts)
@@ -286,12 +288,18 @@ class Sampler:
 
     def _call(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         chosen, form = self._select(rows), self._form(rows)
-        tokens = _choose(self._adjusted(logits, chosen), chosen.params, self._step[chosen.index], form)
+        uniform = self._uniform(chosen.params, chosen.index, form)
+        tokens = _choose(self._adjusted(logits, chosen), chosen.params, uniform, form)
         if form is not Form.GREEDY:
             self._step[chosen.index] += 1
         tokens = self._forced(tokens, chosen.rows)
         self._penalties.count(chosen.index, chosen.host, tokens)
         return tokens
+
+    def _uniform(self, params: RowParams, at: Tensor | slice, form: Form) -> Tensor:
+        """Return the random numbers of some rows' steps; greedy ones need none."""
+        step = self._step[at]
+        return step if form is Form.GREEDY else random_fraction(params.seed, step)
 
     def _form(self, rows: Sequence[int]) -> Form:
         return max(Form.of(self._host[row]) for row in rows)
@@ -332,12 +340,12 @@ def _parts(rows: int, form: Form | None) -> list[slice]:
     return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
-def _choose(scores: Tensor, params: RowParams, step: Tensor, form: Form) -> Tensor:
+def _choose(scores: Tensor, params: RowParams, uniform: Tensor, form: Form) -> Tensor:
     """Return one id per row [B] for adjusted `scores` [B, V]; `NO_TOKEN` where they are no numbers."""
     highest, tokens = scores.max(-1)  # NaN is higher than anything
     if form is not Form.GREEDY:
         weights = _weigh(scores.float() / params.temperature[:, None], params, form)
-        tokens = torch.where(params.greedy, tokens, draw(weights, random_fraction(params.seed, step)))
+        tokens = torch.where(params.greedy, tokens, draw(weights, uniform))
     return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
 
