@@ -22,7 +22,7 @@ from torch import Tensor
 
 import trimkv_cli
 from trimkv_cli.bench.shapes import Network
-from trimkv_cli.engine.devices import reset_peak, wait_for
+from trimkv_cli.engine.devices import cuda_capability, reset_peak, wait_for
 from trimkv_cli.engine.engine import Engine, EngineFacts
 from trimkv_cli.engine.scheduler import Decode
 from trimkv_cli.loading.assemble import assemble
@@ -165,14 +165,17 @@ def predict(network: Network, case: Case) -> Run:
 
 
 def _plan(network: Network, case: Case) -> Plan:
+    device, machine = network.model.device, replace(Machine.here(), threads=torch.get_num_threads())
+    if device.type == "cuda":
+        machine = replace(machine, cuda_capability=cuda_capability(device))
     options = PlanOptions(
         kv_budget=case.kv_budget,
         max_inflight=case.rows,
         prefill_chunk=min(CHUNK, case.context),
         dtype=network.dtype,
         quantize=network.quantize,
-        device=network.model.device.type,
-        machine=replace(Machine.here(), threads=torch.get_num_threads()),
+        device=device.type,
+        machine=machine,
     )
     return make_plan(network.spec, network.gate, options)
 
