@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench.compiled_table import compiled_table
 from bench.gpu_table import gpu_table
 from bench.llama_table import llama_tables
 from bench.recall_table import kvpress_table, recall_tables
@@ -36,6 +37,7 @@ def all_tables() -> str:
         mini_plot(_RESULTS),
         speed_table(_RESULTS),
         gpu_table(_RESULTS),
+        compiled_table(_RESULTS),
         *own,
         batch_table(_RESULTS),
     ]
