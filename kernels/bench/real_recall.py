@@ -33,6 +33,7 @@ class Table:
 TABLES = (
     Table(name="needle", asked="--tasks needle --context 700 --samples 200", policies=ALL),
     Table(name="prose", asked="--tasks ppl --context 8000", policies=MOST),
+    Table(name="prose pinned", asked="--tasks ppl --context 8000 --pin recent:96", policies="gates"),
     Table(name="rules", asked="--tasks instructions --context 2000 --samples 40", policies="gates,streaming"),
     Table(
         name="rules pinned",
@@ -50,7 +51,7 @@ TABLES = (
     Table(name="whole chunk", asked="--tasks needle --context 700 --samples 200 --prefill-chunk 512", policies="gates"),
 )
 # A whole cache holds all, whatever is pinned or however it is read: these tables have its row already.
-_WITHOUT_FULL = ("rules pinned", "ends pinned", "whole chunk")
+_WITHOUT_FULL = ("prose pinned", "rules pinned", "ends pinned", "whole chunk")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ _TITLES = {
     "longer": "facts in {context:,} tokens of text",
     "longest": "facts in {context:,} tokens of text",
     "prose": "perplexity of {context:,} tokens",
+    "prose pinned": "the same, `recent:96` pinned",
     "rules": "rules of a system message kept, {context:,} tokens later",
     "rules pinned": "the same, system message pinned",
     "ends pinned": "facts in {context:,} tokens of text, `prompt:10%` pinned",
@@ -93,7 +94,7 @@ def _table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     whole = {row["table"]: row for row in record["rows"] if row["policy"] == "full"}
-    lines += [_line(row, whole.get(row["table"], whole["needle"])) for row in record["rows"]]
+    lines += [_line(row, whole.get(row["table"].removesuffix(" pinned"), whole["needle"])) for row in record["rows"]]
     return "\n".join(lines)
 
 
