@@ -14,7 +14,7 @@ import torch
 
 from trimkv_cli.bench.shapes import find_shape, random_network
 from trimkv_cli.loading import checkup
-from trimkv_cli.loading.loader import kernel_warnings
+from trimkv_cli.loading.device_warnings import device_warnings
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_kernels import operations, reference
 from trimkv_kernels.operations import Obstacle, Operations, operations_for, triton_obstacle
@@ -63,7 +63,7 @@ def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_triton_the_reference_runs_and_that_is_said_once() -> None:
     """Catches a GPU on which the first engine ends in ModuleNotFoundError, and one that is silently slow."""
     assert operations_for(GPU) == REFERENCE
-    (warning,) = kernel_warnings(GPU)
+    (warning,) = device_warnings("auto", GPU)
     assert warning.code == "no_triton"
     assert "triton is not installed" in warning.message
     (finding,) = checkup.kernels()
@@ -104,7 +104,7 @@ def test_where_triton_runs_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     from trimkv_kernels.prefill import prefill
 
     assert [operations_for(GPU) for _ in range(3)] == [Operations(decode, prefill)] * 3
-    assert kernel_warnings(GPU) == ()
+    assert device_warnings("auto", GPU) == ()
     assert [finding.status for finding in checkup.kernels()] == ["ok"]
     assert tried == [GPU]
 
@@ -128,5 +128,16 @@ def test_running_out_of_memory_is_not_taken_for_a_missing_triton(monkeypatch: py
 
 def test_a_cpu_is_not_warned() -> None:
     """Catches a warning about kernels where none would run anyway."""
-    assert kernel_warnings(torch.device("cpu")) == ()
+    assert device_warnings("cuda", torch.device("cpu")) == ()
     assert random_network(find_shape("10m"), EngineOptions(device="cpu", threads=1)).warnings == ()
+
+
+def test_a_gpu_that_torch_does_not_see_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a slow answer whose reason nobody learns, and a warning for those who chose the CPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("trimkv_cli.loading.device_warnings.has_driver", lambda: True)
+    cpu = torch.device("cpu")
+    assert [warning.code for warning in device_warnings("auto", cpu)] == ["gpu_not_seen"]
+    assert device_warnings("cpu", cpu) == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_warnings("auto", cpu) == ()

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine.devices import take_device
 from trimkv_cli.errors import UsageError
-from trimkv_cli.loading.loader import TORCH_DTYPES, kernel_warnings, load_parts
+from trimkv_cli.loading.device_warnings import device_warnings
+from trimkv_cli.loading.loader import TORCH_DTYPES, load_parts
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.packed import pack_in_place
 from trimkv_cli.loading.sources import Source
@@ -116,7 +117,7 @@ def random_network(shape: Shape, options: EngineOptions) -> Network:
         gates=tuple(gates),
         dtype=dtype,
         quantize=quantize,
-        warnings=tuple(warning.message for warning in kernel_warnings(device)),
+        warnings=tuple(warning.message for warning in device_warnings(options.device, device)),
     )
 
 

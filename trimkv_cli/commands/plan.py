@@ -7,7 +7,6 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimkv_cli.commands.options import JSON, ModelName
@@ -88,7 +87,9 @@ def _command(model: str, options: EngineOptions) -> str:
 def _local_device(name: str) -> tuple[str, int]:
     """Return the kind of device to plan for, and which; auto is a GPU where NVIDIA's driver is loaded, else the CPU."""
     if name == "auto":
-        return ("cuda" if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists() else "cpu"), 0
+        from trimkv_cli.model.driver import has_driver
+
+        return ("cuda" if has_driver() else "cpu"), 0
     kind, _, index = name.partition(":")
     return kind, int(index or 0)
 

@@ -47,6 +47,7 @@ from trimkv_cli.errors import (
 )
 from trimkv_cli.events import Notice
 from trimkv_cli.loading.assemble import assemble
+from trimkv_cli.loading.device_warnings import device_warnings
 from trimkv_cli.loading.gguf import gguf_model_config, gguf_tokenizer, gguf_weights
 from trimkv_cli.loading.measuring import with_products
 from trimkv_cli.loading.options import DETERMINISTIC_ROWS, NOTHING_BESIDE, Beside, EngineOptions
@@ -69,7 +70,6 @@ from trimkv_cli.model.spec import KvDtype, Quantisation
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import Plan, make_plan
 from trimkv_cli.units import format_size, format_sizes, parse_budget
-from trimkv_kernels import triton_obstacle
 
 TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -192,7 +192,7 @@ def load_parts(
         eos_token_ids=end_token_ids(model, text),
         sampling_defaults={**_sampling_defaults(model), **source.sampling},
         notes=(*source.notes, *_echo(options, plan), *([kept.note] if kept is not None and kept.note else [])),
-        warnings=(*source.warnings, *plan.warnings, *warnings, *kernel_warnings(device)),
+        warnings=(*source.warnings, *plan.warnings, *warnings, *device_warnings(options.device, device)),
         load_s=time.perf_counter() - started,
     )
     return Parts(model=model, gates=tuple(gates), text=text, facts=facts, kv_dtype=TORCH_DTYPES[plan.run.kv_dtype])
@@ -437,15 +437,6 @@ def _load_gates(
     warnings = check_gates(source.spec, files.gate, files.tensors, model_id=source.known_as)
     gates = build_gates(files.gate, source.spec, files.tensors, dtype=dtype, device=device, hidden_act=files.hidden_act)
     return gates, (*files.warnings, *warnings)
-
-
-def kernel_warnings(device: torch.device) -> tuple[Notice, ...]:
-    """Warn of a GPU on which Triton does not run."""
-    obstacle = triton_obstacle(device) if device.type == "cuda" else None
-    if obstacle is None:
-        return ()
-    message = f"{obstacle.what}: the slower operations of torch run on {device} instead ({obstacle.remedy})"
-    return (Notice(code="no_triton", message=message),)
 
 
 def end_token_ids(model: PreTrainedModel, text: Text | None) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +17,11 @@ class Gpu:
     total_bytes: int
     free_bytes: int
     capability: tuple[int, int]
+
+
+def has_driver() -> bool:
+    """Say whether an NVIDIA driver is loaded, on Linux or under it on Windows."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 def gpus_here() -> list[Gpu]:
