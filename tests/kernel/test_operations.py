@@ -102,8 +102,9 @@ def test_where_triton_runs_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(trial, "run_trial", tried.append)
     from trimkv_kernels.decode import decode
     from trimkv_kernels.prefill import prefill
+    from trimkv_kernels.rows import clear, undo
 
-    assert [operations_for(GPU) for _ in range(3)] == [Operations(decode, prefill)] * 3
+    assert [operations_for(GPU) for _ in range(3)] == [Operations(decode, prefill, undo, clear)] * 3
     assert device_warnings("auto", GPU) == ()
     assert [finding.status for finding in checkup.kernels()] == ["ok"]
     assert tried == [GPU]
