@@ -62,10 +62,13 @@ def _speed(arguments: Sequence[str], root: Path) -> float:
         done = subprocess.run(
             [sys.executable, "-m", "trimkv_cli", "gates", "train", *arguments, "-o", str(Path(out) / "gates")],
             env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"},
+            cwd=root,  # where `-m` looks first
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
         )
+    if done.returncode:
+        sys.exit(done.stderr)
     said = _SAID.findall(done.stderr)
     return float(said[-1][1].replace(",", ""))
 

@@ -226,8 +226,8 @@ def test_ctrl_c_ends_the_request_at_the_server(server: tuple[str, dict[str, str]
     assert asking.stdout.read(1)
     _wait(lambda: _health(server[0])["running"] == 1)
     asking.send_signal(signal.SIGINT)
-    asking.stdout.close()
-    assert asking.wait() == 130
+    asking.communicate()  # a pipe that is closed would end it otherwise
+    assert asking.returncode == 130
     _wait(lambda: not _health(server[0])["running"])
 
 
