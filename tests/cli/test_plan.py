@@ -56,7 +56,8 @@ def test_the_built_in_model_needs_no_name_and_no_network() -> None:
     assert (made["fits"], made["kv_budget"], made["offers"]) == (True, 64, [])
     assert made["total_bytes"] == sum(entry["bytes"] for entry in made["parts"])
     assert made["pinned"] == {
-        "system": True, "sinks": 0, "recent": 8, "prompt_end": 6, "at_most": 20, "at_most_in_conversation": 26,
+        "system": True, "system_most": None, "sinks": 0, "recent": 8, "prompt_end": 6, "at_most": 20,
+        "at_most_in_conversation": 26,
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from trimkv_cli.engine.cuda import Decoder, make_decoder
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.loading.loader import load_engine
 from trimkv_cli.loading.options import EngineOptions
-from trimkv_cli.model.pins import Ends, Pins
+from trimkv_cli.model.pins import Amount, Pins
 from trimkv_cli.model.spec import ModelSpec
 from trimkv_cli.request import Request, SamplingParams
 from trimkv_kernels import StepOperations, step_reference
@@ -83,7 +83,7 @@ CASES = {
     "random": ("qwen3", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins()),
     "rg": ("gemma3", Shape(kv_budget=16, gate="rg", rows=3, prefill_chunk=16), Pins(sinks=8)),
     "rg2": ("llama", Shape(kv_budget=16, gate="rg2", rows=3, prefill_chunk=16), Pins(recent=3)),
-    "prompt": ("qwen2", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins(prompt=Ends(4))),
+    "prompt": ("qwen2", Shape(kv_budget=16, gate="random", rows=3, prefill_chunk=16), Pins(prompt=Amount(4))),
     "streaming": ("mistral", Shape(kv_budget=16, gate="streaming", rows=3, prefill_chunk=16), Pins()),
     "keydiff": ("gemma3", Shape(kv_budget=16, gate="keydiff", rows=3, prefill_chunk=16), Pins(sinks=2)),
 }

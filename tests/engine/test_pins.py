@@ -12,7 +12,9 @@ import torch
 from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import UsageError
+from trimkv_cli.model.default_pins import default_pins
 from trimkv_cli.model.pins import Pins
+from trimkv_cli.model.spec import full_gate, keydiff_gate, streaming_gate
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=11, rows=2, prefill_chunk=16, gate="random")
@@ -61,6 +63,28 @@ def test_a_pin_set_later_holds_and_is_saved(tiny_model: TinyModel) -> None:
     assert sum(position in head for layer in engine.kept.positions("b") for head in layer) == holders
     with pytest.raises(UsageError, match="leave none of 11 slots"):
         engine.kept.pin("b", range(200))
+
+
+def test_only_so_long_a_system_message_is_pinned(tiny_model: TinyModel) -> None:
+    """Catches a default that fills the slots, half a message that stays, and one that a smaller cache refuses."""
+    pins = Pins.parse("system:40%")
+    assert (str(pins), pins.system_most(11), Pins.parse("system:4").system_most(11)) == ("system:40%", 4, 4)
+    engine = make_pinned(tiny_model("qwen3"), pins)
+    for length, stays in ((4, True), (5, False)):
+        request = greedy(str(length), PROMPT, 30, keep=True, prefix_len=length)
+        engine.check(request)
+        run(engine, [request])
+        first = [head[:length] == list(range(length)) for layer in engine.kept.positions(str(length)) for head in layer]
+        assert all(first) == stays
+    engine.check(greedy("whole", PROMPT, 3, prefix_len=40))
+
+
+def test_scorers_without_authors_who_protect_pin_a_short_system_message() -> None:
+    """Catches instructions that are forgotten by default, and a full cache that says it pins some."""
+    for gate in (streaming_gate(), keydiff_gate()):
+        pins, notices = default_pins(gate, slots=64, context=4096)
+        assert (str(pins), pins.system_most(64), notices) == ("system:25%", 16, ())
+    assert default_pins(full_gate(), slots=64, context=4096) == (Pins(), ())
 
 
 def test_as_many_pins_as_slots_are_refused(tiny_model: TinyModel) -> None:

@@ -16,14 +16,14 @@ from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.engine.row_files import read_row, write_row
 from trimkv_cli.errors import UsageError
-from trimkv_cli.model.pins import Ends, Pins, PromptSpan
+from trimkv_cli.model.pins import Amount, Pins, PromptSpan
 from trimkv_cli.model.spec import ModelSpec, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import make_plan
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=20, rows=1, prefill_chunk=16, gate="random")
-PINS = Pins(prompt=Ends(15, is_share=True))  # 3 of 20
+PINS = Pins(prompt=Amount(15, is_share=True))  # 3 of 20
 PROMPT = tuple(range(3, 61))
 Feed = tuple[int, set[int]]  # how many tokens a forward feeds, and what cannot be evicted by it
 
@@ -94,7 +94,7 @@ def test_alone_as_beside_others(ahead: bool, tiny_model: TinyModel) -> None:
     The second prompt is so short that its end would reach into the system message that others share.
     """
     model = tiny_model("llama")
-    pins = Pins(prompt=Ends(6))
+    pins = Pins(prompt=Amount(6))
     prompts = {"a": PROMPT, "b": PROMPT[:26], "c": PROMPT[:25] + PROMPT[:20], "d": PROMPT, "e": PROMPT[9:]}
     lengths = {"a": 12, "b": 3, "c": 14, "d": 20, "e": 17}
 
@@ -149,7 +149,7 @@ def test_other_slots_mean_other_ends(tiny_model: TinyModel) -> None:
 
 def test_a_single_prompt_has_two_ends(tiny_model: TinyModel) -> None:
     """Catches a third end counted for who asks once, and one forgotten where turns follow."""
-    pins = Pins(prompt=Ends(40, is_share=True))  # 8 of 20
+    pins = Pins(prompt=Amount(40, is_share=True))  # 8 of 20
     engine = make_engine(tiny_model("qwen3"), SHAPE, pins=pins)
     stats = [event.stats for event in engine.generate([greedy("a", PROMPT, 9, keep=True)]) if event.stats]
     assert stats[0].cache.pinned_per_head == 16
@@ -163,7 +163,7 @@ def test_a_single_prompt_has_two_ends(tiny_model: TinyModel) -> None:
     assert refused.value.hint == "pin less: --pin prompt:10% takes 30% in a conversation"
     with pytest.raises(UsageError, match="none of 20 slots"):  # a turn may follow
         engine.kept.pin("b", [9])
-    alone = make_engine(tiny_model("qwen3"), SHAPE, pins=Pins(prompt=Ends(4)))
+    alone = make_engine(tiny_model("qwen3"), SHAPE, pins=Pins(prompt=Amount(4)))
     alone.add(greedy("a", PROMPT, 9))
     alone.step()
     alone.resize(9)  # 8 are pinned: no turn follows
@@ -185,7 +185,7 @@ def test_a_prompt_that_fails_leaves_the_ends_of_the_one_before(
 
 def test_no_more_is_held_than_was_counted() -> None:
     """Catches a check that lets through what fills all slots, and intervals outside of the prompt."""
-    for pins in (Pins(prompt=Ends(3)), Pins(prompt=Ends(3), system=True, sinks=2, recent=2)):
+    for pins in (Pins(prompt=Amount(3)), Pins(prompt=Amount(3), system=True, sinks=2, recent=2)):
         for start in (0, 9, 30):
             for length in range(1, 12):
                 prompt = PromptSpan(

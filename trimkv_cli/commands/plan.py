@@ -175,10 +175,14 @@ def _as_json(plan: Plan, model: str, context: int, *, requested: str | None, mor
     )
 
 
-def _pinned(run: Run) -> dict[str, int | bool]:
-    """Count the slots of each head that `--pin` takes by kind, and at most together, beside a system message."""
+def _pinned(run: Run) -> dict[str, Any]:
+    """Count the slots of each head that `--pin` takes by kind, and at most together, beside a system message.
+
+    One of more tokens than `system_most` is not pinned.
+    """
     pins, ends = run.pins, run.pins.ends(run.kv_budget)
-    each = {"system": pins.system, "sinks": pins.sinks, "recent": pins.recent, "prompt_end": ends}
+    each: dict[str, Any] = {"system": bool(pins.system), "system_most": pins.system_most(run.kv_budget)}
+    each |= {"sinks": pins.sinks, "recent": pins.recent, "prompt_end": ends}
     return {**each, "at_most": run.most_pinned, "at_most_in_conversation": run.most_pinned + ends}
 
 

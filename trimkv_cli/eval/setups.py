@@ -18,7 +18,7 @@ from trimkv_cli.eval.scoring import Policy
 from trimkv_cli.loading.loader import Parts, plan_for
 from trimkv_cli.loading.options import EngineOptions
 from trimkv_cli.loading.sources import Source
-from trimkv_cli.model.pins import Ends, Pins
+from trimkv_cli.model.pins import Amount, Pins
 from trimkv_cli.model.spec import GateSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.plan import Plan
 
@@ -127,7 +127,7 @@ def _pin(policy: Policy, asked: str | None) -> str | None:
     if policy != "protected":
         return asked or "none"  # what a scorer pins by default would set it apart
     pins = Pins.parse(asked)
-    return str(replace(pins, prompt=pins.prompt or Ends(10, is_share=True)))
+    return str(replace(pins, prompt=pins.prompt or Amount(10, is_share=True)))
 
 
 def check_pins(setups: list[Setup], exams: list[Exam]) -> None:

@@ -86,8 +86,9 @@ class EngineOptions:
     )
     pin: str | None = _memory(
         None,
-        "Never evict system, sinks:N (the first), recent:N (the newest N tokens) or, until the next prompt, prompt:10%"
-        " (a tenth of the slots for each of a prompt's ends); commas join; none: nothing at all.",
+        "Never evict system (system:25%: if it has up to a quarter of the slots), sinks:N (the first), recent:N (the"
+        " newest N tokens) or, until the next prompt, prompt:10% (a tenth of the slots for each of a prompt's ends);"
+        " commas join; none: nothing at all.",
         "WHAT",
     )
     deterministic: bool = _memory(False, "The same tokens for a request whatever runs beside it (CPU, fp32; slower).")

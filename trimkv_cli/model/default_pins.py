@@ -6,26 +6,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from trimkv_cli.events import Notice
-from trimkv_cli.model.pins import Pins
-from trimkv_cli.model.spec import GateSpec, GateVariant
+from trimkv_cli.model.pins import Amount, Pins
+from trimkv_cli.model.spec import TRAINED_VARIANTS, GateSpec, GateVariant
 
 _LONG = 32_000  # tokens of a context from which on Fast KVzip's window is fixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protection:
-    """What a scorer's authors protect: the first tokens, and of a context so long the newest."""
+    """What a scorer protects: a system message, the first tokens, and of a context so long the newest."""
 
+    system: Amount | bool = False
     sinks: int = 0
-    recent: Callable[[int], int]
+    recent: Callable[[int], int] = lambda _: 0
 
 
 def _share(context: int) -> int:
     return 4096 if context >= _LONG else max(1, context // 50)
 
 
-# One line per kind of scorer; a kind that is not here pins nothing.
+# A longer one would take the slots of what is said after it.
+_SYSTEM = Protection(system=Amount(25, is_share=True))
+# One line per kind of scorer; a full cache pins nothing.
 DEFAULT_PINS: Mapping[GateVariant, Protection] = {
+    **dict.fromkeys((*TRAINED_VARIANTS.values(), "streaming", "keydiff"), _SYSTEM),
     "kvzap": Protection(recent=lambda _: 128),
     "fastkvzip": Protection(sinks=4, recent=_share),
 }
@@ -44,4 +48,4 @@ def default_pins(gate: GateSpec, *, slots: int, context: int) -> tuple[Pins, tup
         " those (--pin says otherwise)"
     )
     reduced = (Notice(code="pins_reduced", message=message),) if recent < asked else ()
-    return Pins(sinks=sinks, recent=recent), reduced
+    return Pins(system=protection.system, sinks=sinks, recent=recent), reduced

@@ -12,14 +12,14 @@ Span = tuple[int, int]  # positions, from first to behind the last
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """How many tokens at each end of a prompt are pinned: a number, or a share of the slots in percent."""
+class Amount:
+    """A number of tokens, or a share of the slots in percent."""
 
     amount: int
     is_share: bool = False
 
     def count(self, slots: int) -> int:
-        """Count the tokens of one end where each head has `slots` slots, at least 1."""
+        """Count the tokens where each head has `slots` slots, at least 1."""
         return max(1, slots * self.amount // 100) if self.is_share else self.amount
 
     def __str__(self) -> str:
@@ -44,28 +44,31 @@ class PromptSpan:
 class Pins:
     """Pin the system message, the first `sinks`, the newest `recent` tokens, the ends of prompts: their score is +inf.
 
-    The ends of a `prompt` are released when the sequence's next one begins, but for the beginning of the first.
+    A `system` message of more tokens than that is not pinned; True is without a limit. The ends of a `prompt`, so many
+    each, are released when the sequence's next one begins, but for the beginning of the first.
     """
 
-    system: bool = False
+    system: Amount | bool = False
     sinks: int = 0
     recent: int = 0
-    prompt: Ends | None = None
+    prompt: Amount | None = None
 
     @classmethod
     def parse(cls, text: str | None) -> Pins:
-        """Read `system,sinks:4,recent:64,prompt:10%`; None and `none` pin nothing.
+        """Read `system,sinks:4,recent:64,prompt:10%`; None and `none` pin nothing, `system:25%` no longer message.
 
         Raises:
             UsageError: it is something else.
         """
-        system, counts, prompt = False, {"sinks": 0, "recent": 0}, None
+        counts, prompt = {"sinks": 0, "recent": 0}, None
+        system: Amount | bool = False
         for part in text.split(",") if text not in (None, "none") else ():
-            found = re.fullmatch(r"(sinks|recent|prompt):([1-9]\d{0,8})(%?)", part.strip())
+            found = re.fullmatch(r"(system|sinks|recent|prompt):([1-9]\d{0,8})(%?)", part.strip())
             if part.strip() == "system":
                 system = True
-            elif found and found[1] == "prompt":
-                prompt = Ends(int(found[2]), is_share=found[3] == "%")
+            elif found and found[1] in ("system", "prompt"):
+                amount = Amount(int(found[2]), is_share=found[3] == "%")
+                system, prompt = (amount, prompt) if found[1] == "system" else (system, amount)
             elif found and not found[3]:
                 counts[found[1]] = int(found[2])
             else:
@@ -75,16 +78,25 @@ class Pins:
 
     def __str__(self) -> str:
         counts = {"sinks": self.sinks, "recent": self.recent, "prompt": self.prompt}
-        parts = ["system"] if self.system else []
+        parts = ["system" if self.system is True else f"system:{self.system}"] if self.system else []
         return ",".join([*parts, *(f"{name}:{count}" for name, count in counts.items() if count)])
 
     def ends(self, slots: int) -> int:
         """Count the tokens that are pinned at each end of a prompt, of which `slots` say how many a share is."""
         return 0 if self.prompt is None else self.prompt.count(slots)
 
+    def system_most(self, slots: int) -> int | None:
+        """Count the tokens of the longest system message that is pinned; None without a limit."""
+        return self.system.count(slots) if isinstance(self.system, Amount) else None
+
+    def _of_system(self, tokens: int, slots: int) -> int:
+        """Count the tokens that are pinned of a system message, all or none."""
+        most = self.system_most(slots)
+        return tokens if self.system and (most is None or tokens <= most) else 0
+
     def for_good(self, prompt: PromptSpan, slots: int) -> int:
         """Count the first tokens of a sequence that stay whatever comes, sinks aside."""
-        return max(prompt.system if self.system else 0, min(self.ends(slots), prompt.first))
+        return max(self._of_system(prompt.system, slots), min(self.ends(slots), prompt.first))
 
     def for_now(self, prompt: PromptSpan, slots: int) -> tuple[Span, Span]:
         """Return what stays while the newest prompt is read and answered: its beginning and its end.
@@ -113,7 +125,7 @@ class Pins:
 
         `sinks` are the first ones, which the gate itself keeps; with `turns` its prompt is not the only one.
         """
-        for_good = max(sinks, self.sinks, prefix_len if self.system else 0, self.ends(slots))
+        for_good = max(sinks, self.sinks, self._of_system(prefix_len, slots), self.ends(slots))
         return for_good + self.beside(slots, turns=turns) + self.recent
 
     def check(self, prefix_len: int, slots: int, *, sinks: int = 0, turns: bool = False) -> None:

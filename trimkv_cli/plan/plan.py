@@ -175,9 +175,9 @@ def _pinned(run: Run) -> Iterator[str]:
     pins, slots = run.pins, run.kv_budget
     if pins == Pins() or run.gate.variant == "none":
         return
-    ends, left = pins.ends(slots), slots - run.most_pinned
+    ends, left, most = pins.ends(slots), slots - run.most_pinned, pins.system_most(slots)
     named = {
-        "the system message": pins.system,
+        f"the system message{'' if most is None else f' of up to {most} tokens'}": pins.system,
         f"the first {pins.sinks}": pins.sinks,
         f"the newest {pins.recent}": pins.recent,
         f"{ends} at each end of a prompt": ends,
