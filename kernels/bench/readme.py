@@ -13,7 +13,7 @@ from typing import Any
 from bench.compiled_table import compiled_table
 from bench.gpu_table import gpu_table
 from bench.llama_table import llama_tables
-from bench.recall_table import kvpress_table, recall_tables
+from bench.recall_table import kvpress_table, recall_tables, training_table
 from bench.tables import batch_table, headline, mini_plot, mini_tables, speed_table
 
 _ROOT = Path(__file__).parents[2]
@@ -32,6 +32,7 @@ def all_tables() -> str:
     tables = [
         recall_tables(_RESULTS),
         kvpress_table(_RESULTS),
+        training_table(_RESULTS),
         llama_tables(_RESULTS),
         mini_tables(_RESULTS),
         mini_plot(_RESULTS),

@@ -84,6 +84,18 @@ def kvpress_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def training_table(results: Path) -> str:
+    """Return how fast gates are trained, beside an earlier commit."""
+    record = json.loads((results / "train-speed-smollm2.json").read_bytes())
+    speeds, threads = record["median"], record["threads"]
+    rows = [
+        f"| `gates train` of SmolLM2, evicting, `--context 1536`, {threads} CPU thread | {speeds['now']} tok/s |",
+        f"| … before ({record['beside']}), in turns | {speeds['before']} tok/s |",
+        f"| … the first steps, which learn from attention alone | {speeds['now, attention steps']} tok/s |",
+    ]
+    return "\n".join(["|  | |", "|---|---|", *rows])
+
+
 def _interval(row: _Row) -> str:
     return "–".join(f"{end:.0%}" for end in row["ci95"] or ())
 
