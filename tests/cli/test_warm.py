@@ -221,7 +221,13 @@ def test_what_a_named_server_cannot_do(
 def test_ctrl_c_ends_the_request_at_the_server(server: tuple[str, dict[str, str]]) -> None:
     """Catch an answer that a server goes on writing for nobody."""
     words = ["ask", "--raw", "The dog", "--ignore-eos", "-n", "20000"]
-    asking = subprocess.Popen([*COMMAND, *words], env={**ENVIRONMENT, **server[1]}, stdout=subprocess.PIPE)
+    asking = subprocess.Popen(
+        [*COMMAND, *words],
+        env={**ENVIRONMENT, **server[1]},
+        stdout=subprocess.PIPE,
+        # A test run in the background ignores SIGINT, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     assert asking.stdout is not None
     assert asking.stdout.read(1)
     _wait(lambda: _health(server[0])["running"] == 1)

@@ -12,9 +12,7 @@ import torch
 from helpers.engines import Shape, greedy, make_engine, run
 from trimkv_cli.engine.engine import Engine
 from trimkv_cli.errors import UsageError
-from trimkv_cli.model.default_pins import default_pins
 from trimkv_cli.model.pins import Pins
-from trimkv_cli.model.spec import full_gate, keydiff_gate, streaming_gate
 
 TinyModel = Callable[..., Any]
 SHAPE = Shape(kv_budget=11, rows=2, prefill_chunk=16, gate="random")
@@ -77,14 +75,6 @@ def test_only_so_long_a_system_message_is_pinned(tiny_model: TinyModel) -> None:
         first = [head[:length] == list(range(length)) for layer in engine.kept.positions(str(length)) for head in layer]
         assert all(first) == stays
     engine.check(greedy("whole", PROMPT, 3, prefix_len=40))
-
-
-def test_scorers_without_authors_who_protect_pin_a_short_system_message() -> None:
-    """Catches instructions that are forgotten by default, and a full cache that says it pins some."""
-    for gate in (streaming_gate(), keydiff_gate()):
-        pins, notices = default_pins(gate, slots=64, context=4096)
-        assert (str(pins), pins.system_most(64), notices) == ("system:25%", 16, ())
-    assert default_pins(full_gate(), slots=64, context=4096) == (Pins(), ())
 
 
 def test_as_many_pins_as_slots_are_refused(tiny_model: TinyModel) -> None:

@@ -7,7 +7,7 @@ import pytest
 from trimkv_cli.model.default_pins import DEFAULT_PINS, default_pins
 from trimkv_cli.model.pins import Pins
 from trimkv_cli.model.profiles import load_profile
-from trimkv_cli.model.spec import GateSpec, ModelSpec, streaming_gate
+from trimkv_cli.model.spec import GateSpec, ModelSpec, full_gate, keydiff_gate, streaming_gate
 from trimkv_cli.plan.choices import PlanOptions
 from trimkv_cli.plan.plan import make_plan
 
@@ -38,11 +38,12 @@ def test_half_of_the_slots_at_most_are_protected(variant: str, slots: int, conte
     )
 
 
-def test_gates_of_this_method_protect_nothing() -> None:
-    """Catches pins under gates that were trained without any."""
-    for gate in (streaming_gate(), GateSpec(variant="rg", id="ours")):
+def test_other_scorers_keep_a_short_system_message() -> None:
+    """Catches instructions that are forgotten by default, and a full cache that says it pins some."""
+    for gate in (streaming_gate(), keydiff_gate(), GateSpec(variant="rg", id="ours")):
         pins, notices = default_pins(gate, slots=64, context=100)
-        assert (str(pins), notices) == ("", ())
+        assert (str(pins), pins.system_most(64), notices) == ("system:25%", 16, ())
+    assert default_pins(full_gate(), slots=64, context=4096) == (Pins(), ())
 
 
 @pytest.mark.parametrize(
