@@ -44,7 +44,7 @@ def test_a_whole_conversation(tmp_path: Path) -> None:
     with Terminal(*CHAT, home=tmp_path) as terminal:
         terminal.type("typed while it loads")
         terminal.wait("> typed while it loads")
-        assert "kept 0/0" in terminal.lines[-1]
+        terminal.wait(lambda: "kept 0/0" in terminal.lines[-1])
         terminal.type(CTRL_C)
         terminal.wait(lambda: terminal.asks)
         terminal.send("My cat is called Zubo.")
