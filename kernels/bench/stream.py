@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from bench.record import write_record
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
-from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.plan.choices import PlanOptions

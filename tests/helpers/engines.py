@@ -14,7 +14,8 @@ from trimkv_cli.cache import retention_cache
 from trimkv_cli.cache.gates import build_gates, layer_shapes, tensor_key
 from trimkv_cli.engine import cuda
 from trimkv_cli.engine import sampler as sampling
-from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.engine.sampler import Sampler
 from trimkv_cli.loading import assemble as assembling
 from trimkv_cli.loading.assemble import assemble

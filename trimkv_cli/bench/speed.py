@@ -23,7 +23,8 @@ from torch import Tensor
 import trimkv_cli
 from trimkv_cli.bench.shapes import Network
 from trimkv_cli.engine.devices import cuda_capability, reset_peak, wait_for
-from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.engine.scheduler import Decode
 from trimkv_cli.loading.assemble import assemble
 from trimkv_cli.model.machine import Machine

@@ -17,7 +17,7 @@ from trimkv_cli.serve.about import About, said_by, stamp
 
 if TYPE_CHECKING:
     from trimkv_cli.commands.serve import ServeOptions
-    from trimkv_cli.engine.engine import EngineFacts
+    from trimkv_cli.engine.facts import EngineFacts
     from trimkv_cli.plan.run import Run
     from trimkv_cli.serve.completions import Completions
     from trimkv_cli.serve.worker import Worker

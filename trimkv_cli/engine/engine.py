@@ -7,12 +7,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from torch import nn
 
-from trimkv_cli.engine.devices import measured_peaks, module_bytes, peak_bytes
+from trimkv_cli.engine.devices import measured_peaks, peak_bytes
+from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.engine.kept_rows import KeptRows
 from trimkv_cli.engine.model_runner import ModelRunner
 from trimkv_cli.engine.recovery import Recovery, attempt
@@ -28,50 +27,13 @@ from trimkv_cli.events import (
     CacheStats,
     ErrorCode,
     FinishReason,
-    Notice,
     RequestStats,
     Resized,
     RunStats,
     TokenEvent,
 )
-from trimkv_cli.model.pins import Pins
-from trimkv_cli.model.spec import GateSpec, ModelSpec
 from trimkv_cli.plan.plan import Plan
 from trimkv_cli.request import Request, check_token_ids
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFacts:
-    """What stays the same while an engine lives, and what its callers may want to know of it."""
-
-    model_id: str
-    plan: Plan
-    weight_bytes: int
-    gate_bytes: int
-    max_positions: int
-    eos_token_ids: frozenset[int] = frozenset()
-    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what the user did not ask for but may like to know
-    warnings: tuple[Notice, ...] = ()
-    load_s: float = 0.0
-
-    @classmethod
-    def of(cls, model: nn.Module, gates: Iterable[nn.Module], *, plan: Plan, **others: Any) -> EngineFacts:
-        """Count the bytes of what was loaded; without `max_positions` a model has its own."""
-        sizes = {"weight_bytes": module_bytes(model), "gate_bytes": module_bytes(nn.ModuleList(gates))}
-        return cls(plan=plan, **{"max_positions": plan.run.spec.max_positions, **sizes, **others})
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.plan.run.spec
-
-    @property
-    def gate(self) -> GateSpec:
-        return self.plan.run.gate
-
-    @property
-    def pins(self) -> Pins:
-        return self.plan.run.pins
 
 
 @dataclass(slots=True, kw_only=True)

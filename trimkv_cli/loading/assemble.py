@@ -14,7 +14,8 @@ from trimkv_cli.cache.attention import LongRope, install
 from trimkv_cli.cache.rebase import make_rebase
 from trimkv_cli.cache.retention_cache import RetentionCache
 from trimkv_cli.engine import cpu, cuda
-from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.engine.grammars import Grammars
 from trimkv_cli.engine.model_runner import Decoder, ModelRunner
 from trimkv_cli.engine.row_files import make_fingerprint

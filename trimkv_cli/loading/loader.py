@@ -34,7 +34,8 @@ from trimkv_cli.engine.devices import (
     take_device,
     tidy_heap,
 )
-from trimkv_cli.engine.engine import Engine, EngineFacts
+from trimkv_cli.engine.engine import Engine
+from trimkv_cli.engine.facts import EngineFacts
 from trimkv_cli.engine.text import Text
 from trimkv_cli.errors import (
     DoesNotFit,
