@@ -210,7 +210,7 @@ def _scan(
             if spans is not None:
                 intervals = spans + row * 4
             score = tl.load(slot_log_beta + at, mask=there, other=0.0)
-            score = tl.where(there, _score(score, held, now, intervals, WINDOW, RECENT, STATIC), float("inf"))
+            score = tl.where(there, score_of(score, held, now, intervals, WINDOW, RECENT, STATIC), float("inf"))
             worse = (score < lowest) | ((score == lowest) & (held > newest))
             newest = tl.where(worse, held, newest)
             loser = tl.where(worse, slot, loser)
@@ -227,7 +227,7 @@ def _scan(
 
 
 @triton.jit
-def _score(log_beta, held, now, intervals, WINDOW: tl.constexpr, RECENT: tl.constexpr, STATIC: tl.constexpr):
+def score_of(log_beta, held, now, intervals, WINDOW: tl.constexpr, RECENT: tl.constexpr, STATIC: tl.constexpr):
     """Return what `reference` ranks tokens at positions `held` by."""
     score = log_beta
     if not STATIC:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trimkv_kernels.decode import _protected
+from trimkv_kernels.decode import score_of
 from trimkv_kernels.slots import Slots
 
 _BLOCK = 1024  # candidates that are ranked at a time
@@ -141,14 +141,7 @@ def _rank_of(
     """Return what `reference` ranks by: the bits of the score, the highest first, and the position; padding is last."""
     position = tl.load(positions + place, mask=place < count, other=-1)
     score = tl.load(log_betas + place, mask=place < count, other=0.0)
-    if not STATIC:
-        score = score * (now + 2 - position).to(tl.float32)
-    if RECENT > 0:
-        score = tl.where(position > tl.maximum(now - RECENT, -1), float("inf"), score)
-    if intervals is not None:
-        score = tl.where(_protected(position, intervals), float("inf"), score)
-    if WINDOW > 0:
-        score = tl.where(position <= now - WINDOW, -float("inf"), score)
+    score = score_of(score, position, now, intervals, WINDOW, RECENT, STATIC)
     score = tl.where(score != score, -3.4028234663852886e38, score)  # noqa: PLR0124  # no number is the least one
     score = tl.where(score == 0.0, 0.0, score)  # there is one zero
     bits = score.to(tl.int32, bitcast=True)

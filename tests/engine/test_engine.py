@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import Shape, greedy, make_engine, run
+from helpers.engines import LONG_ROPE, Shape, greedy, make_engine, run
 from helpers.tiny_models import LATER_FAMILIES
 from trimkv_cli.cache.attention import GenerationView, install
 from trimkv_cli.cache.gates import FullGate
@@ -229,19 +229,11 @@ def test_chunks_that_are_read_together_change_no_token(tiny_model: TinyModel, mo
 
 def test_long_rope_sets_are_chosen_per_sequence(tiny_model: TinyModel) -> None:
     """Catches a factor set picked by the batch: short and long sequences side by side keep their own."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
-        "long_factor": [3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
-        "original_max_position_embeddings": 64,
-    }
-    changes = {"rope_parameters": rope, "original_max_position_embeddings": 64, "max_position_embeddings": 256}
     short, long = (3, 5, 8, 13, 21), tuple(range(3, 103))
-    model = tiny_model("phi3", **changes)
+    model = tiny_model("phi3", **LONG_ROPE)
     want = {
         key: model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(p) :].tolist()
         for key, p in (("short", short), ("long", long))
     }
-    engine = make_engine(tiny_model("phi3", **changes), Shape(kv_budget=256, rows=2))
+    engine = make_engine(tiny_model("phi3", **LONG_ROPE), Shape(kv_budget=256, rows=2))
     assert run(engine, [greedy("short", short, 12), greedy("long", long, 12)]) == want

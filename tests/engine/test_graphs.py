@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers import tiny_tokenizers
-from helpers.engines import Shape, as_on_a_gpu, greedy, make_engine, run
+from helpers.engines import LONG_ROPE, Shape, as_on_a_gpu, greedy, make_engine, run
 from trimkv_cli.commands.answers import say_warnings
 from trimkv_cli.engine.ahead import Ahead
 from trimkv_cli.engine.engine import Engine
@@ -327,18 +327,10 @@ def test_no_row_costs_the_others_their_graph(gpu: Gpu, tiny_model: TinyModel) ->
 
 def test_factors_of_rope_change_under_a_graph(gpu: Gpu, tiny_model: TinyModel) -> None:
     """Catches factors that a graph has taken for good, and rows of one kind that a step of the other kind feeds."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
-        "long_factor": [3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
-        "original_max_position_embeddings": 64,
-    }
-    changes = {"rope_parameters": rope, "original_max_position_embeddings": 64, "max_position_embeddings": 256}
     asked = [greedy("a", range(3, 20), 30), greedy("long", range(3, 80), 12), greedy("b", range(5, 9), 20)]
     asked.append(greedy("longer", range(9, 50), 30))
-    want = run(make_engine(tiny_model("phi3", **changes), SHAPE, fast_path=False), asked)
-    model = tiny_model("phi3", **changes)
+    want = run(make_engine(tiny_model("phi3", **LONG_ROPE), SHAPE, fast_path=False), asked)
+    model = tiny_model("phi3", **LONG_ROPE)
     with counted_decodes(model) as forwards:
         assert run(graphed(model), asked) == want
     assert_only_graphs(gpu, forwards)

@@ -27,6 +27,18 @@ from trimkv_cli.request import Request, SamplingParams
 from trimkv_kernels import StepOperations, step_reference
 
 NO_PINS = Pins()
+# What makes a tiny Phi-3 rotate with other factors from the 65th token on.
+LONG_ROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        "original_max_position_embeddings": 64,
+    },
+    "original_max_position_embeddings": 64,
+    "max_position_embeddings": 256,
+}
 
 
 class RandomGate(torch.nn.Module):

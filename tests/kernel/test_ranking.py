@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.kernel_devices import CPU, GPU
 from trimkv_kernels import Slots, reference
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from trimkv_kernels import ranking
-
-CPU = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off beside a GPU"),
-)
-GPU = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
-)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.kernel_devices import CPU, GPU
 from trimkv_kernels import Journal, LayerTable, Slots, reference, step_reference
 from trimkv_kernels.step_reference import Norm
 
@@ -15,14 +15,6 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from trimkv_kernels import rows as between
 from trimkv_kernels import step
 
-CPU = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off beside a GPU"),
-)
-GPU = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
-)
 # A rounding or two of sums in another order; the interpreter cuts bfloat16 off instead.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.kernel_devices import CPU, GPU
 from trimkv_kernels import Journal, Slots, reference
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
@@ -16,14 +17,6 @@ from trimkv_kernels import prefill as triton_prefill
 from trimkv_kernels import ranking
 from trimkv_kernels.launch import Chip
 
-CPU = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off beside a GPU"),
-)
-GPU = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
-)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # rows, KV heads, queries per KV head, head_dim, slots, fill, window
 DECODE_SHAPES = [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimkv_cli.cache.linear_state import LinearState, State
 from trimkv_cli.cache.rebase import Rebase
+from trimkv_cli.cache.transfers import to_device
 from trimkv_cli.errors import UsageError
 from trimkv_cli.events import HeadMemory, LayerMemory, Retained
 from trimkv_cli.model.families import StateShape
@@ -183,7 +184,7 @@ class RetentionCache:
 
         Only the last decode of a row can be taken back, and nothing else may have happened to the row since.
         """
-        position = _on(self.layers[0].slots.position.device, positions)
+        position = to_device(positions, self.layers[0].slots.position.device, torch.int32)
         for pool in self.pools.values():
             pool.undo(position)
         if not self.pools:
@@ -322,12 +323,6 @@ class RetentionCache:
 
     def _used(self, row: int, index: int) -> int:
         return min(self.seen[row] - self._missing[index][row], self.layers[index].size)
-
-
-def _on(device: torch.device, positions: Sequence[int]) -> Tensor:
-    """Copy without waiting: only pinned memory is copied to a GPU asynchronously."""
-    host = torch.tensor(positions, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _size(kv_budget: int, window: int | None) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.cache.transfers import to_device
 from trimkv_cli.engine.device_rows import DeviceRows, Forward
-from trimkv_cli.engine.devices import to_device
 from trimkv_cli.engine.graphs import Graphs
 from trimkv_cli.engine.sampler import NO_TOKEN, Logprobs, Sampler
 from trimkv_cli.engine.scheduler import Row

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimkv_cli.engine.devices import to_device
+from trimkv_cli.cache.transfers import to_device
 from trimkv_cli.engine.graphs import Graphs
 from trimkv_cli.engine.sampler import Form, Sampler
 from trimkv_cli.plan.step import GRAPH_ROWS

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from trimkv_cli.cache.attention import LongRope, RetentionView, Step
 from trimkv_cli.cache.releases import all_logits, forward_logits
 from trimkv_cli.cache.retention_cache import RetentionCache
+from trimkv_cli.cache.transfers import to_device
 from trimkv_cli.engine.ahead import Ahead
-from trimkv_cli.engine.devices import to_device
 from trimkv_cli.engine.graphs import Graphs
 from trimkv_cli.engine.sampler import NO_TOKEN, Sampler
 from trimkv_cli.engine.scheduler import Chunk, Decode, Prefill, Row

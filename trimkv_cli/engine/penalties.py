@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimkv_cli.engine.devices import to_device
+from trimkv_cli.cache.transfers import to_device
 from trimkv_cli.request import SamplingParams
 
 

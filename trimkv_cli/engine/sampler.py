@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimkv_cli.engine.devices import to_device
+from trimkv_cli.cache.transfers import to_device
 from trimkv_cli.engine.filters import FRACTION_ONE, draw, random_fraction, weigh, weigh_likeliest
 from trimkv_cli.engine.grammars import Grammars, Matchers
 from trimkv_cli.engine.penalties import Penalties, RowCounts, uses_output
